@@ -1,0 +1,45 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Python 3.11 or newer, make, and a package index.
+PYTHON ?= python3
+CORES ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
+BIN := .venv/bin
+SET_UP := .venv/set-up
+
+.PHONY: help setup demo test lint format schema train-shapes-vl clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+$(SET_UP): requirements.txt pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'hf2mnn needs Python 3.11 or newer; name one with make PYTHON=...')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+setup: $(SET_UP) ## make .venv with pinned dependencies
+
+demo: $(SET_UP) ## convert and judge the embedded model
+	$(BIN)/snakemake --cores $(CORES)
+
+test: $(SET_UP) ## all tests, the real pipeline on the embedded model among them
+	$(BIN)/pytest
+
+lint: $(SET_UP) ## formatting and lint of Python and Snakemake files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check --compact-diff Snakefile workflow
+	$(BIN)/snakemake --lint
+
+format: $(SET_UP) ## put Python and Snakemake files into form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile workflow
+
+schema: $(SET_UP) ## write the schema of config.yaml again
+	$(BIN)/hf2mnn schema > workflow/schemas/config.schema.yaml
+
+train-shapes-vl: $(SET_UP) ## train the embedded model again (about an hour on 2 cores)
+	$(BIN)/python models/shapes-vl/training/train.py --out models/shapes-vl
+
+clean: ## remove what runs made, but not .venv
+	rm -rf results/*/ results/*.csv results/*.txt logs benchmarks .snakemake

@@ -1,0 +1,101 @@
+"""Write shapes-vl's evaluation set: held-out pictures as PNG, and examples.jsonl.
+
+    python models/shapes-vl/training/make_evaluation.py --out models/shapes-vl/evaluation
+
+Most examples have one right answer. The last ones have none: they are there for what a conversion can get wrong beside
+the task (pictures that must be resized, two pictures, several turns, a system prompt, free text).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import world
+
+SEED = 31_337
+PICTURES = 24
+# Width and height that are no multiples of 28, so the processor resizes.
+ODD_SIZES = [(130, 97), (90, 150), (200, 120)]
+
+
+def image(name: str) -> dict:
+    return {"type": "image", "image": f"images/{name}"}
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+def example(identifier: str, category: str, language: str, messages: list[dict], answer: str | None) -> dict:
+    return {"id": identifier, "category": category, "language": language, "answer": answer, "messages": messages}
+
+
+def user(*parts: dict) -> dict:
+    return {"role": "user", "content": list(parts)}
+
+
+def labelled(scenes: list[world.Scene], rng: random.Random) -> list[dict]:
+    """Each picture is asked about in every category, the language alternating; then sums and translations."""
+    made = []
+    for number, scene in enumerate(scenes):
+        for place, category in enumerate(world.PICTURE_CATEGORIES):
+            language = ("en", "zh")[(number + place) % 2]
+            question = world.ask(scene, category, language, rng)
+            if question:
+                messages = [user(image(f"{number:02}.png"), text(question.text))]
+                made.append(example(f"{category}-{number:02}", category, language, messages, question.answer))
+    for category in world.TEXT_CATEGORIES:
+        for number in range(6):
+            question = world.ask(None, category, ("en", "zh")[number % 2], rng)
+            made.append(
+                example(
+                    f"{category}-{number:02}", category, question.language, [user(text(question.text))], question.answer
+                )
+            )
+    return made
+
+
+def unlabelled(rng: random.Random) -> list[dict]:
+    ask = "Describe the picture."
+    made = [
+        example(f"resized-{i}", "resized", "en", [user(image(f"odd-{i}.png"), text(ask))], None)
+        for i in range(len(ODD_SIZES))
+    ]
+    turns = [
+        user(image("01.png"), text("What is at the top left?")),
+        {"role": "assistant", "content": "a star"},
+        user(text("右下角是什么？")),
+    ]
+    made.append(example("turns-0", "turns", "zh", turns, None))
+    made.append(example("turns-1", "turns", "en", [*turns[:2], user(image("03.png"), text(ask))], None))
+    made.append(example("two-0", "two pictures", "en", [user(image("00.png"), image("02.png"), text(ask))], None))
+    made.append(example("two-1", "two pictures", "zh", [user(image("05.png"), text("和"), image("odd-1.png"))], None))
+    system = {"role": "system", "content": "You answer in Chinese. 你用中文回答。"}
+    made.append(example("system-0", "system", "en", [system, user(image("04.png"), text(ask))], None))
+    free = "Tell me, in 3 short lines:\n\tWhat is a star? 什么是星形？ \U0001f31f"
+    made.append(example("free-0", "free text", "en", [user(text(free))], None))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    out = parser.parse_args().out
+    rng = random.Random(SEED)
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    scenes = [world.draw_scene(rng, world.SIZES[number % len(world.SIZES)]) for number in range(PICTURES)]
+    pictures = {f"{number:02}.png": scene for number, scene in enumerate(scenes)}
+    pictures |= {f"odd-{i}.png": world.draw_scene(rng, size) for i, size in enumerate(ODD_SIZES)}
+    for name, scene in pictures.items():
+        world.paint(scene, rng).save(out / "images" / name, optimize=True)
+    records = [*labelled(scenes, rng), *unlabelled(rng)]
+    lines = (json.dumps(record, ensure_ascii=False) for record in records)
+    (out / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{len(records)} examples, {len(pictures)} pictures")
+
+
+if __name__ == "__main__":
+    main()

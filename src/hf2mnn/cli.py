@@ -1,0 +1,246 @@
+"""The command line: one subcommand for each stage, and what a person needs around them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf2mnn import __version__
+from hf2mnn.errors import GateError, Hf2mnnError
+
+app = typer.Typer(
+    name="hf2mnn",
+    help=(
+        "Turn a Hugging Face vision-language model into MNN bundles, and prove each one against PyTorch.\n\n"
+        "'snakemake --cores N' runs all stages for the models and variants of config.yaml; each stage also runs by hand:"
+        " source, reference, onnx, mnn, quantize, evaluate, compare."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Out = Annotated[Path, typer.Option("--out", help="Folder to write; replaced as a whole when the stage has succeeded.")]
+Threads = Annotated[int, typer.Option(help="Threads to compute with; 0 leaves it to the runtime.", min=0)]
+
+
+def _example(text: str) -> str:
+    return f"Example: {text}"
+
+
+@app.command(epilog=_example("hf2mnn source --path models/shapes-vl --out results/shapes-vl/source"))
+def source(
+    out: Out,
+    path: Annotated[Path | None, typer.Option(help="A checkpoint folder on this machine.")] = None,
+    repository: Annotated[str | None, typer.Option(help="owner/name on the Hugging Face hub.")] = None,
+    revision: Annotated[str, typer.Option(help="Commit, tag or branch of the repository.")] = "main",
+) -> None:
+    """Check a checkpoint and put its files where the other stages look."""
+    from hf2mnn.source.fetch import fetch_source
+
+    fetch_source(out, path, repository, revision)
+
+
+@app.command(
+    epilog=_example(
+        "hf2mnn reference results/shapes-vl/source --evaluation models/shapes-vl/evaluation"
+        " --out results/shapes-vl/reference"
+    )
+)
+def reference(
+    source: Annotated[Path, typer.Argument(help="Folder of the source stage.")],
+    out: Out,
+    evaluation: Annotated[Path, typer.Option(help="Folder with examples.jsonl.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
+    threads: Threads = 2,
+) -> None:
+    """Let PyTorch answer the evaluation set in float32, once for all comparisons."""
+    from hf2mnn.reference.run import run_reference
+
+    run_reference(source, evaluation, out, max_new_tokens, threads)
+
+
+@app.command(epilog=_example("hf2mnn onnx results/shapes-vl/source --out results/shapes-vl/onnx"))
+def onnx(source: Annotated[Path, typer.Argument(help="Folder of the source stage.")], out: Out) -> None:
+    """Export decoder (explicit KV cache), vision tower and embedding as ONNX."""
+    from hf2mnn.onnx.export import export_onnx
+
+    export_onnx(source, out)
+
+
+@app.command(epilog=_example("hf2mnn mnn results/shapes-vl/onnx --out results/shapes-vl/mnn/float"))
+def mnn(onnx: Annotated[Path, typer.Argument(help="Folder of the onnx stage.")], out: Out) -> None:
+    """Convert the ONNX graphs to a float32 MNN bundle, and prove that every attention is fused."""
+    from hf2mnn.mnn.stages import convert_float
+
+    convert_float(onnx, out)
+
+
+@app.command(
+    epilog=_example(
+        "hf2mnn quantize results/shapes-vl/onnx results/shapes-vl/mnn/float --out results/shapes-vl/mnn/int4"
+        """ --decoder '{"bits": 4, "block": 64}' --vision '{"bits": 8}'"""
+    )
+)
+def quantize(
+    onnx: Annotated[Path, typer.Argument(help="Folder of the onnx stage.")],
+    float_bundle: Annotated[Path, typer.Argument(help="Folder of the mnn stage.")],
+    out: Out,
+    decoder: Annotated[str, typer.Option(help="Weights of the decoder, JSON: bits, block, symmetric, scale_bits, method.")],
+    vision: Annotated[str, typer.Option(help="Weights of the vision tower, JSON.")] = '{"bits": 8}',
+    engine: Annotated[str, typer.Option(help="Run-time settings, JSON: precision, memory, threads.")] = "{}",
+) -> None:
+    """Make a variant of the float bundle with other weights, by MNN's own converter."""
+    from hf2mnn.config import Engine, Weights, parse_json
+    from hf2mnn.mnn.bundle import EngineSettings
+    from hf2mnn.mnn.convert import WeightFormat
+    from hf2mnn.mnn.stages import quantize as make
+
+    formats = [WeightFormat(**parse_json(Weights, text, name)) for text, name in ((decoder, "--decoder"), (vision, "--vision"))]
+    settings = {key: value for key, value in parse_json(Engine, engine, "--engine").items() if value is not None}
+    make(onnx, float_bundle, out, *formats, EngineSettings(**settings))
+
+
+@app.command(
+    epilog=_example(
+        "hf2mnn evaluate --reference results/shapes-vl/reference --onnx results/shapes-vl/onnx"
+        " --bundle results/shapes-vl/mnn/int4 --out results/shapes-vl/eval/int4"
+    )
+)
+def evaluate(
+    out: Out,
+    reference: Annotated[Path, typer.Option(help="Folder of the reference stage.")],
+    onnx: Annotated[Path, typer.Option(help="Folder of the onnx stage.")],
+    bundle: Annotated[Path | None, typer.Option(help="Bundle to run in MNN's engine; left out, the ONNX graphs run.")] = None,
+    threads: Threads = 2,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which the engine is stopped.", min=1)] = 7200,
+) -> None:
+    """Answer the evaluation set with a conversion and measure how far it is from PyTorch."""
+    from hf2mnn.evaluate.run import evaluate as run
+
+    run(reference, onnx, out, bundle, threads, time_limit)
+
+
+@app.command(
+    epilog=_example(
+        "hf2mnn compare shapes-vl results/shapes-vl --config config.yaml --out results/shapes-vl/summary.csv"
+        " --page results/shapes-vl/report.html"
+    )
+)
+def compare(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    folder: Annotated[Path, typer.Argument(help="The model's results, with reference/ and eval/.")],
+    rows: Annotated[str, typer.Option(help="Rows in order, JSON: name, required, gates.")],
+    out: Annotated[Path, typer.Option("--out", help="The table to write, csv.")],
+    page: Annotated[Path, typer.Option(help="The page to write, HTML.")],
+) -> None:
+    """Put all conversions of a model in one table, with a verdict against the gates."""
+    from hf2mnn.report.compare import RowSpec
+    from hf2mnn.report.compare import compare as run
+
+    specs = [RowSpec(row["name"], folder / "eval" / row["name"], row["required"], row["gates"]) for row in json.loads(rows)]
+    run(model, folder / "reference", specs, out, page)
+
+
+@app.command(epilog=_example("hf2mnn summarize results/*/summary.csv --out results/summary.csv"))
+def summarize(
+    tables: Annotated[list[Path], typer.Argument(help="The models' summary.csv.")],
+    out: Annotated[Path, typer.Option("--out", help="The joined table, csv.")],
+) -> None:
+    """Join the models' tables."""
+    from hf2mnn.report.compare import join_tables
+
+    join_tables(tables, out)
+
+
+@app.command(epilog=_example("hf2mnn table results/summary.csv"))
+def table(path: Annotated[Path, typer.Argument(help="A summary.csv.")]) -> None:
+    """Print a comparison, and say where the pages lie."""
+    from hf2mnn.report.compare import read_table
+    from hf2mnn.report.console import print_table
+
+    frame = read_table(path)
+    print_table(frame)
+    for model in frame["model"].unique():
+        page = path.parent / model / "report.html"
+        if page.exists():
+            print(f"report: {page}")
+
+
+@app.command(epilog=_example("hf2mnn gates results/summary.csv --out results/gates.txt"))
+def gates(
+    path: Annotated[Path, typer.Argument(help="A summary.csv.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File to write when every required row keeps its gates.")] = None,
+) -> None:
+    """Fail where a required row misses a gate."""
+    from hf2mnn.files import whole_file
+    from hf2mnn.report.compare import missed_gates, read_table
+
+    frame = read_table(path)
+    missed = missed_gates(frame)
+    if missed:
+        raise GateError(f"{len(missed)} required of {len(frame)} rows miss their gates: {' | '.join(missed)}")
+    if out:
+        with whole_file(out) as partial:
+            partial.write_text(f"{int(frame['required'].sum())} required rows keep their gates\n")
+
+
+@app.command(
+    epilog=_example('hf2mnn ask results/shapes-vl/mnn/int4 --image cat.png "What is this?"')
+)
+def ask(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to ask about; give it again for more.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
+    threads: Annotated[int, typer.Option(help="Threads; 0 for the bundle's own number.", min=0)] = 0,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which the engine is stopped.", min=1)] = 600,
+    as_called: Annotated[bool, typer.Option("--as-called", help="Leave image size and positions to the engine.")] = False,
+) -> None:
+    """Ask a finished bundle something, in MNN's engine."""
+    from hf2mnn.mnn.ask import ask_bundle
+
+    print(ask_bundle(bundle, prompt, image or [], max_new_tokens, threads, time_limit, as_called))
+
+
+@app.command(epilog=_example("hf2mnn schema > workflow/schemas/config.schema.yaml"))
+def schema() -> None:
+    """Print the JSON schema of config.yaml, as YAML."""
+    import yaml
+
+    from hf2mnn.config import config_schema
+
+    print(yaml.safe_dump(config_schema(), sort_keys=False, allow_unicode=True, width=120), end="")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"hf2mnn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """Expected failures end with one line on stderr and exit code 1."""
+    try:
+        app()
+    except Hf2mnnError as error:
+        print(f"hf2mnn: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""config.yaml as data: what may stand in it, what it means, and what is refused before any job starts."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hf2mnn.errors import ConfigError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+RESERVED = ("pytorch", "onnxruntime", "float")
+"""Names of rows of the table and of folders that are not variants."""
+
+
+def _name(value: str) -> str:
+    if not NAME.fullmatch(value):
+        raise ValueError(f"{value!r} is not a name: use letters, digits, '.', '_' and '-', a letter or digit first")
+    return value
+
+
+def _block(value: int) -> int:
+    if value % 16:
+        raise ValueError(f"block {value} is not a multiple of 16, which the engine needs; use 32, 64 or 128, or 0")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16, 32]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Weights(_Strict):
+    """How the weights of the linear layers are stored."""
+
+    bits: Bits = Field(description="Bits a weight: 32 and 16 are float, 2 to 8 integers with a scale a block.")
+    block: Annotated[int, Field(ge=0), AfterValidator(_block)] = Field(
+        0, description="Input channels that share a scale, a multiple of 16; 0 for one scale an output channel."
+    )
+    symmetric: bool = Field(False, description="A scale only, no zero point: smaller and less exact.")
+    scale_bits: Literal[16, 32] = Field(16, description="Float type of scales and zero points.")
+    method: Literal["rtn", "hqq"] = Field("rtn", description="rtn rounds to nearest; hqq searches (about 19 times slower).")
+
+
+class Engine(_Strict):
+    """Settings that the bundle's config.json gives MNN's engine. Left out, they follow from the decoder's bits."""
+
+    precision: Literal["low", "normal", "high"] | None = Field(None, description="low computes in half floats where the CPU can.")
+    memory: Literal["low", "high"] | None = Field(None, description="low keeps weights packed and rounds activations to 8 bits.")
+    threads: int = Field(4, ge=1, description="Threads of the bundle on the device.")
+
+
+class Gates(_Strict):
+    """Bounds that a row of the table must keep; a bound left out is not checked."""
+
+    top1_agreement: float | None = Field(None, ge=0, le=1, description="At least this share of positions choose PyTorch's token.")
+    mean_kld: float | None = Field(None, ge=0, description="At most this mean KL divergence from PyTorch, in nats.")
+    greedy_match: float | None = Field(None, ge=0, le=1, description="At least this share of answers equal PyTorch's token for token.")
+    answers_lost: int | None = Field(None, ge=0, description="At most this many right answers fewer than PyTorch has.")
+    accuracy_lost: float | None = Field(None, ge=0, le=1, description="At most this much task accuracy below PyTorch's.")
+    vision_cosine: float | None = Field(None, ge=-1, le=1, description="At least this mean cosine of image embeddings.")
+
+
+class Variant(Weights):
+    """A bundle to make of each model."""
+
+    vision: Weights | None = Field(
+        None, description="The vision tower's weights; left out, the decoder's where it is float, else 8 bits a channel."
+    )
+    engine: Engine = Field(Engine(), description="Run-time settings.")
+    required: bool = Field(False, description="Whether the run fails where this variant misses a gate.")
+    gates: Gates = Field(Gates(), description="Bounds for this variant; each overrides the one under the top-level gates.")
+
+
+class Row(_Strict):
+    """A row of the table that is not a variant."""
+
+    required: bool = Field(True, description="Whether the run fails where this row misses a gate.")
+    gates: Gates = Field(
+        Gates(top1_agreement=0.999, mean_kld=1e-6, greedy_match=0.99, answers_lost=1, vision_cosine=0.9999),
+        description="Bounds for this row.",
+    )
+
+
+class Source(_Strict):
+    """Where a checkpoint comes from: either a folder here, or a repository of the Hugging Face hub."""
+
+    path: str | None = Field(None, description="Folder with config.json, relative to where Snakemake runs.")
+    repository: str | None = Field(None, description="owner/name on the hub.")
+    revision: str = Field("main", description="Commit (best), tag or branch of the repository.")
+
+    @model_validator(mode="after")
+    def _one(self) -> Source:
+        if (self.path is None) == (self.repository is None):
+            raise ValueError("give either path (a local folder) or repository (owner/name on the hub)")
+        return self
+
+
+class Model(_Strict):
+    """A checkpoint to convert."""
+
+    source: Source = Field(description="Where the checkpoint comes from.")
+    evaluation: str = Field("models/shapes-vl/evaluation", description="Folder with examples.jsonl and its pictures.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest greedy answer in the evaluation.")
+    variants: list[Name] | None = Field(None, description="Variants to make of this model; left out, all.")
+
+
+class Config(_Strict):
+    """hf2mnn: which models become which bundles, and what those must keep."""
+
+    models: dict[Name, Model] = Field(min_length=1, description="Checkpoints by the name their results will have.")
+    variants: dict[Name, Variant] = Field(min_length=1, description="Bundles to make, by the name they will have.")
+    gates: Gates = Field(Gates(), description="Bounds for every variant.")
+    onnxruntime: Row = Field(Row(), description="The ONNX graphs in ONNX Runtime, a row of the table as well.")
+    threads: int = Field(2, ge=1, description="Threads of a job that computes; Snakemake lowers it to --cores.")
+    time_limit: int = Field(7200, ge=1, description="Seconds after which an evaluation in the engine is stopped.")
+
+    @model_validator(mode="after")
+    def _known(self) -> Config:
+        for name in self.variants:
+            if name in RESERVED:
+                raise ValueError(f"variants.{name}: this name is taken by a row of the table; choose another")
+        for model, described in self.models.items():
+            for name in described.variants or []:
+                if name not in self.variants:
+                    raise ValueError(f"models.{model}.variants: there is no variant {name}; there are {', '.join(self.variants)}")
+        return self
+
+    def variants_of(self, model: str) -> list[str]:
+        return self.models[model].variants or list(self.variants)
+
+    def decoder_weights(self, variant: str) -> Weights:
+        return self.variants[variant]
+
+    def vision_weights(self, variant: str) -> Weights:
+        chosen = self.variants[variant]
+        return chosen.vision or Weights(bits=chosen.bits if chosen.bits >= 16 else 8)
+
+    def engine(self, variant: str) -> Engine:
+        """With float weights the engine computes in float32, to be as exact as it can; with packed ones as on a phone."""
+        chosen = self.variants[variant]
+        setting = "high" if chosen.bits >= 16 else "low"
+        engine = chosen.engine
+        return Engine(
+            precision=engine.precision or setting, memory=engine.memory or setting, threads=engine.threads
+        )
+
+    def row_gates(self, row: str) -> dict[str, float]:
+        """Bounds of a row of the table: its own over the general ones."""
+        if row == "onnxruntime":
+            return self.onnxruntime.gates.model_dump(exclude_none=True)
+        own = self.variants[row].gates.model_dump(exclude_none=True)
+        return {**self.gates.model_dump(exclude_none=True), **own}
+
+    def required(self, row: str) -> bool:
+        return self.onnxruntime.required if row == "onnxruntime" else self.variants[row].required
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first error as one sentence with the path of its key."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    what = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        what = "there is no such key; see docs/configuration.md for those there are"
+    elif first["type"] == "missing":
+        what = "this key is missing"
+    elif first["type"] == "literal_error":
+        what = f"{first['input']!r} is not one of {first['ctx']['expected']}"
+    elif "input" in first and isinstance(first["input"], str | int | float) and not what.startswith(repr(first["input"])):
+        what = f"{what[0].lower()}{what[1:]}, not {first['input']!r}"
+    return f"config: {where + ': ' if where else ''}{what}"
+
+
+def parse_config(content: Any) -> Config:
+    """Check a mapping against the schema and against what can be seen of local checkpoints.
+
+    Raises:
+        ConfigError: one sentence with the path of the key.
+    """
+    try:
+        config = Config.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+    for model, described in config.models.items():
+        _check_blocks(config, model, described)
+    return config
+
+
+def _check_blocks(config: Config, model: str, described: Model) -> None:
+    """A block must divide the inputs of every linear layer; a local checkpoint says now what those are."""
+    path = Path(described.source.path or "", "config.json")
+    if described.source.path is None or not path.is_file():
+        return
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError:
+        return  # the source stage says so, in its own words
+    text, vision = stored.get("text_config") or stored, stored.get("vision_config") or {}
+    embed = vision.get("embed_dim") or 0
+    inputs = {
+        "decoder": [text.get("hidden_size") or 0, text.get("intermediate_size") or 0],
+        "vision": [embed, int(embed * (vision.get("mlp_ratio") or 4))],
+    }
+    for variant in config.variants_of(model):
+        for part, weights in (("decoder", config.decoder_weights(variant)), ("vision", config.vision_weights(variant))):
+            for size in inputs[part]:
+                if weights.bits < 16 and weights.block and size % weights.block:
+                    key = f"variants.{variant}.{'vision.' if part == 'vision' else ''}block"
+                    raise ConfigError(
+                        f"config: {key}: {weights.block} does not divide the {size} inputs of a {part} layer of {model};"
+                        " the converter would silently fall back to one scale a channel"
+                    )
+
+
+def load_config(path: Path) -> Config:
+    """Raises ConfigError where the file is missing, is no YAML, or is refused by `parse_config`."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config: {path} cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
+    return parse_config(content)
+
+
+def parse_json(kind: type[BaseModel], text: str, option: str) -> dict[str, Any]:
+    """A command line option that holds one of the blocks above as JSON, with its defaults filled in.
+
+    Raises:
+        ConfigError: naming the option and the key.
+    """
+    try:
+        return kind.model_validate_json(text).model_dump()
+    except ValidationError as error:
+        raise ConfigError(_sentence(error).replace("config:", f"{option}:", 1)) from None
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON schema of config.yaml, for editors and for docs."""
+    return Config.model_json_schema()

@@ -1,0 +1,43 @@
+"""Expected failures. Each is one sentence for a person: what happened, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class Hf2mnnError(Exception):
+    """Base of every failure that is the input's or the machine's fault, not a bug. The CLI prints it bare, exit code 1."""
+
+
+class ConfigError(Hf2mnnError):
+    """config.yaml asks for something that cannot be."""
+
+
+class SourceError(Hf2mnnError):
+    """A checkpoint is missing, incomplete, or of a kind that is not converted."""
+
+
+class EvaluationSetError(Hf2mnnError):
+    """An evaluation set cannot be read: bad record, picture that is not one, missing file."""
+
+
+class ExportError(Hf2mnnError):
+    """The ONNX graph could not be made, or is not what it must be."""
+
+
+class ConversionError(Hf2mnnError):
+    """MNN's converter failed, or wrote something other than what was asked (it prints success either way)."""
+
+
+class BundleError(Hf2mnnError):
+    """A bundle is missing, incomplete, or changed since it was made."""
+
+
+class EngineError(Hf2mnnError):
+    """MNN's engine crashed, hung, refused the bundle, or answered garbage."""
+
+
+class ManifestError(Hf2mnnError):
+    """Files of a stage are not the ones that its manifest vouches for."""
+
+
+class GateError(Hf2mnnError):
+    """A required variant missed a gate."""

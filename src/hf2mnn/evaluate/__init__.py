@@ -1,0 +1,1 @@
+"""How far a conversion's answers are from PyTorch's, in the runtime that will give them."""

@@ -1,0 +1,29 @@
+"""Run the evaluation set through the exported graphs in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from hf2mnn.evaluate.answers import Answer, Outcome
+from hf2mnn.onnx.session import OnnxModel
+from hf2mnn.reference.golden import Golden
+
+
+def run_onnxruntime(onnx_folder: Path, golden: Golden, max_new_tokens: int, threads: int) -> Outcome:
+    """Teacher-forced logits by cached decode, token by token, then the greedy answer from the same prefill."""
+    model, outcome = OnnxModel(onnx_folder, threads), Outcome()
+    pictures = {name: golden.picture(name) for name in golden.picture_names()}
+    for name, picture in pictures.items():
+        outcome.embeds[name] = model.see((picture.pixel_values, picture.grid_thw))
+    for example in tqdm(golden.examples(), desc="ONNX Runtime", total=len(golden.records), unit="example", mininterval=5):
+        cache = model.new_cache()
+        fed = [(pictures[name].pixel_values, pictures[name].grid_thw) for name in example.pictures]
+        first = model.prefill(cache, example.input_ids, fed)
+        rows = [first] + [model.prefill(cache, example.answer_ids[i : i + 1]) for i in range(len(example.answer_ids) - 1)]
+        cache.truncate(len(example.input_ids))
+        greedy = model.greedy(cache, first[-1], max_new_tokens)
+        outcome.answers[example.id] = Answer(np.concatenate(rows), greedy)
+    return outcome

@@ -1,0 +1,89 @@
+"""The `evaluate` stage: one conversion's answers to the evaluation set, in the runtime that will run it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from hf2mnn.evaluate.answers import Answer, Outcome
+from hf2mnn.evaluate.onnxruntime import run_onnxruntime
+from hf2mnn.evaluate.score import score
+from hf2mnn.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.mnn.engine import check_bundle, run_worker
+from hf2mnn.reference.golden import Golden
+from hf2mnn.reference.prompts import Prompter
+
+SUMMARY, ANSWERS, POSITIONS, PICTURES, LOGITS = (
+    "summary.json",
+    "answers.parquet",
+    "metrics.parquet",
+    "pictures.parquet",
+    "logits.safetensors",
+)
+IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def _run_engine(bundle: Path, golden: Golden, max_new_tokens: int, threads: int, time_limit: float) -> Outcome:
+    with tempfile.TemporaryDirectory(prefix="hf2mnn-eval-") as folder:
+        result, called = Path(folder, "result.safetensors"), Path(folder, "called.json")
+        job = {
+            "bundle": str(check_bundle(bundle)),
+            "reference": str(golden.folder.resolve()),
+            "result": str(result),
+            "called": str(called),
+            "max_new_tokens": max_new_tokens,
+            "threads": threads,
+            "image_text": IMAGE_TEXT,
+        }
+        run_worker("evaluate", job, time_limit)
+        as_called, outcome = json.loads(called.read_text()), Outcome()
+        with safe_open(result, "np") as tensors:
+            for record in golden.records:
+                name = f"examples/{record['id']}"
+                greedy = tensors.get_tensor(f"{name}/greedy_ids").tolist()
+                outcome.answers[record["id"]] = Answer(tensors.get_tensor(f"{name}/logits"), greedy, as_called[record["id"]])
+            for name in golden.picture_names():
+                outcome.embeds[name] = tensors.get_tensor(f"pictures/{name}/embeds")
+    return outcome
+
+
+def evaluate(
+    reference: Path, onnx_folder: Path, destination: Path, bundle: Path | None, threads: int, time_limit: float
+) -> Path:
+    """Evaluate `bundle` in MNN's engine, or, where it is None, the ONNX graphs in ONNX Runtime.
+
+    Raises:
+        ManifestError: an input is not what its manifest says.
+        BundleError, EngineError: the bundle is not whole, or the engine failed on it.
+    """
+    inputs = {"reference": Manifest.load(reference), "onnx": Manifest.load(onnx_folder)}
+    if bundle is not None:
+        inputs["bundle"] = Manifest.load(bundle)
+    for upstream in inputs.values():
+        upstream.verify()
+    golden = Golden(reference)
+    limit = inputs["reference"].settings["max_new_tokens"]
+    facts = json.loads((onnx_folder / "model.json").read_text())
+    tools = tool_versions("MNN" if bundle else "onnxruntime", "numpy")
+    manifest = Manifest("evaluate", {name: m.digest() for name, m in inputs.items()}, {"threads": threads}, tools)
+    with stage_folder(destination, manifest) as folder:
+        if bundle is None:
+            outcome, measured = run_onnxruntime(onnx_folder, golden, limit, threads), onnx_folder
+        else:
+            outcome, measured = _run_engine(bundle, golden, limit, threads, time_limit), bundle
+        scores = score(golden, outcome, Prompter(onnx_folder, facts))
+        scores.positions.to_parquet(folder / POSITIONS, index=False)
+        scores.answers.to_parquet(folder / ANSWERS, index=False)
+        scores.pictures.to_parquet(folder / PICTURES, index=False)
+        save_file({name: answer.logits.astype(np.float32) for name, answer in outcome.answers.items()}, folder / LOGITS)
+        size = sum(entry["size"] for entry in inputs["onnx" if bundle is None else "bundle"].outputs.values())
+        summary = {**scores.summary, "bytes": size, "positions": len(scores.positions), "examples": len(scores.answers)}
+        summary["labelled"] = int(scores.answers["expected"].notna().sum())
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+        manifest.results = {"measured": measured.name, **summary}
+    return destination

@@ -1,0 +1,112 @@
+"""The paper that goes with each stage's folder: what came out, of what, by which tools and settings.
+
+A stage reads its inputs through `Manifest.load(folder).verify()`; it trusts the manifest, not the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hf2mnn import __version__
+from hf2mnn.errors import ManifestError
+from hf2mnn.files import sha256, whole_file, whole_folder
+
+NAME = "manifest.json"
+
+
+def tool_versions(*packages: str) -> dict[str, str]:
+    """Installed versions of the packages that shape a stage's result."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@dataclass
+class Manifest:
+    """`inputs` maps a name to the sha256 of that input's own manifest or file; `outputs` maps each file of the folder
+    to its size in bytes and its sha256; `seconds` and `peak_rss_mb` are what the stage took."""
+
+    stage: str
+    inputs: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    tools: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_rss_mb: float = 0.0
+    hf2mnn: str = __version__
+    folder: Path | None = None
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read `folder`/manifest.json.
+
+        Raises:
+            ManifestError: there is none, or it is not a manifest.
+        """
+        path = Path(folder) / NAME
+        try:
+            stored = json.loads(path.read_text())
+            return cls(**stored, folder=Path(folder))
+        except FileNotFoundError:
+            raise ManifestError(f"{folder} has no {NAME}: the stage that makes it has not finished; run it first") from None
+        except (ValueError, TypeError) as error:
+            raise ManifestError(f"{path} is not a manifest ({error}); delete {folder} and make it again") from None
+
+    def verify(self) -> Path:
+        """The folder, once every file that the manifest names is there with its size and sha256.
+
+        Raises:
+            ManifestError: naming the first file that is missing or was changed.
+        """
+        for name, expected in sorted(self.outputs.items()):
+            path = self.folder / name
+            if not path.is_file():
+                raise ManifestError(f"{path} is missing though {NAME} names it; delete {self.folder} and make it again")
+            size = path.stat().st_size
+            if size != expected["size"] or sha256(path) != expected["sha256"]:
+                raise ManifestError(
+                    f"{path} is not the file that was made ({size} bytes, {NAME} says {expected['size']}, or another"
+                    f" sha256); delete {self.folder} and make it again"
+                )
+        return self.folder
+
+    def digest(self) -> str:
+        """sha256 of the manifest file: names this folder's contents in the manifests of what is made from it."""
+        return sha256(self.folder / NAME)
+
+    def save(self, folder: Path) -> None:
+        """Hash every file under `folder` and write the manifest there."""
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME)
+        self.outputs = {
+            p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files
+        }
+        stored = asdict(self)
+        del stored["folder"]
+        with whole_file(folder / NAME) as path:
+            path.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+
+
+@contextmanager
+def stage_folder(destination: Path, manifest: Manifest) -> Iterator[Path]:
+    """A folder for a stage's files; when the block ends, `manifest` is written into it and it takes its name."""
+    started = time.monotonic()
+    with whole_folder(destination) as folder:
+        yield folder
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        manifest.seconds = round(time.monotonic() - started, 2)
+        manifest.peak_rss_mb = round(max(own, children) / 1024, 1)
+        manifest.save(folder)

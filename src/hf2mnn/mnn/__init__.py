@@ -1,0 +1,1 @@
+"""Writing and running what MNN reads: its tokenizer file, its graphs, its bundle."""

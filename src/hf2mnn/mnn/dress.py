@@ -1,0 +1,56 @@
+"""Put the portable graphs into the form that MNN's LLM engine looks for: its tensor names and its layout.
+
+Only names and two reshaping nodes change; the weights stay in the ONNX graph's own data file, linked, not copied.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+
+def _link_data(source: Path, destination: Path) -> None:
+    """The graph names its data file relative to itself."""
+    data = source.with_name(f"{source.name}.data")
+    os.symlink(data.resolve(), destination.with_name(data.name))
+
+
+def _rename(model: onnx.ModelProto, old: str, new: str) -> None:
+    for node in model.graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+        node.output[:] = [new if name == old else name for name in node.output]
+
+
+def dress_decoder(source: Path, destination: Path) -> None:
+    """`inputs_embeds` [1, tokens, hidden] becomes `input_ids` [tokens, 1, hidden], as `llm.cpp` feeds it.
+
+    `presents` is no output any more: the engine keeps the cache itself, and once every attention is fused nothing
+    else reads `past_key_values`, so that input goes too. Where it stays, an attention was not fused.
+    """
+    model = onnx.load(source, load_external_data=False)
+    embeds = next(value for value in model.graph.input if value.name == "inputs_embeds")
+    dims = embeds.type.tensor_type.shape.dim
+    shape = [dims[1].dim_param, 1, dims[2].dim_value]
+    embeds.CopyFrom(helper.make_tensor_value_info("input_ids", onnx.TensorProto.FLOAT, shape))
+    del model.graph.output[[value.name for value in model.graph.output].index("presents")]
+    model.graph.node.insert(0, helper.make_node("Transpose", ["input_ids"], ["inputs_embeds"], perm=[1, 0, 2]))
+    _link_data(source, destination)
+    onnx.save(model, destination)
+
+
+def dress_vision(source: Path, destination: Path) -> None:
+    """`image_embeds` [image tokens, hidden] becomes [image tokens, 1, hidden], as `omni.cpp` joins it with text."""
+    model = onnx.load(source, load_external_data=False)
+    output = model.graph.output[0]
+    dims = output.type.tensor_type.shape.dim
+    shape = [dims[0].dim_param, 1, dims[1].dim_value]
+    _rename(model, "image_embeds", "image_embeds_flat")
+    output.CopyFrom(helper.make_tensor_value_info("image_embeds", onnx.TensorProto.FLOAT, shape))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "image_embeds_axis"))
+    model.graph.node.append(helper.make_node("Unsqueeze", ["image_embeds_flat", "image_embeds_axis"], ["image_embeds"]))
+    _link_data(source, destination)
+    onnx.save(model, destination)

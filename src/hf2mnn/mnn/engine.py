@@ -1,0 +1,80 @@
+"""MNN's engine, kept at arm's length: a child process with a time limit and a working directory of its own.
+
+The engine is native code that ends the process on many mistakes, answers "loaded" for bundles that are not whole,
+and leaves by a segmentation fault even after all went well. A crash becomes one `EngineError`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hf2mnn.errors import BundleError, EngineError
+from hf2mnn.mnn.bundle import CONFIG, MODEL_CONFIG
+
+WORKER = "hf2mnn.mnn.engine_worker"
+NOISE = ("The device supports", "Warning: module need new clone")
+
+
+def check_bundle(bundle: Path) -> Path:
+    """The folder as an absolute path, once every file that its configs name is there and not empty.
+
+    The engine checks only three of them and talks nonsense without the others.
+
+    Raises:
+        BundleError: naming the file.
+    """
+    bundle = Path(bundle).resolve()
+    if not bundle.is_dir():
+        raise BundleError(f"there is no bundle {bundle}: give the folder that holds {CONFIG} and llm.mnn")
+    for name in (CONFIG, MODEL_CONFIG):
+        try:
+            content = json.loads((bundle / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise BundleError(f"{bundle} is not a bundle: its {name} is missing or no JSON") from None
+        if name == CONFIG:
+            config = content
+    named = [config.get(key) for key in ("llm_model", "llm_weight", "tokenizer_file", "embedding_file", "visual_model")]
+    for name in [name for name in named if name] + [f"{config['visual_model']}.weight"] * ("visual_model" in config):
+        path = bundle / name
+        if not path.is_file() or path.stat().st_size == 0:
+            raise BundleError(f"{path} is missing or empty though {CONFIG} needs it; make the bundle again")
+    return bundle
+
+
+def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
+    """Run `task` of the worker with `arguments` (paths absolute); it writes its results where they say.
+
+    Raises:
+        EngineError: it crashed, hung, or said what is wrong; with the engine's last words.
+    """
+    with tempfile.TemporaryDirectory(prefix="hf2mnn-engine-") as folder:
+        job, said = Path(folder, "job.json"), Path(folder, "said.txt")
+        job.write_text(json.dumps({"task": task, **arguments}))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        with said.open("wb") as output:
+            try:
+                # Progress goes to our own stderr; what the engine prints is kept for the case that it dies.
+                done = subprocess.run(
+                    [sys.executable, "-m", WORKER, str(job)],
+                    cwd=folder,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    timeout=time_limit,
+                )
+            except subprocess.TimeoutExpired:
+                raise EngineError(f"MNN's engine was stopped after {time_limit:.0f} s ({task}); see --time-limit") from None
+        lines = [line.strip() for line in said.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in lines if not line.startswith(NOISE)]
+    if done.returncode != 0:
+        refused = [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]
+        if refused:
+            raise EngineError(refused[-1])
+        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        raise EngineError(f"MNN's engine died ({how}) during {task}; its last words: {' / '.join(lines[-3:]) or 'none'}")

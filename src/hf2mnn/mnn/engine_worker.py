@@ -1,0 +1,242 @@
+"""The child process that holds MNN's engine. Started by `hf2mnn.mnn.engine`, never imported elsewhere.
+
+    python -m hf2mnn.mnn.engine_worker job.json
+
+Right positions: engine 3.6.1 counts a picture's tokens instead of its rows and columns when it goes on after one
+(facts: Omni::gen_position_ids and MropeInfo). So the prompt is fed in segments, cut before each vision_start and
+before each vision_end, and before each the position counter of the engine's context is set to what it must be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import MNN.expr
+import MNN.llm
+import MNN.nn
+import numpy as np
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from hf2mnn.families import family_named
+from hf2mnn.reference.golden import Golden, GoldenExample
+
+# A missing or foreign weight file gives finite garbage of about -3.4e38, which no NaN check sees.
+GARBAGE = 1e30
+LEVELS = {"normal": 0, "high": 1, "low": 2}
+"""BackendConfig's enumerations of precision and memory, which the module API takes as integers."""
+
+
+class Refused(Exception):
+    """What is wrong, in a sentence for the user."""
+
+
+def picture_input(rgb: np.ndarray) -> dict[str, Any]:
+    """A picture as the engine takes it: BGR, height by width by channel, with the size it is to be seen at."""
+    height, width, _ = rgb.shape
+    bgr = np.ascontiguousarray(rgb[:, :, ::-1])
+    data = MNN.expr.const(bgr, list(bgr.shape), MNN.expr.NHWC, MNN.expr.uint8)
+    return {"data": data, "height": height, "width": width}
+
+
+class Engine:
+    """One loaded bundle."""
+
+    def __init__(self, bundle: Path, threads: int) -> None:
+        """`threads` 0 keeps the bundle's own number.
+
+        Raises:
+            Refused: the engine does not load it.
+        """
+        self.llm = MNN.llm.create(str(bundle / "config.json"))
+        self.native = self.llm._c_obj
+        self.model = json.loads((bundle / "llm_config.json").read_text())["hf2mnn"]
+        self.family = family_named(self.model["model_type"], bundle)
+        if threads:
+            self.llm.set_config({"thread_num": threads, "mllm": {**vision_settings(bundle), "thread_num": threads}})
+        # The wrapper's own load() gives None whatever happened.
+        if not self.native.load():
+            raise Refused(f"MNN's engine does not load {bundle}: its files are not whole or not for this engine")
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """float32 [vocabulary] after `ids`, which join the engine's cache."""
+        row = np.array(self.llm.forward(ids).read(), np.float32).reshape(-1)
+        if not np.isfinite(row).all() or np.abs(row).max() > GARBAGE:
+            raise Refused("the bundle answers garbage (logits beyond 1e30 or not finite): a weight file is not its own")
+        return row
+
+    def move(self, position: int) -> None:
+        """The next forward is a prefill that starts at `position`."""
+        self.llm.context.update(all_seq_len=position, gen_seq_len=0)
+
+    def text(self, ids: list[int], position: int) -> np.ndarray:
+        # Encoding an empty prompt makes the engine forget a picture's positions; then it counts on from the context.
+        self.llm.tokenizer_encode("")
+        self.move(position)
+        return self.logits(ids)
+
+    def prefill(self, ids: list[int], positions: np.ndarray, pictures: list[np.ndarray]) -> np.ndarray:
+        """Logits [vocabulary] after a prompt, every token at its right position [rows, tokens].
+
+        `pictures` are uint8 RGB, already of the size that the checkpoint's processor would make them.
+        """
+        self.llm.reset()
+        start, left = 0, iter(pictures)
+        for begin, end in image_runs(ids, self.model["image_token_id"]):
+            # Text up to the token before the picture (vision_start), then that token with the picture.
+            if begin - 1 > start:
+                self.text(ids[start : begin - 1], int(positions[0, start]))
+            coded = self.llm.tokenizer_encode({"text": "<img>image_0</img>", "images": [picture_input(next(left))]})
+            if coded != ids[begin - 1 : end + 1]:
+                raise Refused(
+                    f"the engine makes {len(coded) - 2} image tokens where transformers makes {end - begin}:"
+                    " patch size, merge size or vision ids of the bundle are not the checkpoint's"
+                )
+            self.move(int(positions[0, begin - 1]))
+            # A prompt may not end in a picture (Omni::embedding then repeats the tokens before it), so vision_end goes
+            # along, at a wrong position, and is taken back.
+            self.logits(coded)
+            self.native.erase_history(self.native.get_current_history() - 1, 0)
+            start = end
+        return self.text(ids[start:], int(positions[0, start]))
+
+    def greedy(self, row: np.ndarray, limit: int) -> list[int]:
+        """The answer that begins with the best token of `row`, decoded with the engine's cache, stop id included."""
+        answer = [int(row.argmax())]
+        while answer[-1] not in self.model["stop_ids"] and len(answer) < limit:
+            answer.append(int(self.logits(answer[-1:]).argmax()))
+        return answer
+
+    def judge(self, example: GoldenExample, pictures: list[np.ndarray], limit: int) -> tuple[np.ndarray, list[int]]:
+        """Teacher-forced logits [m, vocabulary] and the greedy answer, both by cached decode with right positions."""
+        wanted = example.answer_ids.tolist()
+        rows = [self.prefill(example.input_ids.tolist(), example.position_ids, pictures)]
+        rows += [self.logits([token]) for token in wanted[:-1]]
+        chosen = [int(row.argmax()) for row in rows]
+        same = next((i for i, (ours, theirs) in enumerate(zip(chosen, wanted, strict=True)) if ours != theirs), None)
+        if same is None:
+            return np.stack(rows), chosen
+        # From the first other token on the answer is the engine's own: take the cache back to there and decode on.
+        kept = len(example.input_ids) + same
+        if kept < self.native.get_current_history():
+            self.native.erase_history(kept, 0)
+        self.llm.context.update(all_seq_len=int(example.position_ids.max()) + 1 + same)
+        return np.stack(rows), chosen[:same] + self.greedy(rows[same], limit - same)
+
+    def as_called(self, prompt: str, pictures: list[np.ndarray], limit: int) -> list[int]:
+        """Greedy answer by the engine's own image processing and positions: what `response` gives a caller."""
+        self.llm.reset()
+        self.llm.generate_init()
+        ids = self.llm.tokenizer_encode({"text": prompt, "images": [picture_input(rgb) for rgb in pictures]})
+        return [int(token) for token in self.native.generate(ids, limit)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of an answer; the engine's binding raises on a token that is only a part of a character."""
+        pieces = []
+        for token in ids:
+            try:
+                pieces.append(self.llm.tokenizer_decode(token).encode())
+            except UnicodeDecodeError as error:
+                pieces.append(error.object)
+        return b"".join(pieces).decode(errors="replace").strip()
+
+
+def vision_settings(bundle: Path) -> dict[str, Any]:
+    return json.loads((bundle / "config.json").read_text()).get("mllm", {})
+
+
+def image_runs(ids: list[int], image: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of each run of image tokens."""
+    begin = None
+    for index, token in enumerate([*ids, -1]):
+        if token == image and begin is None:
+            begin = index
+        elif token != image and begin is not None:
+            yield begin, index
+            begin = None
+
+
+def tag_pictures(prompt: str, image_text: str) -> str:
+    """The template's picture (start, pad, end) as the tag that the engine looks for, numbered in order."""
+    parts = prompt.split(image_text)
+    return parts[0] + "".join(f"<img>image_{i}</img>{part}" for i, part in enumerate(parts[1:]))
+
+
+def vision_embeds(bundle: Path, engine: Engine, golden: Golden, threads: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Each picture's embeddings [image tokens, hidden]: transformers' own pixels, the bundle's vision tower."""
+    chosen = vision_settings(bundle)
+    settings = {
+        "backend": 0,
+        "numThread": threads or chosen.get("thread_num", 4),
+        "precision": LEVELS[chosen.get("precision", "normal")],
+        "memory": LEVELS[chosen.get("memory", "normal")],
+    }
+    runtime, module = MNN.nn.create_runtime_manager((settings,)), None
+    kinds = {"float32": MNN.expr.float, "int32": MNN.expr.int}
+    for name in golden.picture_names():
+        picture = golden.picture(name)
+        inputs = engine.family.vision_inputs(picture.pixel_values, picture.grid_thw, engine.model["merge_size"])
+        if module is None:
+            path = str(bundle / "visual.mnn")
+            module = MNN.nn.load_module_from_file(path, list(inputs), ["image_embeds"], runtime_manager=runtime)
+        fed = [MNN.expr.const(a, list(a.shape), MNN.expr.NCHW, kinds[a.dtype.name]) for a in inputs.values()]
+        seen = np.array(module.onForward(fed)[0].read(), np.float32)
+        yield name, seen.reshape(-1, seen.shape[-1])
+
+
+def evaluate(job: dict[str, Any]) -> None:
+    """Everything about one bundle into job["result"] (safetensors) and job["called"] (JSON, ids by example)."""
+    bundle, golden, limit = Path(job["bundle"]), Golden(Path(job["reference"])), job["max_new_tokens"]
+    engine = Engine(bundle, job["threads"])
+    tensors, called = {}, {}
+    for example in tqdm(golden.examples(), desc="MNN", total=len(golden.records), unit="example", mininterval=5):
+        pictures = [golden.picture(name) for name in example.pictures]
+        rows, greedy = engine.judge(example, [picture.resized for picture in pictures], limit)
+        tensors[f"examples/{example.id}/logits"] = rows
+        tensors[f"examples/{example.id}/greedy_ids"] = np.array(greedy, np.int64)
+        prompt = tag_pictures(example.prompt, job["image_text"])
+        called[example.id] = engine.as_called(prompt, [picture.original for picture in pictures], limit)
+    for name, embeds in vision_embeds(bundle, engine, golden, job["threads"]):
+        tensors[f"pictures/{name}/embeds"] = embeds
+    save_file(tensors, job["result"])
+    Path(job["called"]).write_text(json.dumps(called))
+
+
+def ask(job: dict[str, Any]) -> None:
+    """One prompt; the answer's text into job["result"] (JSON)."""
+    engine, limit = Engine(Path(job["bundle"]), job["threads"]), job["max_new_tokens"]
+    pictures = [np.load(path) for path in job["pictures"]]
+    tags = "".join(f"<img>image_{index}</img>" for index in range(len(pictures)))
+    prompt = engine.native.apply_chat_template(tags + job["prompt"])
+    if job["as_called"]:
+        answer = engine.as_called(prompt, pictures, limit)
+    else:
+        patch, merge = engine.model["patch_size"], engine.model["merge_size"]
+        ids = engine.llm.tokenizer_encode({"text": prompt, "images": [picture_input(rgb) for rgb in pictures]})
+        grids = [np.array([1, rgb.shape[0] // patch, rgb.shape[1] // patch]) for rgb in pictures]
+        positions = engine.family.position_ids(np.array(ids), grids, engine.model["image_token_id"], merge)
+        answer = engine.greedy(engine.prefill(ids, positions, pictures), limit)
+    Path(job["result"]).write_text(json.dumps({"text": engine.decode(answer)}))
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    code = 0
+    try:
+        {"evaluate": evaluate, "ask": ask}[job["task"]](job)
+    except Refused as error:
+        print(f"refused: {error}")
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The engine's destructors end in a segmentation fault; everything is written, so leave without them.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The `mnn` and `quantize` stages: bundles by MNN's own converter, each with its manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf2mnn.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.mnn.bundle import TOOLS, EngineSettings, describe, make_float_bundle, make_variant
+from hf2mnn.mnn.convert import WeightFormat
+
+
+def convert_float(onnx_folder: Path, destination: Path) -> Path:
+    """ONNX to a float32 bundle, every attention fused, proved.
+
+    Raises:
+        ManifestError: the ONNX folder is not what its manifest says.
+        ConversionError: the converter failed, or wrote something other than it was asked for.
+    """
+    upstream = Manifest.load(onnx_folder)
+    upstream.verify()
+    settings = describe(WeightFormat(), WeightFormat(), EngineSettings())
+    manifest = Manifest("mnn", {"onnx": upstream.digest()}, settings, tool_versions(*TOOLS))
+    with stage_folder(destination, manifest) as folder:
+        make_float_bundle(onnx_folder, folder, EngineSettings())
+    return destination
+
+
+def quantize(
+    onnx_folder: Path,
+    float_bundle: Path,
+    destination: Path,
+    decoder: WeightFormat,
+    vision: WeightFormat,
+    engine: EngineSettings,
+) -> Path:
+    """A variant of the float bundle. Raises as `convert_float` does."""
+    inputs = {"onnx": Manifest.load(onnx_folder), "float": Manifest.load(float_bundle)}
+    for upstream in inputs.values():
+        upstream.verify()
+    digests = {name: upstream.digest() for name, upstream in inputs.items()}
+    manifest = Manifest("quantize", digests, describe(decoder, vision, engine), tool_versions(*TOOLS))
+    with stage_folder(destination, manifest) as folder:
+        make_variant(onnx_folder, float_bundle, folder, decoder, vision, engine)
+    return destination

@@ -1,0 +1,363 @@
+"""A Hugging Face fast tokenizer as `tokenizer.mtok`, the file that MNN's LLM engine reads.
+
+The layout is the one of MNN 3.6.1: `docs/transformers/tokenizer.md` in MNN's repository, and where that is silent the
+engine's reader, `PipelineTokenizer::load_vocab_binary`. A text header (`430 4`; how many special, stop and prefix ids;
+the ids) is followed by a little-endian body: normalizer, pre-tokenizer, model, decoder, added tokens, chat template,
+end-of-text token, flags, begin-of-text token. A string is a u16 byte count and UTF-8.
+
+What is written is what Qwen2-VL needs: byte-level BPE, split by a pattern, normalized by NFC or not at all. Everything
+else is refused by name rather than written as something that tokenizes differently.
+
+The engine has no NFC. Its normalization table works on single code points, cannot compose, and turns the joiner of
+emoji sequences and most control characters into spaces. So NFC becomes a sequence of string replacements, which the
+engine does run: canonical singletons first, then base and mark to composed character, shorter compositions before
+longer ones. Conjoining Hangul jamo are in it too.
+
+Measured against transformers with the engine of the 3.6.1 wheel, ids are equal for English, Chinese, digits,
+punctuation, white space, emoji, special tokens within text, and composed or decomposed accents, and every
+character of Unicode 14 is split alike except as said here. They differ for
+
+* U+0001 to U+0003, which the engine's splitter takes for a letter, a number and white space;
+* U+0085, U+2028 and U+2029, which it does not take for white space;
+* letters and numbers that came with Unicode 15.1 or later, such as U+13853, which only one of the two knows;
+* U+017F after an apostrophe, which tokenizers takes for the `s` of a contraction;
+* marks that NFC would only put in another order, or compose across a mark that stays in between;
+* text after U+0000, which the Python binding drops.
+
+The replacements cost the engine 0.3 ms per short text, 2 ms per 10 kB of English and 95 ms per 10 kB of Korean.
+Merging takes it quadratic time within one piece of a split: 3300 Chinese characters without punctuation took 4 s, 9900
+took 33 s.
+
+Special tokens decode to nothing, which is what transformers does with `skip_special_tokens=True`. The engine's option
+`prompt_cache` counts decoded bytes and therefore must stay off. Added tokens that are not special decode to their text.
+A token that holds part of a character cannot be decoded alone through the Python binding (UnicodeDecodeError).
+
+The engine's Jinja renders the chat templates of Qwen2-VL as transformers does for messages whose content is a string
+(a message of the role `json` is parsed and replaced by what its content holds). Elsewhere it differs and does not say
+so: no `raw` and no `for ... else`; filters it does not know pass the value on (`default`, `join`, `first`, `last`,
+`selectattr`, `list`); `raise_exception` does nothing; no slices of strings, `//`, `**`, `loop.revindex`, escapes like
+\\x41, defaults of macro arguments, or `if` expression without `else`; True prints as `true`; the line of a comment
+stays as an empty line.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import struct
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import ByteLevel
+
+from hf2mnn.errors import SourceError
+
+MAGIC, PIPELINE = 430, 4
+NORMALIZER_NONE, NORMALIZER_REPLACE, NORMALIZER_SEQUENCE = 0, 3, 4
+SPLITTER_NONE, SPLITTER_BYTE_LEVEL, SPLITTER_PATTERN, SPLITTER_SEQUENCE = 0, 1, 4, 6
+SPLIT_BEHAVIOURS = {"Isolated": 0, "Removed": 1}
+MODEL_BPE = 0
+DECODER_BYTE_LEVEL = 0
+CLEAN_UP_SPACES = 1
+
+# The regular expressions that the engine's own matcher runs as tokenizers does. Not among them although it accepts
+# them: \d and \w (other sets of characters), \p{Lu} (read as \p{L}), lazy quantifiers (taken as greedy), characters
+# outside ASCII (matched by category), ^ and $ (taken literally), look-around but for (?!...).
+_ESCAPE = r"\\(?:[rntfvsS]|[pP]\{[LNMPS]\}|[^\sA-Za-z0-9])"
+_SUPPORTED_PATTERN = re.compile(
+    rf"(?:(?:{_ESCAPE}|\[\^?(?:{_ESCAPE}|[^\\\[\]&])+\]|\((?:\?:|\?i:|\?!|(?!\?))|\)|\||[^\\\[\]()|^$*+?{{}}])"
+    r"(?:(?:[*+?]|\{\d+(?:,\d*)?\})(?![*+?{]))?)+"
+)
+
+
+def write_tokenizer(checkpoint: Path, destination: Path) -> None:
+    """Write the tokenizer of a checkpoint folder as the file `destination`, whole or not at all, always the same bytes.
+
+    Reads `tokenizer.json`, `tokenizer_config.json`, the chat template (`chat_template.jinja`, `chat_template.json` or
+    the one in the configuration) and `generation_config.json`. Raises SourceError when the tokenizer, the chat template
+    or every end-of-text token is missing, and for a kind of tokenizer that is not written.
+    """
+    content = encode_tokenizer(checkpoint)
+    temporary = destination.with_name(f".{destination.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, destination)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def encode_tokenizer(checkpoint: Path) -> bytes:
+    """The bytes of `tokenizer.mtok`; reads and raises as `write_tokenizer` does."""
+    path = checkpoint / "tokenizer.json"
+    tokenizer = _read_json(path)
+    if tokenizer is None:
+        raise SourceError(f"{path} is missing; save the checkpoint with its fast tokenizer (tokenizer.json).")
+    config = _read_json(checkpoint / "tokenizer_config.json") or {}
+    try:
+        added = sorted(tokenizer.get("added_tokens") or [], key=lambda token: token["id"])
+        _refuse_post_processor(tokenizer.get("post_processor"), path)
+        body = [
+            _normalizer(tokenizer.get("normalizer"), path),
+            _pre_tokenizer(tokenizer.get("pre_tokenizer"), path),
+            _model(tokenizer, added, path),
+            _decoder(tokenizer.get("decoder"), path),
+            _added_tokens(added, path),
+        ]
+        special = [token["id"] for token in added if token["special"]]
+        stop = _stop_ids(checkpoint, config, _ids(tokenizer["model"]["vocab"], added))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SourceError(f"{path} is not a tokenizer of the tokenizers library: {error!r}; save it again.") from error
+    template = _chat_template(checkpoint, config).encode()
+    return b"".join(
+        [
+            f"{MAGIC} {PIPELINE}\n{len(special)} {len(stop)} 0\n{' '.join(map(str, special + stop))}\n".encode(),
+            *body,
+            _u32(len(template)),
+            template,
+            _string(_token_text(config.get("eos_token"))),
+            _u8(CLEAN_UP_SPACES if config.get("clean_up_tokenization_spaces") is True else 0),
+            _string(_token_text(config.get("bos_token"))),
+        ]
+    )
+
+
+@functools.cache
+def nfc_replacements() -> tuple[tuple[str, str], ...]:
+    """NFC as replacements to be made one after the other, each everywhere in the text, as the engine makes them.
+
+    The characters come from Python's Unicode data, the results from tokenizers, whose NFC is the one to be equal to.
+    Complete for single characters and for marks in canonical order; see the module's description for the rest.
+    """
+    nfc = functools.cache(NFC().normalize_str)
+    singletons: dict[str, str] = {}
+    composed: list[str] = []
+    pairs: dict[str, str] = {}
+    for character, decomposition in _canonical_decompositions():
+        if nfc(character) != character:
+            singletons[character] = nfc(character)
+        elif nfc(decomposition) == character:
+            pairs[decomposition] = character
+            composed.append(character)
+    # A mark typed after a composed character may belong before the mark that is already in it.
+    marks = sorted({pair[1] for pair in pairs})
+    for character in composed:
+        for mark in marks:
+            if (text := character + mark) not in pairs and nfc(text) != text:
+                pairs[text] = nfc(text)
+    for syllable in map(chr, range(0xAC00, 0xD7A4)):
+        jamo = unicodedata.normalize("NFD", syllable)
+        pairs[jamo if len(jamo) == 2 else unicodedata.normalize("NFC", jamo[:2]) + jamo[2]] = syllable
+    depth = {text: len(unicodedata.normalize("NFD", text)) for text in pairs}
+    return (*singletons.items(), *sorted(pairs.items(), key=lambda pair: (depth[pair[0]], pair)))
+
+
+def _canonical_decompositions() -> Iterable[tuple[str, str]]:
+    for character in map(chr, range(0x110000)):
+        decomposition = unicodedata.decomposition(character)
+        if decomposition and not decomposition.startswith("<"):
+            yield character, "".join(chr(int(code, 16)) for code in decomposition.split())
+
+
+def _normalizer(spec: dict[str, Any] | None, path: Path) -> bytes:
+    if spec is None:
+        return _u8(NORMALIZER_NONE)
+    match spec["type"]:
+        case "NFC":
+            replacements = nfc_replacements()
+        case "Replace" if "String" in spec["pattern"]:
+            replacements = ((spec["pattern"]["String"], spec["content"]),)
+        case "Sequence":
+            parts = [_normalizer(part, path) for part in spec["normalizers"]]
+            return _u8(NORMALIZER_SEQUENCE) + _u32(len(parts)) + b"".join(parts)
+        case kind:
+            raise _unsupported(path, "normalizer", kind)
+    parts = [_u8(NORMALIZER_REPLACE) + _string(pattern) + _string(content) for pattern, content in replacements]
+    return _u8(NORMALIZER_SEQUENCE) + _u32(len(parts)) + b"".join(parts)
+
+
+def _pre_tokenizer(spec: dict[str, Any] | None, path: Path) -> bytes:
+    if spec is None:
+        return _u8(SPLITTER_NONE)
+    match spec["type"]:
+        case "ByteLevel":
+            if spec["add_prefix_space"]:
+                raise _unsupported(path, "pre-tokenizer", "ByteLevel with add_prefix_space")
+            return _u8(SPLITTER_BYTE_LEVEL) + _u8(spec.get("use_regex", True))
+        case "Split":
+            pattern, behaviour = spec["pattern"].get("Regex"), spec["behavior"]
+            if not pattern or not pattern.isascii() or not _SUPPORTED_PATTERN.fullmatch(pattern):
+                raise _unsupported(path, "pre-tokenizer", f"Split by {spec['pattern']!r}")
+            if behaviour not in SPLIT_BEHAVIOURS:
+                raise _unsupported(path, "pre-tokenizer", f"Split with the behaviour {behaviour}")
+            return _u8(SPLITTER_PATTERN) + _string(pattern) + _u8(spec["invert"]) + _u8(SPLIT_BEHAVIOURS[behaviour])
+        case "Sequence":
+            parts = [_pre_tokenizer(part, path) for part in spec["pretokenizers"]]
+            return _u8(SPLITTER_SEQUENCE) + _u32(len(parts)) + b"".join(parts)
+        case kind:
+            raise _unsupported(path, "pre-tokenizer", kind)
+
+
+def _decoder(spec: dict[str, Any] | None, path: Path) -> bytes:
+    if spec is None or spec["type"] != "ByteLevel":
+        raise _unsupported(path, "decoder", spec and spec["type"])
+    return _u8(DECODER_BYTE_LEVEL)
+
+
+def _model(tokenizer: dict[str, Any], added: list[dict[str, Any]], path: Path) -> bytes:
+    """Vocabulary sorted by bytes, merges sorted by the ids of their halves: the engine looks both up by bisection."""
+    model = tokenizer["model"]
+    # Files of old releases do not name the type; only BPE has merges.
+    if model.get("type", "BPE" if "merges" in model else None) != "BPE":
+        raise _unsupported(path, "model", model.get("type"))
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+        if model.get(option):
+            raise _unsupported(path, "model", f"BPE with {option}")
+    vocab: dict[str, int] = model["vocab"]
+    if not _byte_level(tokenizer.get("pre_tokenizer")) or not vocab.keys() >= set(ByteLevel.alphabet()):
+        raise _unsupported(path, "model", "BPE that is not byte-level")
+
+    # The engine's table has as many rows as there are entries and writes past its end for a greater id; and tokenizers
+    # renumbers added tokens that leave a gap.
+    ids = _ids(vocab, added)
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise SourceError(f"{path}: the ids of tokens and added tokens are not 0, 1, 2, ...; save it again.")
+    texts = {number: text for text, number in vocab.items()}
+    for token in added:
+        # Added tokens are found before the model sees the text; here they stand to be decoded, which reads the byte
+        # alphabet back. No text looks up the empty string.
+        encoded = _byte_alphabet(token["content"])
+        unambiguous = vocab.get(encoded, token["id"]) == token["id"]
+        texts[token["id"]] = encoded if unambiguous and not token["special"] else ""
+
+    merges: dict[tuple[int, int], int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise SourceError(f"{path}: merge {rank} names a token that is not in the vocabulary; save it again.")
+        merges[vocab[left], vocab[right]] = rank
+
+    entries = sorted((text.encode(), number) for number, text in texts.items())
+    row = struct.Struct("<III")
+    return b"".join(
+        [
+            _u8(MODEL_BPE),
+            _u32(len(entries)),
+            _u8(bool(model.get("byte_fallback"))),
+            _u8(False),  # bytes are mapped by the pre-tokenizer; set, the engine would map them once more
+            _u32(len(merges)),
+            *(_string(text) + _u32(number) for text, number in entries),
+            *(row.pack(left, right, rank) for (left, right), rank in sorted(merges.items())),
+        ]
+    )
+
+
+def _byte_level(spec: dict[str, Any] | None) -> bool:
+    if spec is None:
+        return False
+    return spec["type"] == "ByteLevel" or any(_byte_level(part) for part in spec.get("pretokenizers", []))
+
+
+def _byte_alphabet(text: str) -> str:
+    splitter = ByteLevel(add_prefix_space=False, use_regex=False)
+    return "".join(piece for piece, _ in splitter.pre_tokenize_str(text))
+
+
+def _ids(vocab: dict[str, int], added: list[dict[str, Any]]) -> dict[str, int]:
+    return vocab | {token["content"]: token["id"] for token in added}
+
+
+def _added_tokens(added: list[dict[str, Any]], path: Path) -> bytes:
+    for token in added:
+        if token["single_word"]:
+            raise _unsupported(path, "added token", f"{token['content']!r} with single_word")
+    parts = [
+        _u32(token["id"]) + bytes([token["special"], token["lstrip"], token["rstrip"]]) + _string(token["content"])
+        for token in added
+    ]
+    return _u32(len(parts)) + b"".join(parts)
+
+
+def _refuse_post_processor(spec: dict[str, Any] | None, path: Path) -> None:
+    """Let pass what adds no tokens; Qwen2 has one that only moves offsets."""
+    if spec is None or spec["type"] == "ByteLevel":
+        return
+    if spec["type"] == "TemplateProcessing" and not spec["special_tokens"]:
+        return
+    raise _unsupported(path, "post-processor", spec["type"])
+
+
+def _stop_ids(checkpoint: Path, config: dict[str, Any], ids: dict[str, int]) -> list[int]:
+    listed = (_read_json(checkpoint / "generation_config.json") or {}).get("eos_token_id")
+    stop = {listed} if isinstance(listed, int) else set(listed or [])
+    if text := _token_text(config.get("eos_token")):
+        if text not in ids:
+            raise SourceError(
+                f"{checkpoint / 'tokenizer_config.json'}: eos_token {text!r} is not a token; name one that exists."
+            )
+        stop.add(ids[text])
+    if not stop:
+        raise SourceError(
+            f"{checkpoint} names no end-of-text token, so the engine would never stop; set eos_token in "
+            "tokenizer_config.json or eos_token_id in generation_config.json."
+        )
+    return sorted(stop)
+
+
+def _chat_template(checkpoint: Path, config: dict[str, Any]) -> str:
+    """The template as Jinja reads it: newlines made one kind, the last one dropped. The engine does neither."""
+    path = checkpoint / "chat_template.jinja"
+    if path.is_file():
+        template = path.read_text(encoding="utf-8")
+    else:
+        template = (_read_json(checkpoint / "chat_template.json") or config).get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not template:
+        raise SourceError(
+            f"{checkpoint} has no chat template; put one in chat_template.jinja or tokenizer_config.json."
+        )
+    return re.sub(r"\r\n|\r", "\n", template).removesuffix("\n")
+
+
+def _token_text(token: str | dict[str, Any] | None) -> str:
+    return token["content"] if isinstance(token, dict) else token or ""
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None where there is no file. SourceError when it holds anything else."""
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise SourceError(f"{path} is not JSON: {error}; save it again.") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} must hold a JSON object, not {type(value).__name__}; save it again.")
+    return value
+
+
+def _unsupported(path: Path, part: str, kind: str | None) -> SourceError:
+    return SourceError(
+        f"{path}: {part} {kind or 'none'} cannot be written for MNN's tokenizer; "
+        "only byte-level BPE as in Qwen2-VL is converted."
+    )
+
+
+def _u8(value: int) -> bytes:
+    return struct.pack("<B", value)
+
+
+def _u32(value: int) -> bytes:
+    return struct.pack("<I", value)
+
+
+def _string(value: str | bytes) -> bytes:
+    encoded = value.encode() if isinstance(value, str) else value
+    if len(encoded) > 0xFFFF:
+        raise SourceError(f"A string of {len(encoded)} bytes ({encoded[:20]!r}...) does not fit MNN's tokenizer file.")
+    return struct.pack("<H", len(encoded)) + encoded

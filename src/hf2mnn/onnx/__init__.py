@@ -1,0 +1,1 @@
+"""The portable graph: explicit KV cache, lazy weights, and an ONNX Runtime session that decodes."""

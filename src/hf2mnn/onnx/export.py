@@ -1,0 +1,104 @@
+"""The `onnx` stage: a checkpoint as three ONNX graphs that any runtime can run, with an explicit KV cache.
+
+decoder.onnx
+    inputs_embeds    float32 [1, tokens, hidden]
+    attention_mask   float32 [1, 1, tokens, past + tokens]   added to the scores: 0 may be seen, a large negative not
+    position_ids     int32   [3, tokens] with M-RoPE, else [1, tokens]
+    logits_index     int32   [1]   first row of which logits are wanted: 0 for all, -1 for the last
+    past_key_values  float32 [layers, 2, 1, past, kv heads, head size]   past may be 0
+    logits           float32 [1, rows, vocabulary]
+    presents         float32 [layers, 2, 1, past + tokens, kv heads, head size]
+vision.onnx
+    inputs of the family (`Family.vision_inputs`), one picture a call; image_embeds float32 [image tokens, hidden]
+embedding.onnx
+    input_ids int64 [1, tokens]; inputs_embeds float32 [1, tokens, hidden]
+model.json
+    the facts about the model that a caller of the graphs needs (sizes, ids, image mean and std)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from transformers import AutoConfig
+
+from hf2mnn.errors import ExportError
+from hf2mnn.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.onnx.graph import OPSET, trace_decoder, trace_vision
+from hf2mnn.onnx.weights import attach_weights, save
+from hf2mnn.source.checkpoint import Checkpoint
+from hf2mnn.source.facts import model_facts
+
+TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+EMBEDDING = "model.language_model.embed_tokens.weight"
+# A picture of odd shape, so that no dimension is taken for another while tracing.
+SAMPLE_GRID = np.array([1, 4, 6])
+
+
+def embedding_graph(vocabulary: int, hidden: int) -> ir.Model:
+    """A Gather over the embedding matrix, its initializer named as transformers names it and without a value."""
+    ids = ir.Value(name="input_ids", shape=ir.Shape([1, "tokens"]), type=ir.TensorType(ir.DataType.INT64))
+    table = ir.Value(name=EMBEDDING, shape=ir.Shape([vocabulary, hidden]), type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.node("Gather", [table, ids], {"axis": 0}, name="embedding")
+    embeds = node.outputs[0]
+    embeds.name, embeds.type, embeds.shape = "inputs_embeds", table.type, ir.Shape([1, "tokens", hidden])
+    graph = ir.Graph([ids], [embeds], nodes=[node], initializers=[table], opset_imports={"": OPSET}, name="embedding")
+    return ir.Model(graph, ir_version=10)
+
+
+def check_graph(path: Path) -> None:
+    """Raises ExportError where `onnx.checker` objects or the graph uses an op outside the ONNX standard."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{path.name} is not valid ONNX: {error}") from error
+    model = onnx.load(str(path), load_external_data=False)
+    foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")})
+    if foreign:
+        raise ExportError(f"{path.name} uses ops outside the ONNX standard: {', '.join(foreign)}")
+
+
+def export_onnx(source: Path, destination: Path) -> Path:
+    """Write the graphs, model.json and the tokenizer's files to `destination`.
+
+    Raises:
+        ManifestError: `source` is not what its manifest says.
+        SourceError: weights and configuration are not of one model.
+        ExportError: a graph came out other than it must be.
+    """
+    upstream = Manifest.load(source)
+    checkpoint = Checkpoint(upstream.verify())
+    checkpoint.check()
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    family, facts = checkpoint.family, model_facts(checkpoint)
+    patch = 3 * facts["temporal_patch_size"] * facts["patch_size"] ** 2
+    pixels = np.zeros((int(SAMPLE_GRID.prod()), patch), np.float32)
+    sample = family.vision_inputs(pixels, SAMPLE_GRID, facts["merge_size"])
+    rows = family.position_ids(np.array([0]), [], facts["image_token_id"], facts["merge_size"]).shape[0]
+    graphs = {
+        "decoder": lambda: trace_decoder(config, family, rows),
+        "vision": lambda: trace_vision(config, family, sample),
+        "embedding": lambda: embedding_graph(facts["vocab_size"], facts["hidden_size"]),
+    }
+    manifest = Manifest("onnx", {"source": upstream.digest()}, {"opset": OPSET}, tool_versions(*TOOLS))
+    with stage_folder(destination, manifest) as folder:
+        for name, trace in graphs.items():
+            print(f"{name}: tracing", flush=True)
+            model = trace()
+            attach_weights(model, checkpoint)
+            print(f"{name}: writing weights", flush=True)
+            save(model, folder / f"{name}.onnx")
+            check_graph(folder / f"{name}.onnx")
+        (folder / "model.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        for path in sorted(checkpoint.folder.iterdir()):
+            if path.suffix in (".json", ".txt", ".jinja") and path.name not in (
+                "manifest.json",
+                "model.safetensors.index.json",
+            ):
+                shutil.copyfile(path, folder / path.name)
+    return destination

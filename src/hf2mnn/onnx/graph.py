@@ -1,0 +1,195 @@
+"""Trace transformers' own model into an ONNX graph without any weights in memory.
+
+The model is built under FakeTensorMode: shapes and dtypes are there, values are not. The graph depends on the
+configuration alone; `hf2mnn.onnx.weights` then gives each initializer its values from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf2mnn.errors import ExportError
+from hf2mnn.families import Family
+from hf2mnn.onnx.attention import cached_attention, full_attention, write_out_attention
+
+OPSET = 18
+ATTENTION = "hf2mnn_cached"
+# Folding stops here: shapes and scalars are folded, weights are left to be read from the checkpoint.
+FOLD_LIMIT = 4096
+
+
+class _Cache:
+    """Stands where transformers expects a cache: lets keys and values through, and collects what the graph returns."""
+
+    def __init__(self, past: torch.Tensor) -> None:
+        self.past, self.presents = past, {}
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object):
+        return key, value
+
+    def get_seq_length(self, *_: object) -> int:
+        return self.past.shape[3]
+
+
+def _attend(module, query, key, value, attention_mask, scaling, store: _Cache, **_: object):
+    past_key, past_value = store.past[module.layer_idx]
+    context, *present = cached_attention(query, key, value, past_key, past_value, attention_mask, scaling)
+    store.presents[module.layer_idx] = torch.stack(present)
+    return context, None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+
+
+class Decoder(torch.nn.Module):
+    """The graph of the decoder; `hf2mnn.onnx.export` documents its inputs and outputs."""
+
+    def __init__(self, language_model: torch.nn.Module, lm_head: torch.nn.Module) -> None:
+        super().__init__()
+        self.language_model, self.lm_head = language_model, lm_head
+        language_model.config._attn_implementation = ATTENTION
+
+    def forward(self, inputs_embeds, attention_mask, position_ids, logits_index, past_key_values):
+        store = _Cache(past_key_values)
+        hidden = self.language_model(
+            inputs_embeds=inputs_embeds,
+            # A ready mask by type of layer: transformers then makes none of its own.
+            attention_mask={"full_attention": attention_mask},
+            position_ids=position_ids[:, None],
+            past_key_values=store,
+            use_cache=True,
+            store=store,
+        ).last_hidden_state
+        # hidden[:, logits_index:], with the index a run-time value; torch.export cannot slice by one.
+        last, axis = torch.tensor([2**31 - 1], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+        wanted = torch.onnx.ops.symbolic("Slice", (hidden, logits_index, last, axis), dtype=hidden.dtype, shape=hidden.shape)
+        presents = torch.stack([store.presents[layer] for layer in sorted(store.presents)])
+        return self.lm_head(wanted), presents
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns about torchvision, training flags and its own internals; none concerns this graph."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def build_fake(config: transformers.PreTrainedConfig, family: Family) -> tuple[torch.nn.Module, FakeTensorMode]:
+    """The model without values, but for its rotary tables, which are computed and not stored in checkpoints."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        model = getattr(transformers, family.architecture)._from_config(config, dtype=torch.float32).eval()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("RotaryEmbedding"):
+                setattr(module, name, type(child)(child.config))
+    return model, mode
+
+
+def _trace(module: torch.nn.Module, mode: FakeTensorMode, inputs: dict, outputs: list[str], axes: dict) -> ir.Model:
+    dynamic = tuple({axis: torch.export.Dim.DYNAMIC for axis in axes.get(name, {})} for name in inputs)
+    with _quiet(), mode:
+        arguments = tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in inputs.values())
+        model = torch.onnx.export(
+            module.eval(),
+            arguments,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=dynamic,
+        ).model
+    for value in model.graph.initializers.values():
+        if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
+            value.const_value = None
+    with _quiet():
+        onnxscript.optimizer.optimize_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+    for value in model.graph.inputs:
+        for axis, name in axes.get(value.name, {}).items():
+            value.shape[axis] = ir.SymbolicDim(name)
+    return model
+
+
+def _declare(value: ir.Value, shape: list[int | str]) -> None:
+    value.shape = ir.Shape(shape)
+
+
+def trace_decoder(config: transformers.PreTrainedConfig, family: Family, rows: int) -> ir.Model:
+    """The decoder's graph; initializers are named as the parameters of the transformers model and have no values.
+
+    `rows` is how many rows of positions the family has (3 with M-RoPE).
+    """
+    text = config.get_text_config()
+    model, mode = build_fake(config, family)
+    layers, kv_heads = text.num_hidden_layers, text.num_key_value_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    tokens, past = 5, 3
+    graph = _trace(
+        Decoder(family.language_model(model), model.lm_head),
+        mode,
+        {
+            "inputs_embeds": ((1, tokens, text.hidden_size), torch.float32),
+            "attention_mask": ((1, 1, tokens, past + tokens), torch.float32),
+            "position_ids": ((rows, tokens), torch.int32),
+            "logits_index": ((1,), torch.int32),
+            "past_key_values": ((layers, 2, 1, past, kv_heads, size), torch.float32),
+        },
+        ["logits", "presents"],
+        {
+            "inputs_embeds": {1: "tokens"},
+            "attention_mask": {2: "tokens", 3: "past + tokens"},
+            "position_ids": {1: "tokens"},
+            "past_key_values": {3: "past"},
+        },
+    )
+    _name_parameters(graph, "language_model.", _prefix(model, family.language_model(model)))
+    found = write_out_attention(graph)
+    if found != layers:
+        raise ExportError(f"the decoder has {layers} layers but {found} attentions were traced; this is a bug, report it")
+    logits, presents = graph.graph.outputs
+    _declare(logits, [1, "rows", text.vocab_size])
+    _declare(presents, [layers, 2, 1, "past + tokens", kv_heads, size])
+    return graph
+
+
+def trace_vision(config: transformers.PreTrainedConfig, family: Family, sample: dict) -> ir.Model:
+    """The vision graph; `sample` gives the shapes and dtypes of its inputs (numpy arrays by name)."""
+    model, mode = build_fake(config, family)
+    tower = family.vision_tower(model, full_attention)
+    inputs = {name: (array.shape, getattr(torch, array.dtype.name)) for name, array in sample.items()}
+    graph = _trace(tower, mode, inputs, ["image_embeds"], family.vision_axes())
+    _name_parameters(graph, "visual.", _prefix(model, tower.visual))
+    write_out_attention(graph)
+    _declare(graph.graph.outputs[0], ["image tokens", config.get_text_config().hidden_size])
+    return graph
+
+
+def _prefix(model: torch.nn.Module, part: torch.nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part) + "."
+
+
+def _name_parameters(model: ir.Model, inside: str, outside: str) -> None:
+    """Initializers traced through a wrapper get the name that they have in the whole model."""
+    for name, value in list(model.graph.initializers.items()):
+        if name.startswith(inside):
+            model.graph.initializers.pop(name)
+            value.name = outside + name.removeprefix(inside)
+            model.graph.initializers[value.name] = value

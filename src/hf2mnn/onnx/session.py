@@ -1,0 +1,129 @@
+"""Run the exported graphs with ONNX Runtime: pictures, prefill, cached decode, several turns.
+
+This is the route for whoever deploys ONNX; it needs onnxruntime, numpy and the folder of the `onnx` stage, no torch.
+
+    model = OnnxModel("results/shapes-vl/onnx")
+    cache = model.new_cache()
+    logits = model.prefill(cache, input_ids, pictures=[(pixel_values, grid_thw)])
+    answer = model.greedy(cache, logits[-1], max_new_tokens=64)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from hf2mnn.families import family_named
+
+Picture = tuple[np.ndarray, np.ndarray]
+"""pixel_values float32 [patches, patch values], grid_thw int64 [3]."""
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, with their positions, so that a turn can be taken back or reused."""
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, rows: int) -> None:
+        self.past = np.zeros((layers, 2, 1, 0, kv_heads, head_dim), np.float32)
+        self.positions = np.zeros((rows, 0), np.int64)
+
+    def __len__(self) -> int:
+        return self.past.shape[3]
+
+    @property
+    def next_position(self) -> int:
+        """Position of the next text token: one after the largest so far (a picture takes fewer than its tokens)."""
+        return int(self.positions.max()) + 1 if len(self) else 0
+
+    def append(self, presents: np.ndarray, positions: np.ndarray) -> None:
+        """Take over a call's `presents` (past and new together) and the positions of its new tokens."""
+        if presents.shape[3] != len(self) + positions.shape[1]:
+            raise ValueError(f"{presents.shape[3]} cached tokens do not follow {len(self)} with {positions.shape[1]} more")
+        self.past = presents
+        self.positions = np.concatenate([self.positions, positions], axis=1)
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens, to answer again or to take another turn from there."""
+        if not 0 <= length <= len(self):
+            raise ValueError(f"cannot keep {length} of {len(self)} cached tokens")
+        self.past = self.past[:, :, :, :length]
+        self.positions = self.positions[:, :length]
+
+
+class OnnxModel:
+    """The three graphs of one model and what is needed to feed them."""
+
+    def __init__(self, folder: Path | str, threads: int = 0) -> None:
+        """`threads` 0 lets ONNX Runtime choose."""
+        self.folder = Path(folder)
+        self.facts = json.loads((self.folder / "model.json").read_text())
+        self.family = family_named(self.facts["model_type"], self.folder / "model.json")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self._decoder, self._vision, self._embedding = (
+            onnxruntime.InferenceSession(self.folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+            for name in ("decoder", "vision", "embedding")
+        )
+        self._rows = self._decoder.get_inputs()[2].shape[0]
+
+    def new_cache(self) -> KVCache:
+        facts = self.facts
+        return KVCache(facts["num_hidden_layers"], facts["num_key_value_heads"], facts["head_dim"], self._rows)
+
+    def see(self, picture: Picture) -> np.ndarray:
+        """Image embeddings float32 [image tokens, hidden] of one picture."""
+        return self._vision.run(None, self.family.vision_inputs(*picture, self.facts["merge_size"]))[0]
+
+    def embed(self, input_ids: np.ndarray, pictures: list[Picture]) -> np.ndarray:
+        """Embeddings float32 [1, tokens, hidden] of int64 ids, image tokens replaced by what the vision tower sees."""
+        embeds = self._embedding.run(None, {"input_ids": np.asarray(input_ids, np.int64)[None]})[0]
+        places = np.asarray(input_ids) == self.facts["image_token_id"]
+        if pictures:
+            seen = np.concatenate([self.see(picture) for picture in pictures])
+            if len(seen) != places.sum():
+                raise ValueError(f"the prompt has {places.sum()} image tokens, the pictures give {len(seen)}")
+            embeds[0, places] = seen
+        elif places.any():
+            raise ValueError(f"the prompt has {places.sum()} image tokens and no picture")
+        return embeds
+
+    def prefill(
+        self, cache: KVCache, input_ids: np.ndarray, pictures: list[Picture] | None = None, all_logits: bool = False
+    ) -> np.ndarray:
+        """Run `input_ids` after what `cache` holds and add them to it. Decoding a token is the same call with one id.
+
+        Returns:
+            logits float32 [tokens, vocabulary] with `all_logits`, else [1, vocabulary] of the last token.
+        """
+        pictures = pictures or []
+        input_ids, past = np.asarray(input_ids, np.int64), len(cache)
+        grids = [grid for _, grid in pictures]
+        positions = self.family.position_ids(input_ids, grids, self.facts["image_token_id"], self.facts["merge_size"])
+        positions = positions + cache.next_position
+        hidden = np.arange(past + len(input_ids))[None, :] > past + np.arange(len(input_ids))[:, None]
+        mask = np.where(hidden, np.finfo(np.float32).min, np.float32(0))
+        logits, presents = self._decoder.run(
+            ["logits", "presents"],
+            {
+                "inputs_embeds": self.embed(input_ids, pictures),
+                "attention_mask": mask[None, None].astype(np.float32),
+                "position_ids": positions.astype(np.int32),
+                "logits_index": np.array([0 if all_logits else -1], np.int32),
+                "past_key_values": cache.past,
+            },
+        )
+        cache.append(presents, positions)
+        return logits[0]
+
+    def greedy(self, cache: KVCache, logits: np.ndarray, max_new_tokens: int) -> list[int]:
+        """Ids of the greedy answer, the stop id included, from the `logits` [vocabulary] after the prompt."""
+        answer = []
+        while len(answer) < max_new_tokens:
+            answer.append(int(logits.argmax()))
+            if answer[-1] in self.facts["stop_ids"]:
+                break
+            logits = self.prefill(cache, np.array(answer[-1:]))[-1]
+        return answer

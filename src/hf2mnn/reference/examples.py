@@ -1,0 +1,85 @@
+"""Evaluation sets: a folder with examples.jsonl and the pictures that it names.
+
+One JSON object a line:
+
+    {"id": "count-en-3", "category": "count", "language": "en", "answer": "2", "messages": [
+        {"role": "user", "content": [{"type": "image", "image": "images/003.png"},
+                                     {"type": "text", "text": "How many things are there?"}]}]}
+
+`messages` is what transformers' chat templates take; `answer` is left out where there is no one right answer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from hf2mnn.errors import EvaluationSetError
+
+NAME = "examples.jsonl"
+
+
+@dataclass(frozen=True)
+class Example:
+    id: str
+    category: str
+    language: str
+    messages: list[dict[str, Any]]
+    answer: str | None
+
+    @property
+    def pictures(self) -> list[str]:
+        """File names of the pictures, in the order of the prompt."""
+        parts = [part for message in self.messages if isinstance(message["content"], list) for part in message["content"]]
+        return [part["image"] for part in parts if part.get("type") == "image"]
+
+
+def _parse(line: str, where: str) -> Example:
+    try:
+        record = json.loads(line)
+        example = Example(
+            id=record["id"],
+            category=record.get("category", "any"),
+            language=record.get("language", "any"),
+            messages=record["messages"],
+            answer=record.get("answer"),
+        )
+        _ = example.pictures
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationSetError(f"{where} is not an example ({type(error).__name__}: {error}); see docs/evaluation.md") from None
+    if not example.messages or not isinstance(example.id, str) or "/" in example.id:
+        raise EvaluationSetError(f"{where} needs messages and an id without '/'; see docs/evaluation.md")
+    return example
+
+
+def read_examples(folder: Path) -> list[Example]:
+    """Raises EvaluationSetError for a missing file, a bad line, an id used twice, or an empty set."""
+    path = Path(folder) / NAME
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise EvaluationSetError(f"{folder} is not an evaluation set: it has no {NAME}; see docs/evaluation.md") from None
+    examples = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    seen: set[str] = set()
+    for example in examples:
+        if example.id in seen:
+            raise EvaluationSetError(f"{path} uses the id {example.id} twice; every example needs its own")
+        seen.add(example.id)
+    if not examples:
+        raise EvaluationSetError(f"{path} holds no examples")
+    return examples
+
+
+def read_picture(path: Path) -> Image.Image:
+    """An RGB picture. Raises EvaluationSetError where the file is missing or no picture."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise EvaluationSetError(f"there is no picture {path}") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise EvaluationSetError(f"{path} is not a picture that can be read ({error}); give a PNG or JPEG") from None

@@ -1,0 +1,83 @@
+"""From messages and pictures to what the model is fed, by the checkpoint's own template, tokenizer and processor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf2mnn.errors import EvaluationSetError, SourceError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class PictureInput:
+    """pixel_values float32 [patches, values], grid_thw int64 [3], resized uint8 RGB [height, width, 3]."""
+
+    pixel_values: np.ndarray
+    grid_thw: np.ndarray
+    resized: np.ndarray
+
+
+class Prompter:
+    """Tokenizer and image processor of one checkpoint folder (the `source` or the `onnx` stage's)."""
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        """`facts` is model.json, or what `hf2mnn.onnx.export.model_facts` gives."""
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.processor = AutoImageProcessor.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SourceError(f"the tokenizer or image processor of {folder} does not load: {reason}") from None
+        if not self.tokenizer.chat_template:
+            raise SourceError(f"{folder} has no chat template (chat_template.jinja or in tokenizer_config.json)")
+        self.facts = facts
+
+    def picture(self, image: Image.Image) -> PictureInput:
+        """Raises EvaluationSetError where the processor refuses the picture (over 200 times longer than wide)."""
+        try:
+            features = self.processor(images=[image], return_tensors="np")
+        except ValueError as error:
+            raise EvaluationSetError(f"the image processor refuses a {image.width} x {image.height} picture: {error}") from None
+        pixels = np.asarray(features["pixel_values"], np.float32)
+        grid = np.asarray(features["image_grid_thw"], np.int64)[0]
+        return PictureInput(pixels, grid, self.unpatch(pixels, grid))
+
+    def unpatch(self, pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
+        """The resized picture that the patches were cut from: uint8 RGB [height, width, 3]."""
+        facts = self.facts
+        frames, height, width = (int(side) for side in grid_thw)
+        merge, patch, temporal = facts["merge_size"], facts["patch_size"], facts["temporal_patch_size"]
+        shape = (frames, height // merge, width // merge, merge, merge, 3, temporal, patch, patch)
+        cells = pixel_values.reshape(shape)[0, ..., 0, :, :]
+        picture = cells.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * patch, width * patch, 3)
+        values = (picture * np.array(facts["image_std"]) + np.array(facts["image_mean"])) * 255
+        return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+    def text(self, messages: list[dict[str, Any]]) -> str:
+        """The prompt as the chat template writes it, one image token a picture."""
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def input_ids(self, messages: list[dict[str, Any]], pictures: list[PictureInput]) -> np.ndarray:
+        """int64 [tokens], each picture's token repeated for every merged patch.
+
+        Raises:
+            EvaluationSetError: the template wrote another number of pictures than there are.
+        """
+        image, merged = self.facts["image_token_id"], self.facts["merge_size"] ** 2
+        ids = self.tokenizer(self.text(messages), add_special_tokens=False).input_ids
+        if ids.count(image) != len(pictures):
+            raise EvaluationSetError(f"the chat template wrote {ids.count(image)} pictures for {len(pictures)} in the messages")
+        counts = iter(int(picture.grid_thw.prod()) // merged for picture in pictures)
+        return np.array([token for i in ids for token in ([image] * next(counts) if i == image else [i])], np.int64)
+
+    def decode(self, ids: list[int] | np.ndarray) -> str:
+        """Text of an answer, without the token that ends it."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()

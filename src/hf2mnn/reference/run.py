@@ -1,0 +1,123 @@
+"""The `reference` stage: transformers' model in float32 answers the evaluation set, once per model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from hf2mnn.files import sha256
+from hf2mnn.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.reference.examples import NAME, Example, read_examples, read_picture
+from hf2mnn.reference.golden import EXAMPLES, TENSORS
+from hf2mnn.reference.prompts import PictureInput, Prompter
+from hf2mnn.source.checkpoint import Checkpoint
+from hf2mnn.source.facts import model_facts
+
+TOOLS = ("torch", "transformers", "tokenizers", "pillow")
+
+
+class Reference:
+    """The model with its prompter."""
+
+    def __init__(self, checkpoint: Checkpoint, max_new_tokens: int) -> None:
+        self.facts = model_facts(checkpoint)
+        self.prompter = Prompter(checkpoint.folder, self.facts)
+        architecture = getattr(transformers, checkpoint.family.architecture)
+        self.model = architecture.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+        self.family = checkpoint.family
+        stop = self.facts["stop_ids"]
+        # A config of our own: checkpoints often ship one that samples.
+        self.generation = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=stop[0], use_cache=True
+        )
+
+    @torch.inference_mode()
+    def answer(self, input_ids: np.ndarray, pictures: list[PictureInput]) -> dict[str, torch.Tensor]:
+        """Greedy answer, the logits behind it, and the positions that transformers gives the prompt."""
+        ids = torch.from_numpy(input_ids)[None]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        kinds = (ids == self.facts["image_token_id"]).int()
+        grids = None
+        if pictures:
+            grids = torch.from_numpy(np.stack([picture.grid_thw for picture in pictures]))
+            pixels = torch.from_numpy(np.concatenate([picture.pixel_values for picture in pictures]))
+            inputs |= {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": kinds}
+        positions, _ = self.model.model.get_rope_index(ids, kinds, image_grid_thw=grids)
+        made = self.model.generate(
+            **inputs, generation_config=self.generation, return_dict_in_generate=True, output_logits=True
+        )
+        return {
+            "input_ids": ids[0],
+            "position_ids": positions[:, 0].contiguous(),
+            "answer_ids": made.sequences[0, ids.shape[1] :].contiguous(),
+            "logits": torch.cat(made.logits).float(),
+        }
+
+    @torch.inference_mode()
+    def see(self, picture: PictureInput) -> torch.Tensor:
+        """Image embeddings float32 [image tokens, hidden]."""
+        grid = torch.from_numpy(picture.grid_thw)[None]
+        return self.model.model.get_image_features(torch.from_numpy(picture.pixel_values), grid).pooler_output[0]
+
+
+def _say(example: Example, prompter: Prompter, answer_ids: torch.Tensor) -> dict:
+    return {
+        "id": example.id,
+        "category": example.category,
+        "language": example.language,
+        "expected": example.answer,
+        "answer": prompter.decode(answer_ids),
+        "prompt": prompter.text(example.messages),
+        "pictures": example.pictures,
+    }
+
+
+def run_reference(source: Path, evaluation: Path, destination: Path, max_new_tokens: int, threads: int) -> Path:
+    """Answer every example and keep inputs, logits and answers in `destination`.
+
+    Raises:
+        EvaluationSetError: an example or a picture cannot be read.
+        SourceError, ManifestError: the checkpoint is not whole.
+    """
+    upstream = Manifest.load(source)
+    checkpoint = Checkpoint(upstream.verify())
+    examples = read_examples(evaluation)
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    images = {name: read_picture(evaluation / name) for name in sorted({n for e in examples for n in e.pictures})}
+    inputs = {"source": upstream.digest(), "examples": sha256(evaluation / NAME)}
+    inputs |= {name: sha256(evaluation / name) for name in images}
+    manifest = Manifest("reference", inputs, {"max_new_tokens": max_new_tokens}, tool_versions(*TOOLS))
+    with stage_folder(destination, manifest) as folder:
+        reference = Reference(checkpoint, max_new_tokens)
+        tensors, records, pictures = {}, [], {}
+        for name, image in images.items():
+            pictures[name] = picture = reference.prompter.picture(image)
+            tensors |= {
+                f"pictures/{name}/pixel_values": torch.from_numpy(picture.pixel_values),
+                f"pictures/{name}/grid_thw": torch.from_numpy(picture.grid_thw),
+                f"pictures/{name}/embeds": reference.see(picture).contiguous(),
+                f"pictures/{name}/original": torch.from_numpy(np.array(image)),
+                f"pictures/{name}/resized": torch.from_numpy(picture.resized),
+            }
+        for example in tqdm(examples, desc="PyTorch answers", unit="example", mininterval=5):
+            seen = [pictures[name] for name in example.pictures]
+            made = reference.answer(reference.prompter.input_ids(example.messages, seen), seen)
+            tensors |= {f"examples/{example.id}/{name}": tensor for name, tensor in made.items()}
+            records.append(_say(example, reference.prompter, made["answer_ids"]))
+        save_file(tensors, folder / TENSORS)
+        (folder / EXAMPLES).write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        labelled = [record for record in records if record["expected"] is not None]
+        manifest.results = {
+            "examples": len(records),
+            "labelled": len(labelled),
+            "right": sum(record["answer"] == record["expected"] for record in labelled),
+        }
+    return destination

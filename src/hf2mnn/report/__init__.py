@@ -1,0 +1,1 @@
+"""The comparison: a table, gates, and a page."""

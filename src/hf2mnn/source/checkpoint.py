@@ -1,0 +1,163 @@
+"""A checkpoint folder as Hugging Face lays it out, read without loading it."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from hf2mnn.errors import SourceError
+from hf2mnn.families import Family, family_named
+
+if TYPE_CHECKING:
+    import torch
+
+# The only files that any stage reads; nothing else is fetched or linked, so no code of a stranger's ever arrives.
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+    "*.safetensors",
+)
+LFS_POINTER = b"version https://git-lfs"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises SourceError where the file is missing or is not a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{path.parent} has no {path.name}: it is not a complete Hugging Face checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path} cannot be read as JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} holds no JSON object; download it again")
+    return value
+
+
+def checkpoint_files(folder: str | Path | None) -> list[str]:
+    """Files of a local checkpoint that a stage reads; none for a hub's, or for a folder that is not there."""
+    where = Path(folder) if folder else None
+    return sorted({str(path) for pattern in FILES for path in where.glob(pattern)}) if where else []
+
+
+def checkpoint_mb(folder: str | Path | None) -> float:
+    """Size of a local checkpoint's weights in MB; 5000 (a 2B model) where it is not known yet."""
+    sizes = [Path(path).stat().st_size for path in checkpoint_files(folder) if path.endswith(".safetensors")]
+    return sum(sizes) / 1e6 if sizes else 5000.0
+
+
+class Checkpoint:
+    """One folder with config, tokenizer, image processor settings and safetensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        if not self.folder.is_dir():
+            raise SourceError(f"there is no checkpoint folder {self.folder}: give the folder that holds config.json")
+        return read_json(self.folder / "config.json")
+
+    @cached_property
+    def text_config(self) -> dict[str, Any]:
+        """The decoder's settings: nested since transformers 5, flat in every checkpoint saved before."""
+        return self.config.get("text_config") or self.config
+
+    @cached_property
+    def family(self) -> Family:
+        family = family_named(self.config.get("model_type"), self.folder / "config.json")
+        family.check(self.config, self.text_config)
+        return family
+
+    @cached_property
+    def image_settings(self) -> dict[str, Any]:
+        return read_json(self.folder / "preprocessor_config.json")
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the embedding also serves as lm_head."""
+        return bool(self.config.get("tie_word_embeddings") or self.text_config.get("tie_word_embeddings"))
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer: the generation config's, else the text config's."""
+        path = self.folder / "generation_config.json"
+        eos = read_json(path).get("eos_token_id") if path.exists() else None
+        eos = self.text_config.get("eos_token_id") if eos is None else eos
+        if eos is None:
+            raise SourceError(f"{self.folder} names no eos_token_id in generation_config.json or config.json")
+        return [eos] if isinstance(eos, int) else list(eos)
+
+    @cached_property
+    def shards(self) -> dict[str, Path]:
+        """Tensor name to the safetensors file that holds it, from the files' own headers."""
+        if (self.folder / "model.safetensors.index.json").exists():
+            index = read_json(self.folder / "model.safetensors.index.json")
+            names = sorted(set(index.get("weight_map", {}).values()))
+        else:
+            names = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if not names:
+            raise SourceError(
+                f"{self.folder} has no *.safetensors: download the weights, or convert a pickled checkpoint with"
+                " transformers' save_pretrained first"
+            )
+        where: dict[str, Path] = {}
+        for name in names:
+            path = self.folder / Path(name).name
+            if not path.exists():
+                raise SourceError(f"{path} is missing though model.safetensors.index.json names it; download it again")
+            with path.open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise SourceError(f"{path} is a Git LFS pointer, not the weights; run 'git lfs pull' in its folder")
+            try:
+                with safe_open(path, "pt") as tensors:
+                    where.update(dict.fromkeys(tensors.keys(), path))
+            except SafetensorError as error:
+                raise SourceError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+        return where
+
+    def find(self, parameter: str) -> str:
+        """The checkpoint's own name for a parameter of the transformers model (names changed between releases)."""
+        for name in self.family.tensor_names(parameter, self.tied):
+            if name in self.shards:
+                return name
+        raise SourceError(f"{self.folder} holds no weight for {parameter}: its safetensors do not fit its config.json")
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        name = self.find(parameter)
+        with safe_open(self.shards[name], "pt") as tensors:
+            return tuple(tensors.get_slice(name).get_shape())
+
+    def tensor(self, parameter: str) -> torch.Tensor:
+        """The weight in its own dtype; only this one tensor is read."""
+        name = self.find(parameter)
+        with safe_open(self.shards[name], "pt") as tensors:
+            return tensors.get_tensor(name)
+
+    def check(self) -> None:
+        """Everything that can be seen without running the model.
+
+        Raises:
+            SourceError: for the first thing that is missing, unknown, or not whole.
+        """
+        _ = self.family, self.stop_ids, self.image_settings
+        if not (self.folder / "tokenizer.json").exists():
+            raise SourceError(
+                f"{self.folder} has no tokenizer.json: download it, or write it with"
+                " AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
+        read_json(self.folder / "tokenizer.json")
+        _ = self.shards

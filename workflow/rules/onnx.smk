@@ -1,0 +1,30 @@
+# The portable graphs: decoder with explicit KV cache, vision tower, embedding.
+rule export_onnx:
+    input:
+        "results/{model}/source/manifest.json",
+    output:
+        "results/{model}/onnx/decoder.onnx",
+        "results/{model}/onnx/decoder.onnx.data",
+        "results/{model}/onnx/vision.onnx",
+        "results/{model}/onnx/vision.onnx.data",
+        "results/{model}/onnx/embedding.onnx",
+        "results/{model}/onnx/embedding.onnx.data",
+        "results/{model}/onnx/model.json",
+        manifest="results/{model}/onnx/manifest.json",
+    params:
+        source=subpath(input[0], parent=True),
+        out=subpath(output.manifest, parent=True),
+        fingerprint=fingerprint("onnx"),
+    log:
+        "logs/export_onnx/{model}.log",
+    benchmark:
+        "benchmarks/export_onnx/{model}.tsv"
+    conda:
+        "../../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(1500, 0.5),
+        runtime="4h",
+    shell:
+        "hf2mnn onnx {params.source:q} --out {params.out:q}"
+        " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"

@@ -1,0 +1,66 @@
+# The table of each model and of all, the page, and the gates.
+rule compare_model:
+    input:
+        evaluations,
+        reference="results/{model}/reference/manifest.json",
+    output:
+        table="results/{model}/summary.csv",
+        page=report("results/{model}/report.html", caption="../report/page.rst", category="Comparison"),
+    params:
+        rows=rows,
+        folder=subpath(output.table, parent=True),
+        fingerprint=fingerprint("report"),
+    log:
+        "logs/compare_model/{model}.log",
+    benchmark:
+        "benchmarks/compare_model/{model}.tsv"
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime="10m",
+    shell:
+        "hf2mnn compare {wildcards.model:q} {params.folder:q} --rows {params.rows:q} --out {output.table:q}"
+        " --page {output.page:q} > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
+
+
+rule join_tables:
+    input:
+        expand("results/{model}/summary.csv", model=CONFIG.models),
+    output:
+        report("results/summary.csv", caption="../report/table.rst", category="Comparison"),
+    params:
+        fingerprint=fingerprint("report"),
+    log:
+        "logs/join_tables/all.log",
+    benchmark:
+        "benchmarks/join_tables/all.tsv"
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime="10m",
+    shell:
+        "hf2mnn summarize {input:q} --out {output:q} > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
+
+
+# Comes after the table, so that the figures are there when a gate is missed.
+rule check_gates:
+    input:
+        "results/summary.csv",
+    output:
+        "results/gates.txt",
+    log:
+        "logs/check_gates/all.log",
+    benchmark:
+        "benchmarks/check_gates/all.tsv"
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime="10m",
+    shell:
+        "hf2mnn gates {input:q} --out {output:q} > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
