@@ -2,47 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-SHAPES_VL = REPOSITORY / "models" / "shapes-vl"
-BIN = Path(sys.executable).parent
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """A folder in which Snakemake runs, with the repository's Snakefile and a config.yaml of its own."""
-
-    folder: Path
-
-    def snakemake(self, *arguments: str, cores: int = 2, check: bool = False) -> subprocess.CompletedProcess[str]:
-        command = [BIN / "snakemake", "-s", REPOSITORY / "Snakefile", "--cores", str(cores), *arguments]
-        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=900)
-        if check:
-            assert done.returncode == 0, done.stdout + done.stderr
-        return done
-
-    def config(self, old: str, new: str) -> None:
-        """Replace text in config.yaml, which must be there."""
-        path = self.folder / "config.yaml"
-        content = path.read_text()
-        assert old in content
-        path.write_text(content.replace(old, new))
-
-
-def make_workspace(folder: Path) -> Workspace:
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(REPOSITORY / "config.yaml", folder / "config.yaml")
-    (folder / "models").symlink_to(REPOSITORY / "models")
-    return Workspace(folder)
+from support import SHAPES_VL, Workspace, make_workspace, run_cli
 
 
 @pytest.fixture
@@ -103,12 +70,6 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         return folder
 
     return make
-
-
-def run_cli(*arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """The hf2mnn command as a user starts it."""
-    command = [BIN / "hf2mnn", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="session")

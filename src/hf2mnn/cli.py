@@ -16,7 +16,7 @@ app = typer.Typer(
     name="hf2mnn",
     help=(
         "Turn a Hugging Face vision-language model into MNN bundles, and prove each one against PyTorch.\n\n"
-        "'snakemake --cores N' runs all stages for the models and variants of config.yaml; each stage also runs by hand:"
+        "'snakemake --cores N' runs all stages for the models and variants of config.yaml; each also runs by hand:"
         " source, reference, onnx, mnn, quantize, evaluate, compare."
     ),
     no_args_is_help=True,
@@ -92,7 +92,9 @@ def quantize(
     onnx: Annotated[Path, typer.Argument(help="Folder of the onnx stage.")],
     float_bundle: Annotated[Path, typer.Argument(help="Folder of the mnn stage.")],
     out: Out,
-    decoder: Annotated[str, typer.Option(help="Weights of the decoder, JSON: bits, block, symmetric, scale_bits, method.")],
+    decoder: Annotated[
+        str, typer.Option(help="Weights of the decoder, JSON: bits, block, symmetric, scale_bits, method.")
+    ],
     vision: Annotated[str, typer.Option(help="Weights of the vision tower, JSON.")] = '{"bits": 8}',
     engine: Annotated[str, typer.Option(help="Run-time settings, JSON: precision, memory, threads.")] = "{}",
 ) -> None:
@@ -102,7 +104,9 @@ def quantize(
     from hf2mnn.mnn.convert import WeightFormat
     from hf2mnn.mnn.stages import quantize as make
 
-    formats = [WeightFormat(**parse_json(Weights, text, name)) for text, name in ((decoder, "--decoder"), (vision, "--vision"))]
+    formats = [
+        WeightFormat(**parse_json(Weights, text, name)) for text, name in ((decoder, "--decoder"), (vision, "--vision"))
+    ]
     settings = {key: value for key, value in parse_json(Engine, engine, "--engine").items() if value is not None}
     make(onnx, float_bundle, out, *formats, EngineSettings(**settings))
 
@@ -117,7 +121,9 @@ def evaluate(
     out: Out,
     reference: Annotated[Path, typer.Option(help="Folder of the reference stage.")],
     onnx: Annotated[Path, typer.Option(help="Folder of the onnx stage.")],
-    bundle: Annotated[Path | None, typer.Option(help="Bundle to run in MNN's engine; left out, the ONNX graphs run.")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Bundle to run in MNN's engine; left out, the ONNX graphs run.")
+    ] = None,
     threads: Threads = 2,
     time_limit: Annotated[float, typer.Option(help="Seconds after which the engine is stopped.", min=1)] = 7200,
 ) -> None:
@@ -144,7 +150,9 @@ def compare(
     from hf2mnn.report.compare import RowSpec
     from hf2mnn.report.compare import compare as run
 
-    specs = [RowSpec(row["name"], folder / "eval" / row["name"], row["required"], row["gates"]) for row in json.loads(rows)]
+    specs = [
+        RowSpec(row["name"], folder / "eval" / row["name"], row["required"], row["gates"]) for row in json.loads(rows)
+    ]
     run(model, folder / "reference", specs, out, page)
 
 
@@ -176,7 +184,9 @@ def table(path: Annotated[Path, typer.Argument(help="A summary.csv.")]) -> None:
 @app.command(epilog=_example("hf2mnn gates results/summary.csv --out results/gates.txt"))
 def gates(
     path: Annotated[Path, typer.Argument(help="A summary.csv.")],
-    out: Annotated[Path | None, typer.Option("--out", help="File to write when every required row keeps its gates.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write when every required row keeps its gates.")
+    ] = None,
 ) -> None:
     """Fail where a required row misses a gate."""
     from hf2mnn.files import whole_file
@@ -191,9 +201,7 @@ def gates(
             partial.write_text(f"{int(frame['required'].sum())} required rows keep their gates\n")
 
 
-@app.command(
-    epilog=_example('hf2mnn ask results/shapes-vl/mnn/int4 --image cat.png "What is this?"')
-)
+@app.command(epilog=_example('hf2mnn ask results/shapes-vl/mnn/int4 --image cat.png "What is this?"'))
 def ask(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
@@ -201,7 +209,9 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
     threads: Annotated[int, typer.Option(help="Threads; 0 for the bundle's own number.", min=0)] = 0,
     time_limit: Annotated[float, typer.Option(help="Seconds after which the engine is stopped.", min=1)] = 600,
-    as_called: Annotated[bool, typer.Option("--as-called", help="Leave image size and positions to the engine.")] = False,
+    as_called: Annotated[
+        bool, typer.Option("--as-called", help="Leave image size and positions to the engine.")
+    ] = False,
 ) -> None:
     """Ask a finished bundle something, in MNN's engine."""
     from hf2mnn.mnn.ask import ask_bundle
@@ -227,7 +237,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None: ...
 
 

@@ -46,25 +46,37 @@ class Weights(_Strict):
     )
     symmetric: bool = Field(False, description="A scale only, no zero point: smaller and less exact.")
     scale_bits: Literal[16, 32] = Field(16, description="Float type of scales and zero points.")
-    method: Literal["rtn", "hqq"] = Field("rtn", description="rtn rounds to nearest; hqq searches (about 19 times slower).")
+    method: Literal["rtn", "hqq"] = Field(
+        "rtn", description="rtn rounds to nearest; hqq searches (about 19 times slower)."
+    )
 
 
 class Engine(_Strict):
     """Settings that the bundle's config.json gives MNN's engine. Left out, they follow from the decoder's bits."""
 
-    precision: Literal["low", "normal", "high"] | None = Field(None, description="low computes in half floats where the CPU can.")
-    memory: Literal["low", "high"] | None = Field(None, description="low keeps weights packed and rounds activations to 8 bits.")
+    precision: Literal["low", "normal", "high"] | None = Field(
+        None, description="low computes in half floats where the CPU can."
+    )
+    memory: Literal["low", "high"] | None = Field(
+        None, description="low keeps weights packed and rounds activations to 8 bits."
+    )
     threads: int = Field(4, ge=1, description="Threads of the bundle on the device.")
 
 
 class Gates(_Strict):
     """Bounds that a row of the table must keep; a bound left out is not checked."""
 
-    top1_agreement: float | None = Field(None, ge=0, le=1, description="At least this share of positions choose PyTorch's token.")
+    top1_agreement: float | None = Field(
+        None, ge=0, le=1, description="At least this share of positions choose PyTorch's token."
+    )
     mean_kld: float | None = Field(None, ge=0, description="At most this mean KL divergence from PyTorch, in nats.")
-    greedy_match: float | None = Field(None, ge=0, le=1, description="At least this share of answers equal PyTorch's token for token.")
+    greedy_match: float | None = Field(
+        None, ge=0, le=1, description="At least this share of answers equal PyTorch's token for token."
+    )
     answers_lost: int | None = Field(None, ge=0, description="At most this many right answers fewer than PyTorch has.")
-    accuracy_lost: float | None = Field(None, ge=0, le=1, description="At most this much task accuracy below PyTorch's.")
+    accuracy_lost: float | None = Field(
+        None, ge=0, le=1, description="At most this much task accuracy below PyTorch's."
+    )
     vision_cosine: float | None = Field(None, ge=-1, le=1, description="At least this mean cosine of image embeddings.")
 
 
@@ -72,11 +84,14 @@ class Variant(Weights):
     """A bundle to make of each model."""
 
     vision: Weights | None = Field(
-        None, description="The vision tower's weights; left out, the decoder's where it is float, else 8 bits a channel."
+        None,
+        description="The vision tower's weights; left out, the decoder's where it is float, else 8 bits a channel.",
     )
     engine: Engine = Field(Engine(), description="Run-time settings.")
     required: bool = Field(False, description="Whether the run fails where this variant misses a gate.")
-    gates: Gates = Field(Gates(), description="Bounds for this variant; each overrides the one under the top-level gates.")
+    gates: Gates = Field(
+        Gates(), description="Bounds for this variant; each overrides the one under the top-level gates."
+    )
 
 
 class Row(_Strict):
@@ -130,7 +145,9 @@ class Config(_Strict):
         for model, described in self.models.items():
             for name in described.variants or []:
                 if name not in self.variants:
-                    raise ValueError(f"models.{model}.variants: there is no variant {name}; there are {', '.join(self.variants)}")
+                    raise ValueError(
+                        f"models.{model}.variants: there is no variant {name}; there are {', '.join(self.variants)}"
+                    )
         return self
 
     def variants_of(self, model: str) -> list[str]:
@@ -144,13 +161,11 @@ class Config(_Strict):
         return chosen.vision or Weights(bits=chosen.bits if chosen.bits >= 16 else 8)
 
     def engine(self, variant: str) -> Engine:
-        """With float weights the engine computes in float32, to be as exact as it can; with packed ones as on a phone."""
+        """Float weights: computed in float32, as exact as the engine can. Packed weights: computed as on a phone."""
         chosen = self.variants[variant]
         setting = "high" if chosen.bits >= 16 else "low"
         engine = chosen.engine
-        return Engine(
-            precision=engine.precision or setting, memory=engine.memory or setting, threads=engine.threads
-        )
+        return Engine(precision=engine.precision or setting, memory=engine.memory or setting, threads=engine.threads)
 
     def row_gates(self, row: str) -> dict[str, float]:
         """Bounds of a row of the table: its own over the general ones."""
@@ -174,7 +189,9 @@ def _sentence(error: ValidationError) -> str:
         what = "this key is missing"
     elif first["type"] == "literal_error":
         what = f"{first['input']!r} is not one of {first['ctx']['expected']}"
-    elif "input" in first and isinstance(first["input"], str | int | float) and not what.startswith(repr(first["input"])):
+    elif (
+        "input" in first and isinstance(first["input"], str | int | float) and not what.startswith(repr(first["input"]))
+    ):
         what = f"{what[0].lower()}{what[1:]}, not {first['input']!r}"
     return f"config: {where + ': ' if where else ''}{what}"
 
@@ -215,8 +232,8 @@ def _check_blocks(config: Config, model: str, described: Model) -> None:
                 if weights.bits < 16 and weights.block and size % weights.block:
                     key = f"variants.{variant}.{'vision.' if part == 'vision' else ''}block"
                     raise ConfigError(
-                        f"config: {key}: {weights.block} does not divide the {size} inputs of a {part} layer of {model};"
-                        " the converter would silently fall back to one scale a channel"
+                        f"config: {key}: {weights.block} does not divide the {size} inputs of a {part} layer of"
+                        f" {model}; the converter would silently fall back to one scale a channel"
                     )
 
 

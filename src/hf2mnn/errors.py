@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Hf2mnnError(Exception):
-    """Base of every failure that is the input's or the machine's fault, not a bug. The CLI prints it bare, exit code 1."""
+    """Base of every failure that is the input's or the machine's fault. The CLI prints it bare, exit code 1."""
 
 
 class ConfigError(Hf2mnnError):

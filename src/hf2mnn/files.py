@@ -23,7 +23,7 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     What an earlier, killed run left beside it is removed first. A rename is the last step, so nobody ever sees half
     a folder under the final name.
     """
-    destination = Path(os.path.abspath(destination))
+    destination = Path(destination).resolve()
     partial = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -61,7 +61,9 @@ class Manifest:
             stored = json.loads(path.read_text())
             return cls(**stored, folder=Path(folder))
         except FileNotFoundError:
-            raise ManifestError(f"{folder} has no {NAME}: the stage that makes it has not finished; run it first") from None
+            raise ManifestError(
+                f"{folder} has no {NAME}: the stage that makes it has not finished; run it first"
+            ) from None
         except (ValueError, TypeError) as error:
             raise ManifestError(f"{path} is not a manifest ({error}); delete {folder} and make it again") from None
 

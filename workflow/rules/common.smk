@@ -1,13 +1,14 @@
-# What every rule needs: the checked configuration, the names a wildcard may take, and what a stage depends on.
+# Shared by all stages: the checked configuration, the names that a wildcard may take, and what a stage depends on.
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
 # The tools stand beside the Python that runs Snakemake, whether or not its environment is active.
-os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
+os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]))
 
 from hf2mnn.config import parse_config
 from hf2mnn.errors import Hf2mnnError
@@ -38,8 +39,8 @@ def source_files(wildcards):
 def source_options(wildcards):
     source = CONFIG.models[wildcards.model].source
     if source.path:
-        return f"--path {source.path}"
-    return f"--repository {source.repository} --revision {source.revision}"
+        return shlex.join(["--path", source.path])
+    return shlex.join(["--repository", source.repository, "--revision", source.revision])
 
 
 def evaluation_files(wildcards):
@@ -73,7 +74,8 @@ def evaluations(wildcards):
 def rows(wildcards):
     """JSON of the table's rows, with their gates."""
     described = [
-        {"name": row, "required": CONFIG.required(row), "gates": CONFIG.row_gates(row)} for row in rows_of(wildcards.model)
+        {"name": row, "required": CONFIG.required(row), "gates": CONFIG.row_gates(row)}
+        for row in rows_of(wildcards.model)
     ]
     return json.dumps(described, sort_keys=True)
 

@@ -10,11 +10,6 @@ rule evaluate_onnxruntime:
         "results/{model}/eval/onnxruntime/pictures.parquet",
         "results/{model}/eval/onnxruntime/logits.safetensors",
         manifest="results/{model}/eval/onnxruntime/manifest.json",
-    params:
-        reference=subpath(input.reference, parent=True),
-        onnx=subpath(input.onnx, parent=True),
-        out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("evaluate"),
     log:
         "logs/evaluate_onnxruntime/{model}.log",
     benchmark:
@@ -25,6 +20,11 @@ rule evaluate_onnxruntime:
     resources:
         mem_mb=memory(1500, 2.5),
         runtime="8h",
+    params:
+        reference=subpath(input.reference, parent=True),
+        onnx=subpath(input.onnx, parent=True),
+        out=subpath(output.manifest, parent=True),
+        fingerprint=fingerprint("evaluate"),
     shell:
         "hf2mnn evaluate --reference {params.reference:q} --onnx {params.onnx:q} --threads {threads} --out {params.out:q}"
         " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
@@ -42,13 +42,6 @@ rule evaluate_variant:
         "results/{model}/eval/{variant}/pictures.parquet",
         "results/{model}/eval/{variant}/logits.safetensors",
         manifest="results/{model}/eval/{variant}/manifest.json",
-    params:
-        reference=subpath(input.reference, parent=True),
-        onnx=subpath(input.onnx, parent=True),
-        bundle=subpath(input.bundle, parent=True),
-        time_limit=CONFIG.time_limit,
-        out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("evaluate"),
     log:
         "logs/evaluate_variant/{model}/{variant}.log",
     benchmark:
@@ -59,6 +52,13 @@ rule evaluate_variant:
     resources:
         mem_mb=memory(1500, 2.5),
         runtime="8h",
+    params:
+        reference=subpath(input.reference, parent=True),
+        onnx=subpath(input.onnx, parent=True),
+        bundle=subpath(input.bundle, parent=True),
+        time_limit=CONFIG.time_limit,
+        out=subpath(output.manifest, parent=True),
+        fingerprint=fingerprint("evaluate"),
     shell:
         "hf2mnn evaluate --reference {params.reference:q} --onnx {params.onnx:q} --bundle {params.bundle:q}"
         " --time-limit {params.time_limit} --threads {threads} --out {params.out:q}"

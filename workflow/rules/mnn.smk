@@ -12,10 +12,6 @@ rule convert_float:
         "results/{model}/mnn/float/embeddings_bf16.bin",
         "results/{model}/mnn/float/tokenizer.mtok",
         manifest="results/{model}/mnn/float/manifest.json",
-    params:
-        onnx=subpath(input[0], parent=True),
-        out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("mnn"),
     log:
         "logs/convert_float/{model}.log",
     benchmark:
@@ -26,6 +22,9 @@ rule convert_float:
     resources:
         mem_mb=memory(500, 2.0),
         runtime="4h",
+    params:
+        onnx=subpath(input[0], parent=True),
+        out=subpath(output.manifest, parent=True),
+        fingerprint=fingerprint("mnn"),
     shell:
-        "hf2mnn mnn {params.onnx:q} --out {params.out:q}"
-        " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
+        "hf2mnn mnn {params.onnx:q} --out {params.out:q}" " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"

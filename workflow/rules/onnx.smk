@@ -11,10 +11,6 @@ rule export_onnx:
         "results/{model}/onnx/embedding.onnx.data",
         "results/{model}/onnx/model.json",
         manifest="results/{model}/onnx/manifest.json",
-    params:
-        source=subpath(input[0], parent=True),
-        out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("onnx"),
     log:
         "logs/export_onnx/{model}.log",
     benchmark:
@@ -25,6 +21,9 @@ rule export_onnx:
     resources:
         mem_mb=memory(1500, 0.5),
         runtime="4h",
+    params:
+        source=subpath(input[0], parent=True),
+        out=subpath(output.manifest, parent=True),
+        fingerprint=fingerprint("onnx"),
     shell:
-        "hf2mnn onnx {params.source:q} --out {params.out:q}"
-        " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
+        "hf2mnn onnx {params.source:q} --out {params.out:q}" " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"

@@ -13,14 +13,6 @@ rule quantize_variant:
         "results/{model}/mnn/{variant}/embeddings_bf16.bin",
         "results/{model}/mnn/{variant}/tokenizer.mtok",
         manifest="results/{model}/mnn/{variant}/manifest.json",
-    params:
-        onnx=subpath(input.onnx, parent=True),
-        float=subpath(input.float, parent=True),
-        decoder=weights("decoder"),
-        vision=weights("vision"),
-        engine=engine,
-        out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("mnn"),
     log:
         "logs/quantize_variant/{model}/{variant}.log",
     benchmark:
@@ -31,6 +23,14 @@ rule quantize_variant:
     resources:
         mem_mb=memory(500, 2.0),
         runtime="8h",
+    params:
+        onnx=subpath(input.onnx, parent=True),
+        float=subpath(input.float, parent=True),
+        decoder=weights("decoder"),
+        vision=weights("vision"),
+        engine=engine,
+        out=subpath(output.manifest, parent=True),
+        fingerprint=fingerprint("mnn"),
     shell:
         "hf2mnn quantize {params.onnx:q} {params.float:q} --decoder {params.decoder:q} --vision {params.vision:q}"
         " --engine {params.engine:q} --out {params.out:q}"

@@ -7,12 +7,6 @@ rule answer_reference:
         "results/{model}/reference/examples.json",
         "results/{model}/reference/golden.safetensors",
         manifest="results/{model}/reference/manifest.json",
-    params:
-        source=subpath(input.source, parent=True),
-        evaluation=lookup("{model}", within={m: v.evaluation for m, v in CONFIG.models.items()}),
-        max_new_tokens=lookup("{model}", within={m: v.max_new_tokens for m, v in CONFIG.models.items()}),
-        out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("reference"),
     log:
         "logs/answer_reference/{model}.log",
     benchmark:
@@ -23,6 +17,12 @@ rule answer_reference:
     resources:
         mem_mb=memory(1500, 2.5),
         runtime="8h",
+    params:
+        source=subpath(input.source, parent=True),
+        evaluation=lookup("{model}", within={m: v.evaluation for m, v in CONFIG.models.items()}),
+        max_new_tokens=lookup("{model}", within={m: v.max_new_tokens for m, v in CONFIG.models.items()}),
+        out=subpath(output.manifest, parent=True),
+        fingerprint=fingerprint("reference"),
     shell:
         "hf2mnn reference {params.source:q} --evaluation {params.evaluation:q} --max-new-tokens {params.max_new_tokens}"
         " --threads {threads} --out {params.out:q}"

@@ -6,10 +6,6 @@ rule compare_model:
     output:
         table="results/{model}/summary.csv",
         page=report("results/{model}/report.html", caption="../report/page.rst", category="Comparison"),
-    params:
-        rows=rows,
-        folder=subpath(output.table, parent=True),
-        fingerprint=fingerprint("report"),
     log:
         "logs/compare_model/{model}.log",
     benchmark:
@@ -20,6 +16,10 @@ rule compare_model:
     resources:
         mem_mb=1000,
         runtime="10m",
+    params:
+        rows=rows,
+        folder=subpath(output.table, parent=True),
+        fingerprint=fingerprint("report"),
     shell:
         "hf2mnn compare {wildcards.model:q} {params.folder:q} --rows {params.rows:q} --out {output.table:q}"
         " --page {output.page:q} > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
@@ -30,8 +30,6 @@ rule join_tables:
         expand("results/{model}/summary.csv", model=CONFIG.models),
     output:
         report("results/summary.csv", caption="../report/table.rst", category="Comparison"),
-    params:
-        fingerprint=fingerprint("report"),
     log:
         "logs/join_tables/all.log",
     benchmark:
@@ -42,6 +40,8 @@ rule join_tables:
     resources:
         mem_mb=1000,
         runtime="10m",
+    params:
+        fingerprint=fingerprint("report"),
     shell:
         "hf2mnn summarize {input:q} --out {output:q} > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
 

@@ -4,10 +4,6 @@ rule fetch_source:
         source_files,
     output:
         "results/{model}/source/manifest.json",
-    params:
-        options=source_options,
-        out=subpath(output[0], parent=True),
-        fingerprint=fingerprint("source"),
     log:
         "logs/fetch_source/{model}.log",
     benchmark:
@@ -18,5 +14,9 @@ rule fetch_source:
     resources:
         mem_mb=1000,
         runtime="4h",
+    params:
+        options=source_options,
+        out=subpath(output[0], parent=True),
+        fingerprint=fingerprint("source"),
     shell:
         "hf2mnn source {params.options} --out {params.out:q} > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"

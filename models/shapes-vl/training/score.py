@@ -14,9 +14,10 @@ from collections import defaultdict
 
 import numpy as np
 import torch
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
+
 import world
 from train import IGNORED, Batch, Teacher, answer_logits
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
 # Far from the training's seed; its pictures and questions were never trained on.
 SEED = 987_654

@@ -1,4 +1,4 @@
-"""The tokenizer of shapes-vl: Qwen2's byte-level BPE (same pre-tokenizer, same special tokens), trained on this world."""
+"""The tokenizer of shapes-vl: Qwen2's byte-level BPE (same pre-tokenizer and special tokens), trained on this world."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import random
 import re
 from collections.abc import Iterator
 
-import world
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+import world
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",

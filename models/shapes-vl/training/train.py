@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import world
-from tokenizer import train_tokenizer
 from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import world
+from tokenizer import train_tokenizer
 
 VOCABULARY = 640
 HIDDEN = 256
@@ -215,7 +216,9 @@ def optimizer_of(*modules: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
 
-def run(steps: int, peak: float, warmup: int, modules: list[nn.Module], teacher, make_batch, losses, state: Path) -> None:
+def run(
+    steps: int, peak: float, warmup: int, modules: list[nn.Module], teacher, make_batch, losses, state: Path
+) -> None:
     """`losses(batch)` gives the loss and a dict of figures to print; figures are averaged between lines.
 
     Every 250 steps all that matters is kept in `state`, so a killed training goes on where it was, with the same
@@ -290,7 +293,14 @@ def train(args: argparse.Namespace) -> None:
     print("whole model", flush=True)
     state = work / "model.pt"
     run(
-        args.steps, args.peak, 200, [model, probes], teacher, lambda: teacher.batch(args.batch, args.turns, 0.06), answer, state
+        args.steps,
+        args.peak,
+        200,
+        [model, probes],
+        teacher,
+        lambda: teacher.batch(args.batch, args.turns, 0.06),
+        answer,
+        state,
     )
     save(model, tokenizer, processor, args)
 

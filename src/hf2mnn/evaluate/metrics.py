@@ -1,4 +1,4 @@
-"""Distances between two models' predictions, as the field defines them. All take float32 logits [positions, vocabulary]."""
+"""Distances between two models' predictions, as the field defines them, from logits [positions, vocabulary]."""
 
 from __future__ import annotations
 

@@ -18,11 +18,15 @@ def run_onnxruntime(onnx_folder: Path, golden: Golden, max_new_tokens: int, thre
     pictures = {name: golden.picture(name) for name in golden.picture_names()}
     for name, picture in pictures.items():
         outcome.embeds[name] = model.see((picture.pixel_values, picture.grid_thw))
-    for example in tqdm(golden.examples(), desc="ONNX Runtime", total=len(golden.records), unit="example", mininterval=5):
+    for example in tqdm(
+        golden.examples(), desc="ONNX Runtime", total=len(golden.records), unit="example", mininterval=5
+    ):
         cache = model.new_cache()
         fed = [(pictures[name].pixel_values, pictures[name].grid_thw) for name in example.pictures]
         first = model.prefill(cache, example.input_ids, fed)
-        rows = [first] + [model.prefill(cache, example.answer_ids[i : i + 1]) for i in range(len(example.answer_ids) - 1)]
+        rows = [first] + [
+            model.prefill(cache, example.answer_ids[i : i + 1]) for i in range(len(example.answer_ids) - 1)
+        ]
         cache.truncate(len(example.input_ids))
         greedy = model.greedy(cache, first[-1], max_new_tokens)
         outcome.answers[example.id] = Answer(np.concatenate(rows), greedy)

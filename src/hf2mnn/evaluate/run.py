@@ -46,7 +46,9 @@ def _run_engine(bundle: Path, golden: Golden, max_new_tokens: int, threads: int,
             for record in golden.records:
                 name = f"examples/{record['id']}"
                 greedy = tensors.get_tensor(f"{name}/greedy_ids").tolist()
-                outcome.answers[record["id"]] = Answer(tensors.get_tensor(f"{name}/logits"), greedy, as_called[record["id"]])
+                outcome.answers[record["id"]] = Answer(
+                    tensors.get_tensor(f"{name}/logits"), greedy, as_called[record["id"]]
+                )
             for name in golden.picture_names():
                 outcome.embeds[name] = tensors.get_tensor(f"pictures/{name}/embeds")
     return outcome

@@ -64,7 +64,9 @@ def score(golden: Golden, outcome: Outcome, prompter: Prompter) -> Scores:
     for name in golden.picture_names():
         wanted, seen = golden.picture(name).embeds, outcome.embeds[name]
         if wanted.shape != seen.shape:
-            raise EngineError(f"the vision tower gives {list(seen.shape)} for {name}, PyTorch gives {list(wanted.shape)}")
+            raise EngineError(
+                f"the vision tower gives {list(seen.shape)} for {name}, PyTorch gives {list(wanted.shape)}"
+            )
         similar = cosine(wanted, seen)
         pictures.append((name, len(similar), float(similar.mean()), float(similar.min())))
     position_table = pd.DataFrame(positions, columns=["id", "position", "after_picture", "kld", "same_top"])

@@ -25,7 +25,9 @@ class Qwen2VL(Family):
 
     def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:
         if text_config.get("use_sliding_window"):
-            raise SourceError("this Qwen2-VL uses sliding window attention (use_sliding_window), which is not converted")
+            raise SourceError(
+                "this Qwen2-VL uses sliding window attention (use_sliding_window), which is not converted"
+            )
         rope = text_config.get("rope_parameters") or text_config.get("rope_scaling") or {}
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in ("default", "mrope"):
@@ -68,7 +70,11 @@ class Qwen2VL(Family):
         }
 
     def vision_axes(self) -> dict[str, dict[int, str]]:
-        return {"patches": {0: "patches"}, "position_ids": {1: "patches"}, "attention_mask": {1: "patches", 2: "patches"}}
+        return {
+            "patches": {0: "patches"},
+            "position_ids": {1: "patches"},
+            "attention_mask": {1: "patches", 2: "patches"},
+        }
 
     def position_ids(
         self, input_ids: np.ndarray, grids: list[np.ndarray], image_token_id: int, merge_size: int

@@ -1,4 +1,4 @@
-"""Qwen2-VL's vision tower with its data-dependent parts (grids, split attention) taken as inputs, so it can be traced."""
+"""Qwen2-VL's vision tower, its data-dependent parts (grids, split attention) taken as inputs: it can be traced."""
 
 from __future__ import annotations
 

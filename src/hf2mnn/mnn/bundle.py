@@ -76,7 +76,7 @@ def convert_vision(onnx_folder: Path, folder: Path, weights: WeightFormat) -> No
 
 
 def write_embedding(onnx_folder: Path, folder: Path) -> None:
-    """The embedding table of embedding.onnx, rounded to bfloat16 (exact for a bfloat16 checkpoint), a block at a time."""
+    """The embedding table of embedding.onnx, as bfloat16 (exact for a bfloat16 checkpoint), a block at a time."""
     model = onnx.load(onnx_folder / "embedding.onnx", load_external_data=False)
     (table,) = model.graph.initializer
     info = ExternalDataInfo(table)

@@ -1,5 +1,5 @@
-"""MNN's converter, called so that it can neither harm nor deceive: in a child process, in a folder of its own, judged by
-what it wrote.
+"""MNN's converter, called so that it can neither harm nor deceive: in a child process, in a folder of its own, and
+judged by what it wrote.
 
 It answers True and exits 0 whatever happened, and stages weights in its working directory, where two at once corrupt
 each other. The wheel's console script and `MNN.tools` are never used: they install packages and report usage.

@@ -5,7 +5,6 @@ Only names and two reshaping nodes change; the weights stay in the ONNX graph's 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from onnx import helper, numpy_helper
 def _link_data(source: Path, destination: Path) -> None:
     """The graph names its data file relative to itself."""
     data = source.with_name(f"{source.name}.data")
-    os.symlink(data.resolve(), destination.with_name(data.name))
+    destination.with_name(data.name).symlink_to(data.resolve())
 
 
 def _rename(model: onnx.ModelProto, old: str, new: str) -> None:

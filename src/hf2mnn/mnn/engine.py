@@ -69,7 +69,9 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
                     timeout=time_limit,
                 )
             except subprocess.TimeoutExpired:
-                raise EngineError(f"MNN's engine was stopped after {time_limit:.0f} s ({task}); see --time-limit") from None
+                raise EngineError(
+                    f"MNN's engine was stopped after {time_limit:.0f} s ({task}); see --time-limit"
+                ) from None
         lines = [line.strip() for line in said.read_text(errors="replace").splitlines() if line.strip()]
         lines = [line for line in lines if not line.startswith(NOISE)]
     if done.returncode != 0:
@@ -77,4 +79,6 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
         if refused:
             raise EngineError(refused[-1])
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        raise EngineError(f"MNN's engine died ({how}) during {task}; its last words: {' / '.join(lines[-3:]) or 'none'}")
+        raise EngineError(
+            f"MNN's engine died ({how}) during {task}; its last words: {' / '.join(lines[-3:]) or 'none'}"
+        )

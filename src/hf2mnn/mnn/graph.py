@@ -111,9 +111,9 @@ def prove_fused(graph: Graph, name: str, layers: int) -> None:
         )
         asks = "still asks for past_key_values, and " if "past_key_values" in graph.inputs else ""
         raise ConversionError(
-            f"{name} {asks}has {fused} of {layers} attentions fused with a KV cache: {cause}; the engine would stop with"
-            " 'past_key_values tensor is input but not found' or answer wrongly. Convert the ONNX of 'hf2mnn onnx' with"
-            " --transformerFuse ('hf2mnn mnn' does)"
+            f"{name} {asks}has {fused} of {layers} attentions fused with a KV cache: {cause}; the engine would stop"
+            " with 'past_key_values tensor is input but not found' or answer wrongly. Convert the ONNX of 'hf2mnn onnx'"
+            " with --transformerFuse ('hf2mnn mnn' does)"
         )
 
 
@@ -138,8 +138,8 @@ def prove_weights(graph: Graph, name: str, bits: int, block: int, symmetric: boo
         if not right:
             raise ConversionError(
                 f"{name}: layer {weight.name} ({weight.inputs} inputs) is stored with {weight.bits} bits, block"
-                f" {weight.block or 'channel'}, where {bits} bits, block {block or 'channel'} were asked for; use a block"
-                " that is a multiple of 16 and divides the layer's inputs"
+                f" {weight.block or 'channel'}, where {bits} bits, block {block or 'channel'} were asked for; use a"
+                " block that is a multiple of 16 and divides the layer's inputs"
             )
 
 

@@ -86,7 +86,7 @@ def write_tokenizer(checkpoint: Path, destination: Path) -> None:
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, destination)
+        temporary.replace(destination)
     finally:
         temporary.unlink(missing_ok=True)
 

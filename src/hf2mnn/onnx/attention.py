@@ -77,7 +77,9 @@ class _Chain:
         return node.outputs[0]
 
     def constant(self, value: np.ndarray, name: str) -> ir.Value:
-        node = ir.node("Constant", [], {"value": ir.tensor(value, name=f"{self.name}/{name}")}, name=f"{self.name}/{name}")
+        node = ir.node(
+            "Constant", [], {"value": ir.tensor(value, name=f"{self.name}/{name}")}, name=f"{self.name}/{name}"
+        )
         node.outputs[0].name = f"{self.name}/{name}"
         self.nodes.append(node)
         return node.outputs[0]
@@ -92,7 +94,9 @@ def _expand_heads(chain: _Chain, value: ir.Value, heads: int, kv_heads: int, sha
     grouped = chain("Unsqueeze", value, axis, name=f"{name}_grouped")
     times = chain.constant(np.array([1, 1, group, 1, 1], np.int64), f"{name}_times")
     repeated = chain("Expand", grouped, times, name=f"{name}_repeated")
-    return chain("Reshape", repeated, chain.constant(np.array(shape, np.int64), f"{name}_shape"), name=f"{name}_per_query_head")
+    return chain(
+        "Reshape", repeated, chain.constant(np.array(shape, np.int64), f"{name}_shape"), name=f"{name}_per_query_head"
+    )
 
 
 def _dimensions(value: ir.Value) -> tuple[int, int]:

@@ -58,7 +58,9 @@ def check_graph(path: Path) -> None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{path.name} is not valid ONNX: {error}") from error
     model = onnx.load(str(path), load_external_data=False)
-    foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")})
+    foreign = sorted(
+        {f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")}
+    )
     if foreign:
         raise ExportError(f"{path.name} uses ops outside the ONNX standard: {', '.join(foreign)}")
 

@@ -72,7 +72,9 @@ class Decoder(torch.nn.Module):
         ).last_hidden_state
         # hidden[:, logits_index:], with the index a run-time value; torch.export cannot slice by one.
         last, axis = torch.tensor([2**31 - 1], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
-        wanted = torch.onnx.ops.symbolic("Slice", (hidden, logits_index, last, axis), dtype=hidden.dtype, shape=hidden.shape)
+        wanted = torch.onnx.ops.symbolic(
+            "Slice", (hidden, logits_index, last, axis), dtype=hidden.dtype, shape=hidden.shape
+        )
         presents = torch.stack([store.presents[layer] for layer in sorted(store.presents)])
         return self.lm_head(wanted), presents
 
@@ -103,7 +105,7 @@ def build_fake(config: transformers.PreTrainedConfig, family: Family) -> tuple[t
 
 
 def _trace(module: torch.nn.Module, mode: FakeTensorMode, inputs: dict, outputs: list[str], axes: dict) -> ir.Model:
-    dynamic = tuple({axis: torch.export.Dim.DYNAMIC for axis in axes.get(name, {})} for name in inputs)
+    dynamic = tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs)
     with _quiet(), mode:
         arguments = tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in inputs.values())
         model = torch.onnx.export(
@@ -163,7 +165,9 @@ def trace_decoder(config: transformers.PreTrainedConfig, family: Family, rows: i
     _name_parameters(graph, "language_model.", _prefix(model, family.language_model(model)))
     found = write_out_attention(graph)
     if found != layers:
-        raise ExportError(f"the decoder has {layers} layers but {found} attentions were traced; this is a bug, report it")
+        raise ExportError(
+            f"the decoder has {layers} layers but {found} attentions were traced; this is a bug, report it"
+        )
     logits, presents = graph.graph.outputs
     _declare(logits, [1, "rows", text.vocab_size])
     _declare(presents, [layers, 2, 1, "past + tokens", kv_heads, size])

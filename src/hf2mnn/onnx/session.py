@@ -40,7 +40,9 @@ class KVCache:
     def append(self, presents: np.ndarray, positions: np.ndarray) -> None:
         """Take over a call's `presents` (past and new together) and the positions of its new tokens."""
         if presents.shape[3] != len(self) + positions.shape[1]:
-            raise ValueError(f"{presents.shape[3]} cached tokens do not follow {len(self)} with {positions.shape[1]} more")
+            raise ValueError(
+                f"{presents.shape[3]} cached tokens do not follow {len(self)} with {positions.shape[1]} more"
+            )
         self.past = presents
         self.positions = np.concatenate([self.positions, positions], axis=1)
 

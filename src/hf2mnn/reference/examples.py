@@ -34,7 +34,9 @@ class Example:
     @property
     def pictures(self) -> list[str]:
         """File names of the pictures, in the order of the prompt."""
-        parts = [part for message in self.messages if isinstance(message["content"], list) for part in message["content"]]
+        parts = [
+            part for message in self.messages if isinstance(message["content"], list) for part in message["content"]
+        ]
         return [part["image"] for part in parts if part.get("type") == "image"]
 
 
@@ -50,7 +52,9 @@ def _parse(line: str, where: str) -> Example:
         )
         _ = example.pictures
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EvaluationSetError(f"{where} is not an example ({type(error).__name__}: {error}); see docs/evaluation.md") from None
+        raise EvaluationSetError(
+            f"{where} is not an example ({type(error).__name__}: {error}); see docs/evaluation.md"
+        ) from None
     if not example.messages or not isinstance(example.id, str) or "/" in example.id:
         raise EvaluationSetError(f"{where} needs messages and an id without '/'; see docs/evaluation.md")
     return example
@@ -62,7 +66,9 @@ def read_examples(folder: Path) -> list[Example]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
-        raise EvaluationSetError(f"{folder} is not an evaluation set: it has no {NAME}; see docs/evaluation.md") from None
+        raise EvaluationSetError(
+            f"{folder} is not an evaluation set: it has no {NAME}; see docs/evaluation.md"
+        ) from None
     examples = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     seen: set[str] = set()
     for example in examples:

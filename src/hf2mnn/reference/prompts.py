@@ -45,7 +45,9 @@ class Prompter:
         try:
             features = self.processor(images=[image], return_tensors="np")
         except ValueError as error:
-            raise EvaluationSetError(f"the image processor refuses a {image.width} x {image.height} picture: {error}") from None
+            raise EvaluationSetError(
+                f"the image processor refuses a {image.width} x {image.height} picture: {error}"
+            ) from None
         pixels = np.asarray(features["pixel_values"], np.float32)
         grid = np.asarray(features["image_grid_thw"], np.int64)[0]
         return PictureInput(pixels, grid, self.unpatch(pixels, grid))
@@ -74,7 +76,9 @@ class Prompter:
         image, merged = self.facts["image_token_id"], self.facts["merge_size"] ** 2
         ids = self.tokenizer(self.text(messages), add_special_tokens=False).input_ids
         if ids.count(image) != len(pictures):
-            raise EvaluationSetError(f"the chat template wrote {ids.count(image)} pictures for {len(pictures)} in the messages")
+            raise EvaluationSetError(
+                f"the chat template wrote {ids.count(image)} pictures for {len(pictures)} in the messages"
+            )
         counts = iter(int(picture.grid_thw.prod()) // merged for picture in pictures)
         return np.array([token for i in ids for token in ([image] * next(counts) if i == image else [i])], np.int64)
 

@@ -35,7 +35,12 @@ class Reference:
         stop = self.facts["stop_ids"]
         # A config of our own: checkpoints often ship one that samples.
         self.generation = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=stop[0], use_cache=True
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stop,
+            pad_token_id=stop[0],
+            return_dict_in_generate=True,
+            output_logits=True,
         )
 
     @torch.inference_mode()
@@ -50,9 +55,7 @@ class Reference:
             pixels = torch.from_numpy(np.concatenate([picture.pixel_values for picture in pictures]))
             inputs |= {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": kinds}
         positions, _ = self.model.model.get_rope_index(ids, kinds, image_grid_thw=grids)
-        made = self.model.generate(
-            **inputs, generation_config=self.generation, return_dict_in_generate=True, output_logits=True
-        )
+        made = self.model.generate(**inputs, generation_config=self.generation)
         return {
             "input_ids": ids[0],
             "position_ids": positions[:, 0].contiguous(),

@@ -123,7 +123,9 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, dtype={"bytes": "Int64", "reason": "string"}, keep_default_na=True)
     except (OSError, ValueError) as error:
-        raise Hf2mnnError(f"{path} is not a comparison that hf2mnn wrote ({error}); run 'hf2mnn compare' first") from None
+        raise Hf2mnnError(
+            f"{path} is not a comparison that hf2mnn wrote ({error}); run 'hf2mnn compare' first"
+        ) from None
     if list(frame.columns) != COLUMNS:
         raise Hf2mnnError(f"{path} is not a comparison of this version of hf2mnn; delete it and run snakemake again")
     frame["reason"] = frame["reason"].fillna("")

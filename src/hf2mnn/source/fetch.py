@@ -30,17 +30,25 @@ def download(repository: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
     except GatedRepoError:
-        raise SourceError(f"{repository} is gated: accept its terms on the hub and log in with 'hf auth login'") from None
+        raise SourceError(
+            f"{repository} is gated: accept its terms on the hub and log in with 'hf auth login'"
+        ) from None
     except RevisionNotFoundError:
         raise SourceError(f"{repository} has no revision {revision!r}: give a branch, a tag or a commit") from None
     except RepositoryNotFoundError:
-        raise SourceError(f"the hub has no repository {repository}, or it is private and you are not logged in") from None
+        raise SourceError(
+            f"the hub has no repository {repository}, or it is private and you are not logged in"
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise SourceError(f"{repository} could not be downloaded ({reason}); run the same command again to resume") from None
+        raise SourceError(
+            f"{repository} could not be downloaded ({reason}); run the same command again to resume"
+        ) from None
 
 
-def fetch_source(destination: Path, path: Path | None = None, repository: str | None = None, revision: str = "main") -> Path:
+def fetch_source(
+    destination: Path, path: Path | None = None, repository: str | None = None, revision: str = "main"
+) -> Path:
     """Link the files of a local folder, or of a downloaded snapshot, into `destination` and write the manifest.
 
     Raises:
