@@ -72,7 +72,8 @@ class Engine:
 
     def move(self, position: int) -> None:
         """The next forward is a prefill that starts at `position`."""
-        self.llm.context.update(all_seq_len=position, gen_seq_len=0)
+        # Not through `llm.context`: reading it ends the process once an answer was no whole UTF-8.
+        self.native.set_context({"all_seq_len": position, "gen_seq_len": 0})
 
     def text(self, ids: list[int], position: int) -> np.ndarray:
         # Encoding an empty prompt makes the engine forget a picture's positions; then it counts on from the context.
@@ -125,7 +126,7 @@ class Engine:
         kept = len(example.input_ids) + same
         if kept < self.native.get_current_history():
             self.native.erase_history(kept, 0)
-        self.llm.context.update(all_seq_len=int(example.position_ids.max()) + 1 + same)
+        self.native.set_context({"all_seq_len": int(example.position_ids.max()) + 1 + same})
         return np.stack(rows), chosen[:same] + self.greedy(rows[same], limit - same)
 
     def as_called(self, prompt: str, pictures: list[np.ndarray], limit: int) -> list[int]:

@@ -18,11 +18,13 @@ FLOAT16 = 3
 
 @dataclass(frozen=True)
 class WeightInfo:
-    """How one linear layer's weight is stored. `block` is 0 for one scale an output channel; sizes in bytes."""
+    """How one linear layer's weight is stored. `block` is 0 for one scale an output channel; `kernel` is 1 but for the
+    vision tower's patch embedding; `size` in bytes."""
 
     name: str
     inputs: int
     outputs: int
+    kernel: int
     bits: int
     block: int
     symmetric: bool
@@ -74,19 +76,20 @@ def _weight_info(op: dict[str, Any]) -> WeightInfo:
     main = op["main"]
     common, quantized = main["common"], main.get("quanParameter")
     outputs = common["outputCount"]
-    inputs = common["inputCount"] * common["kernelX"] * common["kernelY"]
+    kernel = common["kernelX"] * common["kernelY"]
+    inputs = common["inputCount"] * kernel
     external = main.get("external", [0, 0, 0])
     size = sum(external[1:])
     if quantized is None:
-        return WeightInfo(op["name"], inputs, outputs, 32, 0, True, 32, size)
+        return WeightInfo(op["name"], inputs, outputs, kernel, 32, 0, True, 32, size)
     if quantized["type"] == FLOAT16:
-        return WeightInfo(op["name"], inputs, outputs, 16, 0, True, 32, size)
+        return WeightInfo(op["name"], inputs, outputs, kernel, 16, 0, True, 32, size)
     symmetric = quantized["readType"] == 0
     scale_bits = 16 if quantized["scaleStorage"] == "FP16" else 32
     scales = external[2] // (scale_bits // 8) // (1 if symmetric else 2)
     blocks = scales // outputs
     block = inputs // blocks if blocks > 1 else 0
-    return WeightInfo(op["name"], inputs, outputs, quantized["aMaxOrBits"], block, symmetric, scale_bits, size)
+    return WeightInfo(op["name"], inputs, outputs, kernel, quantized["aMaxOrBits"], block, symmetric, scale_bits, size)
 
 
 def prove_supported(graph: Graph, name: str) -> None:
@@ -127,14 +130,11 @@ def prove_weights(graph: Graph, name: str, bits: int, block: int, symmetric: boo
         if bits >= 16:
             right = weight.bits == bits
         else:
-            right = (weight.bits, weight.block, weight.symmetric, weight.scale_bits) == (
-                bits,
-                block,
-                symmetric,
-                scale_bits,
-            )
-            # A single block is the same as one scale a channel.
-            right = right or (weight.bits == bits and weight.block == 0 and weight.inputs == block)
+            # One scale a channel is what a block as long as the layer is, and all that MNN has for a patch embedding,
+            # whose three input channels no block divides.
+            blocks = {block, 0} if weight.inputs == block or weight.kernel > 1 else {block}
+            stored = (weight.bits, weight.symmetric, weight.scale_bits)
+            right = stored == (bits, symmetric, scale_bits) and weight.block in blocks
         if not right:
             raise ConversionError(
                 f"{name}: layer {weight.name} ({weight.inputs} inputs) is stored with {weight.bits} bits, block"

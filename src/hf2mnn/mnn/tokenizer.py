@@ -44,7 +44,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import struct
 import unicodedata
@@ -56,6 +55,7 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel
 
 from hf2mnn.errors import SourceError
+from hf2mnn.files import whole_file
 
 MAGIC, PIPELINE = 430, 4
 NORMALIZER_NONE, NORMALIZER_REPLACE, NORMALIZER_SEQUENCE = 0, 3, 4
@@ -75,23 +75,22 @@ _SUPPORTED_PATTERN = re.compile(
 )
 
 
-def write_tokenizer(checkpoint: Path, destination: Path) -> None:
+def write_tokenizer(checkpoint: Path, destination: Path, vocabulary: int = 0) -> None:
     """Write the tokenizer of a checkpoint folder as the file `destination`, whole or not at all, always the same bytes.
+
+    `vocabulary` is how many ids the model can give; models have more than their tokenizers, and the engine ends the
+    process when it decodes an id that it has no row for, so the ids in between decode to nothing.
 
     Reads `tokenizer.json`, `tokenizer_config.json`, the chat template (`chat_template.jinja`, `chat_template.json` or
     the one in the configuration) and `generation_config.json`. Raises SourceError when the tokenizer, the chat template
     or every end-of-text token is missing, and for a kind of tokenizer that is not written.
     """
-    content = encode_tokenizer(checkpoint)
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(destination)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = encode_tokenizer(checkpoint, vocabulary)
+    with whole_file(destination) as partial:
+        partial.write_bytes(content)
 
 
-def encode_tokenizer(checkpoint: Path) -> bytes:
+def encode_tokenizer(checkpoint: Path, vocabulary: int = 0) -> bytes:
     """The bytes of `tokenizer.mtok`; reads and raises as `write_tokenizer` does."""
     path = checkpoint / "tokenizer.json"
     tokenizer = _read_json(path)
@@ -104,7 +103,7 @@ def encode_tokenizer(checkpoint: Path) -> bytes:
         body = [
             _normalizer(tokenizer.get("normalizer"), path),
             _pre_tokenizer(tokenizer.get("pre_tokenizer"), path),
-            _model(tokenizer, added, path),
+            _model(tokenizer, added, vocabulary, path),
             _decoder(tokenizer.get("decoder"), path),
             _added_tokens(added, path),
         ]
@@ -208,7 +207,7 @@ def _decoder(spec: dict[str, Any] | None, path: Path) -> bytes:
     return _u8(DECODER_BYTE_LEVEL)
 
 
-def _model(tokenizer: dict[str, Any], added: list[dict[str, Any]], path: Path) -> bytes:
+def _model(tokenizer: dict[str, Any], added: list[dict[str, Any]], vocabulary: int, path: Path) -> bytes:
     """Vocabulary sorted by bytes, merges sorted by the ids of their halves: the engine looks both up by bisection."""
     model = tokenizer["model"]
     # Files of old releases do not name the type; only BPE has merges.
@@ -226,7 +225,7 @@ def _model(tokenizer: dict[str, Any], added: list[dict[str, Any]], path: Path) -
     ids = _ids(vocab, added)
     if sorted(ids.values()) != list(range(len(ids))):
         raise SourceError(f"{path}: the ids of tokens and added tokens are not 0, 1, 2, ...; save it again.")
-    texts = {number: text for text, number in vocab.items()}
+    texts = dict.fromkeys(range(len(ids), vocabulary), "") | {number: text for text, number in vocab.items()}
     for token in added:
         # Added tokens are found before the model sees the text; here they stand to be decoded, which reads the byte
         # alphabet back. No text looks up the empty string.

@@ -65,6 +65,8 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        # Spinning threads steal the cores from jobs beside this one.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._decoder, self._vision, self._embedding = (
             onnxruntime.InferenceSession(self.folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
             for name in ("decoder", "vision", "embedding")

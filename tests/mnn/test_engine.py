@@ -1,0 +1,310 @@
+"""Bundles in MNN's engine, against PyTorch; and that what is broken about one never passes for an answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from hf2mnn.errors import BundleError, EngineError, EvaluationSetError, ManifestError
+from hf2mnn.evaluate.run import evaluate
+from hf2mnn.manifest import Manifest
+from hf2mnn.mnn import ask
+from hf2mnn.mnn.ask import ask_bundle
+from hf2mnn.mnn.engine import check_bundle, run_worker
+from hf2mnn.reference.golden import Golden
+from hf2mnn.reference.run import run_reference
+
+CLOSE = 1e-3
+"""Bound on logits of size about 1; what is measured is below 2e-5."""
+LENGTH = 10
+# Sides that need no resizing, and one picture that is resized.
+SIZES = {"wide": (224, 56), "tall": (56, 196), "square": (84, 84), "odd": (200, 75)}
+
+
+def user(*parts: str) -> dict[str, Any]:
+    """A turn: names of SIZES are pictures, anything else is text."""
+    content = [
+        {"type": "image", "image": f"{part}.png"} if part in SIZES else {"type": "text", "text": part} for part in parts
+    ]
+    return {"role": "user", "content": content}
+
+
+def reply(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "text": [{"role": "user", "content": "三角形是什么颜色？"}],
+    "wide": [user("wide", "How many purple things are there?")],
+    "tall": [user("tall", "What is at the bottom left?")],
+    "odd": [user("odd", "几个圆？")],
+    "picture-last": [user("Which thing?", "tall")],
+    "two": [user("tall", "and", "wide", "Which is larger?")],
+    "turns": [user("wide", "红色?"), reply("2"), user("tall", "and here?"), reply("blue"), user("Again?")],
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The reference, and what the bundle made of it."""
+
+    reference: Path
+    golden: Golden
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, random = tmp_path_factory.mktemp("evaluation"), np.random.default_rng(5)
+    for name, (width, height) in SIZES.items():
+        coarse = Image.fromarray(random.integers(0, 256, (height // 14, width // 14, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{name}.png")
+    lines = [json.dumps({"id": id, "messages": messages}) for id, messages in EXAMPLES.items()]
+    (folder / "examples.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def judged(
+    source_folder: Path, onnx_folder: Path, bundle: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Judged:
+    folder = tmp_path_factory.mktemp("judged")
+    reference = run_reference(source_folder, pictures, folder / "reference", LENGTH, threads=1)
+    made = evaluate(reference, onnx_folder, folder / "mnn", bundle, threads=1, time_limit=120)
+    return Judged(reference, Golden(reference), made)
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle to spoil."""
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+# Right answers
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_logit_is_pytorchs(judged: Judged, name: str) -> None:
+    """Prefill and cached decode, at right positions: one wrong counter after a picture moves logits by far more."""
+    wanted = next(example for example in judged.golden.examples() if example.id == name)
+    with safe_open(judged.folder / "logits.safetensors", "np") as tensors:
+        found = tensors.get_tensor(name)
+    assert len(found) == len(wanted.answer_ids) > 1
+    assert wanted.logits.std() > 0.1
+    np.testing.assert_allclose(found, wanted.logits, atol=CLOSE, rtol=0)
+
+
+def test_every_greedy_answer_and_every_picture_is_pytorchs(judged: Judged) -> None:
+    """Token for token, by the engine's own cache."""
+    answers = pd.read_parquet(judged.folder / "answers.parquet")
+    assert answers["greedy_match"].tolist() == [True] * len(EXAMPLES)
+    assert answers["answer"].tolist() == answers["reference"].tolist()
+    summary = json.loads((judged.folder / "summary.json").read_text())
+    assert summary["top1_agreement"] == summary["greedy_match"] == 1
+    assert summary["mean_kld"] < 1e-8
+    assert summary["vision_cosine"] > 0.999999
+
+
+def test_the_engine_as_it_is_called_answers_text_alike(judged: Judged) -> None:
+    """What a caller gets without our positions: the same where there is no picture to count wrongly after."""
+    answers = pd.read_parquet(judged.folder / "answers.parquet").set_index("id")
+    assert answers.loc["text", "as_called"] == answers.loc["text", "reference"]
+
+
+@pytest.mark.parametrize("name", ["text", "wide", "tall", "odd"])
+def test_ask_gives_pytorchs_answer(
+    judged: Judged,
+    bundle: Path,
+    pictures: Path,
+    name: str,
+    prompt: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tokenizer and the template in the bundle, its resizing and its decoding: the way of a user, from end to end.
+
+    And nothing is left where it was called, or in the bundle.
+    """
+    monkeypatch.chdir(tmp_path)
+    before = sorted(bundle.iterdir())
+    images = [pictures / f"{name}.png"] if name in SIZES else []
+    content = EXAMPLES[name][0]["content"]
+    question = content if isinstance(content, str) else content[1]["text"]
+    wanted = next(record for record in judged.golden.records if record["id"] == name)
+    assert ask_bundle(bundle, question, images, max_new_tokens=LENGTH, threads=1) == wanted["answer"]
+    assert not list(tmp_path.iterdir())
+    assert sorted(bundle.iterdir()) == before
+
+
+def test_ask_takes_two_pictures_and_can_leave_all_to_the_engine(bundle: Path, pictures: Path) -> None:
+    images = [pictures / "wide.png", pictures / "tall.png"]
+    for as_called in (False, True):
+        assert isinstance(ask_bundle(bundle, "Which?", images, 3, threads=1, as_called=as_called), str)
+
+
+# Broken bundles
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def point(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def refuse_to_run(*_: object) -> None:
+    pytest.fail("the engine was started on a bundle that is not whole")
+
+
+@pytest.mark.parametrize(
+    "name", ["llm.mnn", "llm.mnn.weight", "visual.mnn", "visual.mnn.weight", "tokenizer.mtok", "embeddings_bf16.bin"]
+)
+@pytest.mark.parametrize("spoil", [Path.unlink, empty, truncate, point])
+def test_a_bundle_that_is_not_whole_is_refused_before_the_engine_sees_it(
+    copy: Path, name: str, spoil: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine loads it: half the weights give all-zero logits ("!!!!!!"), half an embedding plausible words, and
+    half a tokenizer fills the machine's memory."""
+    monkeypatch.setattr(ask, "run_worker", refuse_to_run)
+    spoil(copy / name)
+    with pytest.raises(BundleError, match=name.replace(".", r"\.")):
+        ask_bundle(copy, "?", [])
+
+
+@pytest.mark.parametrize("name", ["config.json", "llm_config.json"])
+def test_a_bundle_without_its_configs_is_refused(copy: Path, name: str) -> None:
+    """Without llm_config.json the engine loads too, and answers with wrong logits."""
+    for content in ("{", None):
+        (copy / name).write_text(content) if content else (copy / name).unlink()
+        with pytest.raises(BundleError, match=name.replace(".", r"\.")):
+            check_bundle(copy)
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="there is no bundle"):
+        ask_bundle(tmp_path / "nowhere", "?", [])
+    with pytest.raises(BundleError, match="not a bundle"):
+        ask_bundle(tmp_path, "?", [])
+
+
+def test_a_bundle_of_another_maker_is_refused_in_a_sentence(copy: Path) -> None:
+    content = json.loads((copy / "llm_config.json").read_text())
+    del content["hf2mnn"]
+    (copy / "llm_config.json").write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="not made by hf2mnn"):
+        ask_bundle(copy, "?", [])
+
+
+def vouch(folder: Path) -> None:
+    """A manifest that says the files are right: what a bug in a stage, not an accident, would leave."""
+    manifest = Manifest.load(folder)
+    manifest.folder = None
+    manifest.save(folder)
+
+
+def noise(path: Path) -> None:
+    path.write_bytes(np.random.default_rng(1).integers(0, 256, path.stat().st_size, dtype=np.uint8).tobytes())
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("name", ["llm.mnn.weight", "embeddings_bf16.bin"])
+def test_random_weights_are_garbage(copy: Path, name: str) -> None:
+    """Finite numbers of 1e38, which no check for NaN sees."""
+    noise(copy / name)
+    vouch(copy)
+    with pytest.raises(EngineError, match="garbage"):
+        ask_bundle(copy, "?", [], max_new_tokens=3, threads=1)
+
+
+def test_weights_of_nothing_are_garbage(copy: Path) -> None:
+    """All logits equal: no model says so, and argmax would answer with the first token for ever."""
+    zeros(copy / "llm.mnn.weight")
+    vouch(copy)
+    with pytest.raises(EngineError, match="garbage"):
+        ask_bundle(copy, "?", [], max_new_tokens=3, threads=1)
+
+
+def test_evaluation_verifies_every_byte(judged: Judged, onnx_folder: Path, copy: Path, tmp_path: Path) -> None:
+    """A weight file of the right size and other contents."""
+    zeros(copy / "visual.mnn.weight")
+    with pytest.raises(ManifestError, match=r"visual\.mnn\.weight is not the file that was made"):
+        evaluate(judged.reference, onnx_folder, tmp_path / "out", copy, threads=1, time_limit=60)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vision_tower_of_another_model_gets_a_bad_verdict(
+    judged: Judged, onnx_folder: Path, copy: Path, tmp_path: Path
+) -> None:
+    """Plausible weights that are not its own pass every check of files; the comparison with PyTorch sees them."""
+    weights = np.fromfile(copy / "visual.mnn.weight", np.float32)
+    np.random.default_rng(0).shuffle(weights)
+    weights.tofile(copy / "visual.mnn.weight")
+    vouch(copy)
+    made = evaluate(judged.reference, onnx_folder, tmp_path / "out", copy, threads=1, time_limit=120)
+    summary = json.loads((made / "summary.json").read_text())
+    assert summary["vision_cosine"] < 0.5
+    assert summary["greedy_match"] < 0.5
+    assert summary["mean_kld"] > 0.01
+    # Text is answered as before: the figures tell the parts apart.
+    positions = pd.read_parquet(made / "metrics.parquet")
+    assert positions[~positions["after_picture"]]["kld"].max() < 1e-8
+
+
+def test_a_crash_of_the_engine_is_an_error_with_its_last_words(copy: Path) -> None:
+    """A wrong size in its configuration ends the engine by a segmentation fault; ours goes on."""
+    content = json.loads((copy / "llm_config.json").read_text())
+    content["hidden_size"] = 64
+    (copy / "llm_config.json").write_text(json.dumps(content))
+    vouch(copy)
+    with pytest.raises(EngineError, match=r"died \(signal 11\) during ask; its last words: .*Reshape"):
+        ask_bundle(copy, "a longer question", [], max_new_tokens=3, threads=1)
+
+
+def test_a_graph_that_the_engine_does_not_load_is_an_error(copy: Path) -> None:
+    noise(copy / "llm.mnn")
+    vouch(copy)
+    with pytest.raises(EngineError, match="does not load"):
+        ask_bundle(copy, "?", [], max_new_tokens=3, threads=1)
+
+
+def test_an_engine_that_takes_too_long_is_stopped(bundle: Path) -> None:
+    with pytest.raises(EngineError, match=r"stopped after .*\(ask\)"):
+        ask_bundle(bundle, "?", [], time_limit=0.05)
+
+
+def test_a_task_that_the_worker_does_not_have_is_an_error() -> None:
+    with pytest.raises(EngineError, match="exit code 1"):
+        run_worker("sing", {}, 60)
+
+
+def test_a_file_that_is_no_picture_is_refused(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("hello")
+    with pytest.raises(EvaluationSetError, match=r"x\.png is not a picture"):
+        ask_bundle(bundle, "?", [tmp_path / "x.png"])
+    with pytest.raises(EvaluationSetError, match="there is no picture"):
+        ask_bundle(bundle, "?", [tmp_path / "nowhere.png"])
+
+
+def test_a_picture_like_a_thread_is_refused_as_by_the_processor(bundle: Path, tmp_path: Path) -> None:
+    """transformers takes none of more than 200 to 1, so there is nothing that the answer could be equal to."""
+    Image.new("RGB", (900, 3)).save(tmp_path / "thread.png")
+    with pytest.raises(EvaluationSetError, match="900 x 3"):
+        ask_bundle(bundle, "?", [tmp_path / "thread.png"])

@@ -1,0 +1,128 @@
+"""Evaluation sets are written by hand: what is wrong with one is said with file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from hf2mnn.errors import EvaluationSetError
+from hf2mnn.reference.examples import read_examples, read_picture
+from support import SHAPES_VL
+
+QUESTION = {"role": "user", "content": "How many?"}
+GOOD = {"id": "one", "messages": [QUESTION]}
+
+
+def write(folder: Path, *records: Any) -> Path:
+    lines = [record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records]
+    (folder / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_an_example_is_read_as_it_is_documented(tmp_path: Path) -> None:
+    """Pictures in the order of the prompt over all turns; what may be left out may be left out."""
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "它们"}, {"type": "image", "image": "b.png"}]
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "二"},
+        {"role": "user", "content": [{"type": "image", "image": "a.png"}]},
+    ]
+    full = {"id": "two", "category": "count", "language": "zh", "answer": "2", "messages": turns}
+    bare, described = read_examples(write(tmp_path, GOOD, "", full))
+    assert (bare.id, bare.category, bare.language, bare.answer, bare.pictures) == ("one", "any", "any", None, [])
+    assert described.pictures == ["a.png", "b.png", "a.png"]
+    assert (described.category, described.language, described.answer) == ("count", "zh", "2")
+    assert described.messages == turns
+
+
+def test_the_embedded_set_is_one_and_its_pictures_open() -> None:
+    examples = read_examples(SHAPES_VL / "evaluation")
+    names = {name for example in examples for name in example.pictures}
+    assert len(examples) > 20
+    assert names
+    assert all(read_picture(SHAPES_VL / "evaluation" / name).mode == "RGB" for name in names)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "{not json",
+        "[]",
+        '"text"',
+        "null",
+        {"messages": [QUESTION]},
+        {"id": "x"},
+        {"id": "x", "messages": []},
+        {"id": "x", "messages": None},
+        {"id": "x", "messages": [{"role": "user"}]},
+        {"id": "x", "messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        {"id": "x", "messages": ["hello"]},
+        {"id": "x", "messages": [{"role": "user", "content": ["hello"]}]},
+        {"id": 3, "messages": [QUESTION]},
+        {"id": "a/b", "messages": [QUESTION]},
+    ],
+    ids=str,
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, bad: Any) -> None:
+    """The blank line counts: the number is the one that an editor shows."""
+    with pytest.raises(EvaluationSetError, match=r"examples\.jsonl:3 .*docs/evaluation\.md"):
+        read_examples(write(tmp_path, GOOD, "", bad))
+
+
+def test_an_id_used_twice_is_refused(tmp_path: Path) -> None:
+    """Results are kept by id: the second would silently take the place of the first."""
+    with pytest.raises(EvaluationSetError, match=r"examples\.jsonl uses the id one twice"):
+        read_examples(write(tmp_path, GOOD, GOOD))
+
+
+def test_an_empty_set_is_refused(tmp_path: Path) -> None:
+    """Nothing measured is not everything right."""
+    with pytest.raises(EvaluationSetError, match="holds no examples"):
+        read_examples(write(tmp_path, "", "  "))
+
+
+def test_a_folder_that_is_no_set_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(EvaluationSetError, match=r"has no examples\.jsonl"):
+            read_examples(folder)
+
+
+def test_a_set_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """A file saved as GBK is a common slip with Chinese questions; it must not end in a stack trace."""
+    text = json.dumps({"id": "x", "messages": [{"role": "user", "content": "红色"}]}, ensure_ascii=False)
+    (tmp_path / "examples.jsonl").write_bytes(text.encode("gbk"))
+    with pytest.raises(EvaluationSetError, match=r"examples\.jsonl"):
+        read_examples(tmp_path)
+
+
+def test_a_text_with_a_line_separator_in_it_is_one_line(tmp_path: Path) -> None:
+    """U+2028 and U+0085 are legal inside a JSON string; Python's splitlines would cut there."""
+    record = {"id": "x", "messages": [{"role": "user", "content": "a\u2028b\x85c"}]}
+    (example,) = read_examples(write(tmp_path, record))
+    assert example.messages[0]["content"] == "a\u2028b\x85c"
+
+
+def test_pictures_become_rgb_whatever_they_were(tmp_path: Path) -> None:
+    for mode in ("L", "RGBA", "P", "1"):
+        Image.new(mode, (3, 5)).save(tmp_path / f"{mode}.png")
+        picture = read_picture(tmp_path / f"{mode}.png")
+        assert (picture.mode, picture.size) == ("RGB", (3, 5))
+
+
+def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
+    """Missing, empty, text, a folder, or cut short in a download: all one sentence."""
+    Image.effect_noise((64, 64), 90).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("cut", "empty", "text", "folder"):
+        with pytest.raises(EvaluationSetError, match=rf"{name}\.png is not a picture"):
+            read_picture(tmp_path / f"{name}.png")
+    with pytest.raises(EvaluationSetError, match=r"there is no picture .*nowhere\.png"):
+        read_picture(tmp_path / "nowhere.png")

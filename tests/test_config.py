@@ -1,0 +1,283 @@
+"""config.yaml: what a person may write there, and what one sentence tells them when they may not.
+
+A run takes hours on a real model, so everything that can be refused is refused before the first job, with the path of
+the key. A sentence must stay on one line: Snakemake and the shell print it between other lines.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hf2mnn.config import Config, Engine, Weights, config_schema, load_config, parse_config, parse_json
+from hf2mnn.errors import ConfigError
+from support import REPOSITORY, SHAPES_VL
+
+BITS = [2, 3, 4, 5, 6, 7, 8, 16, 32]
+
+
+def content(**variant: Any) -> dict[str, Any]:
+    """The smallest config: a model that is not there, and one variant."""
+    return {"models": {"m": {"source": {"path": "nowhere"}}}, "variants": {"v": {"bits": 4, **variant}}}
+
+
+def put(tree: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of `tree` with `value` at a dotted path; folders on the way are made."""
+    tree = copy.deepcopy(tree)
+    *parents, last = path.split("/")
+    place = tree
+    for key in parents:
+        place = place.setdefault(key, {})
+    place[last] = value
+    return tree
+
+
+def refusal(tree: Any) -> str:
+    with pytest.raises(ConfigError) as refused:
+        parse_config(tree)
+    sentence = str(refused.value)
+    assert "\n" not in sentence
+    assert sentence.startswith("config: ")
+    return sentence
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "model",
+        "models/m/sauce",
+        "models/m/source/branch",
+        "variants/v/bit",
+        "variants/v/vision/blok",
+        "variants/v/engine/backend",
+        "variants/v/gates/task_accuracy",
+        "gates/kld",
+        "onnxruntime/bits",
+        "onnxruntime/gates/top5",
+    ],
+)
+def test_unknown_key_is_refused_at_every_level(path: str) -> None:
+    """A misspelt gate that was ignored would be a gate that nobody checks."""
+    tree = content()
+    if "vision/" in path:
+        tree = put(tree, "variants/v/vision/bits", 8)
+    assert refusal(put(tree, path, 1)).startswith(f"config: {path.replace('/', '.')}: ")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("variants/v/bits", 1, ["variants.v.bits", "1 is not one of 2"]),
+        ("variants/v/bits", 9, ["variants.v.bits", "9 is not"]),
+        ("variants/v/bits", 16.5, ["variants.v.bits", "16.5 is not"]),
+        ("variants/v/bits", "four", ["variants.v.bits", "'four' is not"]),
+        ("variants/v/bits", True, ["variants.v.bits", "True is not"]),
+        ("variants/v/bits", None, ["variants.v.bits"]),
+        ("variants/v/block", 24, ["variants.v.block", "24 is not a multiple of 16"]),
+        ("variants/v/block", -16, ["variants.v.block", "-16"]),
+        ("variants/v/vision", {"block": 64}, ["variants.v.vision.bits", "missing"]),
+        ("variants/v/method", "gptq", ["variants.v.method", "'rtn' or 'hqq'"]),
+        ("variants/v/symmetric", "perhaps", ["variants.v.symmetric", "'perhaps'"]),
+        ("variants/v/engine/precision", "int8", ["variants.v.engine.precision", "'int8'"]),
+        ("variants/v/engine/threads", 0, ["variants.v.engine.threads", "0"]),
+        ("variants/v/gates/top1_agreement", 95, ["variants.v.gates.top1_agreement", "95"]),
+        ("variants/v/gates/mean_kld", float("nan"), ["variants.v.gates.mean_kld", "nan"]),
+        ("gates/answers_lost", 0.5, ["gates.answers_lost", "0.5"]),
+        ("variants/v w", {"bits": 4}, ["variants.v w", "is not a name"]),
+        ("variants/../v", {"bits": 4}, ["config: variants...", "v"]),
+        ("variants/.hidden", {"bits": 4}, ["'.hidden' is not a name"]),
+        ("variants/pytorch", {"bits": 4}, ["variants.pytorch", "taken"]),
+        ("variants/onnxruntime", {"bits": 4}, ["variants.onnxruntime", "taken"]),
+        ("variants/float", {"bits": 32}, ["variants.float", "taken"]),
+        ("variants", {}, ["variants", "at least 1"]),
+        ("variants", ["int4"], ["variants", "dictionary"]),
+        ("models", {}, ["models", "at least 1"]),
+        ("models/a|b", {"source": {"path": "x"}}, ["models.a|b", "is not a name"]),
+        ("models/-rf", {"source": {"path": "x"}}, ["models.-rf", "is not a name"]),
+        ("models/m", {}, ["models.m.source", "missing"]),
+        ("models/m/source", {}, ["models.m.source", "either path", "or repository"]),
+        ("models/m/source", {"path": "a", "repository": "b/c"}, ["models.m.source", "either path", "or repository"]),
+        ("models/m/variants", ["w"], ["models.m.variants", "no variant w", "there are v"]),
+        ("models/m/max_new_tokens", "many", ["models.m.max_new_tokens", "'many'"]),
+        ("threads", 0, ["threads", "0"]),
+        ("time_limit", [1], ["time_limit"]),
+    ],
+)
+def test_refusals_name_the_key_and_what_is_wrong(path: str, value: Any, says: list[str]) -> None:
+    sentence = refusal(put(content(), path, value))
+    assert [part for part in says if part not in sentence] == []
+
+
+@pytest.mark.parametrize(("chosen", "what"), [([], "empty"), (["v", "v"], "twice")], ids=["empty", "twice"])
+def test_list_of_variants_means_what_it_says(chosen: list[str], what: str) -> None:
+    """An empty list must not quietly make everything, nor a repeated name a row twice."""
+    assert "models.m.variants" in refusal(put(content(), "models/m/variants", chosen)), what
+
+
+@pytest.mark.parametrize("tree", [None, [], "text", 3], ids=str)
+def test_top_level_must_be_a_mapping(tree: Any) -> None:
+    refusal(tree)
+
+
+@pytest.mark.parametrize(
+    ("variant", "key"),
+    [
+        ({"block": 96}, "variants.v.block: 96 does not divide the 256 inputs of a decoder layer of m"),
+        ({"block": 512}, "variants.v.block: 512 does not divide the 256 inputs"),
+        (
+            {"vision": {"bits": 8, "block": 128}},
+            "variants.v.vision.block: 128 does not divide the 192 inputs of a vision",
+        ),
+    ],
+)
+def test_block_that_the_converter_would_drop_is_refused(variant: dict[str, Any], key: str) -> None:
+    """MNN's converter silently uses one scale a channel where the block does not divide."""
+    tree = put(content(**variant), "models/m/source/path", str(SHAPES_VL))
+    assert key in refusal(tree)
+
+
+def test_block_of_float_weights_is_no_matter() -> None:
+    parse_config(put(content(bits=16, block=96), "models/m/source/path", str(SHAPES_VL)))
+
+
+@pytest.mark.parametrize("stored", ["[]", "{", '"text"', '{"text_config": 3}', '{"hidden_size": "256"}', "\udcff"])
+def test_broken_checkpoint_is_left_to_the_source_stage(tmp_path: Path, stored: str) -> None:
+    """That stage says in one sentence what is wrong with config.json; a traceback while Snakemake parses does not."""
+    (tmp_path / "config.json").write_bytes(stored.encode("utf-8", "surrogateescape"))
+    parse_config(put(content(block=64), "models/m/source/path", str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        (b"models: {m: [", "is not YAML"),
+        (b"models:\n\t- x", "is not YAML"),
+        (b"- models", "config: "),
+        (b"", "config: "),
+        ("models: {ä: 1}".encode("latin-1"), "config.yaml"),
+    ],
+    ids=["open bracket", "tab", "list", "empty", "not utf-8"],
+)
+def test_file_that_is_no_config(tmp_path: Path, written: bytes, says: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(written)
+    with pytest.raises(ConfigError, match=says) as refused:
+        load_config(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config: .*nowhere\.yaml cannot be read \(No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+FULL = put(
+    put(content(vision={"bits": 8}, engine={}, gates={}), "onnxruntime/gates/mean_kld", 1.0),
+    "models/m/variants",
+    ["v"],
+)
+
+
+@given(data=st.data(), value=ANYTHING)
+@settings(max_examples=150, deadline=None)
+def test_nonsense_anywhere_is_one_sentence_or_a_config(data: st.DataObject, value: Any) -> None:
+    """Whatever stands wherever: never a traceback, never two lines."""
+    tree = copy.deepcopy(FULL)
+    place: Any = tree
+    while isinstance(place, dict) and place:
+        key = data.draw(st.sampled_from(sorted(place)) | st.text(max_size=4))
+        if key not in place or not isinstance(place[key], dict) or data.draw(st.integers(0, 3)) == 0:
+            break
+        place = place[key]
+    if isinstance(place, dict):
+        place[key if place else "key"] = value
+    try:
+        assert isinstance(parse_config(tree), Config)
+    except ConfigError as refused:
+        assert len(str(refused).splitlines()) == 1
+
+
+@pytest.mark.parametrize("path", ["variants/v/bits\nblock", "variants/v\nw", "on\u2028e"])
+def test_key_with_a_line_break_is_still_one_line(path: str) -> None:
+    assert len(refusal(put(content(), path, {"bits": 4})).splitlines()) == 1
+
+
+@given(
+    bits=st.sampled_from(BITS),
+    block=st.integers(0, 64).map(lambda n: 16 * n),
+    symmetric=st.booleans(),
+    scale_bits=st.sampled_from([16, 32]),
+    method=st.sampled_from(["rtn", "hqq"]),
+)
+@settings(max_examples=60, deadline=None)
+@example(bits=4, block=0, symmetric=False, scale_bits=16, method="rtn")
+def test_every_weight_format_survives_yaml_and_the_command_line(**described: Any) -> None:
+    """Snakemake hands the parsed settings to `hf2mnn quantize` as JSON; none may change on the way."""
+    config = parse_config(yaml.safe_load(yaml.safe_dump(content(**described))))
+    weights = config.decoder_weights("v").model_dump(include=set(Weights.model_fields))
+    assert weights == described
+    assert parse_json(Weights, Weights(**weights).model_dump_json(), "--decoder") == described
+
+
+@pytest.mark.parametrize(
+    ("bits", "vision", "setting"), [(32, 32, "high"), (16, 16, "high"), (8, 8, "low"), (4, 8, "low")]
+)
+def test_defaults_follow_from_the_bits(bits: int, vision: int, setting: str) -> None:
+    """Float bundles are computed exactly; packed ones as on a phone, with an 8 bit vision tower, a scale a channel."""
+    config = parse_config(content(bits=bits, **({"block": 64} if bits < 16 else {})))
+    assert config.vision_weights("v") == Weights(bits=vision, block=0)
+    assert config.engine("v") == Engine(precision=setting, memory=setting, threads=4)
+
+
+def test_own_settings_come_before_defaults() -> None:
+    config = parse_config(content(vision={"bits": 4, "block": 32}, engine={"precision": "normal", "threads": 2}))
+    assert config.vision_weights("v") == Weights(bits=4, block=32)
+    assert config.engine("v") == Engine(precision="normal", memory="low", threads=2)
+
+
+def test_gates_of_a_variant_override_the_general_ones_one_by_one() -> None:
+    """ONNX Runtime's row keeps its own, strict bounds: lax ones for 4 bits must not reach it."""
+    tree = put(content(gates={"mean_kld": 0.5, "answers_lost": 0}), "gates", {"mean_kld": 0.1, "vision_cosine": 0.9})
+    config = parse_config(tree)
+    assert config.row_gates("v") == {"mean_kld": 0.5, "answers_lost": 0, "vision_cosine": 0.9}
+    assert config.row_gates("onnxruntime")["mean_kld"] == 1e-6
+    assert (config.required("v"), config.required("onnxruntime")) == (False, True)
+
+
+def test_variants_of_a_model_are_all_or_those_it_names() -> None:
+    tree = put(content(), "variants/w", {"bits": 8})
+    assert parse_config(tree).variants_of("m") == ["v", "w"]
+    assert parse_config(put(tree, "models/m/variants", ["w"])).variants_of("m") == ["w"]
+
+
+def test_committed_config_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the repository's root, where its paths lead to the checkpoint, so that blocks are checked as well."""
+    monkeypatch.chdir(REPOSITORY)
+    config = load_config(REPOSITORY / "config.yaml")
+    for model in config.models.values():
+        assert Path(model.source.path or "", "config.json").is_file() == (model.source.path is not None)
+        assert Path(model.evaluation, "examples.jsonl").is_file()
+    assert any(config.required(variant) for variant in config.variants)
+
+
+def test_schema_file_is_the_schema() -> None:
+    """Editors complete and check config.yaml by this file; an old one would mislead. Write it with `make schema`."""
+    assert yaml.safe_load((REPOSITORY / "workflow/schemas/config.schema.yaml").read_text()) == config_schema()
+
+
+def test_every_key_is_described() -> None:
+    schema = config_schema()
+    for name, block in {"config": schema, **schema["$defs"]}.items():
+        assert block.get("additionalProperties") is False, name
+        assert [key for key, described in block["properties"].items() if not described.get("description")] == [], name
