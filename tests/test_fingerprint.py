@@ -34,16 +34,24 @@ def edit(path: Path) -> None:
     fp._imports.cache_clear()
 
 
+LOADED = """
+import importlib, json, sys
+loaded = {}
+for stage, module in json.loads(sys.argv[1]).items():
+    for name in [name for name in sys.modules if name.split(".")[0] == "hf2mnn"]:
+        del sys.modules[name]
+    importlib.import_module(module)
+    loaded[stage] = [name for name in sys.modules if name.split(".")[0] == "hf2mnn"]
+print(json.dumps(loaded))
+"""
+
+
 def test_every_module_that_is_loaded_is_covered() -> None:
     """Import each stage in a child and ask Python what it loaded: packages' own __init__ files run as well."""
-    for stage in STAGES:
-        program = (
-            f"import sys, json, {STAGES[stage]}\n"
-            "print(json.dumps([m for m in sys.modules if m.split('.')[0] == 'hf2mnn']))"
-        )
-        printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-        loaded = set(json.loads(printed.splitlines()[-1]))
-        assert loaded - set(modules_of(stage)[0]) == set(), stage
+    command = [sys.executable, "-c", LOADED, json.dumps(STAGES)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for stage, loaded in json.loads(printed.splitlines()[-1]).items():
+        assert set(loaded) - set(modules_of(stage)[0]) == set(), stage
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_a_decoder_with_fewer_layers_than_the_model_is_noticed(onnx_folder: Path
 
 FORMATS = [WeightFormat(bits, block) for bits in range(2, 9) for block in (0, 64)]
 FORMATS += [WeightFormat(4, 32), WeightFormat(4, 128), WeightFormat(8, 32), WeightFormat(3, 128)]
-FORMATS += [WeightFormat(bits, block, symmetric=True) for bits, block in ((2, 64), (4, 64), (8, 0))]
+FORMATS += [WeightFormat(bits, block, symmetric=True) for bits, block in ((2, 64), (4, 64), (4, 128), (8, 0))]
 FORMATS += [WeightFormat(4, 64, scale_bits=32), WeightFormat(4, 64, method="hqq"), WeightFormat(16), WeightFormat()]
 
 
@@ -162,13 +162,15 @@ def test_proofs_tell_formats_apart(onnx_folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_vision_tower_is_stored_as_asked(onnx_folder: Path, tmp_path: Path) -> None:
-    """Its first layer takes 588 values of a patch, which no block divides."""
-    convert_vision(onnx_folder, tmp_path, WeightFormat(8))
-    graph = read_graph(tmp_path / "visual.mnn")
-    assert graph.inputs == ["patches", "position_ids", "attention_mask"]
-    assert {(layer.bits, layer.block) for layer in graph.weights()} == {(8, 0)}
-    with pytest.raises(ConversionError, match="588 inputs"):
-        convert_vision(onnx_folder, tmp_path, WeightFormat(8, 32))
+    """All but its patch embedding, whose 14 x 14 kernels no block divides: that has one scale a channel."""
+    for block in (0, 32):
+        convert_vision(onnx_folder, tmp_path, WeightFormat(8, block))
+        graph = read_graph(tmp_path / "visual.mnn")
+        assert graph.inputs == ["patches", "position_ids", "attention_mask"]
+        found = [(layer.bits, layer.block) for layer in graph.weights()]
+        assert found == [(8, 0)] * 2 + [(8, block)] * 6
+    with pytest.raises(ConversionError, match=r"96 inputs.* block 80 were asked"):
+        convert_vision(onnx_folder, tmp_path, WeightFormat(8, 80))
 
 
 # Bad input

@@ -24,8 +24,8 @@ from hf2mnn.mnn.engine import check_bundle, run_worker
 from hf2mnn.reference.golden import Golden
 from hf2mnn.reference.run import run_reference
 
-CLOSE = 1e-3
-"""Bound on logits of size about 1; what is measured is below 2e-5."""
+CLOSE = 1e-4
+"""Bound on logits whose deviation is about 0.6; what is measured is below 1e-5."""
 LENGTH = 10
 # Sides that need no resizing, and one picture that is resized.
 SIZES = {"wide": (224, 56), "tall": (56, 196), "square": (84, 84), "odd": (200, 75)}
@@ -100,7 +100,7 @@ def test_every_logit_is_pytorchs(judged: Judged, name: str) -> None:
     with safe_open(judged.folder / "logits.safetensors", "np") as tensors:
         found = tensors.get_tensor(name)
     assert len(found) == len(wanted.answer_ids) > 1
-    assert wanted.logits.std() > 0.1
+    assert wanted.logits.std() > 0.3
     np.testing.assert_allclose(found, wanted.logits, atol=CLOSE, rtol=0)
 
 
@@ -127,7 +127,6 @@ def test_ask_gives_pytorchs_answer(
     bundle: Path,
     pictures: Path,
     name: str,
-    prompt: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -29,8 +29,8 @@ from hf2mnn.source.checkpoint import Checkpoint
 from hf2mnn.source.fetch import fetch_source
 
 GRAPHS = ("decoder", "vision", "embedding")
-CLOSE = 1e-3
-"""Bound on logits of size about 1; what is measured is below 2e-5."""
+CLOSE = 1e-4
+"""Bound on logits whose deviation is about 0.6; what is measured is below 1e-5."""
 VISION_START, VISION_END, IMAGE = 558, 559, 561
 
 
@@ -186,7 +186,7 @@ def test_logits_are_those_of_transformers_however_the_prompt_is_fed(model: Expor
     """Whole, in pieces, and token by token: the cache, the mask and the positions after a picture are all in it."""
     prompt = make_prompt(PROMPTS[name])
     wanted = model.logits(prompt)
-    assert wanted.std() > 0.1
+    assert wanted.std() > 0.3
     whole = model.runtime.prefill(model.runtime.new_cache(), prompt.ids, prompt.pictures, all_logits=True)
     np.testing.assert_allclose(whole, wanted, atol=CLOSE, rtol=0)
 
@@ -206,10 +206,10 @@ def test_the_comparison_would_see_a_wrong_position_and_a_wrong_picture(model: Ex
     prompt = make_prompt(PROMPTS["tall picture"])
     right = model.logits(prompt)
     plain = torch.arange(len(prompt.ids)).expand(3, 1, -1)
-    assert np.abs(model.logits(prompt, position_ids=plain) - right).max() > 20 * CLOSE
+    assert np.abs(model.logits(prompt, position_ids=plain) - right).max() > 100 * CLOSE
     ids, ((pixels, grid),) = prompt.pieces[1]
     prompt.pieces[1] = (ids, [(pixels[::-1].copy(), grid)])
-    assert np.abs(model.logits(prompt) - right).max() > 20 * CLOSE
+    assert np.abs(model.logits(prompt) - right).max() > 100 * CLOSE
 
 
 def test_a_picture_is_embedded_as_transformers_does(model: Exported) -> None:
