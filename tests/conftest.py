@@ -56,7 +56,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
             if parameter.ndim >= 2:
                 torch.nn.init.normal_(parameter, std=0.6 / parameter[0].numel() ** 0.5)
             else:
-                torch.nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)
+                torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
         folder = tmp_path_factory.mktemp("checkpoint")
         model.to(torch.bfloat16).save_pretrained(folder)
         for name in (

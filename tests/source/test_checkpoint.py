@@ -96,7 +96,7 @@ def test_whole_checkpoint_is_taken(checkpoint: Path) -> None:
         (lambda folder: (folder / "preprocessor_config.json").unlink(), ["no preprocessor_config.json"]),
         (forget_eos, ["no eos_token_id"]),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_is_wrong_is_said(harm: Callable[[Path], object], says: list[str], checkpoint: Path) -> None:
     harm(checkpoint)

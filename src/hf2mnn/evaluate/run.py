@@ -14,7 +14,7 @@ from hf2mnn.evaluate.answers import Answer, Outcome
 from hf2mnn.evaluate.onnxruntime import run_onnxruntime
 from hf2mnn.evaluate.score import score
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
-from hf2mnn.mnn.engine import check_bundle, run_worker
+from hf2mnn.mnn.engine import run_worker
 from hf2mnn.reference.golden import Golden
 from hf2mnn.reference.prompts import Prompter
 
@@ -32,7 +32,7 @@ def _run_engine(bundle: Path, golden: Golden, max_new_tokens: int, threads: int,
     with tempfile.TemporaryDirectory(prefix="hf2mnn-eval-") as folder:
         result, called = Path(folder, "result.safetensors"), Path(folder, "called.json")
         job = {
-            "bundle": str(check_bundle(bundle)),
+            "bundle": str(bundle.resolve()),
             "reference": str(golden.folder.resolve()),
             "result": str(result),
             "called": str(called),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf2mnn.errors import SourceError
+from hf2mnn.errors import EvaluationSetError, SourceError
 from hf2mnn.families.base import Family
 
 if TYPE_CHECKING:
@@ -96,10 +96,16 @@ class Qwen2VL(Family):
 
     def picture_size(self, width: int, height: int, model: dict[str, Any]) -> tuple[int, int]:
         """Both sides multiples of a merged patch, the area within bounds, the shape kept as well as that allows
-        (`smart_resize` in transformers)."""
+        (`smart_resize` in transformers).
+
+        Raises:
+            EvaluationSetError: the picture is over 200 times longer than wide, which transformers refuses.
+        """
+        if max(width, height) > 200 * min(width, height):
+            raise EvaluationSetError(f"a {width} x {height} picture is over 200 times longer than wide; crop it")
         unit = model["patch_size"] * model["merge_size"]
         low, high = model["min_pixels"] or 0, model["max_pixels"] or float("inf")
-        sides = [max(unit, round(side / unit) * unit) for side in (width, height)]
+        sides = [round(side / unit) * unit for side in (width, height)]
         area = sides[0] * sides[1]
         if area > high:
             scale = math.sqrt(width * height / high)

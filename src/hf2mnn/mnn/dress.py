@@ -10,11 +10,26 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+from hf2mnn.errors import ConversionError
 
 
-def _link_data(source: Path, destination: Path) -> None:
-    """The graph names its data file relative to itself."""
+def _link_data(model: onnx.ModelProto, source: Path, destination: Path) -> None:
+    """The graph names its data file relative to itself. The converter takes a file that is missing or too short for
+    zeros and says nothing, so that is looked at here.
+
+    Raises:
+        ConversionError: a weight is not in the data file.
+    """
     data = source.with_name(f"{source.name}.data")
+    size = data.stat().st_size if data.is_file() else 0
+    stored = [ExternalDataInfo(tensor) for tensor in model.graph.initializer if uses_external_data(tensor)]
+    needed = max((int(info.offset or 0) + int(info.length or 0) for info in stored), default=0)
+    if size < needed:
+        raise ConversionError(
+            f"{source.name} reads {needed} bytes of weights from {data.name}, which has {size}; export it again"
+        )
     destination.with_name(data.name).symlink_to(data.resolve())
 
 
@@ -37,7 +52,7 @@ def dress_decoder(source: Path, destination: Path) -> None:
     embeds.CopyFrom(helper.make_tensor_value_info("input_ids", onnx.TensorProto.FLOAT, shape))
     del model.graph.output[[value.name for value in model.graph.output].index("presents")]
     model.graph.node.insert(0, helper.make_node("Transpose", ["input_ids"], ["inputs_embeds"], perm=[1, 0, 2]))
-    _link_data(source, destination)
+    _link_data(model, source, destination)
     onnx.save(model, destination)
 
 
@@ -51,5 +66,5 @@ def dress_vision(source: Path, destination: Path) -> None:
     output.CopyFrom(helper.make_tensor_value_info("image_embeds", onnx.TensorProto.FLOAT, shape))
     model.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "image_embeds_axis"))
     model.graph.node.append(helper.make_node("Unsqueeze", ["image_embeds_flat", "image_embeds_axis"], ["image_embeds"]))
-    _link_data(source, destination)
+    _link_data(model, source, destination)
     onnx.save(model, destination)

@@ -14,37 +14,30 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hf2mnn.errors import BundleError, EngineError
-from hf2mnn.mnn.bundle import CONFIG, MODEL_CONFIG
+from hf2mnn.errors import BundleError, EngineError, ManifestError
+from hf2mnn.manifest import Manifest
+from hf2mnn.mnn.bundle import CONFIG
 
 WORKER = "hf2mnn.mnn.engine_worker"
 NOISE = ("The device supports", "Warning: module need new clone")
 
 
 def check_bundle(bundle: Path) -> Path:
-    """The folder as an absolute path, once every file that its configs name is there and not empty.
+    """The folder as an absolute path, once every file is the one that was made.
 
-    The engine checks only three of them and talks nonsense without the others.
+    The engine looks for three of them, loads what it finds, and talks plausible nonsense from weights that were cut
+    short, swapped, or are no weights at all.
 
     Raises:
         BundleError: naming the file.
     """
     bundle = Path(bundle).resolve()
-    if not bundle.is_dir():
+    if not (bundle / CONFIG).is_file():
         raise BundleError(f"there is no bundle {bundle}: give the folder that holds {CONFIG} and llm.mnn")
-    for name in (CONFIG, MODEL_CONFIG):
-        try:
-            content = json.loads((bundle / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise BundleError(f"{bundle} is not a bundle: its {name} is missing or no JSON") from None
-        if name == CONFIG:
-            config = content
-    named = [config.get(key) for key in ("llm_model", "llm_weight", "tokenizer_file", "embedding_file", "visual_model")]
-    for name in [name for name in named if name] + [f"{config['visual_model']}.weight"] * ("visual_model" in config):
-        path = bundle / name
-        if not path.is_file() or path.stat().st_size == 0:
-            raise BundleError(f"{path} is missing or empty though {CONFIG} needs it; make the bundle again")
-    return bundle
+    try:
+        return Manifest.load(bundle).verify()
+    except ManifestError as error:
+        raise BundleError(str(error)) from None
 
 
 def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:

@@ -64,11 +64,13 @@ def read_examples(folder: Path) -> list[Example]:
     """Raises EvaluationSetError for a missing file, a bad line, an id used twice, or an empty set."""
     path = Path(folder) / NAME
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError:
         raise EvaluationSetError(
             f"{folder} is not an evaluation set: it has no {NAME}; see docs/evaluation.md"
         ) from None
+    except UnicodeDecodeError as error:
+        raise EvaluationSetError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from None
     examples = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     seen: set[str] = set()
     for example in examples:
