@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -136,8 +135,9 @@ def evaluate(
 
 @app.command(
     epilog=_example(
-        "hf2mnn compare shapes-vl results/shapes-vl --config config.yaml --out results/shapes-vl/summary.csv"
+        "hf2mnn compare shapes-vl results/shapes-vl --out results/shapes-vl/summary.csv"
         " --page results/shapes-vl/report.html"
+        """ --rows '[{"name": "int4", "required": false, "gates": {"mean_kld": 0.1}}]'"""
     )
 )
 def compare(
@@ -148,12 +148,14 @@ def compare(
     page: Annotated[Path, typer.Option(help="The page to write, HTML.")],
 ) -> None:
     """Put all conversions of a model in one table, with a verdict against the gates."""
+    from hf2mnn.config import TableRows, parse_json
     from hf2mnn.report.compare import RowSpec
     from hf2mnn.report.compare import compare as run
 
-    specs = [
-        RowSpec(row["name"], folder / "eval" / row["name"], row["required"], row["gates"]) for row in json.loads(rows)
-    ]
+    specs = []
+    for row in parse_json(TableRows, rows, "--rows"):
+        bounds = {gate: bound for gate, bound in row["gates"].items() if bound is not None}
+        specs.append(RowSpec(row["name"], folder / "eval" / row["name"], row["required"], bounds))
     run(model, folder / "reference", specs, out, page)
 
 
@@ -253,6 +255,9 @@ def main() -> None:
         app()
     except Hf2mnnError as error:
         print(f"hf2mnn: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        print(f"hf2mnn: {error.filename2 or error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

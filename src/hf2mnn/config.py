@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
 
 from hf2mnn.errors import ConfigError
 
@@ -104,6 +104,18 @@ class Row(_Strict):
     )
 
 
+class TableRow(_Strict):
+    """A row that `hf2mnn compare` is to make."""
+
+    name: Name
+    required: bool
+    gates: Gates
+
+
+class TableRows(RootModel[list[TableRow]]):
+    """The rows in their order."""
+
+
 class Source(_Strict):
     """Where a checkpoint comes from: either a folder here, or a repository of the Hugging Face hub."""
 
@@ -124,7 +136,9 @@ class Model(_Strict):
     source: Source = Field(description="Where the checkpoint comes from.")
     evaluation: str = Field("models/shapes-vl/evaluation", description="Folder with examples.jsonl and its pictures.")
     max_new_tokens: int = Field(64, ge=1, description="Longest greedy answer in the evaluation.")
-    variants: list[Name] | None = Field(None, description="Variants to make of this model; left out, all.")
+    variants: Annotated[list[Name], Field(min_length=1)] | None = Field(
+        None, description="Variants to make of this model; left out, all."
+    )
 
 
 class Config(_Strict):
@@ -144,6 +158,8 @@ class Config(_Strict):
                 raise ValueError(f"variants.{name}: this name is taken by a row of the table; choose another")
         for model, described in self.models.items():
             for name in described.variants or []:
+                if described.variants.count(name) > 1:
+                    raise ValueError(f"models.{model}.variants: {name} is named twice")
                 if name not in self.variants:
                     raise ValueError(
                         f"models.{model}.variants: there is no variant {name}; there are {', '.join(self.variants)}"
@@ -193,7 +209,7 @@ def _sentence(error: ValidationError) -> str:
         "input" in first and isinstance(first["input"], str | int | float) and not what.startswith(repr(first["input"]))
     ):
         what = f"{what[0].lower()}{what[1:]}, not {first['input']!r}"
-    return f"config: {where + ': ' if where else ''}{what}"
+    return " ".join(f"config: {where + ': ' if where else ''}{what}".split())
 
 
 def parse_config(content: Any) -> Config:
@@ -217,15 +233,15 @@ def _check_blocks(config: Config, model: str, described: Model) -> None:
     if described.source.path is None or not path.is_file():
         return
     try:
-        stored = json.loads(path.read_text())
-    except ValueError:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        text, vision = stored.get("text_config") or stored, stored.get("vision_config") or {}
+        embed = int(vision.get("embed_dim") or 0)
+        inputs = {
+            "decoder": [int(text.get("hidden_size") or 0), int(text.get("intermediate_size") or 0)],
+            "vision": [embed, int(embed * (vision.get("mlp_ratio") or 4))],
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
         return  # the source stage says so, in its own words
-    text, vision = stored.get("text_config") or stored, stored.get("vision_config") or {}
-    embed = vision.get("embed_dim") or 0
-    inputs = {
-        "decoder": [text.get("hidden_size") or 0, text.get("intermediate_size") or 0],
-        "vision": [embed, int(embed * (vision.get("mlp_ratio") or 4))],
-    }
     for variant in config.variants_of(model):
         for part, weights in (("decoder", config.decoder_weights(variant)), ("vision", config.vision_weights(variant))):
             for size in inputs[part]:
@@ -243,12 +259,14 @@ def load_config(path: Path) -> Config:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config: {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config: {path} is not UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
     return parse_config(content)
 
 
-def parse_json(kind: type[BaseModel], text: str, option: str) -> dict[str, Any]:
+def parse_json(kind: type[BaseModel], text: str, option: str) -> Any:
     """A command line option that holds one of the blocks above as JSON, with its defaults filled in.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -24,6 +25,8 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     a folder under the final name.
     """
     destination = Path(destination).resolve()
+    if destination.exists() and not destination.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file; give the name of a folder", str(destination))
     partial = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

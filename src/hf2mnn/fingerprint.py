@@ -69,9 +69,12 @@ def modules_of(stage: str) -> tuple[list[str], list[str]]:
         if module in ours or _file(module) is None:
             continue
         ours.add(module)
+        left.append(module.rpartition(".")[0] or module)
         for name in _imports(module):
             if name.split(".")[0] in TOOLS:
                 tools.add(TOOLS[name.split(".")[0]])
+                if name.split(".")[0] == "transformers":
+                    tools.add("tokenizers")
             elif name.split(".")[0] == PACKAGE:
                 left.append(name)
     return sorted(ours), sorted(tools)

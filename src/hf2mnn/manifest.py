@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from hf2mnn import __version__
-from hf2mnn.errors import ManifestError
+from hf2mnn.errors import Hf2mnnError, ManifestError
 from hf2mnn.files import sha256, whole_file, whole_folder
 
 NAME = "manifest.json"
+MARK = ".hf2mnn"
+"""An empty file in every folder that a stage has made."""
 
 
 def tool_versions(*packages: str) -> dict[str, str]:
@@ -59,12 +61,15 @@ class Manifest:
         path = Path(folder) / NAME
         try:
             stored = json.loads(path.read_text())
-            return cls(**stored, folder=Path(folder))
+            made = cls(**stored, folder=Path(folder))
+            if not all(isinstance(e["size"], int) and isinstance(e["sha256"], str) for e in made.outputs.values()):
+                raise ValueError("its outputs have no size and sha256")
+            return made
         except FileNotFoundError:
             raise ManifestError(
                 f"{folder} has no {NAME}: the stage that makes it has not finished; run it first"
             ) from None
-        except (ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ManifestError(f"{path} is not a manifest ({error}); delete {folder} and make it again") from None
 
     def verify(self) -> Path:
@@ -91,7 +96,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Hash every file under `folder` and write the manifest there."""
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME)
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (NAME, MARK))
         self.outputs = {
             p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files
         }
@@ -101,10 +106,24 @@ class Manifest:
             path.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
 
 
+def _refuse_foreign(destination: Path) -> None:
+    """Raises Hf2mnnError for a folder with files in it that is not a stage's: replacing it would delete them.
+
+    A mark tells, not the manifest, because Snakemake deletes the files that it knows before it runs a rule again.
+    """
+    if destination.is_dir() and any(destination.iterdir()) and not (destination / MARK).exists():
+        raise Hf2mnnError(f"{destination} holds files that no stage has made; give --out a folder of its own")
+
+
 @contextmanager
 def stage_folder(destination: Path, manifest: Manifest) -> Iterator[Path]:
-    """A folder for a stage's files; when the block ends, `manifest` is written into it and it takes its name."""
+    """A folder for a stage's files; when the block ends, `manifest` is written into it and it takes its name.
+
+    Raises:
+        Hf2mnnError: `destination` holds files that are not a stage's.
+    """
     started = time.monotonic()
+    _refuse_foreign(destination)
     with whole_folder(destination) as folder:
         yield folder
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -112,3 +131,4 @@ def stage_folder(destination: Path, manifest: Manifest) -> Iterator[Path]:
         manifest.seconds = round(time.monotonic() - started, 2)
         manifest.peak_rss_mb = round(max(own, children) / 1024, 1)
         manifest.save(folder)
+        (folder / MARK).touch()

@@ -197,15 +197,20 @@ def test_a_bundle_without_its_configs_is_refused(copy: Path, name: str) -> None:
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="there is no bundle"):
         ask_bundle(tmp_path / "nowhere", "?", [])
-    with pytest.raises(BundleError, match="not a bundle"):
+    with pytest.raises(BundleError, match="there is no bundle"):
         ask_bundle(tmp_path, "?", [])
 
 
 def test_a_bundle_of_another_maker_is_refused_in_a_sentence(copy: Path) -> None:
+    """It has no manifest, or one that vouches for other facts: either way a sentence, before the engine starts."""
     content = json.loads((copy / "llm_config.json").read_text())
     del content["hf2mnn"]
     (copy / "llm_config.json").write_text(json.dumps(content))
+    vouch(copy)
     with pytest.raises(BundleError, match="not made by hf2mnn"):
+        ask_bundle(copy, "?", [])
+    (copy / "manifest.json").unlink()
+    with pytest.raises(BundleError, match=r"has no manifest\.json"):
         ask_bundle(copy, "?", [])
 
 

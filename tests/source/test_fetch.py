@@ -31,7 +31,7 @@ def test_links_lead_to_the_originals(checkpoint: Path, tmp_path: Path) -> None:
     folder = fetch_source(tmp_path / "source", checkpoint)
     manifest = Manifest.load(folder)
     wanted = {path.name for path in checkpoint.iterdir()} - STRANGE
-    assert set(manifest.outputs) == wanted == {path.name for path in folder.iterdir()} - {"manifest.json"}
+    assert set(manifest.outputs) == wanted == {path.name for path in folder.iterdir()} - {"manifest.json", ".hf2mnn"}
     for name in wanted:
         assert (folder / name).is_symlink()
         assert (folder / name).samefile(checkpoint / name)
@@ -45,7 +45,8 @@ def test_code_and_pickles_never_arrive(checkpoint: Path, tmp_path: Path) -> None
     (checkpoint / "config.py").touch()
     (checkpoint / "model.safetensors.py").touch()
     folder = fetch_source(tmp_path / "source", checkpoint)
-    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    arrived = {path.suffix for path in folder.iterdir() if path.name != ".hf2mnn"}
+    assert arrived == {".json", ".safetensors"}
 
 
 def test_relative_folder_is_linked_for_good(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

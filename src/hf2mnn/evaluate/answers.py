@@ -6,6 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+SUMMARY, ANSWERS, POSITIONS, PICTURES, LOGITS = (
+    "summary.json",
+    "answers.parquet",
+    "metrics.parquet",
+    "pictures.parquet",
+    "logits.safetensors",
+)
+
 
 @dataclass(frozen=True)
 class Answer:

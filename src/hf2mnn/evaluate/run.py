@@ -10,21 +10,13 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from hf2mnn.evaluate.answers import Answer, Outcome
-from hf2mnn.evaluate.onnxruntime import run_onnxruntime
+from hf2mnn.evaluate.answers import ANSWERS, LOGITS, PICTURES, POSITIONS, SUMMARY, Answer, Outcome
 from hf2mnn.evaluate.score import score
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.reference.golden import Golden
 from hf2mnn.reference.prompts import Prompter
 
-SUMMARY, ANSWERS, POSITIONS, PICTURES, LOGITS = (
-    "summary.json",
-    "answers.parquet",
-    "metrics.parquet",
-    "pictures.parquet",
-    "logits.safetensors",
-)
 IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -75,6 +67,8 @@ def evaluate(
     manifest = Manifest("evaluate", {name: m.digest() for name, m in inputs.items()}, {"threads": threads}, tools)
     with stage_folder(destination, manifest) as folder:
         if bundle is None:
+            from hf2mnn.evaluate.onnxruntime import run_onnxruntime  # not in the environment of the engine
+
             outcome, measured = run_onnxruntime(onnx_folder, golden, limit, threads), onnx_folder
         else:
             outcome, measured = _run_engine(bundle, golden, limit, threads, time_limit), bundle

@@ -17,7 +17,7 @@ def family_named(model_type: str | None, where: Path) -> Family:
     Raises:
         SourceError: for a type that is not converted; the sentence names those that are.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise SourceError(
             f"{where} says model_type {model_type!r}, which is not converted; these are: {', '.join(sorted(FAMILIES))}"
         )

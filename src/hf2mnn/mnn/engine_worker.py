@@ -67,9 +67,7 @@ class Engine:
         """float32 [vocabulary] after `ids`, which join the engine's cache."""
         row = np.array(self.llm.forward(ids).read(), np.float32).reshape(-1)
         if not np.isfinite(row).all() or np.abs(row).max() > GARBAGE or np.ptp(row) == 0:
-            raise Refused(
-                "the bundle answers garbage (logits equal, huge or not finite): its weights are not its own"
-            )
+            raise Refused("the bundle answers garbage (logits equal, huge or not finite): its weights are not its own")
         return row
 
     def move(self, position: int) -> None:

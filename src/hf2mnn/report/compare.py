@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from hf2mnn.errors import Hf2mnnError
-from hf2mnn.evaluate.run import ANSWERS, SUMMARY
+from hf2mnn.errors import Hf2mnnError, ManifestError
+from hf2mnn.evaluate.answers import ANSWERS, SUMMARY
 from hf2mnn.files import whole_file
 from hf2mnn.manifest import Manifest
 from hf2mnn.report.page import render_page
@@ -106,8 +106,13 @@ def compare(model: str, reference: Path, rows: list[RowSpec], destination: Path,
     Raises:
         ManifestError: an evaluation is missing or not what its manifest says.
     """
+    upstream = Manifest.load(reference)
+    upstream.verify()
     for row in rows:
-        Manifest.load(row.folder).verify()
+        evaluation = Manifest.load(row.folder)
+        evaluation.verify()
+        if evaluation.inputs.get("reference") != upstream.digest():
+            raise ManifestError(f"{row.folder} was measured against another reference than {reference}; evaluate again")
     frame = table(model, reference, rows)
     with whole_file(destination) as path:
         frame.to_csv(path, index=False)
@@ -121,8 +126,12 @@ def compare(model: str, reference: Path, rows: list[RowSpec], destination: Path,
 def read_table(path: Path) -> pd.DataFrame:
     """A summary.csv. Raises Hf2mnnError where it is missing or is not one."""
     try:
-        frame = pd.read_csv(path, dtype={"bytes": "Int64", "reason": "string"}, keep_default_na=True)
+        names = ("model", "variant", "verdict", "reason")  # a model may be called 007, or null
+        kinds = dict.fromkeys(names, str) | {"bytes": "Int64"}
+        holes = {column: [""] for column in COLUMNS if column not in names}
+        frame = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=holes)
     except (OSError, ValueError) as error:
+        error = " ".join(str(error).split())
         raise Hf2mnnError(
             f"{path} is not a comparison that hf2mnn wrote ({error}); run 'hf2mnn compare' first"
         ) from None

@@ -106,7 +106,10 @@ class Checkpoint:
         """Tensor name to the safetensors file that holds it, from the files' own headers."""
         if (self.folder / "model.safetensors.index.json").exists():
             index = read_json(self.folder / "model.safetensors.index.json")
-            names = sorted(set(index.get("weight_map", {}).values()))
+            places = index.get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+                raise SourceError(f"{self.folder}/model.safetensors.index.json has no weight_map; download it again")
+            names = sorted(set(places.values()))
         else:
             names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not names:
@@ -123,7 +126,7 @@ class Checkpoint:
                 if file.read(len(LFS_POINTER)) == LFS_POINTER:
                     raise SourceError(f"{path} is a Git LFS pointer, not the weights; run 'git lfs pull' in its folder")
             try:
-                with safe_open(path, "pt") as tensors:
+                with safe_open(path, "np") as tensors:
                     where.update(dict.fromkeys(tensors.keys(), path))
             except SafetensorError as error:
                 raise SourceError(f"{path} is not a whole safetensors file ({error}); download it again") from None

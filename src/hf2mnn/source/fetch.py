@@ -18,10 +18,12 @@ def download(repository: str, revision: str) -> Path:
     Raises:
         SourceError: the hub has no such repository or revision, wants a login, or cannot be reached.
     """
+    import httpx2
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -39,8 +41,10 @@ def download(repository: str, revision: str) -> Path:
         raise SourceError(
             f"the hub has no repository {repository}, or it is private and you are not logged in"
         ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except HFValidationError:
+        raise SourceError(f"{repository!r} is not a hub repository: it is written owner/name") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, httpx2.TransportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SourceError(
             f"{repository} could not be downloaded ({reason}); run the same command again to resume"
         ) from None
@@ -59,6 +63,8 @@ def fetch_source(
     if repository is not None and not REPOSITORY.fullmatch(repository):
         raise SourceError(f"{repository!r} is not a hub repository: it is written owner/name")
     where = Path(path) if path is not None else download(repository, revision)
+    if Path(destination).resolve() == where.resolve():
+        raise SourceError(f"{destination} is the checkpoint itself; give --out another folder")
     checkpoint = Checkpoint(where)
     checkpoint.check()
     settings = {"path": str(path)} if path is not None else {"repository": repository, "revision": revision}
