@@ -15,7 +15,7 @@ from hf2mnn.evaluate.score import score
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.reference.golden import Golden
-from hf2mnn.reference.prompts import Prompter
+from hf2mnn.reference.text import AnswerDecoder
 
 IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -62,7 +62,6 @@ def evaluate(
         upstream.verify()
     golden = Golden(reference)
     limit = inputs["reference"].settings["max_new_tokens"]
-    facts = json.loads((onnx_folder / "model.json").read_text())
     tools = tool_versions("MNN" if bundle else "onnxruntime", "numpy")
     manifest = Manifest("evaluate", {name: m.digest() for name, m in inputs.items()}, {"threads": threads}, tools)
     with stage_folder(destination, manifest) as folder:
@@ -72,7 +71,7 @@ def evaluate(
             outcome, measured = run_onnxruntime(onnx_folder, golden, limit, threads), onnx_folder
         else:
             outcome, measured = _run_engine(bundle, golden, limit, threads, time_limit), bundle
-        scores = score(golden, outcome, Prompter(onnx_folder, facts))
+        scores = score(golden, outcome, AnswerDecoder(onnx_folder))
         scores.positions.to_parquet(folder / POSITIONS, index=False)
         scores.answers.to_parquet(folder / ANSWERS, index=False)
         scores.pictures.to_parquet(folder / PICTURES, index=False)

@@ -11,7 +11,7 @@ from hf2mnn.errors import EngineError
 from hf2mnn.evaluate.answers import Outcome
 from hf2mnn.evaluate.metrics import cosine, kl_divergence, same_top
 from hf2mnn.reference.golden import Golden
-from hf2mnn.reference.prompts import Prompter
+from hf2mnn.reference.text import AnswerDecoder
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def _share(values: pd.Series) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def score(golden: Golden, outcome: Outcome, prompter: Prompter) -> Scores:
+def score(golden: Golden, outcome: Outcome, decode: AnswerDecoder) -> Scores:
     """Compare an outcome with the reference.
 
     Summary: top1_agreement and mean_kld over all positions; greedy_match, the share of examples whose whole greedy
@@ -46,7 +46,7 @@ def score(golden: Golden, outcome: Outcome, prompter: Prompter) -> Scores:
         divergence, same = kl_divergence(example.logits, answer.logits), same_top(example.logits, answer.logits)
         for index, (value, agrees) in enumerate(zip(divergence, same, strict=True)):
             positions.append((example.id, index, bool(example.pictures), float(value), bool(agrees)))
-        text = prompter.decode(answer.greedy_ids)
+        text = decode(answer.greedy_ids)
         called = answer.as_called_ids
         answers.append(
             {
@@ -58,7 +58,7 @@ def score(golden: Golden, outcome: Outcome, prompter: Prompter) -> Scores:
                 "answer": text,
                 "greedy_match": answer.greedy_ids == example.answer_ids.tolist(),
                 "right": None if example.expected is None else text == example.expected,
-                "as_called": None if called is None else prompter.decode(called),
+                "as_called": None if called is None else decode(called),
             }
         )
     for name in golden.picture_names():

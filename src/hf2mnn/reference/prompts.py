@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf2mnn.errors import EvaluationSetError, SourceError
+from hf2mnn.reference.text import AnswerDecoder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,7 +39,7 @@ class Prompter:
             raise SourceError(f"the tokenizer or image processor of {folder} does not load: {reason}") from None
         if not self.tokenizer.chat_template:
             raise SourceError(f"{folder} has no chat template (chat_template.jinja or in tokenizer_config.json)")
-        self.facts = facts
+        self.facts, self.decode = facts, AnswerDecoder(folder)
 
     def picture(self, image: Image.Image) -> PictureInput:
         """Raises EvaluationSetError where the processor refuses the picture (over 200 times longer than wide)."""
@@ -81,7 +82,3 @@ class Prompter:
             )
         counts = iter(int(picture.grid_thw.prod()) // merged for picture in pictures)
         return np.array([token for i in ids for token in ([image] * next(counts) if i == image else [i])], np.int64)
-
-    def decode(self, ids: list[int] | np.ndarray) -> str:
-        """Text of an answer, without the token that ends it."""
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
