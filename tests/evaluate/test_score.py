@@ -72,7 +72,8 @@ class FakeGolden:
         return SimpleNamespace(embeds=np.eye(2, dtype=np.float32))
 
 
-PROMPTER = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+def words(ids: list[int]) -> str:
+    return " ".join(map(str, ids))
 
 
 def outcome(greedy: list[int], embeds: np.ndarray) -> Outcome:
@@ -83,7 +84,7 @@ def outcome(greedy: list[int], embeds: np.ndarray) -> Outcome:
 
 def test_each_position_and_answer_is_compared_with_its_own() -> None:
     """The one wrong position is found where it is, and an answer is matched by all of its tokens."""
-    scores = score(FakeGolden(), outcome([0, 2], np.eye(2, dtype=np.float32)), PROMPTER)
+    scores = score(FakeGolden(), outcome([0, 2], np.eye(2, dtype=np.float32)), words)
     assert scores.positions[["id", "position", "after_picture", "same_top"]].to_numpy().tolist() == [
         ["a", 0, True, True],
         ["a", 1, True, True],
@@ -98,11 +99,11 @@ def test_each_position_and_answer_is_compared_with_its_own() -> None:
 
 
 def test_an_answer_that_goes_on_longer_is_no_match() -> None:
-    scores = score(FakeGolden(), outcome([0, 1, 1], np.eye(2, dtype=np.float32)), PROMPTER)
+    scores = score(FakeGolden(), outcome([0, 1, 1], np.eye(2, dtype=np.float32)), words)
     assert scores.answers["greedy_match"].tolist() == [True, False]
 
 
 def test_another_number_of_image_tokens_is_an_error_that_names_the_picture() -> None:
     """Broadcast silently, one row would be compared with all."""
     with pytest.raises(EngineError, match=r"\[1, 2\] for p, PyTorch gives \[2, 2\]"):
-        score(FakeGolden(), outcome([0, 2], np.ones((1, 2), np.float32)), PROMPTER)
+        score(FakeGolden(), outcome([0, 2], np.ones((1, 2), np.float32)), words)

@@ -122,10 +122,7 @@ def test_changed_bits_rerun_that_variant_and_the_table(copy: Workspace) -> None:
 
 
 def test_second_model_is_a_second_block(copy: Workspace) -> None:
-    copy.config(
-        "variants:\n  fp32:",
-        "  twin:\n    source: {path: models/shapes-vl}\n    variants: [int4]\n\nvariants:\n  fp32:",
-    )
+    copy.config("models:\n", "models:\n  twin:\n    source: {path: models/shapes-vl}\n    variants: [int4]\n")
     planned = copy.snakemake("-n", check=True)
     said = planned.stdout + planned.stderr
     assert jobs(said)["export_onnx"] == 1 and jobs(said)["quantize_variant"] == 1
