@@ -17,8 +17,6 @@ from hf2mnn.mnn.engine import run_worker
 from hf2mnn.reference.golden import Golden
 from hf2mnn.reference.text import AnswerDecoder
 
-IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
-
 
 def _run_engine(bundle: Path, golden: Golden, max_new_tokens: int, threads: int, time_limit: float) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="hf2mnn-eval-") as folder:
@@ -30,7 +28,6 @@ def _run_engine(bundle: Path, golden: Golden, max_new_tokens: int, threads: int,
             "called": str(called),
             "max_new_tokens": max_new_tokens,
             "threads": threads,
-            "image_text": IMAGE_TEXT,
         }
         run_worker("evaluate", job, time_limit)
         as_called, outcome = json.loads(called.read_text()), Outcome()

@@ -18,6 +18,8 @@ class Family(ABC):
     model_type: str
     architecture: str
     """Name of the class in transformers."""
+    image_text: str
+    """What the chat template writes for a picture."""
 
     @abstractmethod
     def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class Qwen2VL(Family):
     model_type = "qwen2_vl"
     architecture = "Qwen2VLForConditionalGeneration"
+    image_text = "<|vision_start|><|image_pad|><|vision_end|>"
 
     def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:
         if text_config.get("use_sliding_window"):

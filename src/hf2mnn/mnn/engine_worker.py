@@ -200,7 +200,7 @@ def evaluate(job: dict[str, Any]) -> None:
         rows, greedy = engine.judge(example, [picture.resized for picture in pictures], limit)
         tensors[f"examples/{example.id}/logits"] = rows
         tensors[f"examples/{example.id}/greedy_ids"] = np.array(greedy, np.int64)
-        prompt = tag_pictures(example.prompt, job["image_text"])
+        prompt = tag_pictures(example.prompt, engine.family.image_text)
         called[example.id] = engine.as_called(prompt, [picture.original for picture in pictures], limit)
     for name, embeds in vision_embeds(bundle, engine, golden, job["threads"]):
         tensors[f"pictures/{name}/embeds"] = embeds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf2mnn.reference.golden import Golden
 from hf2mnn.report.console import HEADS, cell
 
 TEMPLATES = Path(__file__).parent
+MARK = re.compile(r"<\|[^|]*\|>")
 SHOWN = 40
 """Examples shown at most, those with a difference first."""
 
@@ -47,7 +49,7 @@ def _examples(reference: Path, answers: dict[str, pd.DataFrame]) -> list[dict[st
 def _question(prompt: str) -> str:
     """The last user turn of a rendered prompt, without the template's marks."""
     turn = prompt.rsplit("<|im_start|>user", 1)[-1].split("<|im_end|>")[0]
-    return turn.replace("<|vision_start|><|image_pad|><|vision_end|>", "").strip()
+    return MARK.sub("", turn).strip()
 
 
 def render_page(
