@@ -248,11 +248,18 @@ def test_own_settings_come_before_defaults() -> None:
 
 def test_gates_of_a_variant_override_the_general_ones_one_by_one() -> None:
     """ONNX Runtime's row keeps its own, strict bounds: lax ones for 4 bits must not reach it."""
-    tree = put(content(gates={"mean_kld": 0.5, "answers_lost": 0}), "gates", {"mean_kld": 0.1, "vision_cosine": 0.9})
-    config = parse_config(tree)
-    assert config.row_gates("v") == {"mean_kld": 0.5, "answers_lost": 0, "vision_cosine": 0.9}
+    general = {"mean_kld": 0.1, "vision_cosine": 0.9, "accuracy_lost": None}
+    config = parse_config(put(content(gates={"mean_kld": 0.5, "answers_lost": 0}), "gates", general))
+    wanted = {"mean_kld": 0.5, "answers_lost": 0, "vision_cosine": 0.9, "top1_agreement": 0.95}
+    assert config.row_gates("v") == wanted
     assert config.row_gates("onnxruntime")["mean_kld"] == 1e-6
     assert (config.required("v"), config.required("onnxruntime")) == (False, True)
+
+
+def test_a_config_without_gates_still_has_some() -> None:
+    """Else a bundle that answers nothing right would be called a pass."""
+    gates = parse_config(content()).row_gates("v")
+    assert gates == {"top1_agreement": 0.95, "mean_kld": 0.1, "accuracy_lost": 0.05, "vision_cosine": 0.99}
 
 
 def test_variants_of_a_model_are_all_or_those_it_names() -> None:

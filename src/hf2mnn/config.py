@@ -80,6 +80,16 @@ class Gates(_Strict):
     vision_cosine: float | None = Field(None, ge=-1, le=1, description="At least this mean cosine of image embeddings.")
 
 
+class GeneralGates(Gates):
+    """Bounds for every variant. Without any of them a bundle that talks nonsense would pass, so they have defaults;
+    null takes one away."""
+
+    top1_agreement: float | None = Field(0.95, ge=0, le=1, description=Gates.model_fields["top1_agreement"].description)
+    mean_kld: float | None = Field(0.1, ge=0, description=Gates.model_fields["mean_kld"].description)
+    accuracy_lost: float | None = Field(0.05, ge=0, le=1, description=Gates.model_fields["accuracy_lost"].description)
+    vision_cosine: float | None = Field(0.99, ge=-1, le=1, description=Gates.model_fields["vision_cosine"].description)
+
+
 class Variant(Weights):
     """A bundle to make of each model."""
 
@@ -146,7 +156,7 @@ class Config(_Strict):
 
     models: dict[Name, Model] = Field(min_length=1, description="Checkpoints by the name their results will have.")
     variants: dict[Name, Variant] = Field(min_length=1, description="Bundles to make, by the name they will have.")
-    gates: Gates = Field(Gates(), description="Bounds for every variant.")
+    gates: GeneralGates = Field(GeneralGates(), description="Bounds for every variant.")
     onnxruntime: Row = Field(Row(), description="The ONNX graphs in ONNX Runtime, a row of the table as well.")
     threads: int = Field(2, ge=1, description="Threads of a job that computes; Snakemake lowers it to --cores.")
     time_limit: int = Field(7200, ge=1, description="Seconds after which an evaluation in the engine is stopped.")

@@ -366,8 +366,6 @@ def test_tokens_decode_to_text_and_special_ones_to_nothing(engine: Engine, refer
 
 def test_the_demonstration_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = Path(__file__).parents[2] / "models" / "shapes-vl" / "training"
-    if not (training / "tokenizer.py").is_file():
-        pytest.skip("the demonstration model is not here")
     monkeypatch.syspath_prepend(str(training))
     for name in ("tokenizer", "world"):
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -137,7 +137,7 @@ def make_float_bundle(onnx_folder: Path, folder: Path, settings: EngineSettings)
     print("vision: converting", flush=True)
     convert_vision(onnx_folder, folder, WeightFormat())
     write_embedding(onnx_folder, folder)
-    write_tokenizer(onnx_folder, folder / TOKENIZER, model["vocab_size"])
+    write_tokenizer(onnx_folder, folder / TOKENIZER)
     write_configs(folder, model, settings)
 
 

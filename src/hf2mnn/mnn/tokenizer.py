@@ -75,22 +75,19 @@ _SUPPORTED_PATTERN = re.compile(
 )
 
 
-def write_tokenizer(checkpoint: Path, destination: Path, vocabulary: int = 0) -> None:
+def write_tokenizer(checkpoint: Path, destination: Path) -> None:
     """Write the tokenizer of a checkpoint folder as the file `destination`, whole or not at all, always the same bytes.
-
-    `vocabulary` is how many ids the model can give; models have more than their tokenizers, and the engine ends the
-    process when it decodes an id that it has no row for, so the ids in between decode to nothing.
 
     Reads `tokenizer.json`, `tokenizer_config.json`, the chat template (`chat_template.jinja`, `chat_template.json` or
     the one in the configuration) and `generation_config.json`. Raises SourceError when the tokenizer, the chat template
     or every end-of-text token is missing, and for a kind of tokenizer that is not written.
     """
-    content = encode_tokenizer(checkpoint, vocabulary)
+    content = encode_tokenizer(checkpoint)
     with whole_file(destination) as partial:
         partial.write_bytes(content)
 
 
-def encode_tokenizer(checkpoint: Path, vocabulary: int = 0) -> bytes:
+def encode_tokenizer(checkpoint: Path) -> bytes:
     """The bytes of `tokenizer.mtok`; reads and raises as `write_tokenizer` does."""
     path = checkpoint / "tokenizer.json"
     tokenizer = _read_json(path)
@@ -103,7 +100,7 @@ def encode_tokenizer(checkpoint: Path, vocabulary: int = 0) -> bytes:
         body = [
             _normalizer(tokenizer.get("normalizer"), path),
             _pre_tokenizer(tokenizer.get("pre_tokenizer"), path),
-            _model(tokenizer, added, vocabulary, path),
+            _model(tokenizer, added, path),
             _decoder(tokenizer.get("decoder"), path),
             _added_tokens(added, path),
         ]
@@ -207,7 +204,7 @@ def _decoder(spec: dict[str, Any] | None, path: Path) -> bytes:
     return _u8(DECODER_BYTE_LEVEL)
 
 
-def _model(tokenizer: dict[str, Any], added: list[dict[str, Any]], vocabulary: int, path: Path) -> bytes:
+def _model(tokenizer: dict[str, Any], added: list[dict[str, Any]], path: Path) -> bytes:
     """Vocabulary sorted by bytes, merges sorted by the ids of their halves: the engine looks both up by bisection."""
     model = tokenizer["model"]
     # Files of old releases do not name the type; only BPE has merges.
@@ -225,7 +222,7 @@ def _model(tokenizer: dict[str, Any], added: list[dict[str, Any]], vocabulary: i
     ids = _ids(vocab, added)
     if sorted(ids.values()) != list(range(len(ids))):
         raise SourceError(f"{path}: the ids of tokens and added tokens are not 0, 1, 2, ...; save it again.")
-    texts = dict.fromkeys(range(len(ids), vocabulary), "") | {number: text for text, number in vocab.items()}
+    texts = {number: text for text, number in vocab.items()}
     for token in added:
         # Added tokens are found before the model sees the text; here they stand to be decoded, which reads the byte
         # alphabet back. No text looks up the empty string.
