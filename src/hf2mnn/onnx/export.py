@@ -25,14 +25,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-from transformers import AutoConfig
 
 from hf2mnn.errors import ExportError
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
-from hf2mnn.onnx.graph import OPSET, trace_decoder, trace_vision
+from hf2mnn.onnx.graph import OPSET, build_fake, trace_decoder, trace_vision
 from hf2mnn.onnx.weights import attach_weights, save
 from hf2mnn.source.checkpoint import Checkpoint
 from hf2mnn.source.facts import model_facts
+from hf2mnn.source.model import load_config, refused_as_source
 
 TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -76,8 +76,10 @@ def export_onnx(source: Path, destination: Path) -> Path:
     upstream = Manifest.load(source)
     checkpoint = Checkpoint(upstream.verify())
     checkpoint.check()
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    config = load_config(checkpoint)
     family, facts = checkpoint.family, model_facts(checkpoint)
+    with refused_as_source(checkpoint):
+        build_fake(config, family)
     patch = 3 * facts["temporal_patch_size"] * facts["patch_size"] ** 2
     pixels = np.zeros((int(SAMPLE_GRID.prod()), patch), np.float32)
     sample = family.vision_inputs(pixels, SAMPLE_GRID, facts["merge_size"])

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import GenerationConfig
@@ -19,6 +18,7 @@ from hf2mnn.reference.golden import EXAMPLES, TENSORS
 from hf2mnn.reference.prompts import PictureInput, Prompter
 from hf2mnn.source.checkpoint import Checkpoint
 from hf2mnn.source.facts import model_facts
+from hf2mnn.source.model import load_model
 
 TOOLS = ("torch", "transformers", "tokenizers", "pillow")
 
@@ -29,9 +29,7 @@ class Reference:
     def __init__(self, checkpoint: Checkpoint, max_new_tokens: int) -> None:
         self.facts = model_facts(checkpoint)
         self.prompter = Prompter(checkpoint.folder, self.facts)
-        architecture = getattr(transformers, checkpoint.family.architecture)
-        self.model = architecture.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
-        self.family = checkpoint.family
+        self.model = load_model(checkpoint)
         stop = self.facts["stop_ids"]
         # A config of our own: checkpoints often ship one that samples.
         self.generation = GenerationConfig(
