@@ -107,8 +107,7 @@ def quantize(
     formats = [
         WeightFormat(**parse_json(Weights, text, name)) for text, name in ((decoder, "--decoder"), (vision, "--vision"))
     ]
-    settings = {key: value for key, value in parse_json(Engine, engine, "--engine").items() if value is not None}
-    make(onnx, float_bundle, out, *formats, EngineSettings(**settings))
+    make(onnx, float_bundle, out, *formats, EngineSettings(**parse_json(Engine, engine, "--engine")))
 
 
 @app.command(
@@ -152,10 +151,10 @@ def compare(
     from hf2mnn.report.compare import RowSpec
     from hf2mnn.report.compare import compare as run
 
-    specs = []
-    for row in parse_json(TableRows, rows, "--rows"):
-        bounds = {gate: bound for gate, bound in row["gates"].items() if bound is not None}
-        specs.append(RowSpec(row["name"], folder / "eval" / row["name"], row["required"], bounds))
+    specs = [
+        RowSpec(row["name"], folder / "eval" / row["name"], row["required"], row["gates"])
+        for row in parse_json(TableRows, rows, "--rows")
+    ]
     run(model, folder / "reference", specs, out, page)
 
 

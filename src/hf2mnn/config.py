@@ -277,13 +277,14 @@ def load_config(path: Path) -> Config:
 
 
 def parse_json(kind: type[BaseModel], text: str, option: str) -> Any:
-    """A command line option that holds one of the blocks above as JSON, with its defaults filled in.
+    """A command line option that holds one of the blocks above as JSON, with its defaults filled in; what is left to
+    be derived is left out.
 
     Raises:
         ConfigError: naming the option and the key.
     """
     try:
-        return kind.model_validate_json(text).model_dump()
+        return kind.model_validate_json(text).model_dump(exclude_none=True)
     except ValidationError as error:
         raise ConfigError(_sentence(error).replace("config:", f"{option}:", 1)) from None
 

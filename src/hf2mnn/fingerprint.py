@@ -73,8 +73,6 @@ def modules_of(stage: str) -> tuple[list[str], list[str]]:
         for name in _imports(module):
             if name.split(".")[0] in TOOLS:
                 tools.add(TOOLS[name.split(".")[0]])
-                if name.split(".")[0] == "transformers":
-                    tools.add("tokenizers")
             elif name.split(".")[0] == PACKAGE:
                 left.append(name)
     return sorted(ours), sorted(tools)
