@@ -63,7 +63,7 @@ def test_every_module_that_is_loaded_is_covered() -> None:
         ("onnx", "hf2mnn.families.qwen2_vl_vision"),  # imported in a method
         ("onnx", "hf2mnn.manifest"),
         ("mnn", "hf2mnn.mnn.graph"),  # from hf2mnn.mnn import graph as proof
-        ("evaluate", "hf2mnn.mnn.engine_worker"),  # started by its name, imported by nobody
+        ("evaluate", "hf2mnn.mnn.worker.__main__"),  # started by its name, imported by nobody
         ("evaluate", "hf2mnn.onnx.session"),
         ("report", "hf2mnn.report.page"),
     ],
@@ -116,7 +116,7 @@ def test_onnx_does_not_depend_on_mnn() -> None:
         ("mnn/graph.py", {"mnn", "evaluate"}),
         ("onnx/export.py", {"onnx"}),
         ("onnx/session.py", {"evaluate"}),
-        ("mnn/engine_worker.py", {"evaluate"}),
+        ("mnn/worker/session.py", {"evaluate"}),
         ("report/page.html.jinja", {"report"}),
         ("errors.py", set(STAGES)),
         ("cli.py", set()),

@@ -69,7 +69,7 @@ def modules_of(stage: str) -> tuple[list[str], list[str]]:
         if module in ours or _file(module) is None:
             continue
         ours.add(module)
-        left.append(module.rpartition(".")[0] or module)
+        left += [module.rpartition(".")[0] or module, f"{module}.__main__"]
         for name in _imports(module):
             if name.split(".")[0] in TOOLS:
                 tools.add(TOOLS[name.split(".")[0]])

@@ -29,7 +29,7 @@ def _run_engine(bundle: Path, golden: Golden, max_new_tokens: int, threads: int,
             "max_new_tokens": max_new_tokens,
             "threads": threads,
         }
-        run_worker("evaluate", job, time_limit)
+        run_worker("hf2mnn.mnn.worker.evaluate", job, time_limit)
         as_called, outcome = json.loads(called.read_text()), Outcome()
         with safe_open(result, "np") as tensors:
             for record in golden.records:

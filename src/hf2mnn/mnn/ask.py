@@ -58,5 +58,5 @@ def ask_bundle(
             "as_called": as_called,
             "result": str(result),
         }
-        run_worker("ask", job, time_limit)
+        run_worker("hf2mnn.mnn.worker.ask", job, time_limit)
         return json.loads(result.read_text())["text"]

@@ -18,7 +18,7 @@ from hf2mnn.errors import BundleError, EngineError, ManifestError
 from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.bundle import CONFIG
 
-WORKER = "hf2mnn.mnn.engine_worker"
+WORKER = "hf2mnn.mnn.worker"
 NOISE = ("The device supports", "Warning: module need new clone")
 
 
@@ -41,20 +41,22 @@ def check_bundle(bundle: Path) -> Path:
 
 
 def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
-    """Run `task` of the worker with `arguments` (paths absolute); it writes its results where they say.
+    """Run the module `task` of `hf2mnn.mnn.worker` with `arguments` (paths absolute); it writes its results where
+    they say.
 
     Raises:
         EngineError: it crashed, hung, or said what is wrong; with the engine's last words.
     """
+    name = task.rpartition(".")[2]
     with tempfile.TemporaryDirectory(prefix="hf2mnn-engine-") as folder:
         job, said = Path(folder, "job.json"), Path(folder, "said.txt")
-        job.write_text(json.dumps({"task": task, **arguments}))
+        job.write_text(json.dumps(arguments))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         with said.open("wb") as output:
             try:
                 # Progress goes to our own stderr; what the engine prints is kept for the case that it dies.
                 done = subprocess.run(
-                    [sys.executable, "-m", WORKER, str(job)],
+                    [sys.executable, "-m", WORKER, task, str(job)],
                     cwd=folder,
                     env=environment,
                     stdin=subprocess.DEVNULL,
@@ -63,7 +65,7 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
                 )
             except subprocess.TimeoutExpired:
                 raise EngineError(
-                    f"MNN's engine was stopped after {time_limit:.0f} s ({task}); see --time-limit"
+                    f"MNN's engine was stopped after {time_limit:.0f} s ({name}); see --time-limit"
                 ) from None
         lines = [line.strip() for line in said.read_text(errors="replace").splitlines() if line.strip()]
         lines = [line for line in lines if not line.startswith(NOISE)]
@@ -73,5 +75,5 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
             raise EngineError(refused[-1])
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         raise EngineError(
-            f"MNN's engine died ({how}) during {task}; its last words: {' / '.join(lines[-3:]) or 'none'}"
+            f"MNN's engine died ({how}) during {name}; its last words: {' / '.join(lines[-3:]) or 'none'}"
         )

@@ -1,6 +1,4 @@
-"""The child process that holds MNN's engine. Started by `hf2mnn.mnn.engine`, never imported elsewhere.
-
-    python -m hf2mnn.mnn.engine_worker job.json
+"""MNN's LLM engine with one bundle loaded, for the child processes that may hold it.
 
 Right positions: engine 3.6.1 counts a picture's tokens instead of its rows and columns when it goes on after one
 (facts: Omni::gen_position_ids and MropeInfo). So the prompt is fed in segments, cut before each vision_start and
@@ -10,21 +8,16 @@ before each vision_end, and before each the position counter of the engine's con
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import MNN.expr
 import MNN.llm
-import MNN.nn
 import numpy as np
-from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from hf2mnn.families import family_named
-from hf2mnn.reference.golden import Golden, GoldenExample
+from hf2mnn.reference.golden import GoldenExample
 
 # A missing or foreign weight file gives finite garbage of about -3.4e38, which no NaN check sees.
 GARBAGE = 1e30
@@ -166,78 +159,3 @@ def tag_pictures(prompt: str, image_text: str) -> str:
     """The template's picture (start, pad, end) as the tag that the engine looks for, numbered in order."""
     parts = prompt.split(image_text)
     return parts[0] + "".join(f"<img>image_{i}</img>{part}" for i, part in enumerate(parts[1:]))
-
-
-def vision_embeds(bundle: Path, engine: Engine, golden: Golden, threads: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Each picture's embeddings [image tokens, hidden]: transformers' own pixels, the bundle's vision tower."""
-    chosen = vision_settings(bundle)
-    settings = {
-        "backend": 0,
-        "numThread": threads or chosen.get("thread_num", 4),
-        "precision": LEVELS[chosen.get("precision", "normal")],
-        "memory": LEVELS[chosen.get("memory", "normal")],
-    }
-    runtime, module = MNN.nn.create_runtime_manager((settings,)), None
-    kinds = {"float32": MNN.expr.float, "int32": MNN.expr.int}
-    for name in golden.picture_names():
-        picture = golden.picture(name)
-        inputs = engine.family.vision_inputs(picture.pixel_values, picture.grid_thw, engine.model["merge_size"])
-        if module is None:
-            path = str(bundle / "visual.mnn")
-            module = MNN.nn.load_module_from_file(path, list(inputs), ["image_embeds"], runtime_manager=runtime)
-        fed = [MNN.expr.const(a, list(a.shape), MNN.expr.NCHW, kinds[a.dtype.name]) for a in inputs.values()]
-        seen = np.array(module.onForward(fed)[0].read(), np.float32)
-        yield name, seen.reshape(-1, seen.shape[-1])
-
-
-def evaluate(job: dict[str, Any]) -> None:
-    """Everything about one bundle into job["result"] (safetensors) and job["called"] (JSON, ids by example)."""
-    bundle, golden, limit = Path(job["bundle"]), Golden(Path(job["reference"])), job["max_new_tokens"]
-    engine = Engine(bundle, job["threads"])
-    tensors, called = {}, {}
-    for example in tqdm(golden.examples(), desc="MNN", total=len(golden.records), unit="example", mininterval=5):
-        pictures = [golden.picture(name) for name in example.pictures]
-        rows, greedy = engine.judge(example, [picture.resized for picture in pictures], limit)
-        tensors[f"examples/{example.id}/logits"] = rows
-        tensors[f"examples/{example.id}/greedy_ids"] = np.array(greedy, np.int64)
-        prompt = tag_pictures(example.prompt, engine.family.image_text)
-        called[example.id] = engine.as_called(prompt, [picture.original for picture in pictures], limit)
-    for name, embeds in vision_embeds(bundle, engine, golden, job["threads"]):
-        tensors[f"pictures/{name}/embeds"] = embeds
-    save_file(tensors, job["result"])
-    Path(job["called"]).write_text(json.dumps(called))
-
-
-def ask(job: dict[str, Any]) -> None:
-    """One prompt; the answer's text into job["result"] (JSON)."""
-    engine, limit = Engine(Path(job["bundle"]), job["threads"]), job["max_new_tokens"]
-    pictures = [np.load(path) for path in job["pictures"]]
-    tags = "".join(f"<img>image_{index}</img>" for index in range(len(pictures)))
-    prompt = engine.native.apply_chat_template(tags + job["prompt"])
-    if job["as_called"]:
-        answer = engine.as_called(prompt, pictures, limit)
-    else:
-        patch, merge = engine.model["patch_size"], engine.model["merge_size"]
-        ids = engine.llm.tokenizer_encode({"text": prompt, "images": [picture_input(rgb) for rgb in pictures]})
-        grids = [np.array([1, rgb.shape[0] // patch, rgb.shape[1] // patch]) for rgb in pictures]
-        positions = engine.family.position_ids(np.array(ids), grids, engine.model["image_token_id"], merge)
-        answer = engine.greedy(engine.prefill(ids, positions, pictures), limit)
-    Path(job["result"]).write_text(json.dumps({"text": engine.decode(answer)}))
-
-
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
-    code = 0
-    try:
-        {"evaluate": evaluate, "ask": ask}[job["task"]](job)
-    except Refused as error:
-        print(f"refused: {error}")
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # The engine's destructors end in a segmentation fault; everything is written, so leave without them.
-    os._exit(code)
-
-
-if __name__ == "__main__":
-    main()
