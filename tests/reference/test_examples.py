@@ -34,10 +34,16 @@ def test_an_example_is_read_as_it_is_documented(tmp_path: Path) -> None:
     ]
     full = {"id": "two", "category": "count", "language": "zh", "answer": "2", "messages": turns}
     bare, described = read_examples(write(tmp_path, GOOD, "", full))
-    assert (bare.id, bare.category, bare.language, bare.answer, bare.pictures) == ("one", "any", "any", None, [])
+    assert (bare.id, bare.category, bare.language, bare.answers, bare.pictures) == ("one", "any", "any", None, [])
     assert described.pictures == ["a.png", "b.png", "a.png"]
-    assert (described.category, described.language, described.answer) == ("count", "zh", "2")
+    assert (described.category, described.language, described.answers) == ("count", "zh", ["2"])
     assert described.messages == turns
+    assert bare.metric == described.metric == "exact"
+
+
+def test_several_answers_and_a_metric_of_its_own(tmp_path: Path) -> None:
+    (asked,) = read_examples(write(tmp_path, {**GOOD, "answer": ["two", "2"], "metric": "vqa"}))
+    assert (asked.answers, asked.metric) == (["two", "2"], "vqa")
 
 
 def test_the_embedded_set_is_one_and_its_pictures_open() -> None:
@@ -65,6 +71,13 @@ def test_the_embedded_set_is_one_and_its_pictures_open() -> None:
         {"id": "x", "messages": [{"role": "user", "content": ["hello"]}]},
         {"id": 3, "messages": [QUESTION]},
         {"id": "a/b", "messages": [QUESTION]},
+        {**GOOD, "answer": 2},
+        {**GOOD, "answer": []},
+        {**GOOD, "answer": ["two", 2]},
+        {**GOOD, "answer": "2", "metric": "bleu"},
+        {**GOOD, "answer": "2", "metric": ["vqa"]},
+        {**GOOD, "metric": "vqa"},
+        {**GOOD, "answer": None, "metric": "exact"},
     ],
     ids=str,
 )

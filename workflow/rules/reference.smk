@@ -1,3 +1,29 @@
+# Questions of a labelled data set, for models whose config.yaml names one.
+rule fetch_evaluation:
+    input:
+        labelled_files,
+    output:
+        manifest="results/{model}/evaluation/manifest.json",
+    log:
+        "logs/fetch_evaluation/{model}.log",
+    benchmark:
+        "benchmarks/fetch_evaluation/{model}.tsv"
+    wildcard_constraints:
+        model=names(model for model in CONFIG.models if labelled(model)),
+    conda:
+        "../../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime="4h",
+    params:
+        options=labelled_options,
+        out=subpath(output.manifest, parent=True),
+        fingerprint=fingerprint("evaluation"),
+    shell:
+        "hf2mnn evaluation {params.options} --out {params.out:q} > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
+
+
 # PyTorch's own answers in float32, once per model.
 rule answer_reference:
     input:
@@ -19,7 +45,7 @@ rule answer_reference:
         runtime="8h",
     params:
         source=subpath(input.source, parent=True),
-        evaluation=lookup("{model}", within={m: v.evaluation for m, v in CONFIG.models.items()}),
+        evaluation=evaluation_folder,
         max_new_tokens=lookup("{model}", within={m: v.max_new_tokens for m, v in CONFIG.models.items()}),
         out=subpath(output.manifest, parent=True),
         fingerprint=fingerprint("reference"),

@@ -6,7 +6,8 @@ One JSON object a line:
         {"role": "user", "content": [{"type": "image", "image": "images/003.png"},
                                      {"type": "text", "text": "How many things are there?"}]}]}
 
-`messages` is what transformers' chat templates take; `answer` is left out where there is no one right answer.
+`messages` is what transformers' chat templates take; `answer` is left out where no one answer is right, and a list
+where there are several. `metric`, a key of `hf2mnn.reference.tasks.METRICS`, says how an answer is held against them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from hf2mnn.errors import EvaluationSetError
+from hf2mnn.reference.tasks import METRICS
 
 NAME = "examples.jsonl"
 
@@ -29,7 +31,8 @@ class Example:
     category: str
     language: str
     messages: list[dict[str, Any]]
-    answer: str | None
+    answers: list[str] | None
+    metric: str = "exact"
 
     @property
     def pictures(self) -> list[str]:
@@ -40,15 +43,36 @@ class Example:
         return [part["image"] for part in parts if part.get("type") == "image"]
 
 
+def _answers(record: dict[str, Any], where: str) -> tuple[list[str] | None, str]:
+    """Accepted answers and metric of a record."""
+    answers, metric = record.get("answer"), record.get("metric", "exact")
+    if answers is None and "metric" in record:
+        raise EvaluationSetError(f"{where} has a metric but no answer; add one, see docs/evaluation.md")
+    if metric not in METRICS:
+        raise EvaluationSetError(
+            f"{where} has the metric {metric!r}; there are {', '.join(METRICS)}; see docs/evaluation.md"
+        )
+    answers = [answers] if isinstance(answers, str) else answers
+    if answers is not None and not (
+        isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)
+    ):
+        raise EvaluationSetError(
+            f"{where} has an answer that is neither a text nor a list of texts; see docs/evaluation.md"
+        )
+    return answers, metric
+
+
 def _parse(line: str, where: str) -> Example:
     try:
         record = json.loads(line)
+        answers, metric = _answers(record, where)
         example = Example(
             id=record["id"],
             category=record.get("category", "any"),
             language=record.get("language", "any"),
             messages=record["messages"],
-            answer=record.get("answer"),
+            answers=answers,
+            metric=metric,
         )
         _ = example.pictures
     except (ValueError, KeyError, TypeError, AttributeError) as error:

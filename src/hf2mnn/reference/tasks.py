@@ -1,0 +1,221 @@
+"""How right an answer is: the scores of the field's benchmarks, each from 0 to 1."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+NUMBERS = {
+    word: str(value)
+    for value, words in enumerate(
+        ["none/zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
+    for word in words.split("/")
+}
+ARTICLES = ("a", "an", "the")
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+CONTRACTIONS = {
+    word.replace("'", ""): word
+    for word in [
+        "ain't",
+        "aren't",
+        "can't",
+        "could've",
+        "couldn't",
+        "couldn't've",
+        "didn't",
+        "doesn't",
+        "don't",
+        "hadn't",
+        "hadn't've",
+        "hasn't",
+        "haven't",
+        "he'd",
+        "he'd've",
+        "he's",
+        "how'd",
+        "how'll",
+        "how's",
+        "isn't",
+        "it'd",
+        "it'd've",
+        "it'll",
+        "ma'am",
+        "might've",
+        "mightn't",
+        "mightn't've",
+        "must've",
+        "mustn't",
+        "needn't",
+        "o'clock",
+        "oughtn't",
+        "shan't",
+        "should've",
+        "shouldn't",
+        "shouldn't've",
+        "somebody'll",
+        "somebody's",
+        "someone'd",
+        "someone'll",
+        "someone's",
+        "something'd",
+        "something'll",
+        "that's",
+        "there'd",
+        "there're",
+        "there's",
+        "they'd",
+        "they'd've",
+        "they'll",
+        "they're",
+        "they've",
+        "'twas",
+        "wasn't",
+        "we'd've",
+        "we've",
+        "weren't",
+        "what'll",
+        "what're",
+        "what's",
+        "what've",
+        "when's",
+        "where'd",
+        "where's",
+        "where've",
+        "who'd",
+        "who'll",
+        "who's",
+        "who've",
+        "why'll",
+        "why're",
+        "why's",
+        "won't",
+        "would've",
+        "wouldn't",
+        "wouldn't've",
+        "y'all",
+        "you'd",
+        "you'd've",
+        "you'll",
+        "you're",
+        "you've",
+    ]
+}
+TOLERANCE = 0.05
+"""Share of the right value that a number may be off."""
+THRESHOLD = 0.5
+"""Share of edited characters from which an answer counts as another one."""
+
+# A letter alone ("B", "b.", "(B)"), at the front of its option ("B. cat", "(B) cat"), after words that announce it
+# ("the answer is B"), or in brackets anywhere. A capital without any of these is not taken: "A cat" names no option.
+LETTER = re.compile(r"\W*([A-Za-z])\W*")
+FRONT = re.compile(r"\W*(?:([A-Z])[.):\n]|\(([A-Z])\))")
+ANNOUNCED = re.compile(r"(?i:answer|option|choice|choose|答案|选)(?i:\s+is|是|为)?[\s:：*(（]*([A-Z])(?![A-Za-z'])")
+BRACKETS = re.compile(r"[(（]([A-Z])[)）]")
+
+
+def exact(answer: str, expected: list[str]) -> float:
+    """1 where the answer is one of the expected, white space around them aside."""
+    return float(answer.strip() in {label.strip() for label in expected})
+
+
+def normalize(text: str) -> str:
+    """The form in which the evaluation script of VQA and TextVQA compares answers.
+
+    Lower case; numbers up to ten as digits; no articles; punctuation gone where it stands beside a space, else a space;
+    contractions with their apostrophe.
+    """
+    text = " ".join(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").split())
+    cleaned = text
+    for mark in PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if beside_space else " ")
+    words = (NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", cleaned).split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def vqa(answer: str, expected: list[str]) -> float:
+    """VQA accuracy (Antol et al. 2015, arXiv:1505.00468; its script for ten annotators, as TextVQA uses it).
+
+    min(annotators who say the same / 3, 1), averaged over leaving out each annotator once. With fewer than four
+    annotators all that are left must say the same, and a single one is not left out.
+    """
+    given, labels = normalize(answer), [normalize(label) for label in expected]
+    if len(labels) == 1:
+        return float(given == labels[0])
+    same, needed = labels.count(given), min(3, len(labels) - 1)
+    return sum(min((same - (label == given)) / needed, 1.0) for label in labels) / len(labels)
+
+
+def edits(one: str, other: str) -> int:
+    """Levenshtein distance: insertions, deletions and replacements of characters."""
+    row = list(range(len(other) + 1))
+    for place, left in enumerate(one, 1):
+        diagonal, row[0] = row[0], place
+        for column, right in enumerate(other, 1):
+            diagonal, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, diagonal + (left != right))
+    return row[-1]
+
+
+def anls(answer: str, expected: list[str]) -> float:
+    """Normalized Levenshtein similarity (Biten et al. 2019, arXiv:1905.13648; DocVQA), case aside.
+
+    The best of the labels; 0 from half of the longer text's characters edited on. ANLS is its mean over questions.
+    """
+    best, given = 0.0, " ".join(answer.lower().split())
+    for label in (" ".join(label.lower().split()) for label in expected):
+        distance = edits(given, label) / max(len(given), len(label), 1)
+        best = max(best, 1 - distance if distance < THRESHOLD else 0.0)
+    return best
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def relaxed(answer: str, expected: list[str]) -> float:
+    """Relaxed accuracy (Methani et al. 2020, arXiv:1909.00997; ChartQA): numbers may be off by 5 %, text must be equal,
+    case aside."""
+    given = answer.strip()
+    for label in (label.strip() for label in expected):
+        value, wanted = _number(given), _number(label)
+        if given.lower() == label.lower():
+            return 1.0
+        if value is not None and wanted is not None and abs(value - wanted) <= TOLERANCE * abs(wanted):
+            return 1.0
+    return 0.0
+
+
+def chosen(answer: str) -> str | None:
+    """The option's letter that an answer names, a capital; None where it names none."""
+    if alone := LETTER.fullmatch(answer):
+        return alone[1].upper()
+    if front := FRONT.match(answer):
+        return front[1] or front[2]
+    named = ANNOUNCED.findall(answer) or BRACKETS.findall(answer)
+    return named[-1] if named else None
+
+
+def choice(answer: str, expected: list[str]) -> float:
+    """1 where the answer names the letter of the right option, in one of the ways that MMMU (Yue et al. 2023,
+    arXiv:2311.16502) and MMBench (Liu et al. 2023, arXiv:2307.06281) read one. No letter is wrong; none is guessed."""
+    return float(chosen(answer) in {label.strip().upper() for label in expected})
+
+
+METRICS: dict[str, Callable[[str, list[str]], float]] = {
+    "exact": exact,
+    "vqa": vqa,
+    "anls": anls,
+    "relaxed": relaxed,
+    "choice": choice,
+}
+
+
+def score_answer(metric: str, answer: str, expected: list[str]) -> float:
+    """From 0 (wrong) to 1 (right). `expected` is not empty; `metric` is a key of METRICS."""
+    return METRICS[metric](answer, expected)

@@ -1,0 +1,61 @@
+"""A labelled data set named in config.yaml: drawn by a rule of its own, before PyTorch answers it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as Pillow
+
+from hf2mnn.reference.examples import read_examples
+from support import Workspace
+
+FEATURES = Features(
+    {"question": Value("string"), "options": List(Value("string")), "answer": Value("string"), "image": Image()}
+)
+
+
+def said(workspace: Workspace, *arguments: str) -> str:
+    done = workspace.snakemake(*arguments)
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def labelled(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """The demo's model with questions of a local copy of AI2D, in a folder whose name needs quoting."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(workspace.folder / "cache"))
+    picture = Pillow.new("RGB", (56, 56), "red")
+    rows = [{"question": f"Which {n}?", "options": ["a", "b"], "answer": "1", "image": picture} for n in range(5)]
+    (workspace.folder / "my sets" / "data").mkdir(parents=True)
+    Dataset.from_list(rows, FEATURES).to_parquet(workspace.folder / "my sets" / "data" / "test-0.parquet")
+    workspace.config(
+        "evaluation: models/shapes-vl/evaluation\n", "evaluation: {dataset: ai2d, samples: 3, path: my sets}\n"
+    )
+    return workspace
+
+
+def test_set_is_drawn_and_drawn_again_only_where_something_changed(labelled: Workspace) -> None:
+    target = "results/shapes-vl/evaluation/manifest.json"
+    said(labelled, target)
+    folder = labelled.folder / Path(target).parent
+    assert [example.answers for example in read_examples(folder)] == [["B"]] * 3
+    assert "Nothing to be done" in said(labelled, "-n", target)
+    planned = said(labelled, "-n", "results/shapes-vl/reference/manifest.json")
+    assert "rule answer_reference" in planned and "rule fetch_evaluation" not in planned
+    labelled.config("samples: 3", "samples: 4")
+    assert "rule fetch_evaluation" in said(labelled, "-n", target)
+
+
+def test_copy_that_is_not_there_ends_in_one_sentence(labelled: Workspace) -> None:
+    shutil.rmtree(labelled.folder / "my sets")
+    done = labelled.snakemake("results/shapes-vl/evaluation/manifest.json")
+    assert done.returncode != 0
+    assert "hf2mnn: there is no folder my sets" in done.stdout + done.stderr
+
+
+def test_model_with_a_folder_has_no_such_rule(workspace: Workspace) -> None:
+    assert "fetch_evaluation" not in said(workspace, "-n")
+    assert workspace.snakemake("-n", "results/shapes-vl/evaluation/manifest.json").returncode != 0
