@@ -4,7 +4,7 @@ CORES ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
 BIN := .venv/bin
 SET_UP := .venv/set-up
 
-.PHONY: help setup demo test lint format schema train-shapes-vl clean
+.PHONY: help setup demo test test-browser lint format schema train-shapes-vl clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -23,6 +23,9 @@ demo: $(SET_UP) ## convert and judge the embedded model
 
 test: $(SET_UP) ## all tests, the real pipeline on the embedded model among them
 	$(BIN)/pytest
+
+test-browser: $(SET_UP) ## the report in a real browser; needs Chromium on the PATH or in CHROMIUM
+	$(BIN)/pytest tests/browser
 
 lint: $(SET_UP) ## formatting and lint of Python and Snakemake files
 	$(BIN)/ruff check .

@@ -1,0 +1,105 @@
+"""All that was measured about one model, as the report reads it from the stages' folders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hf2mnn.evaluate.findings import wrong_cache
+from hf2mnn.evaluate.names import ANSWERS, BUDGET, FIGURES, FINDINGS, LAYERS, PARITY, POSITIONS, SUMMARY
+from hf2mnn.manifest import Manifest
+
+EVALUATIONS, DIAGNOSES, BUNDLES, SPEED = "eval", "diagnosis", "mnn", "speed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversion: a variant, or "onnxruntime", which has no diagnosis and no bundle.
+
+    summary, figures, answers, positions, parity: `hf2mnn.evaluate.score.Scores`; layers, budget, findings:
+    `hf2mnn.evaluate.diagnose`; manifests by stage.
+    """
+
+    name: str
+    summary: dict[str, Any]
+    figures: pd.DataFrame
+    answers: pd.DataFrame
+    positions: pd.DataFrame
+    parity: pd.DataFrame
+    layers: pd.DataFrame | None
+    budget: pd.DataFrame | None
+    findings: list[dict[str, Any]]
+    manifests: dict[str, Manifest]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A model's folder: the reference, each conversion in the table's order, and the speed of its bundles (None where
+    it was not measured)."""
+
+    model: str
+    folder: Path
+    rows: list[Row]
+    manifests: dict[str, Manifest]
+    speed: dict[str, Any] | None
+    cache: pd.DataFrame | None
+
+    @property
+    def reference(self) -> Path:
+        return self.folder / "reference"
+
+
+def _checked(folder: Path) -> Manifest:
+    manifest = Manifest.load(folder)
+    manifest.verify()
+    return manifest
+
+
+def read_row(folder: Path, name: str) -> Row:
+    """Raises ManifestError where the evaluation is missing or not what its manifest says."""
+    evaluation, diagnosis, bundle = (folder / part / name for part in (EVALUATIONS, DIAGNOSES, BUNDLES))
+    manifests = {"evaluate": _checked(evaluation)}
+    if diagnosis.is_dir():
+        manifests["diagnose"] = _checked(diagnosis)
+    if bundle.is_dir():
+        manifests["bundle"] = Manifest.load(bundle)
+    known, parity = "diagnose" in manifests, pd.read_parquet(evaluation / PARITY)
+    cache = [asdict(finding) for finding in wrong_cache(parity)]
+    return Row(
+        name=name,
+        summary=json.loads((evaluation / SUMMARY).read_text()),
+        figures=pd.read_parquet(evaluation / FIGURES),
+        answers=pd.read_parquet(evaluation / ANSWERS),
+        positions=pd.read_parquet(evaluation / POSITIONS),
+        parity=parity,
+        layers=pd.read_parquet(diagnosis / LAYERS) if known else None,
+        budget=pd.read_parquet(diagnosis / BUDGET) if known else None,
+        findings=(json.loads((diagnosis / FINDINGS).read_text()) if known else []) + cache,
+        manifests=manifests,
+    )
+
+
+def read_evidence(model: str, folder: Path, names: list[str]) -> Evidence:
+    """`folder` is results/<model>; `names` are the conversions in order.
+
+    Raises:
+        ManifestError: a stage is missing, or its files are not what its manifest says.
+    """
+    stages = {"source": "source", "onnx": "onnx", "float": f"{BUNDLES}/float"}
+    manifests = {stage: Manifest.load(folder / path) for stage, path in stages.items() if (folder / path).is_dir()}
+    manifests["reference"] = _checked(folder / "reference")
+    speed, cache = folder / SPEED / "speed.json", folder / SPEED / "cache.parquet"
+    if speed.is_file():
+        manifests["speed"] = _checked(folder / SPEED)
+    return Evidence(
+        model=model,
+        folder=folder,
+        rows=[read_row(folder, name) for name in names],
+        manifests=manifests,
+        speed=json.loads(speed.read_text()) if speed.is_file() else None,
+        cache=pd.read_parquet(cache) if cache.is_file() else None,
+    )

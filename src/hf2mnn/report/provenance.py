@@ -1,0 +1,184 @@
+"""What everything in the report was made of, by what, and by which commands, as the manifests tell."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from hf2mnn.manifest import Manifest
+from hf2mnn.report.cells import Cell, Table
+from hf2mnn.report.evidence import Evidence
+
+UNKNOWN = "EVALUATION"
+"""Stands in a command for the folder of the evaluation set where its manifest does not name it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One folder of the model's results: `place` is its path there, `command` what makes it again."""
+
+    place: str
+    manifest: Manifest
+    command: list[str]
+
+    @property
+    def line(self) -> str:
+        return shlex.join(self.command)
+
+
+def _portable(path: str) -> str:
+    """A path as it was given, but of an absolute one only the name: the rest is another machine's."""
+    return PurePath(path).name if PurePath(path).is_absolute() else path
+
+
+def _options(settings: dict[str, Any], *names: str) -> list[str]:
+    """--name value for those of `names` that the manifest holds."""
+    return [word for name in names if name in settings for word in (f"--{name.replace('_', '-')}", str(settings[name]))]
+
+
+def _source(root: str, manifest: Manifest) -> list[str]:
+    settings = manifest.settings
+    where = ["--path", _portable(settings["path"])] if "path" in settings else _options(settings, "repository")
+    revision = settings.get("commit") or settings.get("revision")
+    return ["source", *where, *(["--revision", revision] if revision else [])]
+
+
+def _reference(root: str, manifest: Manifest) -> list[str]:
+    evaluation = _portable(manifest.settings.get("evaluation", UNKNOWN))
+    options = _options(manifest.settings, "max_new_tokens", "threads")
+    return ["reference", f"{root}/source", "--evaluation", evaluation, *options]
+
+
+def _quantize(root: str, manifest: Manifest) -> list[str]:
+    described = [
+        word
+        for name in ("decoder", "vision", "engine")
+        if name in manifest.settings
+        for word in (f"--{name}", json.dumps(manifest.settings[name], sort_keys=True))
+    ]
+    return ["quantize", f"{root}/onnx", f"{root}/mnn/float", *described]
+
+
+def _evaluate(root: str, name: str, manifest: Manifest) -> list[str]:
+    bundle = ["--bundle", f"{root}/mnn/{name}"] if "bundle" in manifest.inputs else []
+    folders = ["--reference", f"{root}/reference", "--onnx", f"{root}/onnx", *bundle]
+    return ["evaluate", *folders, *_options(manifest.settings, "threads")]
+
+
+def _diagnose(root: str, name: str, manifest: Manifest) -> list[str]:
+    folders = ["--reference", f"{root}/reference", "--onnx", f"{root}/onnx", "--float", f"{root}/mnn/float"]
+    return ["diagnose", *folders, "--bundle", f"{root}/mnn/{name}", *_options(manifest.settings, "threads")]
+
+
+def _speed(root: str, manifest: Manifest) -> list[str]:
+    bundles = [word for name in manifest.inputs for word in ("--bundle", f"{name}={root}/mnn/{name}")]
+    names = ("baseline", "repeats", "prompt_tokens", "answer_tokens", "picture_side", "threads")
+    lengths = [word for length in manifest.settings.get("lengths", []) for word in ("--length", str(length))]
+    return ["speed", *bundles, *_options(manifest.settings, *names), *lengths]
+
+
+def stages(evidence: Evidence) -> list[Stage]:
+    """In the order in which they are made."""
+    root, known, made = f"results/{evidence.model}", evidence.manifests, []
+
+    def add(place: str, manifest: Manifest | None, command: list[str]) -> None:
+        if manifest is not None:
+            made.append(Stage(place, manifest, ["hf2mnn", *command, "--out", f"{root}/{place}"]))
+
+    if "source" in known:
+        add("source", known["source"], _source(root, known["source"]))
+    add("reference", known["reference"], _reference(root, known["reference"]))
+    add("onnx", known.get("onnx"), ["onnx", f"{root}/source"])
+    add("mnn/float", known.get("float"), ["mnn", f"{root}/onnx"])
+    for row in evidence.rows:
+        if "bundle" in row.manifests:
+            add(f"mnn/{row.name}", row.manifests["bundle"], _quantize(root, row.manifests["bundle"]))
+    for row in evidence.rows:
+        add(f"eval/{row.name}", row.manifests["evaluate"], _evaluate(root, row.name, row.manifests["evaluate"]))
+    for row in evidence.rows:
+        if "diagnose" in row.manifests:
+            add(
+                f"diagnosis/{row.name}", row.manifests["diagnose"], _diagnose(root, row.name, row.manifests["diagnose"])
+            )
+    if "speed" in known:
+        add("speed", known["speed"], _speed(root, known["speed"]))
+    return made
+
+
+def checkpoint(evidence: Evidence) -> str:
+    """Where the checkpoint came from, in a sentence."""
+    if "source" not in evidence.manifests:
+        return "Where the checkpoint came from is not known: its manifest is not there."
+    settings = evidence.manifests["source"].settings
+    if "path" in settings:
+        return f"The checkpoint is the local folder {_portable(settings['path'])}."
+    told = f"The checkpoint is {settings['repository']} on the Hugging Face hub, revision {settings['revision']}"
+    return told + (f", commit {settings['commit']}." if "commit" in settings else ".")
+
+
+def missing(evidence: Evidence) -> list[str]:
+    """What the manifests do not hold, so that nobody takes the commands for more than they are."""
+    told, reference = [], evidence.manifests["reference"].settings
+    if "evaluation" not in reference:
+        told.append(
+            f"The reference does not name the folder of its evaluation set ({UNKNOWN} in its command); the sha256 of"
+            " its examples.jsonl and of each picture are below."
+        )
+    if "threads" not in reference:
+        told.append(
+            "The reference does not say with how many threads PyTorch ran; sums in another order differ by 1e-6."
+        )
+    source = evidence.manifests.get("source")
+    if source and "repository" in source.settings and "commit" not in source.settings:
+        told.append("The source names a revision but no commit; the sha256 of its files say what it was.")
+    return told
+
+
+def _text(settings: Any) -> str:
+    if isinstance(settings, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_text(value)}" for key, value in settings.items())
+    if isinstance(settings, list):
+        return " ".join(map(str, settings))
+    return _portable(settings) if isinstance(settings, str) else json.dumps(settings)
+
+
+def variants(evidence: Evidence) -> Table | None:
+    """Settings of each bundle."""
+    parts = ("decoder", "vision", "engine")
+    rows = [
+        (row.name, [Cell(_text(row.manifests["bundle"].settings.get(part, {}))) for part in parts])
+        for row in evidence.rows
+        if "bundle" in row.manifests
+    ]
+    return Table("Settings of each variant", ["variant", *parts], rows, wraps=True) if rows else None
+
+
+def resources(made: list[Stage]) -> Table:
+    """What each stage took, and the tools that it ran with."""
+    rows = []
+    for stage in made:
+        manifest = stage.manifest
+        tools = ", ".join(
+            f"{tool} {release}" for tool, release in {"hf2mnn": manifest.hf2mnn, **manifest.tools}.items()
+        )
+        took = [Cell(f"{manifest.seconds:.1f}"), Cell(f"{manifest.peak_rss_mb:.0f}")]
+        rows.append((stage.place, [*took, Cell(manifest.digest()[:12]), Cell(tools)]))
+    return Table("Stages", ["folder", "seconds", "peak MB", "manifest sha256", "tools"], rows, wraps=True)
+
+
+def files(made: list[Stage]) -> Table:
+    """sha256 and size of each file that a later stage or a device reads, and of what came from outside."""
+    rows: list[tuple[str, list[Cell]]] = []
+    for stage in made:
+        outside = {name: digest for name, digest in stage.manifest.inputs.items() if "/" in name or name == "examples"}
+        wanted = stage.manifest.outputs if stage.place.split("/")[0] in ("source", "onnx", "mnn", "reference") else {}
+        if not outside and not wanted:
+            continue
+        rows.append((stage.place, []))
+        named = {"examples": "examples.jsonl (read)"}
+        rows += [(named.get(name, f"{name} (read)"), [Cell(""), Cell(digest)]) for name, digest in outside.items()]
+        rows += [(name, [Cell(f"{entry['size']:,}"), Cell(entry["sha256"])]) for name, entry in wanted.items()]
+    return Table("Files", ["file", "bytes", "sha256"], rows)

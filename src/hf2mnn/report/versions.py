@@ -1,0 +1,178 @@
+"""Two versions of a model side by side: what got better, worse or slower, and where the first layer changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from hf2mnn.errors import Hf2mnnError
+from hf2mnn.evaluate.metrics import relative_error
+from hf2mnn.evaluate.speed import time_versions
+from hf2mnn.reference.golden import Golden
+from hf2mnn.report.evidence import BUNDLES, SPEED, Evidence, Row
+
+LESS_IS_BETTER = ("mean_kld", "median_kld", "p99_kld", "rms_probability_change", "degenerate", "vision_error")
+MORE_IS_BETTER = ("top1_agreement", "top5_overlap", "greedy_match", "task_accuracy", "as_called_accuracy")
+MORE_IS_BETTER += ("vision_cosine", "tokenizer_match")
+SPEEDS = {"load_s": False, "first_token_s": False, "prefill_tokens_per_s": True, "decode_tokens_per_s": True}
+SPEEDS |= {"vision_s": False, "bundle_mb": False}
+"""Measures of speed, and whether more is better."""
+SETTINGS = ("threads", "prompt_tokens", "answer_tokens", "picture_side")
+"""Of `hf2mnn.evaluate.speed`; times under others say nothing of each other."""
+CHANGED = 1e-5
+"""Relative error above which a layer of PyTorch's has changed; the same weights on the same machine give 0."""
+Speeds = Sequence[dict[str, Any]]
+"""For each version, "bundles" of a speed.json."""
+COLUMNS = ["variant", "figure", "one", "other", "change"]
+
+
+@dataclass(frozen=True)
+class Versions:
+    """changes: a table with COLUMNS, of what changed beyond its uncertainty; first_changed: a sentence each for the
+    reference and for every variant that both have."""
+
+    one: str
+    other: str
+    changes: pd.DataFrame
+    first_changed: list[str]
+    only: dict[str, list[str]]
+
+
+def _verdict(one: float, other: float, more: bool) -> str:
+    return "better" if (other > one) == more else "worse"
+
+
+def _changed_figures(one: Row, other: Row) -> list[tuple]:
+    """Figures whose 95 % intervals do not meet."""
+    rows = []
+    tables = [row.figures[row.figures["group"] == "all"].set_index("figure") for row in (one, other)]
+    for figure in [*LESS_IS_BETTER, *MORE_IS_BETTER]:
+        if not all(figure in table.index for table in tables):
+            continue
+        a, b = (table.loc[figure] for table in tables)
+        if a["high"] < b["low"] or b["high"] < a["low"]:
+            change = _verdict(a["value"], b["value"], figure in MORE_IS_BETTER)
+            rows.append((one.name, figure, a["value"], b["value"], change))
+    sizes = one.summary["bytes"], other.summary["bytes"]
+    if sizes[0] != sizes[1]:
+        rows.append((one.name, "bytes", *sizes, "smaller" if sizes[1] < sizes[0] else "larger"))
+    return rows
+
+
+def _changed_speed(speeds: Speeds, name: str) -> list[tuple]:
+    """Measures whose quartiles do not meet."""
+    both, rows = [side.get(name, {}).get("measures", {}) for side in speeds], []
+    for measure, more in SPEEDS.items():
+        if not all(measure in measures for measures in both):
+            continue
+        a, b = (measures[measure] for measures in both)
+        if a["third_quartile"] < b["first_quartile"] or b["third_quartile"] < a["first_quartile"]:
+            better = _verdict(a["median"], b["median"], more) == "better"
+            kind = ("smaller", "larger") if measure == "bundle_mb" else ("faster", "slower")
+            rows.append((name, measure, a["median"], b["median"], kind[0] if better else kind[1]))
+    return rows
+
+
+def first_changed_point(one: Evidence, other: Evidence) -> str:
+    """Where PyTorch itself computes something else in the two versions, on the same input."""
+    goldens = [Golden(evidence.reference) for evidence in (one, other)]
+    probes = [{probe.kind: probe for probe in golden.probes()} for golden in goldens]
+    tables = (row.layers for evidence in (one, other) for row in evidence.rows)
+    order = next((table for table in tables if table is not None and len(table)), None)
+    kinds = sorted(probes[0].keys() & probes[1].keys())
+    if not kinds:
+        return "no probe is in both, so their layers cannot be laid side by side"
+    for kind in kinds:
+        a, b = probes[0][kind], probes[1][kind]
+        pixels = [
+            [golden.picture(name).pixel_values for name in probe.pictures]
+            for golden, probe in zip(goldens, (a, b), strict=True)
+        ]
+        if not np.array_equal(a.ids, b.ids) or not all(map(np.array_equal, *pixels)):
+            return f"the {kind} probe is not the same in both, so their layers cannot be laid side by side"
+        points = list(a.points) if order is None else list(order[order["probe"] == kind]["point"])
+        for point in points:
+            if point not in b.points or a.points[point].shape != b.points[point].shape:
+                return f"{point} is not in both, or has another shape"
+            error = relative_error(a.points[point], b.points[point])
+            if error > CHANGED and order is None:
+                return f"layers changed ({kind} probe); only a variant that was diagnosed tells which is the first"
+            if error > CHANGED:
+                return f"{point} is the first that changed ({kind} probe): by {error:.2g} of its size"
+    return "every layer is the same"
+
+
+def first_changed_error(one: Row, other: Row, factor: float = 1.5) -> str | None:
+    """Where the error that a variant's own operator makes first differs by more than `factor`."""
+    if any(row.layers is None or row.layers.empty for row in (one, other)):
+        return None
+    tables = [row.layers.set_index(["probe", "point"])["mnn_local"] for row in (one, other)]
+    for key in tables[0].index:
+        if key not in tables[1].index:
+            continue
+        a, b = max(tables[0][key], 1e-6), max(tables[1][key], 1e-6)
+        if max(a, b) / min(a, b) > factor and max(a, b) > 1e-4:
+            return f"{key[1]} is the first whose own error changed: {a:.2g} to {b:.2g}"
+    return "no layer's own error changed"
+
+
+def changed_fault(one: Row, other: Row) -> str | None:
+    """Whether a bundle runs: one that does not has no figures that could get worse."""
+    before, after = (row.summary.get("fault") for row in (one, other))
+    if after:
+        return f"does not run{'' if before else ' any more'}: {after}"
+    return "runs now" if before else None
+
+
+def timed_apart(one: Evidence, other: Evidence) -> str | None:
+    """What differs between two timings beside the bundles."""
+    if one.speed is None or other.speed is None:
+        return None
+    machines = [evidence.speed.get("machine", {}) for evidence in (one, other)]
+    if any(machines[0].get(key) != machines[1].get(key) for key in ("cpu", "cores")):
+        return "timed on another machine"
+    if any(one.speed.get(key) != other.speed.get(key) for key in SETTINGS):
+        return "timed with other settings"
+    return None
+
+
+def compare_versions(one: Evidence, other: Evidence, speeds: Speeds | None = None) -> Versions:
+    """Compare the conversions that both have by name. `speeds` are those of both versions timed against each other;
+    without them the times of two runs are taken, which are worth less: machines are not always equally busy."""
+    apart = timed_apart(one, other) if speeds is None else None
+    if speeds is None:
+        speeds = [{} if apart else (evidence.speed or {}).get("bundles", {}) for evidence in (one, other)]
+    rows = [{row.name: row for row in evidence.rows} for evidence in (one, other)]
+    changes, sentences = [], [f"pytorch: {first_changed_point(one, other)}"]
+    sentences += [f"speed: {apart}, so not compared"] if apart else []
+    for name in [name for name in rows[0] if name in rows[1]]:
+        if sentence := changed_fault(rows[0][name], rows[1][name]):
+            sentences.append(f"{name}: {sentence}")
+        changes += _changed_figures(rows[0][name], rows[1][name]) + _changed_speed(speeds, name)
+        if sentence := first_changed_error(rows[0][name], rows[1][name]):
+            sentences.append(f"{name}: {sentence}")
+    only = {
+        str(evidence.folder): [name for name in mine if name not in theirs]
+        for evidence, mine, theirs in ((one, *rows), (other, *rows[::-1]))
+    }
+    frame = pd.DataFrame(changes, columns=COLUMNS)
+    return Versions(str(one.folder), str(other.folder), frame, sentences, only)
+
+
+def time_both(one: Evidence, other: Evidence) -> Speeds:
+    """The bundles that both have by name, timed against each other as the first version's were.
+
+    Raises:
+        Hf2mnnError: the first version was never timed, so there is nothing that says how.
+    """
+    if one.speed is None:
+        raise Hf2mnnError(f"{one.folder} has no {SPEED}/speed.json, which says how to time; run 'hf2mnn speed' first")
+    names = [row.name for row in one.rows if "bundle" in row.manifests]
+    shared = [name for name in names if any(row.name == name and "bundle" in row.manifests for row in other.rows)]
+    if not shared:
+        raise Hf2mnnError(f"{one.folder} and {other.folder} have no bundle of one name that could be timed")
+    return time_versions(*({name: side.folder / BUNDLES / name for name in shared} for side in (one, other)), one.speed)
