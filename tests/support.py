@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHAPES_VL = REPOSITORY / "models" / "shapes-vl"
 BIN = Path(sys.executable).parent
+QUICK = "speed: {repeats: 1, prompt_tokens: 32, answer_tokens: 8}"
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class Workspace:
 
 def make_workspace(folder: Path) -> Workspace:
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(REPOSITORY / "config.yaml", folder / "config.yaml")
-    (folder / "models").symlink_to(REPOSITORY / "models")
+    content = (REPOSITORY / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(f"{content}\n# Of no use as figures, but 50 s shorter.\n{QUICK}\n")
+    for name in ("models", "evaluation"):
+        (folder / name).symlink_to(REPOSITORY / name)
     return Workspace(folder)
 
 

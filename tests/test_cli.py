@@ -10,13 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import typer
 import yaml
 
+from evidence import make_row, write_results
 from hf2mnn import __version__, cli
 from hf2mnn.config import config_schema
-from hf2mnn.report.compare import COLUMNS
+from hf2mnn.report.report import make_report
+from hf2mnn.report.table import COLUMNS, RowSpec, write_table
 from support import SHAPES_VL, run_cli
 
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)
@@ -44,7 +47,8 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_every_stage_is_a_command() -> None:
-    assert {"source", "reference", "onnx", "mnn", "quantize", "evaluate", "compare", "ask", "table"} <= set(COMMANDS)
+    stages = {"source", "evaluation", "reference", "onnx", "mnn", "quantize", "evaluate", "diagnose", "speed", "report"}
+    assert stages | {"compare", "tune", "ask", "table", "summarize", "gates", "schema"} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -54,7 +58,8 @@ def test_help_has_an_example_that_names_only_options_there_are(command: str, run
     assert code == 0
     words = " ".join(out.split())
     assert f"Example: hf2mnn {command} " in words
-    described, shown = words.split("Example:")
+    described, *examples = words.split("Example:")
+    shown = " ".join(examples)
     for option in (word for word in shown.split() if word.startswith("--")):
         assert option in described, f"{option} is no option of {command}"
     required = [
@@ -76,7 +81,9 @@ def test_installed_program_fails_in_one_line() -> None:
 
 
 QUANTIZE = ("quantize", "nowhere", "nowhere", "--out", "x")
-COMPARE = ("compare", "m", "nowhere", "--out", "x.csv", "--page", "x.html")
+DIAGNOSE = ("diagnose", "--reference", "nowhere", "--onnx", "x", "--float", "x", "--bundle", "x", "--out", "x")
+SPEED = ("speed", "--out", "x", "--baseline", "int4")
+REPORT = ("report", "m", "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +94,8 @@ COMPARE = ("compare", "m", "nowhere", "--out", "x.csv", "--page", "x.html")
         (("source", "--path", SHAPES_VL, "--out", "a-file"), "a-file"),
         (("source", "--path", SHAPES_VL, "--out", "a-file/below"), "a-file"),
         (("reference", "nowhere", "--evaluation", "nowhere", "--out", "x"), "nowhere has no manifest.json"),
+        (("evaluation", "--dataset", "gqa", "--out", "x"), "no loader for 'gqa'"),
+        (("evaluation", "--dataset", "docvqa", "--path", "nowhere", "--out", "x"), "no folder nowhere"),
         (("onnx", "nowhere", "--out", "x"), "nowhere has no manifest.json"),
         (("mnn", "nowhere", "--out", "x"), "nowhere has no manifest.json"),
         (("mnn", "a-file", "--out", "x"), "a-file"),
@@ -98,12 +107,20 @@ COMPARE = ("compare", "m", "nowhere", "--out", "x.csv", "--page", "x.html")
         ((*QUANTIZE, "--decoder", '{"bits": 4}', "--vision", "[8]"), "--vision: "),
         ((*QUANTIZE, "--decoder", '{"bits": 4}', "--engine", '{"threads": 0}'), "--engine: threads: "),
         (("evaluate", "--reference", "nowhere", "--onnx", "x", "--out", "x"), "nowhere has no manifest.json"),
-        ((*COMPARE, "--rows", "[]"), "has no manifest.json"),
-        ((*COMPARE, "--rows", "int4"), "--rows"),
-        ((*COMPARE, "--rows", "{}"), "--rows"),
-        ((*COMPARE, "--rows", '["int4"]'), "--rows"),
-        ((*COMPARE, "--rows", '[{"name": "int4"}]'), "--rows"),
-        ((*COMPARE, "--rows", '[{"name": "int4", "required": true, "gates": {"top5": 1}}]'), "top5"),
+        (DIAGNOSE, "nowhere has no manifest.json"),
+        ((*SPEED, "--bundle", "int4=nowhere"), "nowhere"),
+        ((*SPEED, "--bundle", "nowhere"), "give NAME=FOLDER"),
+        ((*SPEED, "--bundle", "int4=a", "--bundle", "int4=b"), "'int4' is given twice"),
+        ((*SPEED, "--bundle", "fp16=nowhere"), "there are fp16"),
+        (("tune", "nowhere"), "nowhere"),
+        ((*REPORT, "--rows", "[]"), "has no manifest.json"),
+        ((*REPORT, "--rows", "int4"), "--rows"),
+        ((*REPORT, "--rows", "{}"), "--rows"),
+        ((*REPORT, "--rows", '["int4"]'), "--rows"),
+        ((*REPORT, "--rows", '[{"name": "int4"}]'), "--rows"),
+        ((*REPORT, "--rows", '[{"name": "int4", "required": true, "gates": {"top5": 1}}]'), "top5"),
+        (("compare", "nowhere"), "run 'hf2mnn report' first"),
+        (("compare", "--layers", "a-file"), "a-file"),
         (("summarize", "nowhere.csv", "--out", "x.csv"), "nowhere.csv"),
         (("table", "nowhere.csv"), "nowhere.csv"),
         (("gates", "a-file"), "a-file"),
@@ -125,15 +142,28 @@ def test_expected_failure_is_one_line(arguments: tuple[object, ...], says: str, 
 
 def test_missed_gates_fail_and_name_the_rows(run: Run) -> None:
     """The line that a batch system shows must say which bundle failed, by how much."""
-    head = ",".join(COLUMNS) + "\n"
-    rows = "m,pytorch,1,0,1,1,1,,,,reference,False,\nm,fp32,1,1,1,1,1,1,1,9,FAIL,{},mean_kld 1 wanted\n"
-    Path("summary.csv").write_text(head + rows.format("True"))
+    row = {"model": "m", "variant": "fp32", "verdict": "FAIL", "reason": "mean_kld 1 wanted", "cause": "norm is zero"}
+    frame = pd.DataFrame([row | {"required": True}], columns=COLUMNS)
+    write_table(frame, Path("summary.csv"))
     code, _, err = run("gates", "summary.csv", "--out", "gates.txt")
-    assert (code, err.count("\n"), "m/fp32: mean_kld 1 wanted" in err) == (1, 1, True)
+    assert (code, err.count("\n"), "m/fp32: mean_kld 1 wanted (cause: norm is zero)" in err) == (1, 1, True)
     assert not Path("gates.txt").exists()
-    Path("summary.csv").write_text(head + rows.format("False"))
+    write_table(frame.assign(required=False), Path("summary.csv"))
     assert run("gates", "summary.csv", "--out", "gates.txt") == (0, "", "")
     assert Path("gates.txt").read_text() == "0 required rows keep their gates\n"
+
+
+def test_compare_takes_the_variants_that_there_are(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf2mnn.report.report.render_page", lambda *_: "")
+    folder = write_results(Path("results/m"), make_row("fp16"), make_row("int4", ("norm is zero",)))
+    make_report("m", folder, [RowSpec("fp16", True, {}), RowSpec("int4", True, {})])
+    code, out, err = run("compare", folder, "--variant", "int3")
+    assert (code, out, err) == (1, "", "hf2mnn: results/m has no int3; it has fp16, int4\n")
+    code, out, _ = run("compare", folder, folder, "--layers", "--variant", "int4")
+    assert code == 0
+    assert "int4, cause: norm is zero" in out and "int4: every operator stays within its tolerance" in out
+    assert "what changed beyond its uncertainty: nothing" in out
+    assert "fp16" not in out
 
 
 def test_schema_is_printed_as_yaml(run: Run) -> None:

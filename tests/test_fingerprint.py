@@ -59,12 +59,16 @@ def test_every_module_that_is_loaded_is_covered() -> None:
     [
         ("source", "hf2mnn.families.qwen2_vl"),
         ("source", "hf2mnn.files"),
+        ("evaluation", "hf2mnn.reference.examples"),
         ("reference", "hf2mnn.reference.prompts"),
         ("onnx", "hf2mnn.families.qwen2_vl_vision"),  # imported in a method
         ("onnx", "hf2mnn.manifest"),
         ("mnn", "hf2mnn.mnn.graph"),  # from hf2mnn.mnn import graph as proof
         ("evaluate", "hf2mnn.mnn.worker.__main__"),  # started by its name, imported by nobody
         ("evaluate", "hf2mnn.onnx.session"),
+        ("diagnose", "hf2mnn.mnn.worker.layers"),
+        ("diagnose", "hf2mnn.evaluate.causes"),
+        ("speed", "hf2mnn.mnn.worker.speed"),
         ("report", "hf2mnn.report.page"),
     ],
 )
@@ -81,6 +85,7 @@ def test_modules_reached_indirectly_are_found(stage: str, module: str) -> None:
         ("mnn", "hf2mnn.report"),
         ("mnn", "hf2mnn.evaluate"),
         ("reference", "hf2mnn.onnx"),
+        ("evaluation", "hf2mnn.reference.run"),
         ("evaluate", "hf2mnn.report"),
         ("evaluate", "hf2mnn.onnx.export"),
         ("report", "hf2mnn.mnn"),  # a better converter changes the numbers in the table, not how the table is made
@@ -94,6 +99,7 @@ def test_stages_do_not_reach_what_is_not_theirs(stage: str, prefix: str) -> None
 @pytest.mark.parametrize(
     ("stage", "tools"),
     [
+        ("evaluation", {"datasets", "pillow"}),
         ("reference", {"torch", "transformers", "tokenizers", "pillow"}),
         ("onnx", {"torch", "transformers", "onnx", "onnx-ir", "onnxscript"}),
         ("mnn", {"MNN", "onnx", "tokenizers"}),
@@ -113,10 +119,18 @@ def test_onnx_does_not_depend_on_mnn() -> None:
 @pytest.mark.parametrize(
     ("edited", "changed"),
     [
-        ("mnn/graph.py", {"mnn", "evaluate"}),
+        ("mnn/graph.py", {"mnn", "evaluate", "diagnose", "speed"}),
         ("onnx/export.py", {"onnx"}),
-        ("onnx/session.py", {"evaluate"}),
-        ("mnn/worker/session.py", {"evaluate"}),
+        ("onnx/session.py", {"evaluate", "diagnose"}),
+        ("mnn/worker/session.py", {"evaluate", "diagnose", "speed"}),
+        ("mnn/worker/layers.py", {"diagnose"}),
+        ("evaluate/causes.py", {"diagnose"}),
+        ("evaluate/score.py", {"evaluate"}),
+        ("evaluate/speed.py", {"speed"}),
+        ("evaluate/tune.py", set()),
+        ("report/table.py", {"report"}),
+        ("report/versions.py", set()),
+        ("mnn/worker/speed.py", {"speed"}),
         ("report/page.html.jinja", {"report"}),
         ("errors.py", set(STAGES)),
         ("cli.py", set()),

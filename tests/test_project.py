@@ -90,11 +90,15 @@ RULES = rules()
 def test_there_are_rules() -> None:
     stages = {
         "fetch_source",
+        "fetch_evaluation",
         "answer_reference",
         "export_onnx",
         "convert_float",
         "quantize_variant",
         "evaluate_variant",
+        "diagnose_variant",
+        "measure_speed",
+        "report_model",
     }
     assert stages <= set(RULES)
 
@@ -122,12 +126,15 @@ def test_values_from_the_config_are_quoted(rule: str) -> None:
 # The command of each rule with inputs that are not there: it loads its stage, and then says so in one line.
 STARTS = {
     "source": ["--path", "nowhere", "--out", "x"],
+    "evaluation": ["--dataset", "docvqa", "--path", "nowhere", "--out", "x"],
     "reference": ["nowhere", "--evaluation", "nowhere", "--out", "x"],
     "onnx": ["nowhere", "--out", "x"],
     "mnn": ["nowhere", "--out", "x"],
     "quantize": ["nowhere", "nowhere", "--out", "x", "--decoder", '{"bits": 8}'],
     "evaluate": ["--reference", "nowhere", "--onnx", "nowhere", "--out", "x"],
-    "compare": ["m", "nowhere", "--rows", "[]", "--out", "x.csv", "--page", "x.html"],
+    "speed": ["--bundle", "x=nowhere", "--baseline", "x", "--out", "x"],
+    "diagnose": ["--reference", "nowhere", "--onnx", "x", "--float", "x", "--bundle", "x", "--out", "x"],
+    "report": ["m", "nowhere", "--rows", "[]"],
     "summarize": ["nowhere.csv", "--out", "x.csv"],
     "gates": ["nowhere.csv"],
 }

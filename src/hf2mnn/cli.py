@@ -17,7 +17,7 @@ app = typer.Typer(
     help=(
         "Turn a Hugging Face vision-language model into MNN bundles, and prove each one against PyTorch.\n\n"
         "'snakemake --cores N' runs all stages for the models and variants of config.yaml; each also runs by hand:"
-        " source, reference, onnx, mnn, quantize, evaluate, compare."
+        " source, evaluation, reference, onnx, mnn, quantize, evaluate, diagnose, speed, report."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -64,6 +64,21 @@ def reference(
     from hf2mnn.reference.run import run_reference
 
     run_reference(source, evaluation, out, max_new_tokens, threads)
+
+
+@app.command(epilog=_example("hf2mnn evaluation --dataset docvqa --samples 100 --out my-docvqa"))
+def evaluation(
+    out: Out,
+    dataset: Annotated[str, typer.Option(help="textvqa, docvqa, chartqa, ai2d, mmbench or mmmu.")],
+    samples: Annotated[int, typer.Option(help="Questions to draw.", min=1)] = 100,
+    path: Annotated[Path | None, typer.Option(help="A local copy of the data set; left out, the hub's.")] = None,
+    revision: Annotated[str, typer.Option(help="Commit, tag or branch of the data set on the hub.")] = "main",
+    seed: Annotated[int, typer.Option(help="Which questions are drawn.")] = 0,
+) -> None:
+    """Make an evaluation set of some questions of a labelled data set."""
+    from hf2mnn.reference.labelled import make_labelled
+
+    make_labelled(dataset, samples, out, path, revision, seed)
 
 
 @app.command(epilog=_example("hf2mnn onnx results/shapes-vl/source --out results/shapes-vl/onnx"))
@@ -134,28 +149,79 @@ def evaluate(
 
 @app.command(
     epilog=_example(
-        "hf2mnn compare shapes-vl results/shapes-vl --out results/shapes-vl/summary.csv"
-        " --page results/shapes-vl/report.html"
+        "hf2mnn diagnose --reference results/shapes-vl/reference --onnx results/shapes-vl/onnx"
+        " --float results/shapes-vl/mnn/float --bundle results/shapes-vl/mnn/int4"
+        " --out results/shapes-vl/diagnosis/int4"
+    )
+)
+def diagnose(
+    out: Out,
+    reference: Annotated[Path, typer.Option(help="Folder of the reference stage.")],
+    onnx: Annotated[Path, typer.Option(help="Folder of the onnx stage.")],
+    float_bundle: Annotated[Path, typer.Option("--float", help="Folder of the mnn stage.")],
+    bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")],
+    threads: Threads = 2,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which the engine is stopped.", min=1)] = 7200,
+) -> None:
+    """Find out why a bundle answers as it does: layer by layer, source by source, and what is wrong."""
+    from hf2mnn.evaluate.diagnose import diagnose as run
+
+    found = run(reference, onnx, float_bundle, bundle, out, threads, time_limit)
+    for finding in found:
+        print(f"{finding.part}: {finding.sentence}")
+    print(f"{len(found) or 'no'} findings")
+
+
+@app.command(
+    epilog=_example(
+        "hf2mnn report shapes-vl results/shapes-vl"
         """ --rows '[{"name": "int4", "required": false, "gates": {"mean_kld": 0.1}}]'"""
     )
 )
-def compare(
+def report(
     model: Annotated[str, typer.Argument(help="Name of the model.")],
-    folder: Annotated[Path, typer.Argument(help="The model's results, with reference/ and eval/.")],
-    rows: Annotated[str, typer.Option(help="Rows in order, JSON: name, required, gates.")],
-    out: Annotated[Path, typer.Option("--out", help="The table to write, csv.")],
-    page: Annotated[Path, typer.Option(help="The page to write, HTML.")],
+    folder: Annotated[Path, typer.Argument(help="The model's results; summary, figures and report.html go there too.")],
+    rows: Annotated[str, typer.Option(help="Rows of the table in order, JSON: name, required, gates.")],
 ) -> None:
-    """Put all conversions of a model in one table, with a verdict against the gates."""
+    """Put all conversions of a model in one table with a verdict, and on one page with the evidence."""
     from hf2mnn.config import TableRows, parse_json
-    from hf2mnn.report.compare import RowSpec
-    from hf2mnn.report.compare import compare as run
+    from hf2mnn.report.report import RowSpec, make_report
 
-    specs = [
-        RowSpec(row["name"], folder / "eval" / row["name"], row["required"], row["gates"])
-        for row in parse_json(TableRows, rows, "--rows")
-    ]
-    run(model, folder / "reference", specs, out, page)
+    make_report(model, folder, [RowSpec(**row) for row in parse_json(TableRows, rows, "--rows")])
+
+
+@app.command(
+    epilog=_example("hf2mnn compare results/qwen2-vl-2b results/qwen2.5-vl-3b")
+    + "\n\n"
+    + _example("hf2mnn compare --layers results/shapes-vl")
+)
+def compare(
+    one: Annotated[Path, typer.Argument(help="Results of a model: results/<model>.")],
+    other: Annotated[
+        Path | None, typer.Argument(help="Results of another version; left out, the first is shown alone.")
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Layer by layer: PyTorch against ONNX against MNN on the same input.")
+    ] = False,
+    variant: Annotated[list[str] | None, typer.Option(help="Only this variant; give it again for more.")] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Time the bundles of both against each other now, in turns.")
+    ] = False,
+) -> None:
+    """Say what is better, worse and slower in another version of a model, and which layer changed first; or, with
+    --layers, where each variant leaves PyTorch."""
+    from hf2mnn.report.console import print_layers, print_table, print_versions
+    from hf2mnn.report.report import read_report
+    from hf2mnn.report.versions import compare_versions, time_both
+
+    found = [read_report(folder, variant) for folder in (one, other) if folder]
+    for evidence, table in found:
+        print_table(table)
+        if layers:
+            print_layers(evidence)
+    if len(found) == 2:
+        both = [evidence for evidence, _ in found]
+        print_versions(compare_versions(*both, speeds=time_both(*both) if speed else None))
 
 
 @app.command(epilog=_example("hf2mnn summarize results/*/summary.csv --out results/summary.csv"))
@@ -164,7 +230,7 @@ def summarize(
     out: Annotated[Path, typer.Option("--out", help="The joined table, csv.")],
 ) -> None:
     """Join the models' tables."""
-    from hf2mnn.report.compare import join_tables
+    from hf2mnn.report.table import join_tables
 
     join_tables(tables, out)
 
@@ -172,8 +238,8 @@ def summarize(
 @app.command(epilog=_example("hf2mnn table results/summary.csv"))
 def table(path: Annotated[Path, typer.Argument(help="A summary.csv.")]) -> None:
     """Print a comparison, and say where the pages lie."""
-    from hf2mnn.report.compare import read_table
     from hf2mnn.report.console import print_table
+    from hf2mnn.report.table import read_table
 
     frame = read_table(path)
     print_table(frame)
@@ -192,7 +258,7 @@ def gates(
 ) -> None:
     """Fail where a required row misses a gate."""
     from hf2mnn.files import whole_file
-    from hf2mnn.report.compare import missed_gates, read_table
+    from hf2mnn.report.table import missed_gates, read_table
 
     frame = read_table(path)
     missed = missed_gates(frame)
@@ -219,6 +285,89 @@ def ask(
     from hf2mnn.mnn.ask import ask_bundle
 
     print(ask_bundle(bundle, prompt, image or [], max_new_tokens, threads, time_limit, as_called))
+
+
+@app.command(
+    epilog=_example(
+        "hf2mnn speed --bundle fp16=results/shapes-vl/mnn/fp16 --bundle int4=results/shapes-vl/mnn/int4"
+        " --baseline fp16 --out results/shapes-vl/speed"
+    )
+)
+def speed(
+    out: Out,
+    bundle: Annotated[list[str], typer.Option(help="NAME=FOLDER of a bundle; give it again for more.")],
+    baseline: Annotated[str, typer.Option(help="Name of the bundle that the others are compared with.")],
+    repeats: Annotated[int, typer.Option(help="Processes to time each bundle with, in turns.", min=1)] = 5,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=1)] = 512,
+    answer_tokens: Annotated[int, typer.Option(help="Length of the answer.", min=1)] = 64,
+    picture_side: Annotated[int, typer.Option(help="Sides of the picture in pixels.", min=1)] = 224,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens in the KV cache when its worth is measured; again for more.", min=1)
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of the engine; 0 for all cores.", min=0)] = 0,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which one process is stopped.", min=1)] = 7200,
+) -> None:
+    """Time bundles of one model against each other, and measure their memory and what the KV cache is worth."""
+    import json
+
+    from hf2mnn.evaluate.speed import LENGTHS, SUMMARY, measure_speed, parse_bundles
+    from hf2mnn.report.speed import print_speed
+
+    measure_speed(
+        parse_bundles(bundle),
+        baseline,
+        out,
+        repeats,
+        prompt_tokens,
+        answer_tokens,
+        threads,
+        picture_side,
+        sorted(set(length or LENGTHS)),
+        time_limit,
+    )
+    print_speed(json.loads((out / SUMMARY).read_text()))
+
+
+@app.command(epilog=_example("hf2mnn tune results/shapes-vl/mnn/int4 --dry-run"))
+def tune(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Try only this: thread_num, precision, memory, attention_mode, dynamic_option; again for more."
+        ),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of a typical prompt.", min=1)] = 256,
+    answer_tokens: Annotated[int, typer.Option(help="Length of a typical answer.", min=1)] = 64,
+    picture_side: Annotated[int, typer.Option(help="Sides of its picture in pixels.", min=1)] = 224,
+    repeats: Annotated[int, typer.Option(help="Processes to time each setting with, in turns.", min=1)] = 5,
+    max_kld: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest mean KL divergence from the bundle's most exact settings; left out, that of the present"
+            " settings or 0.001, whichever is larger.",
+            min=0,
+        ),
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which one process is stopped.", min=1)] = 7200,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure, and write nothing.")] = False,
+) -> None:
+    """Find the engine's fastest settings for a bundle on this machine, and write them into its config.json."""
+    from hf2mnn.evaluate.tune import SETTINGS, tune_bundle
+    from hf2mnn.report.speed import print_tuned
+
+    tuned = tune_bundle(
+        bundle,
+        setting or SETTINGS,
+        prompt_tokens,
+        answer_tokens,
+        picture_side,
+        repeats,
+        max_kld,
+        time_limit,
+        dry_run,
+    )
+    print_tuned(tuned, written=not dry_run)
 
 
 @app.command(epilog=_example("hf2mnn schema > workflow/schemas/config.schema.yaml"))

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    RootModel,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from hf2mnn.errors import ConfigError
 
@@ -78,6 +88,13 @@ class Gates(_Strict):
         None, ge=0, le=1, description="At most this much task accuracy below PyTorch's."
     )
     vision_cosine: float | None = Field(None, ge=-1, le=1, description="At least this mean cosine of image embeddings.")
+    cache_parity: float | None = Field(
+        None, ge=0, description="At most this KL divergence, in nats, between two ways of filling the KV cache."
+    )
+    tokenizer_match: float | None = Field(
+        None, ge=0, le=1, description="At least this share of prompts becomes the same tokens as in transformers."
+    )
+    findings: int | None = Field(None, ge=0, description="At most this many named causes of error in the diagnosis.")
 
 
 class GeneralGates(Gates):
@@ -88,6 +105,11 @@ class GeneralGates(Gates):
     mean_kld: float | None = Field(0.1, ge=0, description=Gates.model_fields["mean_kld"].description)
     accuracy_lost: float | None = Field(0.05, ge=0, le=1, description=Gates.model_fields["accuracy_lost"].description)
     vision_cosine: float | None = Field(0.99, ge=-1, le=1, description=Gates.model_fields["vision_cosine"].description)
+    cache_parity: float | None = Field(0.05, ge=0, description=Gates.model_fields["cache_parity"].description)
+    tokenizer_match: float | None = Field(
+        1.0, ge=0, le=1, description=Gates.model_fields["tokenizer_match"].description
+    )
+    findings: int | None = Field(0, ge=0, description=Gates.model_fields["findings"].description)
 
 
 class Variant(Weights):
@@ -109,13 +131,20 @@ class Row(_Strict):
 
     required: bool = Field(True, description="Whether the run fails where this row misses a gate.")
     gates: Gates = Field(
-        Gates(top1_agreement=0.999, mean_kld=1e-6, greedy_match=0.99, answers_lost=1, vision_cosine=0.9999),
+        Gates(
+            top1_agreement=0.999,
+            mean_kld=1e-6,
+            greedy_match=0.99,
+            answers_lost=1,
+            vision_cosine=0.9999,
+            cache_parity=1e-6,
+        ),
         description="Bounds for this row.",
     )
 
 
 class TableRow(_Strict):
-    """A row that `hf2mnn compare` is to make."""
+    """A row that `hf2mnn report` is to make."""
 
     name: Name
     required: bool
@@ -140,15 +169,44 @@ class Source(_Strict):
         return self
 
 
+class LabelledSet(_Strict):
+    """Questions of a labelled data set, drawn into an evaluation set."""
+
+    dataset: Literal["textvqa", "docvqa", "chartqa", "ai2d", "mmbench", "mmmu"] = Field(description="Which data set.")
+    samples: int = Field(100, ge=1, description="Questions to draw.")
+    path: str | None = Field(None, description="Folder with a local copy; left out, the hub's is downloaded.")
+    revision: str = Field("main", description="Commit (best), tag or branch of the data set on the hub.")
+    seed: int = Field(0, description="Which questions are drawn.")
+
+
+def _evaluation_kind(value: Any) -> str:
+    return "[labelled]" if isinstance(value, dict | LabelledSet) else "[folder]"
+
+
 class Model(_Strict):
     """A checkpoint to convert."""
 
     source: Source = Field(description="Where the checkpoint comes from.")
-    evaluation: str = Field("models/shapes-vl/evaluation", description="Folder with examples.jsonl and its pictures.")
+    evaluation: Annotated[
+        Annotated[str, Tag("[folder]")] | Annotated[LabelledSet, Tag("[labelled]")], Discriminator(_evaluation_kind)
+    ] = Field(
+        "evaluation/general",
+        description="Folder with examples.jsonl and its pictures, or a labelled data set to draw one from.",
+    )
     max_new_tokens: int = Field(64, ge=1, description="Longest greedy answer in the evaluation.")
     variants: Annotated[list[Name], Field(min_length=1)] | None = Field(
         None, description="Variants to make of this model; left out, all."
     )
+
+
+class Speed(_Strict):
+    """How the bundles of a model are timed against each other."""
+
+    repeats: int = Field(5, ge=1, description="Processes to time each bundle with, in turns.")
+    prompt_tokens: int = Field(512, ge=1, description="Length of the prompt.")
+    answer_tokens: int = Field(64, ge=1, description="Length of the answer.")
+    picture_side: int = Field(224, ge=1, description="Sides of the picture in pixels.")
+    threads: int | None = Field(None, ge=1, description="Threads of the engine; left out, all cores of the run.")
 
 
 class Config(_Strict):
@@ -158,6 +216,7 @@ class Config(_Strict):
     variants: dict[Name, Variant] = Field(min_length=1, description="Bundles to make, by the name they will have.")
     gates: GeneralGates = Field(GeneralGates(), description="Bounds for every variant.")
     onnxruntime: Row = Field(Row(), description="The ONNX graphs in ONNX Runtime, a row of the table as well.")
+    speed: Speed = Field(Speed(), description="How bundles are timed against each other.")
     threads: int = Field(2, ge=1, description="Threads of a job that computes; Snakemake lowers it to --cores.")
     time_limit: int = Field(7200, ge=1, description="Seconds after which an evaluation in the engine is stopped.")
 
@@ -178,6 +237,11 @@ class Config(_Strict):
 
     def variants_of(self, model: str) -> list[str]:
         return self.models[model].variants or list(self.variants)
+
+    def baseline(self, model: str) -> str:
+        """The variant with which the others' speed is compared: the first of 16 bits, or the first."""
+        variants = self.variants_of(model)
+        return next((name for name in variants if self.variants[name].bits == 16), variants[0])
 
     def decoder_weights(self, variant: str) -> Weights:
         return self.variants[variant]
@@ -207,7 +271,7 @@ class Config(_Strict):
 def _sentence(error: ValidationError) -> str:
     """The first error as one sentence with the path of its key."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    where = ".".join(str(part) for part in first["loc"] if part not in ("[key]", "[folder]", "[labelled]"))
     what = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         what = "there is no such key; see docs/configuration.md for those there are"

@@ -32,7 +32,11 @@ class BundleError(Hf2mnnError):
 
 
 class EngineError(Hf2mnnError):
-    """MNN's engine crashed, hung, refused the bundle, or answered garbage."""
+    """MNN's engine was stopped, or did not do what it was asked."""
+
+
+class BundleFault(EngineError):
+    """The engine refused a bundle, crashed on it, or answered garbage: that is a result, and goes into the table."""
 
 
 class ManifestError(Hf2mnnError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,14 +16,18 @@ PACKAGE = "hf2mnn"
 ROOT = Path(__file__).parent
 STAGES = {
     "source": "hf2mnn.source.fetch",
+    "evaluation": "hf2mnn.reference.labelled",
     "reference": "hf2mnn.reference.run",
     "onnx": "hf2mnn.onnx.export",
     "mnn": "hf2mnn.mnn.stages",
     "evaluate": "hf2mnn.evaluate.run",
-    "report": "hf2mnn.report.compare",
+    "speed": "hf2mnn.evaluate.speed",
+    "diagnose": "hf2mnn.evaluate.diagnose",
+    "report": "hf2mnn.report.report",
 }
 # Packages whose release changes results, by the name under which they are imported.
 TOOLS = {
+    "datasets": "datasets",
     "torch": "torch",
     "transformers": "transformers",
     "tokenizers": "tokenizers",
@@ -44,11 +49,19 @@ def _file(module: str) -> Path | None:
     return None
 
 
+def _running(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and all below it, but for what only a type checker reads."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from _running(child)
+
+
 @cache
 def _imports(module: str) -> frozenset[str]:
     """Modules that a module names: in imports, wherever they stand, and in strings (a program that it starts)."""
     found = set()
-    for node in ast.walk(ast.parse(_file(module).read_text(encoding="utf-8"))):
+    for node in _running(ast.parse(_file(module).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

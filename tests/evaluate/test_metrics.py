@@ -9,7 +9,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hf2mnn.evaluate.metrics import cosine, kl_divergence, log_softmax, same_top
+from hf2mnn.evaluate.metrics import (
+    common_prefix,
+    cosine,
+    ends_in_a_loop,
+    kl_divergence,
+    log_softmax,
+    relative_error,
+    repetition,
+    same_top,
+    token_logprobs,
+    top_overlap,
+)
 
 shapes = st.tuples(st.integers(1, 5), st.integers(2, 40))
 
@@ -83,3 +94,130 @@ def test_an_empty_picture_is_not_a_perfect_one() -> None:
     table = np.array([[1.0, 2.0], [0.0, 0.0]], np.float32)
     assert cosine(table, np.zeros_like(table)).tolist() == [0.0, 0.0]
     assert cosine(table, -table)[0] == pytest.approx(-1)
+
+
+def test_overlap_of_a_case_worked_by_hand() -> None:
+    """Of {0, 1, 2} and {2, 1, 4} two are in both; the order among them does not matter, nor what comes after."""
+    reference = np.array([[9.0, 8.0, 7.0, 1.0, 0.0]], np.float32)
+    other = np.array([[0.0, 8.0, 9.0, 1.0, 7.0]], np.float32)
+    assert top_overlap(reference, other, count=3) == pytest.approx(2 / 3)
+    assert top_overlap(reference, other, count=1) == 0
+    assert top_overlap(reference, other, count=50) == 1
+
+
+@given(pairs(), st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_overlap_is_a_share_and_symmetric(tables: tuple[np.ndarray, np.ndarray], count: int) -> None:
+    reference, other = tables
+    overlap = top_overlap(reference, other, count)
+    assert ((overlap >= 0) & (overlap <= 1)).all()
+    assert (top_overlap(reference, reference, count) == 1).all()
+    np.testing.assert_array_equal(overlap, top_overlap(other, reference, count))
+
+
+def test_log_probability_of_a_case_worked_by_hand() -> None:
+    """Of weights 1, 2 and 5 the second has 2/8, the third 5/8."""
+    logits = np.log(np.array([[1.0, 2.0, 5.0], [1.0, 2.0, 5.0]], np.float32))
+    np.testing.assert_allclose(token_logprobs(logits, np.array([1, 2])), np.log([2 / 8, 5 / 8]), rtol=1e-6)
+
+
+@given(pairs(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_log_probabilities_are_torchs_cross_entropy(logits: tuple[np.ndarray, np.ndarray], data: st.DataObject) -> None:
+    table, _ = logits
+    tokens = np.array([data.draw(st.integers(0, table.shape[1] - 1)) for _ in table])
+    theirs = torch.nn.functional.cross_entropy(
+        torch.from_numpy(table).double(), torch.from_numpy(tokens), reduction="none"
+    )
+    np.testing.assert_allclose(token_logprobs(table, tokens), -theirs.numpy(), rtol=1e-9, atol=1e-12)
+
+
+def test_relative_error_of_cases_worked_by_hand() -> None:
+    """A distance of 5 from a vector of 10; nothing is infinitely far from something, and not from nothing."""
+    right = np.array([[6.0, 8.0]], np.float32)
+    assert relative_error(right, np.array([[9.0, 12.0]], np.float32)) == pytest.approx(0.5)
+    assert relative_error(right, np.zeros_like(right)) == pytest.approx(1)
+    assert relative_error(np.zeros_like(right), right) == np.inf
+    assert relative_error(np.zeros_like(right), np.zeros_like(right)) == 0
+
+
+@given(hnp.arrays(np.float32, st.integers(1, 30), elements=st.floats(-100, 100, width=32)), st.floats(0.01, 10))
+@settings(max_examples=60, deadline=None)
+def test_relative_error_has_no_unit(values: np.ndarray, scale: float) -> None:
+    """Stretching a vector by s is an error of |s - 1|, however long it is."""
+    assume(np.linalg.norm(values) > 1e-3)
+    values = values.astype(np.float64)
+    assert relative_error(values, values * scale) == pytest.approx(abs(scale - 1), abs=1e-9)
+    assert relative_error(values * 1e6, values * 1e6 * scale) == pytest.approx(abs(scale - 1), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [([], [1], 0), ([1, 2], [1, 2], 2), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 9, 3], 1), ([5], [6], 0)],
+)
+def test_a_common_prefix_ends_at_the_first_difference(one: list[int], other: list[int], shared: int) -> None:
+    assert common_prefix(one, other) == common_prefix(other, one) == shared
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_a_common_prefix_is_one_and_no_longer_one_is(one: list[int], other: list[int]) -> None:
+    shared = common_prefix(one, other)
+    assert one[:shared] == other[:shared]
+    assert shared in (len(one), len(other)) or one[shared] != other[shared]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"),
+    [
+        ([], 0),
+        ([7, 7, 7], 0),  # no 4-gram at all
+        ([1, 2, 3, 4, 5], 0),
+        ([7] * 6, 2 / 3),  # 3 of them, all the same
+        ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5),  # 1234 2341 3412 4123 1234
+        ([1, 2, 3, 9, 1, 2, 3], 0),  # 3-grams come again, 4-grams do not
+    ],
+)
+def test_repetition_is_seq_rep_4(tokens: list[int], share: float) -> None:
+    """Welleck et al.: 1 - distinct n-grams / n-grams."""
+    assert repetition(tokens) == pytest.approx(share)
+
+
+def test_repetition_counts_grams_of_the_length_that_is_asked_for() -> None:
+    assert repetition([1, 2, 1, 2, 1], n=2) == pytest.approx(1 / 2)
+    assert repetition([1, 2, 1, 2, 1], n=1) == pytest.approx(3 / 5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "looping"),
+    [
+        ([], False),
+        ([3] * 12, True),
+        ([3] * 11, False),  # "aaaa" and the like end many a good answer
+        ([1, 2, 3, *[8, 9] * 6], True),
+        ([1, 2, 3, *[8, 9] * 5], False),
+        ([*[8, 9] * 6, 1], False),  # it got out
+        ([1, 2, 3, 4] * 4, True),
+        ([1, 2, 3, 4] * 3, False),  # three times is a refrain
+        ([9, *[1, 2, 3, 4, 5] * 4], True),
+        ([4, 5, *[1, 2, 3, 4, 5] * 4, 1, 2], True),  # cut off in the middle of a piece
+        ([5, 6, 7, 8] * 3 + [5, 6, 9, 8], False),
+    ],
+)
+def test_an_answer_that_ends_in_a_loop_is_told_from_one_that_repeats_itself(tokens: list[int], looping: bool) -> None:
+    assert ends_in_a_loop(tokens) is looping
+
+
+@given(
+    st.lists(st.integers(0, 9), max_size=20), st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(12, 20)
+)
+def test_whatever_was_said_before_twelve_times_the_same_is_a_loop(
+    said: list[int], piece: list[int], times: int
+) -> None:
+    assert ends_in_a_loop(said + piece * times)
+    assert not ends_in_a_loop(said + piece * times + [10])
+
+
+@given(st.permutations(range(30)))
+def test_an_answer_without_a_token_twice_neither_repeats_nor_loops(tokens: list[int]) -> None:
+    assert repetition(tokens) == 0
+    assert not ends_in_a_loop(tokens)

@@ -1,8 +1,10 @@
-"""The figures of the comparison, from tables whose figures can be counted by eye."""
+"""The tables and figures of the comparison, from outcomes whose figures can be counted by eye."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,56 +12,29 @@ import pytest
 
 from hf2mnn.errors import EngineError
 from hf2mnn.evaluate.answers import Answer, Outcome
-from hf2mnn.evaluate.score import score, summarize
+from hf2mnn.evaluate.figures import COLUMNS
+from hf2mnn.evaluate.names import ANSWERS, FIGURES, PARITY, PICTURES, POSITIONS
+from hf2mnn.evaluate.parity import parity_table
+from hf2mnn.evaluate.score import SUMMARY_FIGURES, Scores, score, score_fault, summarize
+from hf2mnn.feeding import AT_ONCE
 from hf2mnn.reference.golden import GoldenExample
 
-POSITIONS = pd.DataFrame({"kld": [0.0, 0.3, 0.6], "same_top": [True, True, False]})
-PICTURES = pd.DataFrame({"picture": ["small", "large"], "tokens": [1, 3], "cosine": [0.6, 1.0]})
-ANSWERS = pd.DataFrame(
-    {
-        "expected": ["red", "two", None, "blue"],
-        "reference": ["red", "two", "a cat", "green"],
-        "answer": ["red", "three", "a dog", "blue"],
-        "greedy_match": [True, False, False, False],
-        "as_called": ["red", "two", "a cat", None],
-    }
-)
-
-
-def test_each_figure_is_the_one_it_is_called() -> None:
-    """Right answers are counted among labelled examples only, tokens weigh pictures, and PyTorch is what is matched."""
-    assert summarize(POSITIONS, ANSWERS, PICTURES) == {
-        "top1_agreement": pytest.approx(2 / 3),
-        "mean_kld": pytest.approx(0.3),
-        "greedy_match": pytest.approx(1 / 4),
-        "task_accuracy": pytest.approx(2 / 3),
-        "vision_cosine": pytest.approx(0.9),
-        "as_called_match": pytest.approx(1.0),
-        "as_called_accuracy": pytest.approx(1.0),
-    }
-
-
-def test_what_could_not_be_measured_is_none_and_not_a_good_figure() -> None:
-    """No labels, no pictures, no engine: None, which no gate may take for 0 or for 1."""
-    answers = ANSWERS.assign(expected=None, as_called=None)
-    made = summarize(POSITIONS, answers, PICTURES.iloc[:0])
-    missing = ("task_accuracy", "vision_cosine", "as_called_match", "as_called_accuracy")
-    assert [made[name] for name in missing] == [None] * 4
-    assert made["greedy_match"] == pytest.approx(1 / 4)
+IMAGE = 9
+RIGHT = np.array([[5.0, 0.0, 0.0], [0.0, 5.0, 0.0]], np.float32)
+WRONG = np.array([[5.0, 0.0, 0.0], [0.0, 0.0, 5.0]], np.float32)
+SEEN = np.eye(2, dtype=np.float32)
 
 
 class FakeGolden:
-    """Two examples of a three-token vocabulary, one with a picture."""
+    """Two examples of a three-token vocabulary; "a" has a label and a picture of two image tokens, "b" has neither."""
 
     def __init__(self) -> None:
-        common = {"category": "any", "language": "en", "prompt": "", "input_ids": np.arange(2), "position_ids": None}
-        logits = np.array([[5.0, 0.0, 0.0], [0.0, 5.0, 0.0]], np.float32)
-        ids = np.array([0, 1])
+        common: dict[str, Any] = {"category": "any", "language": "en", "metric": "exact", "prompt": "", "answer": "0 1"}
+        common |= {"position_ids": np.zeros((3, 5)), "answer_ids": np.array([0, 1]), "logits": RIGHT}
+        pictured, plain = np.array([4, IMAGE, IMAGE, 5]), np.array([4, 5])
         self.list = [
-            GoldenExample(
-                id="a", expected="0 1", answer="0 1", pictures=["p"], answer_ids=ids, logits=logits, **common
-            ),
-            GoldenExample(id="b", expected=None, answer="0 1", pictures=[], answer_ids=ids, logits=logits, **common),
+            GoldenExample(id="a", expected=["0 1"], pictures=["p"], input_ids=pictured, **common),
+            GoldenExample(id="b", expected=None, pictures=[], input_ids=plain, **common),
         ]
 
     def examples(self):
@@ -69,22 +44,42 @@ class FakeGolden:
         return ["p"]
 
     def picture(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(embeds=np.eye(2, dtype=np.float32))
+        return SimpleNamespace(embeds=SEEN)
 
 
 def words(ids: list[int]) -> str:
     return " ".join(map(str, ids))
 
 
-def outcome(greedy: list[int], embeds: np.ndarray) -> Outcome:
-    logits = np.array([[5.0, 0.0, 0.0], [0.0, 0.0, 5.0]], np.float32)
-    answers = {"a": Answer(FakeGolden().list[0].logits, [0, 1]), "b": Answer(logits, greedy)}
-    return Outcome(answers, {"p": embeds})
+def outcome(a: Answer | None = None, b: Answer | None = None, embeds: np.ndarray = SEEN) -> Outcome:
+    """What a runtime would say; right but for what is given."""
+    sound = Answer(RIGHT, [0, 1])
+    return Outcome({"a": a or sound, "b": b or sound}, {"p": embeds})
 
 
-def test_each_position_and_answer_is_compared_with_its_own() -> None:
-    """The one wrong position is found where it is, and an answer is matched by all of its tokens."""
-    scores = score(FakeGolden(), outcome([0, 2], np.eye(2, dtype=np.float32)), words)
+def scored(**changed: Any) -> Scores:
+    return score(FakeGolden(), outcome(**changed), words, IMAGE)
+
+
+def column(scores: Scores, name: str) -> list[Any]:
+    return [None if pd.isna(value) else value for value in scores.answers[name]]
+
+
+def test_a_right_outcome_has_right_figures_and_what_was_not_measured_has_none() -> None:
+    """None, which no gate may take for 0 or for 1: no engine was asked as it is, no cache was filled."""
+    summary = scored().summary
+    exact = ("top1_agreement", "top5_overlap", "perplexity_ratio", "greedy_match", "task_accuracy", "vision_cosine")
+    assert {name: summary[name] for name in exact} == pytest.approx(dict.fromkeys(exact, 1.0))
+    none = ("mean_kld", "p99_kld", "max_kld", "rms_probability_change", "degenerate", "vision_error")
+    assert {name: summary[name] for name in none} == dict.fromkeys(none, 0.0)
+    missing = ("as_called_match", "as_called_accuracy", "tokenizer_match", "cache_parity")
+    assert {name: summary[name] for name in missing} == dict.fromkeys(missing)
+    assert summary.keys() == {*SUMMARY_FIGURES, "mean_kld_low", "mean_kld_high", "cache_parity"}
+
+
+def test_each_position_is_compared_with_its_own() -> None:
+    """The one wrong position is found where it is, and its right token has lost the odds of 5 nats."""
+    scores = scored(b=Answer(WRONG, [0, 2]))
     assert scores.positions[["id", "position", "after_picture", "same_top"]].to_numpy().tolist() == [
         ["a", 0, True, True],
         ["a", 1, True, True],
@@ -92,18 +87,111 @@ def test_each_position_and_answer_is_compared_with_its_own() -> None:
         ["b", 1, False, False],
     ]
     assert scores.positions["kld"].tolist()[:3] == [0, 0, 0]
-    assert scores.positions["kld"][3] > 1
-    assert scores.answers["greedy_match"].tolist() == [True, False]
-    assert scores.answers["right"].tolist() == [True, None]
-    assert scores.summary["vision_cosine"] == pytest.approx(1)
+    lost = scores.positions["reference_logprob"] - scores.positions["logprob"]
+    assert lost.tolist() == pytest.approx([0, 0, 0, 5])
+    assert scores.summary["top1_agreement"] == 3 / 4
+    assert scores.summary["perplexity_ratio"] == pytest.approx(np.exp(5 / 4))
+    assert scores.summary["max_kld"] == pytest.approx(4 * scores.summary["mean_kld"]) == scores.positions["kld"][3]
+    assert scores.summary["mean_kld_low"] == 0
+    assert scores.summary["mean_kld_high"] > scores.summary["mean_kld"]
 
 
-def test_an_answer_that_goes_on_longer_is_no_match() -> None:
-    scores = score(FakeGolden(), outcome([0, 1, 1], np.eye(2, dtype=np.float32)), words)
-    assert scores.answers["greedy_match"].tolist() == [True, False]
+@pytest.mark.parametrize(
+    ("greedy", "match", "shared"), [([0, 1], True, 1), ([0, 2], False, 0.5), ([2], False, 0), ([0, 1, 1], False, 1)]
+)
+def test_an_answer_is_matched_by_all_of_its_tokens_and_no_more(greedy: list[int], match: bool, shared: float) -> None:
+    scores = scored(b=Answer(RIGHT, greedy))
+    assert column(scores, "greedy_match") == [True, match]
+    assert column(scores, "prefix_share") == [1, shared]
+    assert column(scores, "answer") == ["0 1", words(greedy)]
+
+
+def test_right_answers_are_counted_among_labelled_examples_only() -> None:
+    wrong = scored(a=Answer(RIGHT, [2], as_called_ids=[0, 1]), b=Answer(RIGHT, [2], as_called_ids=[2]))
+    assert column(wrong, "expected") == ["0 1", None]
+    assert column(wrong, "score") == [0, None]
+    assert column(wrong, "reference_score") == [1, None]
+    assert column(wrong, "as_called_score") == [1, None]
+    assert column(wrong, "as_called_match") == [True, False]
+    assert wrong.summary["task_accuracy"] == 0
+    assert (wrong.summary["as_called_accuracy"], wrong.summary["as_called_match"]) == (1, 0.5)
+
+
+def test_a_loop_is_held_against_a_conversion_only_where_pytorch_has_none() -> None:
+    """A small model repeats itself; that a conversion does so too is right."""
+    loop, golden = Answer(RIGHT, [1] * 20), FakeGolden()
+    assert column(scored(b=loop), "degenerate") == [False, True]
+    assert column(scored(b=loop), "repetition")[1] > 0.9
+    longer = np.concatenate([RIGHT] * 10)
+    golden.list[1] = replace(golden.list[1], answer_ids=np.array([1] * 20), logits=longer)
+    scores = score(golden, outcome(b=Answer(longer, [1] * 20)), words, IMAGE)
+    assert column(scores, "degenerate") == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("made", "same"),
+    [
+        ([4, IMAGE, IMAGE, 5], True),
+        ([4, *[IMAGE] * 7, 5], True),  # the engine resizes by itself: not the tokenizer's doing
+        ([4, 5], False),
+        ([4, IMAGE, 5, 5], False),
+        ([4, IMAGE, 5, IMAGE], False),
+    ],
+)
+def test_a_prompts_tokens_are_compared_but_for_how_many_a_picture_makes(made: list[int], same: bool) -> None:
+    scores = scored(a=Answer(RIGHT, [0, 1], [0, 1], made))
+    assert column(scores, "tokenizer_match") == [same, None]
+    assert scores.summary["tokenizer_match"] == same
+
+
+def test_a_text_token_that_comes_twice_counts_twice() -> None:
+    golden = FakeGolden()
+    golden.list[1] = replace(golden.list[1], input_ids=np.array([4, 4, 5]))
+    scores = score(golden, outcome(b=Answer(RIGHT, [0, 1], [0, 1], [4, 5])), words, IMAGE)
+    assert column(scores, "tokenizer_match") == [None, False]
+
+
+def test_a_picture_is_compared_token_by_token() -> None:
+    """One of two tokens is right, the other at a right angle and twice as long: |(0, 0), (-2, -1)| of sqrt(2)."""
+    (row,) = scored(embeds=np.array([[1, 0], [2, 0]], np.float32)).pictures.to_dict("records")
+    expected = {"picture": "p", "tokens": 2, "cosine": 0.5, "worst_cosine": 0.0, "error": np.sqrt(5 / 2)}
+    assert row == pytest.approx(expected)
 
 
 def test_another_number_of_image_tokens_is_an_error_that_names_the_picture() -> None:
     """Broadcast silently, one row would be compared with all."""
     with pytest.raises(EngineError, match=r"\[1, 2\] for p, PyTorch gives \[2, 2\]"):
-        score(FakeGolden(), outcome([0, 2], np.ones((1, 2), np.float32)), words)
+        scored(embeds=np.ones((1, 2), np.float32))
+
+
+def test_cache_parity_is_the_worst_of_all_ways() -> None:
+    ways = {AT_ONCE: RIGHT, "token by token": RIGHT, "in chunks": WRONG}
+    made = replace(outcome(), parity={"text": ways})
+    scores = score(FakeGolden(), made, words, IMAGE)
+    assert scores.summary["cache_parity"] == scores.parity["max_kld"].max() > 1
+    assert summarize(scores.figures, parity_table({}))["cache_parity"] is None
+
+
+def test_every_table_has_its_file() -> None:
+    scores = scored()
+    assert scores.tables() == {
+        POSITIONS: scores.positions,
+        ANSWERS: scores.answers,
+        PICTURES: scores.pictures,
+        PARITY: scores.parity,
+        FIGURES: scores.figures,
+    }
+
+
+def test_a_bundle_that_does_not_run_has_the_same_tables_and_nothing_measured(tmp_path) -> None:
+    """No figure at all, rather than those of empty answers: a share of 0 repetitions would be a good one."""
+    sound, fault = scored(), score_fault(FakeGolden(), words, IMAGE)
+    assert fault.summary == dict.fromkeys(sound.summary)
+    for name, table in fault.tables().items():
+        assert list(table.columns) == list(sound.tables()[name].columns), name
+        table.to_parquet(tmp_path / name)
+    assert list(fault.figures.columns) == COLUMNS
+    assert fault.answers["id"].tolist() == ["a", "b"]
+    assert fault.answers["answer"].tolist() == ["", ""]
+    assert not fault.answers["greedy_match"].any()
+    assert len(fault.positions) == len(fault.figures) == len(fault.parity) == 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from hf2mnn.errors import BundleError, EngineError, EvaluationSetError, ManifestError
+from hf2mnn.errors import BundleError, BundleFault, EngineError, EvaluationSetError, ManifestError
 from hf2mnn.evaluate.run import evaluate
 from hf2mnn.manifest import Manifest
 from hf2mnn.mnn import ask
@@ -272,11 +274,15 @@ def test_a_vision_tower_of_another_model_gets_a_bad_verdict(
     assert positions[~positions["after_picture"]]["kld"].max() < 1e-8
 
 
+def resize(bundle: Path, hidden: int) -> None:
+    content = json.loads((bundle / "llm_config.json").read_text())
+    content["hidden_size"] = hidden
+    (bundle / "llm_config.json").write_text(json.dumps(content))
+
+
 def test_a_crash_of_the_engine_is_an_error_with_its_last_words(copy: Path) -> None:
     """A wrong size in its configuration ends the engine by a segmentation fault; ours goes on."""
-    content = json.loads((copy / "llm_config.json").read_text())
-    content["hidden_size"] = 64
-    (copy / "llm_config.json").write_text(json.dumps(content))
+    resize(copy, 64)
     vouch(copy)
     with pytest.raises(EngineError, match=r"died \(signal 11\) during ask; its last words: .*Reshape"):
         ask_bundle(copy, "a longer question", [], max_new_tokens=3, threads=1)
@@ -289,13 +295,67 @@ def test_a_graph_that_the_engine_does_not_load_is_an_error(copy: Path) -> None:
         ask_bundle(copy, "?", [], max_new_tokens=3, threads=1)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda bundle: noise(bundle / "llm.mnn"), "does not load"),
+        (lambda bundle: noise(bundle / "llm.mnn.weight"), "answers garbage"),
+        (lambda bundle: resize(bundle, 64), r"died \(signal 11\) during evaluate"),
+    ],
+    ids=["refused", "garbage", "crash"],
+)
+def test_a_bundle_that_does_not_run_is_a_row_without_figures(
+    judged: Judged, onnx_folder: Path, copy: Path, tmp_path: Path, spoil: Callable[[Path], object], says: str
+) -> None:
+    """One bad variant does not end the run: what the engine says of it goes into the table, and no good figure does."""
+    spoil(copy)
+    vouch(copy)
+    made = evaluate(judged.reference, onnx_folder, tmp_path / "out", copy, threads=1, time_limit=60)
+    summary = json.loads((made / "summary.json").read_text())
+    assert re.search(says, summary["fault"])
+    counted = {"fault", "bytes", "positions", "examples", "labelled"}
+    assert {name for name, value in summary.items() if value is not None} == counted
+    assert (summary["positions"], summary["examples"]) == (0, len(EXAMPLES))
+    assert Manifest.load(made).results["fault"] == summary["fault"]
+    # Every file that a sound bundle's evaluation has is there, so that the report can read it.
+    assert sorted(path.name for path in made.iterdir()) == sorted(path.name for path in judged.folder.iterdir())
+
+
+def test_a_bundle_that_runs_has_no_fault(judged: Judged) -> None:
+    assert json.loads((judged.folder / "summary.json").read_text())["fault"] is None
+
+
 def test_an_engine_that_takes_too_long_is_stopped(bundle: Path) -> None:
     with pytest.raises(EngineError, match=r"stopped after .*\(ask\)"):
         ask_bundle(bundle, "?", [], time_limit=0.05)
 
 
+def test_an_evaluation_that_was_stopped_is_no_verdict_on_the_bundle(
+    judged: Judged, onnx_folder: Path, bundle: Path, tmp_path: Path
+) -> None:
+    """It took longer than it may, on this machine and today: an error, and no row of the table."""
+    with pytest.raises(EngineError, match="stopped after") as stopped:
+        evaluate(judged.reference, onnx_folder, tmp_path / "out", bundle, threads=1, time_limit=0.05)
+    assert not isinstance(stopped.value, BundleFault)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"), [(signal.SIGKILL, EngineError), (signal.SIGSEGV, BundleFault), (signal.SIGABRT, BundleFault)]
+)
+def test_a_killed_engine_is_told_from_one_that_crashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals, kind: type[EngineError]
+) -> None:
+    """Nothing in a bundle sends SIGKILL: that is a machine short of memory."""
+    (tmp_path / "ending.py").write_text("import os\n\n\ndef run(job):\n    os.kill(os.getpid(), job['signal'])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EngineError, match=rf"died \(signal {how.value}\) during ending") as died:
+        run_worker("ending", {"signal": how.value}, 60)
+    assert type(died.value) is kind
+
+
 def test_a_task_that_the_worker_does_not_have_is_an_error() -> None:
-    with pytest.raises(EngineError, match="sing.*this is a bug"):
+    with pytest.raises(EngineError, match=r"sing.*this is a bug"):
         run_worker("sing", {}, 60)
 
 

@@ -214,7 +214,7 @@ def test_snapshot_from_the_hub(hub: Hub, fetch: Callable[..., tuple[int, str, Pa
     assert set(manifest.outputs) == set(hub.files) - STRANGE
     for name in manifest.outputs:
         assert (out / name).read_bytes() == hub.files[name]
-    assert manifest.settings == {"repository": "owner/name", "revision": "main"}
+    assert manifest.settings == {"repository": "owner/name", "revision": "main", "commit": COMMIT}
     assert not [path for path in hub.asked if any(path.endswith(name) for name in STRANGE)]
     code, said, out = fetch("http://127.0.0.1:9")
     assert code == 0, said

@@ -23,7 +23,7 @@ except Hf2mnnError as error:
 
 def names(values):
     """A wildcard constraint that takes these names and nothing else."""
-    return "|".join(name.replace(".", r"\.") for name in values)
+    return "|".join(name.replace(".", r"\.") for name in values) or "(?!)"
 
 
 wildcard_constraints:
@@ -43,9 +43,36 @@ def source_options(wildcards):
     return shlex.join(["--repository", source.repository, "--revision", source.revision])
 
 
+def files_below(folder):
+    return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
+
+
+def labelled(model):
+    """Whether the model's evaluation set is drawn from a labelled data set."""
+    return not isinstance(CONFIG.models[model].evaluation, str)
+
+
+def evaluation_folder(wildcards):
+    chosen = CONFIG.models[wildcards.model].evaluation
+    return f"results/{wildcards.model}/evaluation" if labelled(wildcards.model) else chosen
+
+
 def evaluation_files(wildcards):
-    folder = Path(CONFIG.models[wildcards.model].evaluation)
-    return sorted(str(path) for path in folder.rglob("*") if path.is_file())
+    folder = evaluation_folder(wildcards)
+    return f"{folder}/manifest.json" if labelled(wildcards.model) else files_below(folder)
+
+
+def labelled_files(wildcards):
+    """Files of a data set's local copy, so that a changed one is noticed; a hub's revision stands in the params."""
+    path = CONFIG.models[wildcards.model].evaluation.path
+    return files_below(path) if path else []
+
+
+def labelled_options(wildcards):
+    chosen = CONFIG.models[wildcards.model].evaluation
+    where = ["--path", chosen.path] if chosen.path else ["--revision", chosen.revision]
+    options = ["--dataset", chosen.dataset, "--samples", str(chosen.samples), "--seed", str(chosen.seed), *where]
+    return shlex.join(options)
 
 
 def weights(part):
@@ -63,12 +90,27 @@ def engine(wildcards):
     return json.dumps(CONFIG.engine(wildcards.variant).model_dump(), sort_keys=True)
 
 
+def bundles(wildcards):
+    """The manifest of each variant of a model."""
+    return [f"results/{wildcards.model}/mnn/{name}/manifest.json" for name in CONFIG.variants_of(wildcards.model)]
+
+
+def bundle_options(wildcards):
+    named = [f"{name}=results/{wildcards.model}/mnn/{name}" for name in CONFIG.variants_of(wildcards.model)]
+    options = [word for bundle in named for word in ("--bundle", bundle)]
+    return shlex.join([*options, "--baseline", CONFIG.baseline(wildcards.model)])
+
+
 def rows_of(model):
     return ["onnxruntime", *CONFIG.variants_of(model)]
 
 
-def evaluations(wildcards):
-    return [f"results/{wildcards.model}/eval/{row}/manifest.json" for row in rows_of(wildcards.model)]
+def evidence(wildcards):
+    """Everything that a model's report is made of, but for the reference."""
+    model, variants = f"results/{wildcards.model}", CONFIG.variants_of(wildcards.model)
+    evaluations = [f"{model}/eval/{row}/manifest.json" for row in rows_of(wildcards.model)]
+    diagnoses = [f"{model}/diagnosis/{variant}/manifest.json" for variant in variants]
+    return [*evaluations, *diagnoses, f"{model}/speed/manifest.json"]
 
 
 def rows(wildcards):

@@ -1,35 +1,39 @@
 # The table of each model and of all, the page, and the gates.
-rule compare_model:
+rule report_model:
     input:
-        evaluations,
+        evidence,
         reference="results/{model}/reference/manifest.json",
     output:
+        "results/{model}/summary.parquet",
+        "results/{model}/figures.parquet",
         table="results/{model}/summary.csv",
-        page=report("results/{model}/report.html", caption="../report/page.rst", category="Comparison"),
+        figures=report("results/{model}/figures.csv", caption="../report/figures.rst", category="{model}"),
+        page=report("results/{model}/report.html", caption="../report/page.rst", category="{model}"),
     log:
-        "logs/compare_model/{model}.log",
+        "logs/report_model/{model}.log",
     benchmark:
-        "benchmarks/compare_model/{model}.tsv"
+        "benchmarks/report_model/{model}.tsv"
     conda:
         "../../envs/report.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime="10m",
+        mem_mb=2000,
+        runtime="30m",
     params:
         rows=rows,
         folder=subpath(output.table, parent=True),
         fingerprint=fingerprint("report"),
     shell:
-        "hf2mnn compare {wildcards.model:q} {params.folder:q} --rows {params.rows:q} --out {output.table:q}"
-        " --page {output.page:q} > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
+        "hf2mnn report {wildcards.model:q} {params.folder:q} --rows {params.rows:q}"
+        " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
 
 
 rule join_tables:
     input:
         expand("results/{model}/summary.csv", model=CONFIG.models),
     output:
-        report("results/summary.csv", caption="../report/table.rst", category="Comparison"),
+        "results/summary.parquet",
+        table=report("results/summary.csv", caption="../report/table.rst", category="All models"),
     log:
         "logs/join_tables/all.log",
     benchmark:
@@ -43,7 +47,7 @@ rule join_tables:
     params:
         fingerprint=fingerprint("report"),
     shell:
-        "hf2mnn summarize {input:q} --out {output:q} > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
+        "hf2mnn summarize {input:q} --out {output.table:q} > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
 
 
 # Comes after the table, so that the figures are there when a gate is missed.

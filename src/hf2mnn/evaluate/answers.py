@@ -6,14 +6,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-SUMMARY, ANSWERS, POSITIONS, PICTURES, LOGITS = (
-    "summary.json",
-    "answers.parquet",
-    "metrics.parquet",
-    "pictures.parquet",
-    "logits.safetensors",
-)
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -21,17 +13,21 @@ class Answer:
 
     logits: float32 [m, vocabulary], teacher-forced: row i follows the prompt and the reference's answer up to i.
     greedy_ids: the runtime's own greedy answer, decoded with its KV cache, the stop id included.
-    as_called_ids: what a caller of the engine as it is gets; None where the runtime has no such difference.
+    as_called_ids: what a caller of the engine as it is gets; prompt_ids: what its tokenizer makes of the prompt. Both
+    are None where the runtime has no such thing.
     """
 
     logits: np.ndarray
     greedy_ids: list[int]
     as_called_ids: list[int] | None = None
+    prompt_ids: list[int] | None = None
 
 
 @dataclass
 class Outcome:
-    """Answers by example id, and image embeddings float32 [image tokens, hidden] by picture."""
+    """Answers by example id, image embeddings float32 [image tokens, hidden] by picture, and for each probe the logits
+    float32 [tokens, vocabulary] by the way in which its tokens went into the KV cache."""
 
     answers: dict[str, Answer] = field(default_factory=dict)
     embeds: dict[str, np.ndarray] = field(default_factory=dict)
+    parity: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)

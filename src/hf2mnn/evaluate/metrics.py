@@ -1,6 +1,13 @@
-"""Distances between two models' predictions, as the field defines them, from logits [positions, vocabulary]."""
+"""Distances between two models' predictions, as the field defines them, from logits [positions, vocabulary].
+
+KL divergence, the share of equal top tokens, the RMS of the change of the right token's probability, the ratio of
+perplexities and the correlation of log-probabilities are those that llama.cpp's perplexity tool reports for
+quantized models; seq-rep-n is Welleck et al., 2020 (Neural Text Generation with Unlikelihood Training).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,9 +30,53 @@ def same_top(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     return reference.argmax(axis=-1) == other.argmax(axis=-1)
 
 
+def top_overlap(reference: np.ndarray, other: np.ndarray, count: int = 5) -> np.ndarray:
+    """Share of the `count` most likely tokens that both have, at each position."""
+    count = min(count, reference.shape[-1])
+    tops = [np.argpartition(-logits, count - 1, axis=-1)[:, :count] for logits in (reference, other)]
+    return (tops[0][:, :, None] == tops[1][:, None, :]).any(axis=-1).mean(axis=-1)
+
+
+def token_logprobs(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Log-probability in nats of `tokens` int [positions], one at each position."""
+    return np.take_along_axis(log_softmax(logits), np.asarray(tokens)[:, None], axis=-1)[:, 0]
+
+
 def cosine(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Cosine of each pair of rows; 0 where one of the two is all zero."""
     reference, other = reference.astype(np.float64), other.astype(np.float64)
     norms = np.linalg.norm(reference, axis=-1) * np.linalg.norm(other, axis=-1)
     dots = (reference * other).sum(axis=-1)
     return np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
+
+
+def relative_error(reference: np.ndarray, other: np.ndarray) -> float:
+    """L2 norm of the difference over that of `reference`; infinite where only `reference` is all zero, or `other` is
+    not finite, since NaN would keep every bound."""
+    if not np.isfinite(other).all():
+        return float("inf")
+    reference, other = reference.astype(np.float64), other.astype(np.float64)
+    difference, size = np.linalg.norm(reference - other), np.linalg.norm(reference)
+    return float(difference / size) if size else float(np.inf if difference else 0.0)
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two answers share from their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """seq-rep-n: the share of n-grams that have been there before; 0 where there is none."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def ends_in_a_loop(tokens: Sequence[int], times: int = 4, shortest: int = 12) -> bool:
+    """Whether an answer ends in the same piece again and again: at least `times`, and `shortest` tokens of it."""
+    tokens = list(tokens)
+    for period in range(1, len(tokens) // times + 1):
+        length = max(times * period, shortest)
+        tail = tokens[-length:]
+        if len(tail) == length and all(tail[i] == tail[i - period] for i in range(period, length)):
+            return True
+    return False

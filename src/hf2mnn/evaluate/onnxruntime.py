@@ -8,8 +8,27 @@ import numpy as np
 from tqdm import tqdm
 
 from hf2mnn.evaluate.answers import Answer, Outcome
+from hf2mnn.feeding import ways_of_feeding
 from hf2mnn.onnx.session import OnnxModel
-from hf2mnn.reference.golden import Golden
+from hf2mnn.reference.golden import Golden, GoldenProbe
+
+
+def _parity(model: OnnxModel, golden: Golden, probe: GoldenProbe) -> dict[str, np.ndarray]:
+    read, ids = probe.after_pictures(model.facts["image_token_id"])
+    pictures = [golden.picture(name) for name in probe.pictures]
+    cache = model.new_cache()
+
+    def start() -> None:
+        cache.truncate(0)
+        if read:
+            model.prefill(cache, np.array(read), [(picture.pixel_values, picture.grid_thw) for picture in pictures])
+
+    return ways_of_feeding(
+        ids,
+        start,
+        lambda tokens: model.prefill(cache, np.array(tokens), all_logits=True),
+        lambda count: cache.truncate(len(cache) - count),
+    )
 
 
 def run_onnxruntime(onnx_folder: Path, golden: Golden, max_new_tokens: int, threads: int) -> Outcome:
@@ -30,4 +49,6 @@ def run_onnxruntime(onnx_folder: Path, golden: Golden, max_new_tokens: int, thre
         cache.truncate(len(example.input_ids))
         greedy = model.greedy(cache, first[-1], max_new_tokens)
         outcome.answers[example.id] = Answer(np.concatenate(rows), greedy)
+    for probe in golden.probes():
+        outcome.parity[probe.kind] = _parity(model, golden, probe)
     return outcome

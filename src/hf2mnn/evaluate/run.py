@@ -10,8 +10,10 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from hf2mnn.evaluate.answers import ANSWERS, LOGITS, PICTURES, POSITIONS, SUMMARY, Answer, Outcome
-from hf2mnn.evaluate.score import score
+from hf2mnn.errors import BundleFault
+from hf2mnn.evaluate.answers import Answer, Outcome
+from hf2mnn.evaluate.names import LOGITS, SUMMARY
+from hf2mnn.evaluate.score import score, score_fault
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.reference.golden import Golden
@@ -35,11 +37,15 @@ def _run_engine(bundle: Path, golden: Golden, max_new_tokens: int, threads: int,
             for record in golden.records:
                 name = f"examples/{record['id']}"
                 greedy = tensors.get_tensor(f"{name}/greedy_ids").tolist()
+                called_ids = as_called[record["id"]]
                 outcome.answers[record["id"]] = Answer(
-                    tensors.get_tensor(f"{name}/logits"), greedy, as_called[record["id"]]
+                    tensors.get_tensor(f"{name}/logits"), greedy, called_ids["answer"], called_ids["prompt"]
                 )
             for name in golden.picture_names():
                 outcome.embeds[name] = tensors.get_tensor(f"pictures/{name}/embeds")
+            for name in sorted(n for n in tensors.keys() if n.startswith("parity/")):  # noqa: SIM118
+                _, probe, way = name.split("/")
+                outcome.parity.setdefault(probe, {})[way] = tensors.get_tensor(name)
     return outcome
 
 
@@ -48,9 +54,11 @@ def evaluate(
 ) -> Path:
     """Evaluate `bundle` in MNN's engine, or, where it is None, the ONNX graphs in ONNX Runtime.
 
+    That the engine refuses a bundle or crashes on it is a result: the summary says so under "fault", figures are None.
+
     Raises:
         ManifestError: an input is not what its manifest says.
-        BundleError, EngineError: the bundle is not whole, or the engine failed on it.
+        EngineError: the engine was stopped.
     """
     inputs = {"reference": Manifest.load(reference), "onnx": Manifest.load(onnx_folder)}
     if bundle is not None:
@@ -61,20 +69,29 @@ def evaluate(
     limit = inputs["reference"].settings["max_new_tokens"]
     tools = tool_versions("MNN" if bundle else "onnxruntime", "numpy")
     manifest = Manifest("evaluate", {name: m.digest() for name, m in inputs.items()}, {"threads": threads}, tools)
+    decode, facts = AnswerDecoder(onnx_folder), json.loads((onnx_folder / "model.json").read_text())
     with stage_folder(destination, manifest) as folder:
+        fault, outcome = None, Outcome()
         if bundle is None:
             from hf2mnn.evaluate.onnxruntime import run_onnxruntime  # not in the environment of the engine
 
             outcome, measured = run_onnxruntime(onnx_folder, golden, limit, threads), onnx_folder
         else:
-            outcome, measured = _run_engine(bundle, golden, limit, threads, time_limit), bundle
-        scores = score(golden, outcome, AnswerDecoder(onnx_folder))
-        scores.positions.to_parquet(folder / POSITIONS, index=False)
-        scores.answers.to_parquet(folder / ANSWERS, index=False)
-        scores.pictures.to_parquet(folder / PICTURES, index=False)
+            measured = bundle
+            try:
+                outcome = _run_engine(bundle, golden, limit, threads, time_limit)
+            except BundleFault as error:
+                fault = str(error)
+        if fault is None:
+            scores = score(golden, outcome, decode, facts["image_token_id"])
+        else:
+            scores = score_fault(golden, decode, facts["image_token_id"])
+        for name, frame in scores.tables().items():
+            frame.to_parquet(folder / name, index=False)
         save_file({name: answer.logits.astype(np.float32) for name, answer in outcome.answers.items()}, folder / LOGITS)
         size = sum(entry["size"] for entry in inputs["onnx" if bundle is None else "bundle"].outputs.values())
-        summary = {**scores.summary, "bytes": size, "positions": len(scores.positions), "examples": len(scores.answers)}
+        summary = {"fault": fault, **scores.summary, "bytes": size}
+        summary |= {"positions": len(scores.positions), "examples": len(scores.answers)}
         summary["labelled"] = int(scores.answers["expected"].notna().sum())
         (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
         manifest.results = {"measured": measured.name, **summary}

@@ -1,90 +1,179 @@
-"""From a runtime's outcome to figures: a table of positions, a table of answers, and one row for the comparison."""
+"""From a runtime's outcome to tables: positions, answers, pictures, the KV cache; and the figures of the comparison."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from hf2mnn.errors import EngineError
-from hf2mnn.evaluate.answers import Outcome
-from hf2mnn.evaluate.metrics import cosine, kl_divergence, same_top
-from hf2mnn.reference.golden import Golden
+from hf2mnn.evaluate import metrics
+from hf2mnn.evaluate.answers import Answer, Outcome
+from hf2mnn.evaluate.figures import COLUMNS as FIGURE_COLUMNS
+from hf2mnn.evaluate.figures import figures
+from hf2mnn.evaluate.names import ANSWERS, FIGURES, PARITY, PICTURES, POSITIONS
+from hf2mnn.evaluate.parity import parity_table
+from hf2mnn.reference.golden import Golden, GoldenExample
+from hf2mnn.reference.tasks import score_answer
 from hf2mnn.reference.text import AnswerDecoder
+
+POSITION_COLUMNS = [
+    "id",
+    "position",
+    "after_picture",
+    "kld",
+    "same_top",
+    "top5_overlap",
+    "reference_logprob",
+    "logprob",
+]
+PICTURE_COLUMNS = ["picture", "tokens", "cosine", "worst_cosine", "error"]
+SUMMARY_FIGURES = (
+    "top1_agreement",
+    "top5_overlap",
+    "mean_kld",
+    "median_kld",
+    "p99_kld",
+    "max_kld",
+    "rms_probability_change",
+    "perplexity_ratio",
+    "greedy_match",
+    "degenerate",
+    "task_accuracy",
+    "vision_cosine",
+    "worst_vision_cosine",
+    "vision_error",
+    "tokenizer_match",
+    "as_called_match",
+    "as_called_accuracy",
+)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """positions: one row a teacher-forced position; answers: one row an example; pictures: one row a picture;
-    summary: the figures of the comparison."""
+    """positions: one row a teacher-forced position; answers: one row an example; pictures: one row a picture; parity:
+    one row a probe and way of feeding the cache; figures: `hf2mnn.evaluate.figures`; summary: those of the comparison,
+    None where there was nothing to measure."""
 
     positions: pd.DataFrame
     answers: pd.DataFrame
     pictures: pd.DataFrame
+    parity: pd.DataFrame
+    figures: pd.DataFrame
     summary: dict[str, float | None]
 
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Each table by the name of its file."""
+        return {
+            POSITIONS: self.positions,
+            ANSWERS: self.answers,
+            PICTURES: self.pictures,
+            PARITY: self.parity,
+            FIGURES: self.figures,
+        }
 
-def _share(values: pd.Series) -> float | None:
-    return float(values.mean()) if len(values) else None
+
+def _position_rows(example: GoldenExample, logits: np.ndarray) -> list[tuple]:
+    divergence = metrics.kl_divergence(example.logits, logits)
+    same = metrics.same_top(example.logits, logits)
+    overlap = metrics.top_overlap(example.logits, logits)
+    reference = metrics.token_logprobs(example.logits, example.answer_ids)
+    other = metrics.token_logprobs(logits, example.answer_ids)
+    pictured = bool(example.pictures)
+    return [
+        (example.id, index, pictured, float(d), bool(s), float(o), float(p), float(q))
+        for index, (d, s, o, p, q) in enumerate(zip(divergence, same, overlap, reference, other, strict=True))
+    ]
 
 
-def score(golden: Golden, outcome: Outcome, decode: AnswerDecoder) -> Scores:
-    """Compare an outcome with the reference.
+def _without_repeats(ids: list[int], token: int) -> list[int]:
+    """`ids` with each run of `token` as one: how many tokens a picture makes is not the tokenizer's doing."""
+    return [i for n, i in enumerate(ids) if i != token or n == 0 or ids[n - 1] != token]
 
-    Summary: top1_agreement and mean_kld over all positions; greedy_match, the share of examples whose whole greedy
-    answer is PyTorch's, token for token; task_accuracy, the share of labelled examples answered as labelled;
-    vision_cosine, mean over all image tokens; as_called_match and as_called_accuracy, the same for what a caller of
-    the engine as it is gets. A figure that has nothing to be measured on is None.
 
-    Raises:
-        EngineError: the runtime's embeddings of a picture have another shape than the reference's.
-    """
-    positions, answers, pictures = [], [], []
-    for example in golden.examples():
-        answer = outcome.answers[example.id]
-        divergence, same = kl_divergence(example.logits, answer.logits), same_top(example.logits, answer.logits)
-        for index, (value, agrees) in enumerate(zip(divergence, same, strict=True)):
-            positions.append((example.id, index, bool(example.pictures), float(value), bool(agrees)))
-        text = decode(answer.greedy_ids)
-        called = answer.as_called_ids
-        answers.append(
-            {
-                "id": example.id,
-                "category": example.category,
-                "language": example.language,
-                "expected": example.expected,
-                "reference": example.answer,
-                "answer": text,
-                "greedy_match": answer.greedy_ids == example.answer_ids.tolist(),
-                "right": None if example.expected is None else text == example.expected,
-                "as_called": None if called is None else decode(called),
-            }
-        )
+def _answer_row(example: GoldenExample, answer: Answer, decode: AnswerDecoder, image: int) -> dict[str, Any]:
+    """One row of the table of answers; scores are None where there is no label, and what only an engine has where there
+    is no engine."""
+    text, called = decode(answer.greedy_ids), answer.as_called_ids
+    wanted = example.answer_ids.tolist()
+    row = {
+        "id": example.id,
+        "category": example.category,
+        "language": example.language,
+        "pictures": len(example.pictures),
+        "expected": None if example.expected is None else " / ".join(example.expected),
+        "reference": example.answer,
+        "answer": text,
+        "greedy_match": answer.greedy_ids == wanted,
+        "prefix_share": metrics.common_prefix(answer.greedy_ids, wanted) / len(wanted),
+        "repetition": metrics.repetition(answer.greedy_ids),
+        # What PyTorch repeats as well is the model's doing, not the conversion's.
+        "degenerate": metrics.ends_in_a_loop(answer.greedy_ids) and not metrics.ends_in_a_loop(wanted),
+        "as_called": None,
+        "as_called_match": None,
+        "tokenizer_match": None,
+        "reference_score": None,
+        "score": None,
+        "as_called_score": None,
+    }
+    if called is not None:
+        row |= {"as_called": decode(called), "as_called_match": decode(called) == example.answer}
+    if answer.prompt_ids is not None:
+        made, right = (_without_repeats(list(ids), image) for ids in (answer.prompt_ids, example.input_ids))
+        row["tokenizer_match"] = made == right
+    if example.expected is not None:
+        for name, said in (("reference_score", example.answer), ("score", text), ("as_called_score", row["as_called"])):
+            row[name] = None if said is None else score_answer(example.metric, said, example.expected)
+    return row
+
+
+def _picture_rows(golden: Golden, embeds: dict[str, np.ndarray]) -> list[tuple]:
+    rows = []
     for name in golden.picture_names():
-        wanted, seen = golden.picture(name).embeds, outcome.embeds[name]
+        wanted, seen = golden.picture(name).embeds, embeds[name]
         if wanted.shape != seen.shape:
             raise EngineError(
                 f"the vision tower gives {list(seen.shape)} for {name}, PyTorch gives {list(wanted.shape)}"
             )
-        similar = cosine(wanted, seen)
-        pictures.append((name, len(similar), float(similar.mean()), float(similar.min())))
-    position_table = pd.DataFrame(positions, columns=["id", "position", "after_picture", "kld", "same_top"])
-    answer_table = pd.DataFrame(answers)
-    picture_table = pd.DataFrame(pictures, columns=["picture", "tokens", "cosine", "worst_cosine"])
-    return Scores(position_table, answer_table, picture_table, summarize(position_table, answer_table, picture_table))
+        similar = metrics.cosine(wanted, seen)
+        error = metrics.relative_error(wanted, seen)
+        rows.append((name, len(similar), float(similar.mean()), float(similar.min()), error))
+    return rows
 
 
-def summarize(positions: pd.DataFrame, answers: pd.DataFrame, pictures: pd.DataFrame) -> dict[str, float | None]:
-    labelled = answers[answers["expected"].notna()]
-    called = answers[answers["as_called"].notna()]
-    called_labelled = labelled[labelled["as_called"].notna()]
-    return {
-        "top1_agreement": _share(positions["same_top"]),
-        "mean_kld": _share(positions["kld"]),
-        "greedy_match": _share(answers["greedy_match"]),
-        "task_accuracy": _share(labelled["answer"] == labelled["expected"]),
-        "vision_cosine": float(np.average(pictures["cosine"], weights=pictures["tokens"])) if len(pictures) else None,
-        "as_called_match": _share(called["as_called"] == called["reference"]),
-        "as_called_accuracy": _share(called_labelled["as_called"] == called_labelled["expected"]),
-    }
+def summarize(table: pd.DataFrame, parity: pd.DataFrame) -> dict[str, float | None]:
+    """The figures over the whole set by name, those of SUMMARY_FIGURES; mean_kld_low and mean_kld_high; cache_parity,
+    the largest KL divergence between two ways of filling the KV cache."""
+    whole = table[table["group"] == "all"].set_index("figure")
+    summary = {name: float(whole["value"][name]) if name in whole.index else None for name in SUMMARY_FIGURES}
+    summary |= {f"mean_kld_{end}": float(whole[end]["mean_kld"]) for end in ("low", "high")}
+    return summary | {"cache_parity": float(parity["max_kld"].max()) if len(parity) else None}
+
+
+def score(golden: Golden, outcome: Outcome, decode: AnswerDecoder, image_token_id: int) -> Scores:
+    """Compare an outcome with the reference.
+
+    Raises:
+        EngineError: the runtime's embeddings of a picture have another shape than the reference's.
+    """
+    positions, answers = [], []
+    for example in golden.examples():
+        answer = outcome.answers[example.id]
+        positions += _position_rows(example, answer.logits)
+        answers.append(_answer_row(example, answer, decode, image_token_id))
+    position_table, answer_table = pd.DataFrame(positions, columns=POSITION_COLUMNS), pd.DataFrame(answers)
+    picture_table = pd.DataFrame(_picture_rows(golden, outcome.embeds), columns=PICTURE_COLUMNS)
+    parity = parity_table(outcome.parity)
+    table = figures(position_table, answer_table, picture_table)
+    return Scores(position_table, answer_table, picture_table, parity, table, summarize(table, parity))
+
+
+def score_fault(golden: Golden, decode: AnswerDecoder, image_token_id: int) -> Scores:
+    """The tables of a bundle that does not run: no answers, nothing measured."""
+    rows = [_answer_row(example, Answer(example.logits, []), decode, image_token_id) for example in golden.examples()]
+    answers, empty = pd.DataFrame(rows), dict.fromkeys(SUMMARY_FIGURES)
+    summary = empty | {"mean_kld_low": None, "mean_kld_high": None, "cache_parity": None}
+    tables = [pd.DataFrame(columns=columns) for columns in (POSITION_COLUMNS, PICTURE_COLUMNS)]
+    return Scores(tables[0], answers, tables[1], parity_table({}), pd.DataFrame(columns=FIGURE_COLUMNS), summary)

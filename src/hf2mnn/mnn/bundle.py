@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ DECODER, VISION = "llm.mnn", "visual.mnn"
 EMBEDDING, TOKENIZER = "embeddings_bf16.bin", "tokenizer.mtok"
 CONFIG, MODEL_CONFIG = "config.json", "llm_config.json"
 TOOLS = ("MNN", "onnx")
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -75,22 +76,49 @@ def convert_vision(onnx_folder: Path, folder: Path, weights: WeightFormat) -> No
     dress_and_convert(onnx_folder / "vision.onnx", folder / VISION, dress_vision, weights)
 
 
-def write_embedding(onnx_folder: Path, folder: Path) -> None:
-    """The embedding table of embedding.onnx, as bfloat16 (exact for a bfloat16 checkpoint), a block at a time."""
+def embedding_table(onnx_folder: Path) -> np.ndarray:
+    """The embedding of embedding.onnx, float32 [vocabulary, hidden], left on disk."""
     model = onnx.load(onnx_folder / "embedding.onnx", load_external_data=False)
     (table,) = model.graph.initializer
     info = ExternalDataInfo(table)
-    rows = np.memmap(
+    return np.memmap(
         onnx_folder / info.location, np.float32, mode="r", offset=info.offset or 0, shape=tuple(table.dims)
     )
+
+
+def write_embedding(onnx_folder: Path, folder: Path) -> None:
+    """The embedding table as bfloat16 (exact for a bfloat16 checkpoint), a block at a time."""
+    rows = embedding_table(onnx_folder)
     with (folder / EMBEDDING).open("wb") as file:
-        for start in range(0, len(rows), 4096):
-            file.write(rows[start : start + 4096].astype(ml_dtypes.bfloat16).tobytes())
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            file.write(rows[start : start + ROWS_AT_ONCE].astype(ml_dtypes.bfloat16).tobytes())
+
+
+def embedding_blocks(bundle: Path, onnx_folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The bundle's embedding and the checkpoint's rounded as it is, bfloat16 [rows, hidden], a block at a time."""
+    rows = embedding_table(onnx_folder)
+    stored = np.memmap(bundle / EMBEDDING, ml_dtypes.bfloat16, mode="r", shape=rows.shape)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        block = slice(start, start + ROWS_AT_ONCE)
+        yield stored[block], rows[block].astype(ml_dtypes.bfloat16)
+
+
+def model_settings(model: dict[str, Any], where: Path) -> dict[str, Any]:
+    """llm_config.json as the engine reads it, from the facts in model.json."""
+    return {
+        "model_type": model["model_type"],
+        "hidden_size": model["hidden_size"],
+        "layer_nums": model["num_hidden_layers"],
+        "key_value_shape": [2, 1, 0, model["num_key_value_heads"], model["head_dim"]],
+        # The engine feeds integers where this is left out, and the logits are silently wrong.
+        "attention_mask": "float",
+        "attention_fused": True,
+        **family_named(model["model_type"], where).engine_config(model),
+    }
 
 
 def write_configs(folder: Path, model: dict[str, Any], settings: EngineSettings) -> None:
     """`model` is model.json. The chat template is in the tokenizer's file."""
-    family = family_named(model["model_type"], folder)
     runtime = {
         "llm_model": DECODER,
         "llm_weight": f"{DECODER}.weight",
@@ -113,18 +141,8 @@ def write_configs(folder: Path, model: dict[str, Any], settings: EngineSettings)
         "reuse_kv": False,
         "max_new_tokens": 512,
     }
-    described = {
-        "model_type": model["model_type"],
-        "hidden_size": model["hidden_size"],
-        "layer_nums": model["num_hidden_layers"],
-        "key_value_shape": [2, 1, 0, model["num_key_value_heads"], model["head_dim"]],
-        # The engine feeds integers where this is left out, and the logits are silently wrong.
-        "attention_mask": "float",
-        "attention_fused": True,
-        **family.engine_config(model),
-        # Ours: the engine reads past it, and 'hf2mnn ask' needs nothing but the bundle.
-        "hf2mnn": model,
-    }
+    # The last key is ours: the engine reads past it, and 'hf2mnn ask' needs nothing but the bundle.
+    described = {**model_settings(model, folder), "hf2mnn": model}
     for name, content in ((CONFIG, config), (MODEL_CONFIG, described)):
         (folder / name).write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 

@@ -15,6 +15,11 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from onnx.external_data_helper import uses_external_data
+
 from hf2mnn.errors import ConversionError
 from hf2mnn.mnn.graph import Graph
 
@@ -120,6 +125,17 @@ def write_graph(graph: Graph, path: Path) -> None:
         built.replace(path)
 
 
+def float_constants(path: Path) -> dict[str, np.ndarray]:
+    """float32 constants that an ONNX file holds itself, by name: all but the weights."""
+    model = onnx.load(path, load_external_data=False)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer if not uses_external_data(tensor)}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            tensors[node.output[0]] = node.attribute[0].t
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.data_type == onnx.TensorProto.FLOAT}
+    return {name: numpy_helper.to_array(tensor) for name, tensor in floats.items()}
+
+
 def convert_onnx(source: Path, destination: Path, weights: WeightFormat, fuse: bool = True) -> Graph:
     """Convert an ONNX file to `destination` (.mnn) and `destination`.weight. Gives the graph that was written.
 
@@ -142,6 +158,7 @@ def convert_onnx(source: Path, destination: Path, weights: WeightFormat, fuse: b
             raise ConversionError(f"MNN's converter wrote no model from {source.name}: {reason}")
         graph = read_graph(model)
         graph.drop_unused_inputs()
+        graph.restore_constants(float_constants(source))
         data.replace(destination.with_name(destination.name + ".weight"))
         write_graph(graph, destination)
     return graph

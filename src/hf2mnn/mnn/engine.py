@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from hf2mnn.errors import BundleError, EngineError, ManifestError
+from hf2mnn.errors import BundleError, BundleFault, EngineError, ManifestError
 from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.bundle import CONFIG
 
@@ -45,7 +46,8 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
     they say.
 
     Raises:
-        EngineError: it crashed, hung, or said what is wrong; with the engine's last words.
+        BundleFault: it crashed, or said what is wrong; with the engine's last words.
+        EngineError: a bug of ours; it took too long, or was killed (by a machine short of memory, most of the time).
     """
     name = task.rpartition(".")[2]
     with tempfile.TemporaryDirectory(prefix="hf2mnn-engine-") as folder:
@@ -72,8 +74,10 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
     if done.returncode != 0:
         refused = [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]
         if refused:
-            raise EngineError(refused[-1])
+            raise BundleFault(refused[-1])
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        raise EngineError(
-            f"MNN's engine died ({how}) during {name}; its last words: {' / '.join(lines[-3:]) or 'none'}"
-        )
+        bug = [line.removeprefix("bug: ") for line in lines if line.startswith("bug: ")]
+        if bug:
+            raise EngineError(f"{name} failed in MNN's engine: {bug[-1]}; this is a bug, report it with the log")
+        kind = EngineError if done.returncode == -signal.SIGKILL else BundleFault
+        raise kind(f"MNN's engine died ({how}) during {name}; its last words: {' / '.join(lines[-3:]) or 'none'}")

@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from hf2mnn.errors import ConversionError
 
 # Ops that stand for something that the converter did not understand.
 UNSUPPORTED = ("Extra", "Plugin")
+LINEAR = "__matmul_converted"
+"""What the converter adds to the name of a linear layer's value to name the convolution that it becomes."""
 FLOAT16 = 3
 """`quanParameter.type` of weights stored as half floats."""
 
@@ -33,7 +38,7 @@ class WeightInfo:
 
 
 class Graph:
-    """Read-only questions about a model, and the one edit that conversion needs."""
+    """Questions about a model, and the edits that are needed."""
 
     def __init__(self, content: dict[str, Any]) -> None:
         self.content = content
@@ -57,6 +62,61 @@ class Graph:
         """Remove inputs that nothing reads: what is left of `past_key_values` once every attention is fused."""
         read = {index for op in self.ops for index in op.get("inputIndexes", [])}
         self.content["oplists"] = [op for op in self.ops if op["type"] != "Input" or op["outputIndexes"][0] in read]
+
+    def restore_constants(self, values: dict[str, np.ndarray]) -> None:
+        """Give constants the values that they have in the ONNX graph, float32 by name.
+
+        The converter's dump prints floats with six decimals, and `--fp16` stores them as half floats: of rotary
+        frequencies, which go down to 1e-6 and are multiplied by positions, either leaves little.
+        """
+        for op in self.of_type("Const"):
+            blob, exact = op["main"], values.get(op["name"])
+            if blob["dataType"] in ("DT_FLOAT", "DT_HALF") and exact is not None:
+                blob.pop("uint8s", None)
+                blob |= {"dataType": "DT_FLOAT", "float32s": [float(value) for value in exact.reshape(-1)]}
+
+    def sharpen_constants(self, values: dict[str, np.ndarray]) -> None:
+        """Undo the rounding of the dump where `values` are what was rounded; what differs otherwise stays as it is."""
+        near = {}
+        for op in self.of_type("Const"):
+            exact, kept = values.get(op["name"]), op["main"].get("float32s", [])
+            fits = exact is not None and len(kept) == exact.size
+            if fits and np.abs(np.array(kept) - exact.reshape(-1)).max(initial=0) < 1e-6:
+                near[op["name"]] = exact
+        self.restore_constants(near)
+
+    def _producers(self) -> dict[str, tuple[dict[str, Any], int]]:
+        """The op that computes a value of the ONNX graph, and the tensor's index, by the value's name.
+
+        A linear layer is a convolution between changes of layout, and the converter moves what follows into that
+        sandwich: the tensor with the layer's name may hold the activation after it. So the convolution is taken.
+        """
+        names = self.content["tensorName"]
+        found = {names[index]: (op, index) for op in self.ops for index in op["outputIndexes"]}
+        linear = {op["name"].removesuffix(LINEAR): (op, op["outputIndexes"][0]) for op in self.of_type("Convolution")}
+        return found | {name: at for name, at in linear.items() if name in found}
+
+    @property
+    def values(self) -> set[str]:
+        """Names of everything that an op computes."""
+        return set(self._producers())
+
+    def watched(self, values: list[str]) -> tuple[Graph, dict[str, str]]:
+        """A copy of the graph that also gives `values`, and the names under which it does; shapes may differ from the
+        ONNX graph's by axes of size 1 and by axes joined."""
+        content, producers = copy.deepcopy(self.content), self._producers()
+        names, after, given = content["tensorName"], {}, {}
+        for value in sorted(values):
+            op, index = producers[value]
+            given[value] = copied = f"{value}/watched"
+            names.append(copied)
+            plain = "NC4HW4" if op["type"] == "Convolution" else "NCHW"
+            read = {"main_type": "TensorConvertInfo", "main": {"source": plain, "dest": "NCHW"}, "name": copied}
+            read |= {"type": "ConvertTensor", "inputIndexes": [index], "outputIndexes": [len(names) - 1]}
+            after.setdefault(op["name"], []).append(read | {"defaultDimentionFormat": "NHWC"})
+        content["oplists"] = [made for op in content["oplists"] for made in (op, *after.get(op["name"], []))]
+        content["outputName"] = [*content["outputName"], *given.values()]
+        return Graph(content), given
 
     def weights(self) -> list[WeightInfo]:
         """Every convolution (MNN's form of a linear layer) in the order of the graph."""

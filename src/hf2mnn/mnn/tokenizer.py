@@ -108,7 +108,7 @@ def encode_tokenizer(checkpoint: Path) -> bytes:
         stop = _stop_ids(checkpoint, config, _ids(tokenizer["model"]["vocab"], added))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SourceError(f"{path} is not a tokenizer of the tokenizers library: {error!r}; save it again.") from error
-    template = _chat_template(checkpoint, config).encode()
+    template = chat_template(checkpoint).encode()
     return b"".join(
         [
             f"{MAGIC} {PIPELINE}\n{len(special)} {len(stop)} 0\n{' '.join(map(str, special + stop))}\n".encode(),
@@ -304,13 +304,18 @@ def _stop_ids(checkpoint: Path, config: dict[str, Any], ids: dict[str, int]) -> 
     return sorted(stop)
 
 
-def _chat_template(checkpoint: Path, config: dict[str, Any]) -> str:
-    """The template as Jinja reads it: newlines made one kind, the last one dropped. The engine does neither."""
+def chat_template(checkpoint: Path) -> str:
+    """The template as Jinja reads it: newlines made one kind, the last one dropped. The engine does neither.
+
+    Raises:
+        SourceError: there is none.
+    """
     path = checkpoint / "chat_template.jinja"
     if path.is_file():
         template = path.read_text(encoding="utf-8")
     else:
-        template = (_read_json(checkpoint / "chat_template.json") or config).get("chat_template")
+        stored = _read_json(checkpoint / "chat_template.json") or _read_json(checkpoint / "tokenizer_config.json") or {}
+        template = stored.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if not template:

@@ -29,6 +29,7 @@ import onnx_ir as ir
 from hf2mnn.errors import ExportError
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.onnx.graph import OPSET, build_fake, trace_decoder, trace_vision
+from hf2mnn.onnx.points import name_points
 from hf2mnn.onnx.weights import attach_weights, save
 from hf2mnn.source.checkpoint import Checkpoint
 from hf2mnn.source.facts import model_facts
@@ -95,6 +96,7 @@ def export_onnx(source: Path, destination: Path) -> Path:
             print(f"{name}: tracing", flush=True)
             model = trace()
             attach_weights(model, checkpoint)
+            name_points(model)
             print(f"{name}: writing weights", flush=True)
             save(model, folder / f"{name}.onnx")
             check_graph(folder / f"{name}.onnx")

@@ -57,8 +57,8 @@ class KVCache:
 class OnnxModel:
     """The three graphs of one model and what is needed to feed them."""
 
-    def __init__(self, folder: Path | str, threads: int = 0) -> None:
-        """`threads` 0 lets ONNX Runtime choose."""
+    def __init__(self, folder: Path | str, threads: int = 0, embedding: np.ndarray | None = None) -> None:
+        """`threads` 0 lets ONNX Runtime choose; `embedding` (float32 [vocabulary, hidden]) replaces the graph's."""
         self.folder = Path(folder)
         self.facts = json.loads((self.folder / "model.json").read_text())
         self.family = family_named(self.facts["model_type"], self.folder / "model.json")
@@ -71,6 +71,7 @@ class OnnxModel:
             onnxruntime.InferenceSession(self.folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
             for name in ("decoder", "vision", "embedding")
         )
+        self._table = embedding
         self._rows = self._decoder.get_inputs()[2].shape[0]
 
     def new_cache(self) -> KVCache:
@@ -83,7 +84,10 @@ class OnnxModel:
 
     def embed(self, input_ids: np.ndarray, pictures: list[Picture]) -> np.ndarray:
         """Embeddings float32 [1, tokens, hidden] of int64 ids, image tokens replaced by what the vision tower sees."""
-        embeds = self._embedding.run(None, {"input_ids": np.asarray(input_ids, np.int64)[None]})[0]
+        ids = np.asarray(input_ids, np.int64)
+        embeds = (
+            self._embedding.run(None, {"input_ids": ids[None]})[0] if self._table is None else self._table[ids][None]
+        )
         places = np.asarray(input_ids) == self.facts["image_token_id"]
         if pictures:
             seen = np.concatenate([self.see(picture) for picture in pictures])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-EXAMPLES, TENSORS = "examples.json", "golden.safetensors"
+EXAMPLES, TENSORS, ACTIVATIONS = "examples.json", "golden.safetensors", "activations.safetensors"
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,15 @@ class GoldenExample:
     """One example with what PyTorch made of it.
 
     input_ids int64 [n]; position_ids int64 [rows, n]; answer_ids int64 [m], greedy, the stop id included;
-    logits float32 [m, vocabulary], row i the one that answer_ids[i] was chosen from.
+    logits float32 [m, vocabulary], row i the one that answer_ids[i] was chosen from. expected and metric are what
+    `hf2mnn.reference.tasks.score_answer` takes.
     """
 
     id: str
     category: str
     language: str
-    expected: str | None
+    expected: list[str] | None
+    metric: str
     answer: str
     prompt: str
     pictures: list[str]
@@ -47,6 +49,29 @@ class GoldenPicture:
     embeds: np.ndarray
     original: np.ndarray
     resized: np.ndarray
+
+
+@dataclass(frozen=True)
+class GoldenProbe:
+    """One example looked at layer by layer: prompt and answer read at once.
+
+    ids int64 [tokens]; inputs_embeds float32 [tokens, hidden], image embeddings among them; position_ids int64 [rows,
+    tokens]; points: float32 [kept rows, values] by name (`hf2mnn.points`).
+    """
+
+    kind: str
+    id: str
+    pictures: list[str]
+    ids: np.ndarray
+    inputs_embeds: np.ndarray
+    position_ids: np.ndarray
+    points: dict[str, np.ndarray]
+
+    def after_pictures(self, image_token_id: int) -> tuple[list[int], list[int]]:
+        """The tokens up to the end of the last picture, and those after it."""
+        images = np.flatnonzero(self.ids == image_token_id)
+        begin = int(images[-1]) + 1 if len(images) else 0
+        return self.ids[:begin].tolist(), self.ids[begin:].tolist()
 
 
 class Golden:
@@ -74,3 +99,13 @@ class Golden:
     def picture(self, name: str) -> GoldenPicture:
         arrays = ("pixel_values", "grid_thw", "embeds", "original", "resized")
         return GoldenPicture(name, **{array: self._tensor("pictures", name, array) for array in arrays})
+
+    def probes(self) -> Iterator[GoldenProbe]:
+        """The "text" and the "picture" probe, those of them that the set has."""
+        pictures = {record["id"]: record["pictures"] for record in self.records}
+        with safe_open(self.folder / ACTIVATIONS, "np") as file:
+            for kind, example in sorted(file.metadata().items()):
+                names = [name for name in sorted(file.keys()) if name.startswith(f"{kind}/")]
+                inside = {name.partition("/")[2]: file.get_tensor(name) for name in names}
+                fed = {name: inside.pop(name) for name in ("ids", "inputs_embeds", "position_ids")}
+                yield GoldenProbe(kind, example, pictures[example], **fed, points=inside)

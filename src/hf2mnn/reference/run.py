@@ -13,9 +13,11 @@ from transformers import GenerationConfig
 
 from hf2mnn.files import sha256
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.reference.activations import recorded
 from hf2mnn.reference.examples import NAME, Example, read_examples, read_picture
-from hf2mnn.reference.golden import EXAMPLES, TENSORS
+from hf2mnn.reference.golden import ACTIVATIONS, EXAMPLES, TENSORS
 from hf2mnn.reference.prompts import PictureInput, Prompter
+from hf2mnn.reference.tasks import score_answer
 from hf2mnn.source.checkpoint import Checkpoint
 from hf2mnn.source.facts import model_facts
 from hf2mnn.source.model import load_model
@@ -30,6 +32,7 @@ class Reference:
         self.facts = model_facts(checkpoint)
         self.prompter = Prompter(checkpoint.folder, self.facts)
         self.model = load_model(checkpoint)
+        self.decoder = checkpoint.family.language_model(self.model)
         stop = self.facts["stop_ids"]
         # A config of our own: checkpoints often ship one that samples.
         self.generation = GenerationConfig(
@@ -41,25 +44,55 @@ class Reference:
             output_logits=True,
         )
 
+    def _inputs(self, ids: torch.Tensor, pictures: list[PictureInput]) -> dict[str, torch.Tensor]:
+        """What transformers' forward takes for int64 ids [1, tokens]."""
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if pictures:
+            grids = torch.from_numpy(np.stack([picture.grid_thw for picture in pictures]))
+            pixels = torch.from_numpy(np.concatenate([picture.pixel_values for picture in pictures]))
+            inputs |= {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": self._kinds(ids)}
+        return inputs
+
+    def _kinds(self, ids: torch.Tensor) -> torch.Tensor:
+        return (ids == self.facts["image_token_id"]).int()
+
+    def _positions(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """int64 [rows, tokens], as transformers counts them."""
+        ids = inputs["input_ids"]
+        positions, _ = self.model.model.get_rope_index(
+            ids, self._kinds(ids), image_grid_thw=inputs.get("image_grid_thw")
+        )
+        return positions[:, 0].contiguous()
+
     @torch.inference_mode()
     def answer(self, input_ids: np.ndarray, pictures: list[PictureInput]) -> dict[str, torch.Tensor]:
         """Greedy answer, the logits behind it, and the positions that transformers gives the prompt."""
         ids = torch.from_numpy(input_ids)[None]
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        kinds = (ids == self.facts["image_token_id"]).int()
-        grids = None
-        if pictures:
-            grids = torch.from_numpy(np.stack([picture.grid_thw for picture in pictures]))
-            pixels = torch.from_numpy(np.concatenate([picture.pixel_values for picture in pictures]))
-            inputs |= {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": kinds}
-        positions, _ = self.model.model.get_rope_index(ids, kinds, image_grid_thw=grids)
+        inputs = self._inputs(ids, pictures)
         made = self.model.generate(**inputs, generation_config=self.generation)
         return {
             "input_ids": ids[0],
-            "position_ids": positions[:, 0].contiguous(),
+            "position_ids": self._positions(inputs),
             "answer_ids": made.sequences[0, ids.shape[1] :].contiguous(),
             "logits": torch.cat(made.logits).float(),
         }
+
+    @torch.inference_mode()
+    def inside(self, ids: torch.Tensor, pictures: list[PictureInput]) -> dict[str, torch.Tensor]:
+        """What the decoder is fed and every point (`hf2mnn.points`) while `ids` [tokens] are read at once."""
+        inputs, fed = self._inputs(ids[None], pictures), {}
+
+        def note(_: torch.nn.Module, __: tuple, given: dict) -> None:
+            fed["inputs_embeds"] = given["inputs_embeds"][0].contiguous()
+
+        hook = self.decoder.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            with recorded(self.model) as points:
+                self.model(**inputs)
+        finally:
+            hook.remove()
+        fed |= {"ids": ids, "position_ids": self._positions(inputs)}
+        return fed | {name: torch.from_numpy(value) for name, value in points.items()}
 
     @torch.inference_mode()
     def see(self, picture: PictureInput) -> torch.Tensor:
@@ -73,11 +106,23 @@ def _say(example: Example, prompter: Prompter, answer_ids: torch.Tensor) -> dict
         "id": example.id,
         "category": example.category,
         "language": example.language,
-        "expected": example.answer,
+        "expected": example.answers,
+        "metric": example.metric,
         "answer": prompter.decode(answer_ids),
         "prompt": prompter.text(example.messages),
         "pictures": example.pictures,
     }
+
+
+def _probes(records: list[dict], lengths: dict[str, int]) -> dict[str, str]:
+    """The shortest example without and with pictures (as few as may be), by kind: looked at layer by layer."""
+    kinds = {"text": [r for r in records if not r["pictures"]], "picture": [r for r in records if r["pictures"]]}
+    short = {
+        kind: min(found, key=lambda r: (len(r["pictures"]), lengths[r["id"]], r["id"]))
+        for kind, found in kinds.items()
+        if found
+    }
+    return {kind: record["id"] for kind, record in short.items()}
 
 
 def run_reference(source: Path, evaluation: Path, destination: Path, max_new_tokens: int, threads: int) -> Path:
@@ -95,7 +140,8 @@ def run_reference(source: Path, evaluation: Path, destination: Path, max_new_tok
     images = {name: read_picture(evaluation / name) for name in sorted({n for e in examples for n in e.pictures})}
     inputs = {"source": upstream.digest(), "examples": sha256(evaluation / NAME)}
     inputs |= {name: sha256(evaluation / name) for name in images}
-    manifest = Manifest("reference", inputs, {"max_new_tokens": max_new_tokens}, tool_versions(*TOOLS))
+    settings = {"evaluation": str(evaluation), "max_new_tokens": max_new_tokens, "threads": threads}
+    manifest = Manifest("reference", inputs, settings, tool_versions(*TOOLS))
     with stage_folder(destination, manifest) as folder:
         reference = Reference(checkpoint, max_new_tokens)
         tensors, records, pictures = {}, [], {}
@@ -114,11 +160,21 @@ def run_reference(source: Path, evaluation: Path, destination: Path, max_new_tok
             tensors |= {f"examples/{example.id}/{name}": tensor for name, tensor in made.items()}
             records.append(_say(example, reference.prompter, made["answer_ids"]))
         save_file(tensors, folder / TENSORS)
+        probes = _probes(
+            records, {record["id"]: len(tensors[f"examples/{record['id']}/input_ids"]) for record in records}
+        )
+        inside, named = {}, {record["id"]: record["pictures"] for record in records}
+        for kind, name in probes.items():
+            # The answer is read along, but for its last token: nothing follows from that one.
+            ids = [tensors[f"examples/{name}/input_ids"], tensors[f"examples/{name}/answer_ids"][:-1]]
+            made = reference.inside(torch.cat(ids), [pictures[picture] for picture in named[name]])
+            inside |= {f"{kind}/{point}": value for point, value in made.items()}
+        save_file(inside, folder / ACTIVATIONS, metadata=probes)
         (folder / EXAMPLES).write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         labelled = [record for record in records if record["expected"] is not None]
         manifest.results = {
             "examples": len(records),
             "labelled": len(labelled),
-            "right": sum(record["answer"] == record["expected"] for record in labelled),
+            "right": sum(score_answer(r["metric"], r["answer"], r["expected"]) for r in labelled),
         }
     return destination

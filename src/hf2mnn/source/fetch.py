@@ -67,7 +67,9 @@ def fetch_source(
         raise SourceError(f"{destination} is the checkpoint itself; give --out another folder")
     checkpoint = Checkpoint(where)
     checkpoint.check()
-    settings = {"path": str(path)} if path is not None else {"repository": repository, "revision": revision}
+    # A snapshot's folder is named after its commit; "main" is not a revision that one can come back to.
+    hub = {"repository": repository, "revision": revision, "commit": where.name}
+    settings = {"path": str(path)} if path is not None else hub
     manifest = Manifest("source", settings=settings, tools=tool_versions("huggingface_hub"))
     with stage_folder(destination, manifest) as folder:
         for name in sorted({found.name for pattern in FILES for found in where.glob(pattern)}):

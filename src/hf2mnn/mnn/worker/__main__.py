@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from hf2mnn.mnn.worker.session import Refused
+from hf2mnn.mnn.worker.module import Refused
 
 code = 0
 try:
@@ -17,8 +17,8 @@ except Refused as error:
 except Exception:
     # Without this the interpreter would run the engine's destructors, and their crash would hide the reason.
     sys.excepthook(*sys.exc_info())
-    print(f"refused: {sys.exc_info()[1]!r}; this is a bug, report it with the log")
-    code = 1
+    print(f"bug: {sys.exc_info()[1]!r}")
+    code = 2
 sys.stdout.flush()
 sys.stderr.flush()
 # The engine's destructors end in a segmentation fault; everything is written, so leave without them.

@@ -14,15 +14,16 @@ from hf2mnn.mnn.worker.session import Engine, picture_input
 def run(job: dict[str, Any]) -> None:
     """The answer's text into job["result"] (JSON)."""
     engine, limit = Engine(Path(job["bundle"]), job["threads"]), job["max_new_tokens"]
-    pictures = [np.load(path) for path in job["pictures"]]
+    arrays = [np.load(path) for path in job["pictures"]]
+    pictures = [picture_input(rgb) for rgb in arrays]
     tags = "".join(f"<img>image_{index}</img>" for index in range(len(pictures)))
     prompt = engine.native.apply_chat_template(tags + job["prompt"])
     if job["as_called"]:
-        answer = engine.as_called(prompt, pictures, limit)
+        _, answer = engine.as_called(prompt, pictures, limit)
     else:
         patch, merge = engine.model["patch_size"], engine.model["merge_size"]
-        ids = engine.llm.tokenizer_encode({"text": prompt, "images": [picture_input(rgb) for rgb in pictures]})
-        grids = [np.array([1, rgb.shape[0] // patch, rgb.shape[1] // patch]) for rgb in pictures]
+        ids = engine.llm.tokenizer_encode({"text": prompt, "images": pictures})
+        grids = [np.array([1, rgb.shape[0] // patch, rgb.shape[1] // patch]) for rgb in arrays]
         positions = engine.family.position_ids(np.array(ids), grids, engine.model["image_token_id"], merge)
         answer = engine.greedy(engine.prefill(ids, positions, pictures), limit)
     Path(job["result"]).write_text(json.dumps({"text": engine.decode(answer)}))

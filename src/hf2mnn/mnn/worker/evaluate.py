@@ -10,24 +10,58 @@ import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from hf2mnn.mnn.worker.session import Engine, tag_pictures
+from hf2mnn.feeding import ways_of_feeding
+from hf2mnn.mnn.worker.session import Engine, picture_input, tag_pictures
 from hf2mnn.mnn.worker.vision import vision_embeds
-from hf2mnn.reference.golden import Golden
+from hf2mnn.reference.golden import Golden, GoldenProbe
+
+
+def _parity(engine: Engine, golden: Golden, probe: GoldenProbe) -> dict[str, np.ndarray]:
+    """Logits of a probe's text after its pictures, by the way it came into the cache."""
+    read, ids = probe.after_pictures(engine.model["image_token_id"])
+    pictures = [picture_input(golden.picture(name).resized) for name in probe.pictures]
+    first, fed = int(probe.position_ids[0, len(read)]), 0
+    # The engine forgets only with its next forward, and until then counts what it is to forget: so it is counted here.
+
+    def start() -> None:
+        nonlocal fed
+        fed = 0
+        engine.read_pictures(probe.ids.tolist(), probe.position_ids, pictures)
+
+    def feed(tokens: list[int]) -> np.ndarray:
+        nonlocal fed
+        # A single token after others is decoding, as the engine does it; all else is text at one position a token.
+        decoding = len(tokens) == 1 and fed > 0
+        rows = engine.logits(tokens)[None] if decoding else engine.all_logits(tokens, first + fed)
+        fed += len(tokens)
+        return rows
+
+    def forget(count: int) -> None:
+        nonlocal fed
+        fed -= count
+        engine.truncate(len(read) + fed)
+
+    return ways_of_feeding(ids, start, feed, forget)
 
 
 def run(job: dict[str, Any]) -> None:
-    """Everything about one bundle into job["result"] (safetensors) and job["called"] (JSON, ids by example)."""
+    """Tensors into job["result"] (safetensors), token ids by example into job["called"] (JSON)."""
     bundle, golden, limit = Path(job["bundle"]), Golden(Path(job["reference"])), job["max_new_tokens"]
     engine = Engine(bundle, job["threads"])
     tensors, called = {}, {}
     for example in tqdm(golden.examples(), desc="MNN", total=len(golden.records), unit="example", mininterval=5):
         pictures = [golden.picture(name) for name in example.pictures]
-        rows, greedy = engine.judge(example, [picture.resized for picture in pictures], limit)
+        rows, greedy = engine.judge(example, [picture_input(picture.resized) for picture in pictures], limit)
         tensors[f"examples/{example.id}/logits"] = rows
         tensors[f"examples/{example.id}/greedy_ids"] = np.array(greedy, np.int64)
         prompt = tag_pictures(example.prompt, engine.family.image_text)
-        called[example.id] = engine.as_called(prompt, [picture.original for picture in pictures], limit)
-    for name, embeds in vision_embeds(bundle, engine, golden, job["threads"]):
+        asked, answered = engine.as_called(prompt, [picture_input(picture.original) for picture in pictures], limit)
+        called[example.id] = {"prompt": asked, "answer": answered}
+    for probe in golden.probes():
+        for way, rows in _parity(engine, golden, probe).items():
+            tensors[f"parity/{probe.kind}/{way}"] = rows
+    merge = engine.model["merge_size"]
+    for name, embeds in vision_embeds(bundle, golden, engine.family, merge, job["threads"]):
         tensors[f"pictures/{name}/embeds"] = embeds
     save_file(tensors, job["result"])
     Path(job["called"]).write_text(json.dumps(called))

@@ -17,21 +17,18 @@ import MNN.llm
 import numpy as np
 
 from hf2mnn.families import family_named
+from hf2mnn.mnn.worker.module import Refused
+from hf2mnn.mnn.worker.overlay import overlay
 from hf2mnn.reference.golden import GoldenExample
 
 # A missing or foreign weight file gives finite garbage of about -3.4e38, which no NaN check sees.
 GARBAGE = 1e30
-LEVELS = {"normal": 0, "high": 1, "low": 2}
-"""BackendConfig's enumerations of precision and memory, which the module API takes as integers."""
 
 
-class Refused(Exception):
-    """What is wrong, in a sentence for the user."""
-
-
-def picture_input(rgb: np.ndarray) -> dict[str, Any]:
-    """A picture as the engine takes it: BGR, height by width by channel, with the size it is to be seen at."""
-    height, width, _ = rgb.shape
+def picture_input(rgb: np.ndarray, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """A picture (uint8 RGB [height, width, 3]) as the engine takes it: BGR, with the height and width it is to be seen
+    at, its own where `size` does not say otherwise."""
+    height, width = size or rgb.shape[:2]
     bgr = np.ascontiguousarray(rgb[:, :, ::-1])
     data = MNN.expr.const(bgr, list(bgr.shape), MNN.expr.NHWC, MNN.expr.uint8)
     return {"data": data, "height": height, "width": width}
@@ -40,52 +37,81 @@ def picture_input(rgb: np.ndarray) -> dict[str, Any]:
 class Engine:
     """One loaded bundle."""
 
-    def __init__(self, bundle: Path, threads: int) -> None:
-        """`threads` 0 keeps the bundle's own number.
+    def __init__(self, bundle: Path, threads: int = 0, settings: dict[str, Any] | None = None) -> None:
+        """`settings` go over those of config.json; `threads` 0 keeps the bundle's own number.
 
         Raises:
             Refused: the engine does not load it.
         """
-        self.llm = MNN.llm.create(str(bundle / "config.json"))
+        changed = {**(settings or {}), **({"thread_num": threads} if threads else {})}
+        # What `set_config` changes does not reach the vision tower.
+        self.folder = overlay(bundle, changed) if changed else bundle
+        self.llm = MNN.llm.create(str(self.folder / "config.json"))
         self.native = self.llm._c_obj
         self.model = json.loads((bundle / "llm_config.json").read_text())["hf2mnn"]
         self.family = family_named(self.model["model_type"], bundle)
-        if threads:
-            self.llm.set_config({"thread_num": threads, "mllm": {**vision_settings(bundle), "thread_num": threads}})
         # The wrapper's own load() gives None whatever happened.
         if not self.native.load():
             raise Refused(f"MNN's engine does not load {bundle}: its files are not whole or not for this engine")
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """float32 [vocabulary] after `ids`, which join the engine's cache."""
-        row = np.array(self.llm.forward(ids).read(), np.float32).reshape(-1)
-        if not np.isfinite(row).all() or np.abs(row).max() > GARBAGE or np.ptp(row) == 0:
+        return self._checked(self.llm.forward(ids).read()).reshape(-1)
+
+    def all_logits(self, ids: list[int], position: int) -> np.ndarray:
+        """float32 [len(ids), vocabulary] after each of `ids`, text that joins the engine's cache at `position`."""
+        self.llm.set_config({"all_logits": True})
+        try:
+            self._leave_pictures()
+            self.move(position)
+            return self._checked(self.llm.forward(ids).read()).reshape(len(ids), -1)
+        finally:
+            self.llm.set_config({"all_logits": False})
+
+    @staticmethod
+    def _checked(logits: Any) -> np.ndarray:
+        values = np.array(logits, np.float32)
+        if not np.isfinite(values).all() or np.abs(values).max() > GARBAGE or np.ptp(values) == 0:
             raise Refused("the bundle answers garbage (logits equal, huge or not finite): its weights are not its own")
-        return row
+        return values
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens of the cache; the engine does so with its next forward, and until then counts
+        as before."""
+        if length < self.native.get_current_history():
+            self.native.erase_history(length, 0)
 
     def move(self, position: int) -> None:
         """The next forward is a prefill that starts at `position`."""
         # Not through `llm.context`: reading it ends the process once an answer was no whole UTF-8.
         self.native.set_context({"all_seq_len": position, "gen_seq_len": 0})
 
-    def text(self, ids: list[int], position: int) -> np.ndarray:
-        # Encoding an empty prompt makes the engine forget a picture's positions; then it counts on from the context.
+    def _leave_pictures(self) -> None:
+        """Encoding an empty prompt makes the engine forget a picture's positions; then it counts from the context."""
         self.llm.tokenizer_encode("")
+
+    def text(self, ids: list[int], position: int) -> np.ndarray:
+        self._leave_pictures()
         self.move(position)
         return self.logits(ids)
 
-    def prefill(self, ids: list[int], positions: np.ndarray, pictures: list[np.ndarray]) -> np.ndarray:
+    def prefill(self, ids: list[int], positions: np.ndarray, pictures: list[dict[str, Any]]) -> np.ndarray:
         """Logits [vocabulary] after a prompt, every token at its right position [rows, tokens].
 
-        `pictures` are uint8 RGB, already of the size that the checkpoint's processor would make them.
+        `pictures` come from `picture_input`.
         """
+        start = self.read_pictures(ids, positions, pictures)
+        return self.text(ids[start:], int(positions[0, start]))
+
+    def read_pictures(self, ids: list[int], positions: np.ndarray, pictures: list[dict[str, Any]]) -> int:
+        """Empty the cache and read a prompt up to the end of its last picture; gives how many tokens those are."""
         self.llm.reset()
         start, left = 0, iter(pictures)
         for begin, end in image_runs(ids, self.model["image_token_id"]):
             # Text up to the token before the picture (vision_start), then that token with the picture.
             if begin - 1 > start:
                 self.text(ids[start : begin - 1], int(positions[0, start]))
-            coded = self.llm.tokenizer_encode({"text": "<img>image_0</img>", "images": [picture_input(next(left))]})
+            coded = self.llm.tokenizer_encode({"text": "<img>image_0</img>", "images": [next(left)]})
             if coded != ids[begin - 1 : end + 1]:
                 raise Refused(
                     f"the engine makes {len(coded) - 2} image tokens where transformers makes {end - begin}:"
@@ -95,9 +121,9 @@ class Engine:
             # A prompt may not end in a picture (Omni::embedding then repeats the tokens before it), so vision_end goes
             # along, at a wrong position, and is taken back.
             self.logits(coded)
-            self.native.erase_history(self.native.get_current_history() - 1, 0)
+            self.truncate(self.native.get_current_history() - 1)
             start = end
-        return self.text(ids[start:], int(positions[0, start]))
+        return start
 
     def greedy(self, row: np.ndarray, limit: int) -> list[int]:
         """The answer that begins with the best token of `row`, decoded with the engine's cache, stop id included."""
@@ -106,7 +132,7 @@ class Engine:
             answer.append(int(self.logits(answer[-1:]).argmax()))
         return answer
 
-    def judge(self, example: GoldenExample, pictures: list[np.ndarray], limit: int) -> tuple[np.ndarray, list[int]]:
+    def judge(self, example: GoldenExample, pictures: list[dict[str, Any]], limit: int) -> tuple[np.ndarray, list[int]]:
         """Teacher-forced logits [m, vocabulary] and the greedy answer, both by cached decode with right positions."""
         wanted = example.answer_ids.tolist()
         rows = [self.prefill(example.input_ids.tolist(), example.position_ids, pictures)]
@@ -117,17 +143,17 @@ class Engine:
             return np.stack(rows), chosen
         # From the first other token on the answer is the engine's own: take the cache back to there and decode on.
         kept = len(example.input_ids) + same
-        if kept < self.native.get_current_history():
-            self.native.erase_history(kept, 0)
+        self.truncate(kept)
         self.native.set_context({"all_seq_len": int(example.position_ids.max()) + 1 + same})
         return np.stack(rows), chosen[:same] + self.greedy(rows[same], limit - same)
 
-    def as_called(self, prompt: str, pictures: list[np.ndarray], limit: int) -> list[int]:
-        """Greedy answer by the engine's own image processing and positions: what `response` gives a caller."""
+    def as_called(self, prompt: str, pictures: list[dict[str, Any]], limit: int) -> tuple[list[int], list[int]]:
+        """The prompt's tokens, and the greedy answer, by the engine's own image processing and positions: what
+        `response` gives a caller."""
         self.llm.reset()
         self.llm.generate_init()
-        ids = self.llm.tokenizer_encode({"text": prompt, "images": [picture_input(rgb) for rgb in pictures]})
-        return [int(token) for token in self.native.generate(ids, limit)]
+        ids = self.llm.tokenizer_encode({"text": prompt, "images": pictures})
+        return [int(token) for token in ids], [int(token) for token in self.native.generate(ids, limit)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of an answer; the engine's binding raises on a token that is only a part of a character."""
@@ -138,10 +164,6 @@ class Engine:
             except UnicodeDecodeError as error:
                 pieces.append(error.object)
         return b"".join(pieces).decode(errors="replace").strip()
-
-
-def vision_settings(bundle: Path) -> dict[str, Any]:
-    return json.loads((bundle / "config.json").read_text()).get("mllm", {})
 
 
 def image_runs(ids: list[int], image: int) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,164 @@
+"""The error budget: how much of a variant's divergence each source brings, each switched alone.
+
+A source is measured as the mean KL divergence between two runs that differ in it and in nothing else,
+over the same teacher-forced positions. For errors that are small and independent these add up to the whole; what they
+do not explain is theirs together, and is shown as such.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file
+
+from hf2mnn.evaluate.metrics import kl_divergence
+from hf2mnn.evaluate.names import CONVERSION, PREPROCESSING, TOTAL
+from hf2mnn.files import link_or_copy, sha256
+from hf2mnn.mnn.bundle import (
+    CONFIG,
+    DECODER,
+    EMBEDDING,
+    MODEL_CONFIG,
+    TOKENIZER,
+    VISION,
+    embedding_blocks,
+    embedding_table,
+)
+from hf2mnn.mnn.engine import run_worker
+from hf2mnn.reference.golden import Golden
+
+COLUMNS = ["source", "mean_kld", "positions"]
+EXAMPLES = 24
+EXACT = {"precision": "high", "memory": "high"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A bundle put together of the files of two, and the settings it runs with; `rest` gives the model's settings and
+    the tokenizer. `resize` lets the engine resize the pictures."""
+
+    decoder: Path
+    vision: Path
+    embedding: Path
+    rest: Path
+    precision: str
+    memory: str
+    resize: bool = False
+
+
+def chosen_examples(golden: Golden) -> list[str]:
+    """At most EXAMPLES ids, evenly over the set as it is sorted by category, so that every kind is there."""
+    records = sorted(golden.records, key=lambda record: (record["category"], record["id"]))
+    places = np.unique(np.linspace(0, len(records) - 1, min(EXAMPLES, len(records))).round().astype(int))
+    return [records[place]["id"] for place in places]
+
+
+class Bench:
+    """Runs bundles on the chosen examples, each combination once."""
+
+    def __init__(self, golden: Golden, base: Path, onnx_folder: Path, threads: int, time_limit: float) -> None:
+        """`base` is the float bundle: what a run does not name comes from there."""
+        self.golden, self.base, self.onnx_folder = golden, base, onnx_folder
+        self.threads, self.time_limit = threads, time_limit
+        self.examples = chosen_examples(golden)
+        self._done: dict[tuple, dict[str, np.ndarray]] = {}
+        self._tokens: dict[str, dict[str, list[int]]] = {}
+
+    def logits(self, run: Run) -> dict[str, np.ndarray]:
+        """Teacher-forced logits by example."""
+        parts = [run.decoder / DECODER, run.decoder / f"{DECODER}.weight", run.vision / VISION]
+        parts += [run.vision / f"{VISION}.weight", run.embedding / EMBEDDING]
+        rest = [run.rest / MODEL_CONFIG, run.rest / TOKENIZER]
+        key = (*map(sha256, parts + rest), run.precision, run.memory, run.resize)
+        if key not in self._done:
+            self._done[key] = self._run(run, parts)
+        return self._done[key]
+
+    def tokens(self, bundle: Path) -> dict[str, list[int]]:
+        """What a bundle's tokenizer makes of the chosen examples' prompts; it has run."""
+        return self._tokens.get(sha256(bundle / TOKENIZER), {})
+
+    def _run(self, run: Run, parts: list[Path]) -> dict[str, np.ndarray]:
+        with tempfile.TemporaryDirectory(prefix="hf2mnn-budget-", dir=self.base.resolve().parent) as name:
+            folder = Path(name)
+            settings = {path.name: path for path in run.rest.iterdir() if path.is_file()}
+            for path in [*({k: v for k, v in settings.items() if k not in {p.name for p in parts}}).values(), *parts]:
+                if path.name != CONFIG:
+                    link_or_copy(path.resolve(), folder / path.name)
+            config = json.loads((run.rest / CONFIG).read_text())
+            chosen = {"precision": run.precision, "memory": run.memory}
+            config |= chosen | {"mllm": config.get("mllm", {}) | chosen}
+            (folder / CONFIG).write_text(json.dumps(config))
+            result, tokens = folder / "logits.safetensors", folder / "tokens.json"
+            job = {"bundle": str(folder), "reference": str(self.golden.folder.resolve()), "examples": self.examples}
+            job |= {"threads": self.threads, "resize": run.resize, "result": str(result), "tokens": str(tokens)}
+            run_worker("hf2mnn.mnn.worker.forced", job, self.time_limit)
+            self._tokens[sha256(run.rest / TOKENIZER)] = json.loads(tokens.read_text())
+            return load_file(result)
+
+    def with_embedding(self, bundle: Path) -> dict[str, np.ndarray]:
+        """Teacher-forced logits by example of the ONNX graphs, float32 but for the embedding, which is the bundle's."""
+        from hf2mnn.onnx.session import OnnxModel
+
+        blocks = [stored.astype(np.float32) for stored, _ in embedding_blocks(bundle, self.onnx_folder)]
+        model, logits = OnnxModel(self.onnx_folder, self.threads, np.concatenate(blocks)), {}
+        for example in self.golden.examples():
+            if example.id in self.examples:
+                pictures = [self.golden.picture(name) for name in example.pictures]
+                fed = [(picture.pixel_values, picture.grid_thw) for picture in pictures]
+                ids = np.concatenate([example.input_ids, example.answer_ids[:-1]])
+                rows = model.prefill(model.new_cache(), ids, fed, all_logits=True)
+                logits[example.id] = rows[len(example.input_ids) - 1 :]
+        return logits
+
+
+def exact_embedding(bundle: Path, onnx_folder: Path) -> bool:
+    """Whether the bundle's embedding is the checkpoint's, bit for bit."""
+    table, start = embedding_table(onnx_folder), 0
+    for stored, _ in embedding_blocks(bundle, onnx_folder):
+        if (stored.astype(np.float32) != table[start : start + len(stored)]).any():
+            return False
+        start += len(stored)
+    return True
+
+
+def divergence(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """Mean KL divergence in nats over all positions of the same examples."""
+    return float(np.concatenate([kl_divergence(one[name], other[name]) for name in sorted(one)]).mean())
+
+
+def budget(bench: Bench, bundle: Path) -> pd.DataFrame:
+    """A table with COLUMNS: each source's own divergence, then the total against PyTorch.
+
+    Raises:
+        EngineError: a run failed.
+    """
+    base, config = bench.base, json.loads((bundle / CONFIG).read_text())
+    precision, memory = config["precision"], config["memory"]
+    exact = Run(base, base, base, base, **EXACT)
+    weights = Run(bundle, bundle, bundle, bundle, **EXACT)
+    packed = Run(bundle, bundle, bundle, bundle, EXACT["precision"], memory)
+    computed = Run(bundle, bundle, bundle, bundle, precision, memory)
+    steps = {
+        "vision weights": (exact, Run(base, bundle, base, base, **EXACT)),
+        "decoder weights": (exact, Run(bundle, base, base, base, **EXACT)),
+        "settings": (Run(bundle, bundle, bundle, base, **EXACT), weights),
+        "activation quantization": (weights, packed),
+        "fp16 arithmetic": (packed, computed),
+        PREPROCESSING: (exact, Run(base, base, base, base, **EXACT, resize=True)),
+    }
+    wanted = set(bench.examples)
+    right = {example.id: example.logits for example in bench.golden.examples() if example.id in wanted}
+    count = sum(len(rows) for rows in right.values())
+    # The float bundle holds the embedding as bfloat16 too: where that rounds, it is told apart by ONNX Runtime.
+    rounded = right if exact_embedding(base, bench.onnx_folder) else bench.with_embedding(base)
+    own = right if exact_embedding(bundle, bench.onnx_folder) else bench.with_embedding(bundle)
+    found = {CONVERSION: divergence(rounded, bench.logits(exact)), "embedding": divergence(right, own)}
+    found |= {source: divergence(bench.logits(one), bench.logits(other)) for source, (one, other) in steps.items()}
+    found |= {TOTAL: divergence(right, bench.logits(computed))}
+    return pd.DataFrame([(source, value, count) for source, value in found.items()], columns=COLUMNS)

@@ -1,0 +1,66 @@
+"""The `diagnose` stage: why a variant answers as it does: layer by layer, source by source, and what is wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+
+from hf2mnn.errors import BundleFault
+from hf2mnn.evaluate import budget, causes, layers
+from hf2mnn.evaluate.findings import Finding
+from hf2mnn.evaluate.names import BUDGET, FINDINGS, LAYERS
+from hf2mnn.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.mnn.bundle import DECODER, VISION
+from hf2mnn.mnn.convert import float_constants, read_graph
+from hf2mnn.reference.golden import Golden
+
+
+def diagnose(
+    reference: Path,
+    onnx_folder: Path,
+    float_bundle: Path,
+    bundle: Path,
+    destination: Path,
+    threads: int,
+    time_limit: float,
+) -> list[Finding]:
+    """Write layers.parquet, budget.parquet and findings.json to `destination`; gives the findings.
+
+    A bundle that does not run is a finding, no failure: what could be measured before is written.
+
+    Raises:
+        ManifestError: an input is not what its manifest says.
+        EngineError: the engine was stopped.
+    """
+    folders = {"reference": reference, "onnx": onnx_folder, "float": float_bundle, "bundle": bundle}
+    inputs = {name: Manifest.load(folder) for name, folder in folders.items()}
+    for upstream in inputs.values():
+        upstream.verify()
+    golden, facts = Golden(reference), json.loads((onnx_folder / "model.json").read_text())
+    graphs = {"decoder": read_graph(bundle / DECODER), "vision": read_graph(bundle / VISION)}
+    for part, graph in graphs.items():
+        # What is run to look inside is built from the dump, and must compute what the bundle computes.
+        graph.sharpen_constants(float_constants(onnx_folder / f"{part}.onnx"))
+    digests, tools = {name: m.digest() for name, m in inputs.items()}, tool_versions("MNN", "onnxruntime", "numpy")
+    manifest = Manifest("diagnose", digests, {"threads": threads}, tools)
+    with stage_folder(destination, manifest) as folder:
+        found = causes.wrong_settings(bundle, facts) + causes.wrong_template(bundle, onnx_folder)
+        found += causes.wrong_embedding(bundle, onnx_folder)
+        found += causes.unfused(graphs["decoder"], facts["num_hidden_layers"])
+        compared, sources = pd.DataFrame(columns=layers.COLUMNS), pd.DataFrame(columns=budget.COLUMNS)
+        try:
+            compared = layers.compare_layers(golden, onnx_folder, facts, bundle, graphs, threads, time_limit)
+            found += causes.wrong_layers(compared)
+            bench = budget.Bench(golden, float_bundle, onnx_folder, threads, time_limit)
+            sources = budget.budget(bench, bundle)
+            found += causes.wrong_tokens(golden, bench.tokens(bundle), facts["image_token_id"])
+        except BundleFault as error:
+            found.append(Finding("engine", None, str(error)))
+        compared.to_parquet(folder / LAYERS, index=False)
+        sources.to_parquet(folder / BUDGET, index=False)
+        (folder / FINDINGS).write_text(json.dumps([asdict(finding) for finding in found], indent=1) + "\n")
+        manifest.results = {"findings": [finding.sentence for finding in found]}
+    return found

@@ -1,0 +1,35 @@
+"""Teacher-forced logits of some examples, and what the bundle's tokenizer makes of their prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from hf2mnn.mnn.worker.session import Engine, picture_input
+from hf2mnn.reference.golden import Golden
+
+
+def run(job: dict[str, Any]) -> None:
+    """For each of job["examples"] (ids) float32 [answer tokens, vocabulary] by id into job["result"] (safetensors), and
+    token ids by id into job["tokens"] (JSON). With job["resize"] the engine itself resizes the original pictures to the
+    sizes that the checkpoint's processor chooses."""
+    golden, engine, wanted = Golden(Path(job["reference"])), Engine(Path(job["bundle"]), job["threads"]), {}
+    prompts = {}
+    for example in golden.examples():
+        if example.id not in job["examples"]:
+            continue
+        pictures = []
+        for name in example.pictures:
+            picture = golden.picture(name)
+            size = picture.resized.shape[:2]
+            pictures.append(picture_input(picture.original if job["resize"] else picture.resized, size))
+        rows = [engine.prefill(example.input_ids.tolist(), example.position_ids, pictures)]
+        rows += [engine.logits([token]) for token in example.answer_ids[:-1].tolist()]
+        wanted[example.id] = np.stack(rows)
+        prompts[example.id] = [int(token) for token in engine.llm.tokenizer_encode(example.prompt)]
+    save_file(wanted, job["result"])
+    Path(job["tokens"]).write_text(json.dumps(prompts))

@@ -1,0 +1,22 @@
+"""Values inside a bundle's graphs, on given inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from hf2mnn.mnn.worker.module import Module, runtime_settings
+
+
+def run(job: dict[str, Any]) -> None:
+    """For each of job["graphs"] {graph: path, part, inputs: names in order, outputs: names, fed: safetensors, result},
+    write the outputs, in whole, by name."""
+    for graph in job["graphs"]:
+        fed, settings = load_file(graph["fed"]), runtime_settings(Path(job["bundle"]), graph["part"])
+        module = Module(Path(graph["graph"]), graph["inputs"], graph["outputs"], settings, job["threads"])
+        values = module([np.ascontiguousarray(fed[name]) for name in graph["inputs"]])
+        named = zip(graph["outputs"], values, strict=True)
+        save_file({name: np.ascontiguousarray(value) for name, value in named}, graph["result"])

@@ -1,0 +1,45 @@
+"""What a bundle predicts under some settings, to be held against its predictions under others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf2mnn.mnn.worker.session import Engine, picture_input
+
+
+def coloured_fields(engine: Engine, side: int) -> np.ndarray:
+    """A picture, uint8 RGB: fields of one colour each, so that there is something to be told apart."""
+    width, height = engine.family.picture_size(side, side, engine.model)
+    fields = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return fields[np.arange(height) * 4 // height][:, np.arange(width) * 4 // width]
+
+
+def run(job: dict[str, Any]) -> None:
+    """Logits float32 [positions, vocabulary] into job["logits"] (npy): for each prompt one row after it, and one after
+    each token of its answer but the last.
+
+    job: bundle, settings, prompts (a text, and whether a picture comes before it), picture_side, limit (tokens of an
+    answer), answers (JSON), logits. The answers are the engine's own and are written, or, where they are there, read.
+    """
+    bundle, path = Path(job["bundle"]), Path(job["answers"])
+    engine = Engine(bundle, settings=job["settings"])
+    answers = json.loads(path.read_text()) if path.exists() else []
+    known, rows = bool(answers), []
+    model, rgb = engine.model, coloured_fields(engine, job["picture_side"])
+    picture, grid = picture_input(rgb), np.array([1, *(side // model["patch_size"] for side in rgb.shape[:2])])
+    for index, (text, with_picture) in enumerate(job["prompts"]):
+        pictures = [picture] if with_picture else []
+        prompt = engine.native.apply_chat_template("<img>image_0</img>" * len(pictures) + text)
+        ids = engine.llm.tokenizer_encode({"text": prompt, "images": pictures})
+        grids = [grid] * len(pictures)
+        positions = engine.family.position_ids(np.array(ids), grids, model["image_token_id"], model["merge_size"])
+        if not known:
+            answers.append(engine.greedy(engine.prefill(ids, positions, pictures), job["limit"]))
+        rows.append(engine.prefill(ids, positions, pictures))
+        rows += [engine.logits([token]) for token in answers[index][:-1]]
+    path.write_text(json.dumps(answers))
+    np.save(job["logits"], np.stack(rows))

@@ -1,0 +1,73 @@
+"""What PyTorch computes inside, at the points of `hf2mnn.onnx.points`: kept once, so that any conversion can be laid
+beside it layer by layer.
+
+Recorded by forward hooks and by an attention function that listens: the model itself is transformers', unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf2mnn.points import as_rows, kept_rows
+
+LISTENING = "hf2mnn_listening"
+
+
+def _array(value: Any) -> np.ndarray:
+    value = value[0] if isinstance(value, tuple) else value
+    return value.detach().float().cpu().numpy()
+
+
+class _Recorder:
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.values: dict[str, np.ndarray] = {}
+
+    def keep(self, name: str, value: Any) -> None:
+        rows = as_rows(_array(value))
+        self.values[name] = np.ascontiguousarray(rows[kept_rows(len(rows))])
+
+    def attend(self, module: torch.nn.Module, query, key, value, attention_mask, **options: Any):
+        """transformers' own sdpa, after a note of what it is given: query and key [1, heads, rows, head size]."""
+        output = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
+        name = self.names[module]
+        self.keep(f"{name}.query", query.transpose(1, 2))
+        # A decoder's keys include none of earlier calls here: there is no cache.
+        self.keep(f"{name}.key", key.transpose(1, 2))
+        self.keep(f"{name}.context", output[0])
+        return output
+
+
+def _is_point(name: str, module: torch.nn.Module) -> bool:
+    """Modules with a weight, but for the embedding, and blocks: members of a list that have parts."""
+    owns = "weight" in module._parameters and not isinstance(module, torch.nn.Embedding)
+    return owns or (name.rpartition(".")[2].isdigit() and any(True for _ in module.children()))
+
+
+@contextmanager
+def recorded(model: torch.nn.Module) -> Iterator[dict[str, np.ndarray]]:
+    """While the block runs, every forward of `model` leaves its points here: float32 [kept rows, values] by name."""
+    recorder = _Recorder(model)
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: recorder.keep(name, output))
+        for name, module in model.named_modules()
+        if _is_point(name, module)
+    ]
+    configs = list({id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values())
+    before = [config._attn_implementation for config in configs]
+    ALL_ATTENTION_FUNCTIONS.register(LISTENING, recorder.attend)
+    for config in configs:
+        config._attn_implementation = LISTENING
+    try:
+        yield recorder.values
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+        for hook in hooks:
+            hook.remove()
