@@ -13,9 +13,9 @@ import pytest
 from hf2mnn.errors import EngineError
 from hf2mnn.evaluate.answers import Answer, Outcome
 from hf2mnn.evaluate.figures import COLUMNS
-from hf2mnn.evaluate.names import ANSWERS, FIGURES, PARITY, PICTURES, POSITIONS
+from hf2mnn.evaluate.names import ANSWERS, COMPARED, FIGURES, PARITY, PICTURES, POSITIONS
 from hf2mnn.evaluate.parity import parity_table
-from hf2mnn.evaluate.score import SUMMARY_FIGURES, Scores, score, score_fault, summarize
+from hf2mnn.evaluate.score import Scores, score, score_fault, summarize
 from hf2mnn.feeding import AT_ONCE
 from hf2mnn.reference.golden import GoldenExample
 
@@ -74,7 +74,7 @@ def test_a_right_outcome_has_right_figures_and_what_was_not_measured_has_none() 
     assert {name: summary[name] for name in none} == dict.fromkeys(none, 0.0)
     missing = ("as_called_match", "as_called_accuracy", "tokenizer_match", "cache_parity")
     assert {name: summary[name] for name in missing} == dict.fromkeys(missing)
-    assert summary.keys() == {*SUMMARY_FIGURES, "mean_kld_low", "mean_kld_high", "cache_parity"}
+    assert summary.keys() == {*COMPARED, "mean_kld_low", "mean_kld_high", "cache_parity"}
 
 
 def test_each_position_is_compared_with_its_own() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hf2mnn.evaluate.findings import Finding
+from hf2mnn.evaluate.findings import Finding, out_of_tolerance
 from hf2mnn.mnn.bundle import MODEL_CONFIG, TOKENIZER, embedding_blocks, model_settings
 from hf2mnn.mnn.graph import Graph
 from hf2mnn.mnn.tokenizer import chat_template
@@ -120,7 +120,7 @@ def wrong_layers(layers: pd.DataFrame) -> list[Finding]:
                     f"the ONNX graph leaves PyTorch at {row['point']}: error {row['onnx_error']:.2g}",
                 )
             )
-        bad = rows[rows["mnn_local"] > rows["tolerance"]].sort_values("order").drop_duplicates("point")
+        bad = out_of_tolerance(rows)
         for _, row in bad.head(NAMED).iterrows():
             looks = row["looks"] or f"its values are off by {row['mnn_local']:.2g} of their size"
             findings.append(Finding(part, row["point"], f"{row['point']} ({row['operator']}): {looks}"))

@@ -28,3 +28,11 @@ def wrong_cache(parity: pd.DataFrame) -> list[Finding]:
         return []
     ways = ", ".join(f"{row['way']} ({row['probe']}) by {row['max_kld']:.2g}" for _, row in bad.iterrows())
     return [Finding("cache", None, f"reading the same text another way than at once changes its logits: {ways} nats")]
+
+
+def out_of_tolerance(layers: pd.DataFrame) -> pd.DataFrame:
+    """Points whose operator alone leaves tolerance, once each, in the order in which data flows."""
+    bad = layers[layers["mnn_local"] > layers["tolerance"]]
+    # Through the vision tower before the decoder.
+    ordered = bad.assign(late=bad["part"] == "decoder").sort_values(["late", "order"], kind="stable")
+    return ordered.drop(columns="late").drop_duplicates("point")

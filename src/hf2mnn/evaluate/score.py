@@ -13,7 +13,7 @@ from hf2mnn.evaluate import metrics
 from hf2mnn.evaluate.answers import Answer, Outcome
 from hf2mnn.evaluate.figures import COLUMNS as FIGURE_COLUMNS
 from hf2mnn.evaluate.figures import figures
-from hf2mnn.evaluate.names import ANSWERS, FIGURES, PARITY, PICTURES, POSITIONS
+from hf2mnn.evaluate.names import ANSWERS, COMPARED, FIGURES, PARITY, PICTURES, POSITIONS
 from hf2mnn.evaluate.parity import parity_table
 from hf2mnn.reference.golden import Golden, GoldenExample
 from hf2mnn.reference.tasks import score_answer
@@ -30,25 +30,6 @@ POSITION_COLUMNS = [
     "logprob",
 ]
 PICTURE_COLUMNS = ["picture", "tokens", "cosine", "worst_cosine", "error"]
-SUMMARY_FIGURES = (
-    "top1_agreement",
-    "top5_overlap",
-    "mean_kld",
-    "median_kld",
-    "p99_kld",
-    "max_kld",
-    "rms_probability_change",
-    "perplexity_ratio",
-    "greedy_match",
-    "degenerate",
-    "task_accuracy",
-    "vision_cosine",
-    "worst_vision_cosine",
-    "vision_error",
-    "tokenizer_match",
-    "as_called_match",
-    "as_called_accuracy",
-)
 
 
 @dataclass(frozen=True)
@@ -144,10 +125,10 @@ def _picture_rows(golden: Golden, embeds: dict[str, np.ndarray]) -> list[tuple]:
 
 
 def summarize(table: pd.DataFrame, parity: pd.DataFrame) -> dict[str, float | None]:
-    """The figures over the whole set by name, those of SUMMARY_FIGURES; mean_kld_low and mean_kld_high; cache_parity,
+    """The figures over the whole set by name, those of COMPARED; mean_kld_low and mean_kld_high; cache_parity,
     the largest KL divergence between two ways of filling the KV cache."""
     whole = table[table["group"] == "all"].set_index("figure")
-    summary = {name: float(whole["value"][name]) if name in whole.index else None for name in SUMMARY_FIGURES}
+    summary = {name: float(whole["value"][name]) if name in whole.index else None for name in COMPARED}
     summary |= {f"mean_kld_{end}": float(whole[end]["mean_kld"]) for end in ("low", "high")}
     return summary | {"cache_parity": float(parity["max_kld"].max()) if len(parity) else None}
 
@@ -173,7 +154,7 @@ def score(golden: Golden, outcome: Outcome, decode: AnswerDecoder, image_token_i
 def score_fault(golden: Golden, decode: AnswerDecoder, image_token_id: int) -> Scores:
     """The tables of a bundle that does not run: no answers, nothing measured."""
     rows = [_answer_row(example, Answer(example.logits, []), decode, image_token_id) for example in golden.examples()]
-    answers, empty = pd.DataFrame(rows), dict.fromkeys(SUMMARY_FIGURES)
+    answers, empty = pd.DataFrame(rows), dict.fromkeys(COMPARED)
     summary = empty | {"mean_kld_low": None, "mean_kld_high": None, "cache_parity": None}
     tables = [pd.DataFrame(columns=columns) for columns in (POSITION_COLUMNS, PICTURE_COLUMNS)]
     return Scores(tables[0], answers, tables[1], parity_table({}), pd.DataFrame(columns=FIGURE_COLUMNS), summary)

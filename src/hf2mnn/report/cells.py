@@ -7,9 +7,12 @@ from typing import Any
 
 import pandas as pd
 
+from hf2mnn.evaluate.findings import out_of_tolerance
 from hf2mnn.report.console import HEADS, cell
 from hf2mnn.report.evidence import Evidence, Row
 from hf2mnn.report.plots import short
+from hf2mnn.report.speed import HEADS as SPEED_HEADS
+from hf2mnn.report.speed import shown
 
 DASH = "–"
 # name: (label, kind of number, what it is and what is good)
@@ -44,14 +47,6 @@ GROUPS = {
     "Answers": ANSWERS,
 }
 PARTS = {"mean_kld": "mean KLD", "top1_agreement": "top-1", "greedy_match": "greedy match"}
-SPEED = {
-    "load_s": "loading, ms",
-    "first_token_s": "first token, ms",
-    "prefill_tokens_per_s": "prompt, tokens/s",
-    "decode_tokens_per_s": "answer, tokens/s",
-    "vision_s": "picture, ms",
-    "bundle_mb": "memory, MB",
-}
 
 
 @dataclass(frozen=True)
@@ -207,29 +202,22 @@ def strays(evidence: Evidence) -> Table | None:
     for row in evidence.rows:
         if row.layers is None:
             continue
-        bad = row.layers[row.layers["mnn_local"] > row.layers["tolerance"]]
+        bad = out_of_tolerance(row.layers)
         if row.layers.empty:
             rows.append((row.name, [Cell("not measured", "", "muted"), *[Cell("")] * 4]))
         elif bad.empty:
             rows.append((row.name, [Cell("none", "", "good"), *[Cell("")] * 4]))
         else:
-            # Data goes through the vision tower before the decoder.
-            first = bad.assign(late=bad["part"] == "decoder").sort_values(["late", "order"]).iloc[0]
+            first = bad.iloc[0]
             error = [Cell(short(first["mnn_local"]), "", "bad"), Cell(short(first["tolerance"]))]
             rows.append((row.name, [Cell(first["point"]), Cell(first["operator"]), *error, Cell(first["looks"] or "")]))
     heads = ["variant", "point", "operator", "local error", "tolerance", "looks like"]
     return Table("First point that leaves its tolerance", heads, rows, wraps=True) if rows else None
 
 
-def _time(measure: str, value: float, spread: float) -> str:
-    scale = 1000 if measure.endswith("_s") and not measure.endswith("_per_s") else 1
-    places = max(0, min(3, 2 - len(str(int(abs(value * scale)))) + 1))
-    return f"{value * scale:.{places}f} ± {spread * scale:.{places}f}"
-
-
 def speed(measured: dict[str, Any]) -> Table:
     """Medians, half the distance of the quartiles, and the ratio to the baseline."""
-    names = [measure for measure in SPEED if any(measure in b["measures"] for b in measured["bundles"].values())]
+    names = [measure for measure in SPEED_HEADS if any(measure in b["measures"] for b in measured["bundles"].values())]
     rows = []
     for name, bundle in measured["bundles"].items():
         cells = []
@@ -240,9 +228,9 @@ def speed(measured: dict[str, Any]) -> Table:
                 continue
             spread = (found["third_quartile"] - found["first_quartile"]) / 2
             ratio = "" if name == measured["baseline"] else f"× {found['ratio']:.2f}"
-            cells.append(Cell(_time(measure, found["median"], spread), ratio))
+            cells.append(Cell(shown(measure, found["median"], spread), ratio))
         rows.append((name, cells))
-    return Table("Times and memory", ["bundle", *(SPEED[measure] for measure in names)], rows)
+    return Table("Times and memory", ["bundle", *(SPEED_HEADS[measure] for measure in names)], rows)
 
 
 def cache(worth: pd.DataFrame) -> Table:

@@ -9,6 +9,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from hf2mnn.evaluate.findings import out_of_tolerance
+
 if TYPE_CHECKING:
     from hf2mnn.report.evidence import Evidence, Row
     from hf2mnn.report.versions import Versions
@@ -52,16 +54,17 @@ def cell(column: str, value: object) -> str:
     return f"{100 * value:.1f} %" if isinstance(value, float) else str(value)
 
 
-def _console(file: IO[str] | None = None) -> Console:
+def console_to(file: IO[str] | None = None, width: int = 120) -> Console:
+    """A console on `file` (stdout), `width` characters wide where that is no terminal."""
     console = Console(file=file or sys.stdout, highlight=False)
     if not console.is_terminal:
-        console.width = 120
+        console.width = width
     return console
 
 
 def print_table(frame: pd.DataFrame, file: IO[str] | None = None) -> None:
     """One table a model, and below it why a row failed."""
-    console = _console(file)
+    console = console_to(file)
     for model, rows in frame.groupby("model", sort=False):
         made = Table(title=f"{model}: every conversion against PyTorch fp32", title_justify="left", title_style="bold")
         for column, head in HEADS.items():
@@ -112,13 +115,12 @@ def _print_row_layers(console: Console, row: Row) -> None:
 
 def print_layers(evidence: Evidence, file: IO[str] | None = None) -> None:
     """Each variant layer by layer, and the first point that leaves tolerance."""
-    console = _console(file)
+    console = console_to(file)
     for row in evidence.rows:
         if row.layers is None:
             continue
         _print_row_layers(console, row)
-        out = row.layers[(row.layers["mnn_local"] > row.layers["tolerance"])].sort_values(["part", "order"])
-        out = pd.concat([out[out["part"] == "vision"], out[out["part"] == "decoder"]])
+        out = out_of_tolerance(row.layers)
         if out.empty:
             console.print(f"{row.name}: every operator stays within its tolerance", markup=False)
         else:
@@ -136,7 +138,7 @@ def print_layers(evidence: Evidence, file: IO[str] | None = None) -> None:
 
 def print_versions(versions: Versions, file: IO[str] | None = None) -> None:
     """What changed from one version to the other beyond its uncertainty, and where the first layer changed."""
-    console = _console(file)
+    console = console_to(file)
     title = f"From {versions.one} to {versions.other}: what changed beyond its uncertainty"
     made = Table(title=title, title_justify="left", title_style="bold")
     for head in ("variant", "figure", "before", "after", "change"):

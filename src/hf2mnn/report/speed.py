@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import groupby
 from statistics import median
 from typing import IO, TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
+
+from hf2mnn.report.console import console_to
 
 if TYPE_CHECKING:
     from hf2mnn.evaluate.tune import Trial, Tuned
@@ -40,16 +40,9 @@ def cell(measure: str, figures: dict[str, Any] | None) -> str:
     return f"{shown(measure, figures['median'], spread)} ({figures['ratio']:.2f})"
 
 
-def console(file: IO[str] | None) -> Console:
-    made = Console(file=file or sys.stdout, highlight=False)
-    if not made.is_terminal:
-        made.width = 140
-    return made
-
-
 def print_speed(speed: dict[str, Any], file: IO[str] | None = None) -> None:
     """`speed` is speed.json."""
-    out, machine = console(file), speed["machine"]
+    out, machine = console_to(file, 140), speed["machine"]
     title = f"{speed['prompt_tokens']} tokens in, {speed['answer_tokens']} out, threads: {speed['threads']}"
     made = Table(title=title, title_justify="left", title_style="bold")
     for head in ("bundle", *HEADS.values()):
@@ -75,7 +68,7 @@ def print_speed(speed: dict[str, Any], file: IO[str] | None = None) -> None:
 
 def print_tuned(tuned: Tuned, written: bool, file: IO[str] | None = None) -> None:
     """Every setting that was tried, beside those it was timed against, and what came of it."""
-    out = console(file)
+    out = console_to(file, 140)
     title = "settings, each timed in turns with those of its group"
     made = Table(title=title, title_justify="left", title_style="bold")
     for head in ("setting", "value", "request ms", "decode tok/s", "peak MB", "mean KLD", ""):

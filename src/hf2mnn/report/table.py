@@ -9,31 +9,11 @@ from typing import Any
 import pandas as pd
 
 from hf2mnn.errors import Hf2mnnError
+from hf2mnn.evaluate.names import COMPARED
 from hf2mnn.files import whole_file
 from hf2mnn.report.evidence import Evidence, Row
 
-FIGURES = [
-    "top1_agreement",
-    "top5_overlap",
-    "mean_kld",
-    "mean_kld_low",
-    "mean_kld_high",
-    "median_kld",
-    "p99_kld",
-    "max_kld",
-    "rms_probability_change",
-    "perplexity_ratio",
-    "greedy_match",
-    "degenerate",
-    "task_accuracy",
-    "vision_cosine",
-    "worst_vision_cosine",
-    "vision_error",
-    "cache_parity",
-    "tokenizer_match",
-    "as_called_match",
-    "as_called_accuracy",
-]
+FIGURES = [*COMPARED, "mean_kld_low", "mean_kld_high", "cache_parity"]
 """Of an evaluation's summary."""
 SPEEDS = ["load_s", "first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s", "vision_s", "bundle_mb"]
 """Medians of `hf2mnn.evaluate.speed`."""
