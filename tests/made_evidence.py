@@ -82,6 +82,7 @@ def make_answers(records: list[dict[str, Any]], said: dict[str, str], called: di
                 "answer": answer,
                 "greedy_match": same,
                 "prefix_share": 1.0 if same else 0.3,
+                "prefix_tokens": 10 if same else 3,
             }
             | {"repetition": 0.0, "degenerate": False, "as_called": plain, "tokenizer_match": None}
             | {"as_called_match": None if plain is None else plain == made["answer"]}

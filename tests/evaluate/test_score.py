@@ -103,6 +103,7 @@ def test_an_answer_is_matched_by_all_of_its_tokens_and_no_more(greedy: list[int]
     scores = scored(b=Answer(RIGHT, greedy))
     assert column(scores, "greedy_match") == [True, match]
     assert column(scores, "prefix_share") == [1, shared]
+    assert column(scores, "prefix_tokens") == [2, 2 * shared]
     assert column(scores, "answer") == ["0 1", words(greedy)]
 
 

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 
 from hf2mnn.evaluate.metrics import kl_divergence
 from hf2mnn.evaluate.names import CONVERSION, PREPROCESSING, TOTAL
-from hf2mnn.files import link_or_copy, sha256
+from hf2mnn.files import link_or_copy
+from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.bundle import (
     CONFIG,
     DECODER,
@@ -58,6 +59,11 @@ def chosen_examples(golden: Golden) -> list[str]:
     return [records[place]["id"] for place in places]
 
 
+def _digest(path: Path) -> str:
+    """sha256 of a bundle's file, as its manifest has it: weights are large."""
+    return Manifest.load(path.parent).outputs[path.name]["sha256"]
+
+
 class Bench:
     """Runs bundles on the chosen examples, each combination once."""
 
@@ -74,31 +80,27 @@ class Bench:
         parts = [run.decoder / DECODER, run.decoder / f"{DECODER}.weight", run.vision / VISION]
         parts += [run.vision / f"{VISION}.weight", run.embedding / EMBEDDING]
         rest = [run.rest / MODEL_CONFIG, run.rest / TOKENIZER]
-        key = (*map(sha256, parts + rest), run.precision, run.memory, run.resize)
+        key = (*map(_digest, parts + rest), run.precision, run.memory, run.resize)
         if key not in self._done:
             self._done[key] = self._run(run, parts)
         return self._done[key]
 
     def tokens(self, bundle: Path) -> dict[str, list[int]]:
         """What a bundle's tokenizer makes of the chosen examples' prompts; it has run."""
-        return self._tokens.get(sha256(bundle / TOKENIZER), {})
+        return self._tokens.get(_digest(bundle / TOKENIZER), {})
 
     def _run(self, run: Run, parts: list[Path]) -> dict[str, np.ndarray]:
         with tempfile.TemporaryDirectory(prefix="hf2mnn-budget-", dir=self.base.resolve().parent) as name:
             folder = Path(name)
-            settings = {path.name: path for path in run.rest.iterdir() if path.is_file()}
-            for path in [*({k: v for k, v in settings.items() if k not in {p.name for p in parts}}).values(), *parts]:
-                if path.name != CONFIG:
-                    link_or_copy(path.resolve(), folder / path.name)
-            config = json.loads((run.rest / CONFIG).read_text())
-            chosen = {"precision": run.precision, "memory": run.memory}
-            config |= chosen | {"mllm": config.get("mllm", {}) | chosen}
-            (folder / CONFIG).write_text(json.dumps(config))
+            rest = {path.name: path for path in run.rest.iterdir() if path.is_file()}
+            for path in (rest | {path.name: path for path in parts}).values():
+                link_or_copy(path.resolve(), folder / path.name)
             result, tokens = folder / "logits.safetensors", folder / "tokens.json"
             job = {"bundle": str(folder), "reference": str(self.golden.folder.resolve()), "examples": self.examples}
-            job |= {"threads": self.threads, "resize": run.resize, "result": str(result), "tokens": str(tokens)}
+            job |= {"settings": {"precision": run.precision, "memory": run.memory}, "threads": self.threads}
+            job |= {"resize": run.resize, "result": str(result), "tokens": str(tokens)}
             run_worker("hf2mnn.mnn.worker.forced", job, self.time_limit)
-            self._tokens[sha256(run.rest / TOKENIZER)] = json.loads(tokens.read_text())
+            self._tokens[_digest(run.rest / TOKENIZER)] = json.loads(tokens.read_text())
             return load_file(result)
 
     def with_embedding(self, bundle: Path) -> dict[str, np.ndarray]:

@@ -71,6 +71,7 @@ def _position_figures(positions: pd.DataFrame) -> dict[str, Weighted]:
 ANSWER_FIGURES = {
     "greedy_match": "greedy_match",
     "common_prefix": "prefix_share",
+    "common_prefix_tokens": "prefix_tokens",
     "repetition": "repetition",
     "degenerate": "degenerate",
     "task_accuracy": "score",

@@ -88,7 +88,8 @@ def _answer_row(example: GoldenExample, answer: Answer, decode: AnswerDecoder, i
         "reference": example.answer,
         "answer": text,
         "greedy_match": answer.greedy_ids == wanted,
-        "prefix_share": metrics.common_prefix(answer.greedy_ids, wanted) / len(wanted),
+        "prefix_tokens": (shared := metrics.common_prefix(answer.greedy_ids, wanted)),
+        "prefix_share": shared / len(wanted),
         "repetition": metrics.repetition(answer.greedy_ids),
         # What PyTorch repeats as well is the model's doing, not the conversion's.
         "degenerate": metrics.ends_in_a_loop(answer.greedy_ids) and not metrics.ends_in_a_loop(wanted),

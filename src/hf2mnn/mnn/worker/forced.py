@@ -15,10 +15,13 @@ from hf2mnn.reference.golden import Golden
 
 def run(job: dict[str, Any]) -> None:
     """For each of job["examples"] (ids) float32 [answer tokens, vocabulary] by id into job["result"] (safetensors), and
-    token ids by id into job["tokens"] (JSON). With job["resize"] the engine itself resizes the original pictures to the
-    sizes that the checkpoint's processor chooses."""
-    golden, engine, wanted = Golden(Path(job["reference"])), Engine(Path(job["bundle"]), job["threads"]), {}
-    prompts = {}
+    token ids by id into job["tokens"] (JSON).
+
+    job["settings"] go over the bundle's own. With job["resize"] the engine itself resizes the original pictures to the
+    sizes that the checkpoint's processor chooses.
+    """
+    engine = Engine(Path(job["bundle"]), job["threads"], job["settings"])
+    golden, wanted, prompts = Golden(Path(job["reference"])), {}, {}
     for example in golden.examples():
         if example.id not in job["examples"]:
             continue
