@@ -15,7 +15,7 @@ import pytest
 
 from hf2mnn.errors import BundleError, ConfigError, EngineError
 from hf2mnn.evaluate import tune
-from hf2mnn.evaluate.tune import Trial, better, tune_bundle, values_of
+from hf2mnn.evaluate.tune import Trial, better, choose, tune_bundle, values_of
 from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.ask import ask_bundle
 from hf2mnn.mnn.bundle import EngineSettings
@@ -142,6 +142,18 @@ def test_settings_are_tried_from_the_best_so_far(copy: Path, given: Callable) ->
 )
 def test_better_is_beyond_the_spread_of_both(present: list[float], other: list[float], chosen: bool) -> None:
     assert better(Trial("", "", {}, 0, present), Trial("", "", {}, 0, other)) is chosen
+
+
+def test_of_settings_that_are_as_fast_the_most_exact_is_taken() -> None:
+    present = Trial("", "present", {}, 3e-4, [10.0, 10.0, 10.1])
+    coarse, exact = Trial("", "coarse", {}, 5e-4, [5.0, 5.1, 5.3]), Trial("", "exact", {}, 1e-4, [5.0, 5.2, 5.3])
+    late = Trial("", "late", {}, 0, [9.0, 9.1, 9.2])
+    assert choose(present, [coarse, exact, late]) is exact
+    assert choose(present, [coarse, late]) is coarse
+    assert choose(exact, [late, present]) is exact
+    # Rounding is no reason: of equal divergence the faster.
+    again = Trial("", "again", {}, 1e-4 + 1e-9, [5.0, 5.1, 5.2])
+    assert choose(present, [exact, again]) is again
 
 
 def test_real_times_decide_by_the_same_rule(copy: Path) -> None:
