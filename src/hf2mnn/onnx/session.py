@@ -22,6 +22,16 @@ Picture = tuple[np.ndarray, np.ndarray]
 """pixel_values float32 [patches, patch values], grid_thw int64 [3]."""
 
 
+def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """A graph on the CPU; `threads` 0 lets ONNX Runtime choose."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Spinning threads steal the cores from jobs beside this one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, with their positions, so that a turn can be taken back or reused."""
 
@@ -62,14 +72,8 @@ class OnnxModel:
         self.folder = Path(folder)
         self.facts = json.loads((self.folder / "model.json").read_text())
         self.family = family_named(self.facts["model_type"], self.folder / "model.json")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        # Spinning threads steal the cores from jobs beside this one.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._decoder, self._vision, self._embedding = (
-            onnxruntime.InferenceSession(self.folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
-            for name in ("decoder", "vision", "embedding")
+            open_session(self.folder / f"{name}.onnx", threads) for name in ("decoder", "vision", "embedding")
         )
         self._table = embedding
         self._rows = self._decoder.get_inputs()[2].shape[0]
