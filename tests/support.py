@@ -20,8 +20,12 @@ class Workspace:
 
     folder: Path
 
-    def snakemake(self, *arguments: str, cores: int = 2, check: bool = False) -> subprocess.CompletedProcess[str]:
-        command = [BIN / "snakemake", "-s", REPOSITORY / "Snakefile", "--cores", str(cores), *arguments]
+    def snakemake(
+        self, *arguments: str, cores: int | None = 2, check: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """`cores` None names none, as a cluster's user and a report do."""
+        counted = [] if cores is None else ["--cores", str(cores)]
+        command = [BIN / "snakemake", "-s", REPOSITORY / "Snakefile", *counted, *arguments]
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=900)
         if check:
             assert done.returncode == 0, done.stdout + done.stderr
