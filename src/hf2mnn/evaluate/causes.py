@@ -17,7 +17,7 @@ from hf2mnn.evaluate.findings import Finding, out_of_tolerance
 from hf2mnn.mnn.bundle import MODEL_CONFIG, TOKENIZER, embedding_blocks, model_settings
 from hf2mnn.mnn.graph import Graph
 from hf2mnn.mnn.tokenizer import chat_template
-from hf2mnn.reference.golden import Golden
+from hf2mnn.reference.golden import Golden, without_repeats
 
 SHIFTS = (1, -1, 2, -2)
 """Rows or ids by which a table may be off; what is off by one is the usual mistake."""
@@ -59,8 +59,7 @@ def wrong_tokens(golden: Golden, tokens: dict[str, list[int]], image_token_id: i
     for example in golden.examples():
         if example.id not in tokens:
             continue
-        ids = example.input_ids
-        right = ids[(ids != image_token_id) | np.r_[True, ids[1:] != ids[:-1]]]
+        right = without_repeats(example.input_ids, image_token_id)
         made = np.array(tokens[example.id])
         if len(made) != len(right) or (made != right).any():
             wrong, first = wrong + 1, first or example.id
@@ -94,7 +93,7 @@ def wrong_embedding(bundle: Path, onnx_folder: Path) -> list[Finding]:
 
 def unfused(graph: Graph, layers: int) -> list[Finding]:
     """Attentions that are not the engine's own operator: they know no KV cache and no causal mask."""
-    fused = [op for op in graph.of_type("Attention") if op["main"]["kv_cache"]]
+    fused = graph.fused
     if len(fused) == layers and "past_key_values" not in graph.inputs:
         return []
     names = graph.content["tensorName"]

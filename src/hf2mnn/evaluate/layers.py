@@ -28,7 +28,7 @@ from hf2mnn.mnn.convert import write_graph
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.mnn.graph import LINEAR, Graph
 from hf2mnn.onnx.points import cut, expose, outputs_by_module, points_of
-from hf2mnn.onnx.session import open_session
+from hf2mnn.onnx.session import causal_mask, open_session
 from hf2mnn.points import as_rows, kept_rows
 from hf2mnn.reference.golden import Golden, GoldenProbe
 
@@ -69,10 +69,8 @@ def parts_of(probe: GoldenProbe, golden: Golden, facts: dict[str, Any]) -> list[
         picture, family = golden.picture(probe.pictures[0]), family_named(facts["model_type"], golden.folder)
         inputs = family.vision_inputs(picture.pixel_values, picture.grid_thw, facts["merge_size"])
         parts.append(Part(probe.kind, "vision", inputs, inputs))
-    tokens = len(probe.inputs_embeds)
-    future = np.arange(tokens)[None, :] > np.arange(tokens)[:, None]
     shared = {
-        "attention_mask": np.where(future, np.finfo(np.float32).min, 0).astype(np.float32)[None, None],
+        "attention_mask": causal_mask(0, len(probe.inputs_embeds)),
         "position_ids": probe.position_ids.astype(np.int32),
         "logits_index": np.array([0], np.int32),
     }

@@ -15,7 +15,7 @@ from hf2mnn.evaluate.figures import COLUMNS as FIGURE_COLUMNS
 from hf2mnn.evaluate.figures import figures
 from hf2mnn.evaluate.names import ANSWERS, COMPARED, FIGURES, PARITY, PICTURES, POSITIONS
 from hf2mnn.evaluate.parity import parity_table
-from hf2mnn.reference.golden import Golden, GoldenExample
+from hf2mnn.reference.golden import Golden, GoldenExample, without_repeats
 from hf2mnn.reference.tasks import score_answer
 from hf2mnn.reference.text import AnswerDecoder
 
@@ -69,11 +69,6 @@ def _position_rows(example: GoldenExample, logits: np.ndarray) -> list[tuple]:
     ]
 
 
-def _without_repeats(ids: list[int], token: int) -> list[int]:
-    """`ids` with each run of `token` as one: how many tokens a picture makes is not the tokenizer's doing."""
-    return [i for n, i in enumerate(ids) if i != token or n == 0 or ids[n - 1] != token]
-
-
 def _answer_row(example: GoldenExample, answer: Answer, decode: AnswerDecoder, image: int) -> dict[str, Any]:
     """One row of the table of answers; scores are None where there is no label, and what only an engine has where there
     is no engine."""
@@ -103,8 +98,8 @@ def _answer_row(example: GoldenExample, answer: Answer, decode: AnswerDecoder, i
     if called is not None:
         row |= {"as_called": decode(called), "as_called_match": decode(called) == example.answer}
     if answer.prompt_ids is not None:
-        made, right = (_without_repeats(list(ids), image) for ids in (answer.prompt_ids, example.input_ids))
-        row["tokenizer_match"] = made == right
+        made, right = (without_repeats(np.array(ids), image) for ids in (answer.prompt_ids, example.input_ids))
+        row["tokenizer_match"] = np.array_equal(made, right)
     if example.expected is not None:
         for name, said in (("reference_score", example.answer), ("score", text), ("as_called_score", row["as_called"])):
             row[name] = None if said is None else score_answer(example.metric, said, example.expected)

@@ -58,6 +58,11 @@ class Graph:
     def of_type(self, *types: str) -> list[dict[str, Any]]:
         return [op for op in self.ops if op["type"] in types]
 
+    @property
+    def fused(self) -> list[dict[str, Any]]:
+        """Attentions that are the engine's own operator and keep the KV cache."""
+        return [op for op in self.of_type("Attention") if op["main"]["kv_cache"]]
+
     def drop_unused_inputs(self) -> None:
         """Remove inputs that nothing reads: what is left of `past_key_values` once every attention is fused."""
         read = {index for op in self.ops for index in op.get("inputIndexes", [])}
@@ -165,7 +170,7 @@ def prove_fused(graph: Graph, name: str, layers: int) -> None:
     Raises:
         ConversionError: with the cause and the cure.
     """
-    fused = sum(bool(op["main"]["kv_cache"]) for op in graph.of_type("Attention"))
+    fused = len(graph.fused)
     if "past_key_values" in graph.inputs or fused != layers:
         cause = (
             "it was converted without --transformerFuse"

@@ -32,6 +32,12 @@ def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
+def causal_mask(past: int, tokens: int) -> np.ndarray:
+    """float32 [1, 1, tokens, past + tokens], added to the scores: no token sees what comes after it."""
+    future = np.arange(past + tokens)[None, :] > past + np.arange(tokens)[:, None]
+    return np.where(future, np.finfo(np.float32).min, np.float32(0))[None, None]
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, with their positions, so that a turn can be taken back or reused."""
 
@@ -115,13 +121,11 @@ class OnnxModel:
         grids = [grid for _, grid in pictures]
         positions = self.family.position_ids(input_ids, grids, self.facts["image_token_id"], self.facts["merge_size"])
         positions = positions + cache.next_position
-        hidden = np.arange(past + len(input_ids))[None, :] > past + np.arange(len(input_ids))[:, None]
-        mask = np.where(hidden, np.finfo(np.float32).min, np.float32(0))
         logits, presents = self._decoder.run(
             ["logits", "presents"],
             {
                 "inputs_embeds": self.embed(input_ids, pictures),
-                "attention_mask": mask[None, None].astype(np.float32),
+                "attention_mask": causal_mask(past, len(input_ids)),
                 "position_ids": positions.astype(np.int32),
                 "logits_index": np.array([0 if all_logits else -1], np.int32),
                 "past_key_values": cache.past,

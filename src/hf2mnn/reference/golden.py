@@ -74,6 +74,13 @@ class GoldenProbe:
         return self.ids[:begin].tolist(), self.ids[begin:].tolist()
 
 
+def without_repeats(ids: np.ndarray, token: int) -> np.ndarray:
+    """`ids` with each run of `token` as one: how many tokens a picture makes is not the tokenizer's doing."""
+    follows = np.zeros(len(ids), bool)
+    follows[1:] = ids[1:] == ids[:-1]
+    return ids[(ids != token) | ~follows]
+
+
 class Golden:
     """The folder of the `reference` stage."""
 
