@@ -11,6 +11,15 @@ from safetensors import SafetensorError, safe_open
 
 from hf2mnn.errors import SourceError
 from hf2mnn.families import Family, family_named
+from hf2mnn.source.packed import (
+    PACKED,
+    PackedLayers,
+    PackedLinear,
+    Quantization,
+    bytes_at_16_bits,
+    packed_name,
+    parse_quantization,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +63,14 @@ def checkpoint_files(folder: str | Path | None) -> list[str]:
 
 
 def checkpoint_mb(folder: str | Path | None) -> float:
-    """Size of a local checkpoint's weights in MB; 5000 (a 2B model) where it is not known yet."""
-    sizes = [Path(path).stat().st_size for path in checkpoint_files(folder) if path.endswith(".safetensors")]
+    """Size of a local checkpoint's weights in MB, packed ones taken as 16 bits each, for stages unpack them; 5000 (a 2B
+    model) where it is not known yet."""
+    files = [Path(path) for path in checkpoint_files(folder) if path.endswith(".safetensors")]
+    try:
+        packed = Checkpoint(Path(folder)).quantization if files else None
+        sizes = [bytes_at_16_bits(path, packed.bits) if packed else path.stat().st_size for path in files]
+    except (SourceError, SafetensorError):  # said by the source stage
+        sizes = [path.stat().st_size for path in files]
     return sum(sizes) / 1e6 if sizes else 5000.0
 
 
@@ -132,20 +147,44 @@ class Checkpoint:
                 raise SourceError(f"{path} is not a whole safetensors file ({error}); download it again") from None
         return where
 
+    @cached_property
+    def quantization(self) -> Quantization | None:
+        """How the packed layers are packed; None for a checkpoint in floating point."""
+        key = "quantization_config"
+        return parse_quantization(self.config.get(key) or self.text_config.get(key), self.folder / "config.json")
+
+    @cached_property
+    def packed_layers(self) -> PackedLayers:
+        return PackedLayers(self.folder, self.quantization, self.shards)
+
     def find(self, parameter: str) -> str:
-        """The checkpoint's own name for a parameter of the transformers model (names changed between releases)."""
+        """The checkpoint's own name for a parameter of the transformers model (names changed between releases); for a
+        packed layer's weight that of its qweight."""
         for name in self.family.tensor_names(parameter, self.tied):
-            if name in self.shards:
-                return name
+            for stored in (name, packed_name(name)):
+                if stored in self.shards:
+                    return stored
         raise SourceError(f"{self.folder} holds no weight for {parameter}: its safetensors do not fit its config.json")
+
+    def packed(self, parameter: str) -> PackedLinear | None:
+        """A packed layer's weight as it is stored; None for one in floating point."""
+        name = self.find(parameter)
+        return self.packed_layers.read(name.removesuffix(PACKED)) if name.endswith(PACKED) else None
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         name = self.find(parameter)
+        if name.endswith(PACKED):
+            return self.packed_layers.shape(name.removesuffix(PACKED))
         with safe_open(self.shards[name], "pt") as tensors:
             return tuple(tensors.get_slice(name).get_shape())
 
     def tensor(self, parameter: str) -> torch.Tensor:
-        """The weight in its own dtype; only this one tensor is read."""
+        """The weight in its own dtype, a packed layer's in float32, exactly; only this one tensor is read."""
+        packed = self.packed(parameter)
+        if packed:
+            import torch
+
+            return torch.from_numpy(packed.dequantize())
         name = self.find(parameter)
         with safe_open(self.shards[name], "pt") as tensors:
             return tensors.get_tensor(name)
@@ -163,4 +202,4 @@ class Checkpoint:
                 " AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
         read_json(self.folder / "tokenizer.json")
-        _ = self.shards
+        self.packed_layers.check()

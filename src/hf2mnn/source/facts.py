@@ -32,6 +32,7 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "patch_size": images.get("patch_size", 14),
         "temporal_patch_size": images.get("temporal_patch_size", 2),
         "merge_size": images.get("merge_size", 2),
+        "vision_depth": config["vision_config"].get("depth", 32),
         "image_mean": images.get("image_mean", CLIP_MEAN),
         "image_std": images.get("image_std", CLIP_STD),
         "min_pixels": images.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
