@@ -1,4 +1,7 @@
-"""The pictures of the general evaluation set, drawn with Pillow alone: the same release draws the same pixels."""
+"""How the pictures of the general sets are drawn, with Pillow alone: the same release draws the same pixels.
+
+Functions with parameters draw pictures of several sets; PICTURES are those of the evaluation set.
+"""
 
 from __future__ import annotations
 
@@ -80,23 +83,19 @@ class Canvas:
 # Text
 
 
-def receipt() -> Image.Image:
+def receipt(
+    shop: str, street: str, day: str, number: str, bought: list[tuple[str, int, float]], paid: int
+) -> Image.Image:
+    """Five things `bought`: name, how many, price of one."""
     canvas = Canvas(360, 520, "#c8ccd0")
     canvas.box(20, 14, 320, 492, "#fdfcf7", round=4)
-    canvas.text(180, 34, "CORNER GROCERY", 24, anchor="ma")
-    canvas.text(180, 66, "14 Harbour Street  -  Tel. 555 0142", 13, GREY, "ma")
-    canvas.text(40, 96, "2024-05-17  18:42", 14)
-    canvas.text(320, 96, "No. 003871", 14, anchor="ra")
+    canvas.text(180, 34, shop, 24, anchor="ma")
+    canvas.text(180, 66, street, 13, GREY, "ma")
+    canvas.text(40, 96, day, 14)
+    canvas.text(320, 96, f"No. {number}", 14, anchor="ra")
     canvas.line([(40, 122), (320, 122)], GREY, 1)
-    bought = [
-        ("Milk 1 l", 2, 1.29),
-        ("Rye bread", 1, 3.40),
-        ("Tomatoes kg", 1, 2.85),
-        ("Green tea", 3, 1.95),
-        ("Olive oil", 1, 7.60),
-    ]
-    for number, (name, count, price) in enumerate(bought):
-        y = 138 + 34 * number
+    for line, (name, count, price) in enumerate(bought):
+        y = 138 + 34 * line
         canvas.text(40, y, name, 17)
         canvas.text(220, y, f"{count} x", 17, GREY, "ra")
         canvas.text(320, y, f"{count * price:.2f}", 17, anchor="ra")
@@ -105,9 +104,9 @@ def receipt() -> Image.Image:
     canvas.text(40, 328, "TOTAL", 24)
     canvas.text(320, 328, f"{total:.2f}", 24, anchor="ra")
     canvas.text(40, 366, "Cash", 16, GREY)
-    canvas.text(320, 366, "25.00", 16, GREY, "ra")
+    canvas.text(320, 366, f"{paid:.2f}", 16, GREY, "ra")
     canvas.text(40, 390, "Change", 16, GREY)
-    canvas.text(320, 390, f"{25 - total:.2f}", 16, GREY, "ra")
+    canvas.text(320, 390, f"{paid - total:.2f}", 16, GREY, "ra")
     bars = random.Random(7)
     x = 70.0
     while x < 285:
@@ -118,59 +117,43 @@ def receipt() -> Image.Image:
     return canvas.finish()
 
 
-def sign() -> Image.Image:
+def sign(title: str, color: Color, hours: dict[str, str]) -> Image.Image:
+    """Opening hours of three kinds of day, the last in yellow."""
     canvas = Canvas(480, 280, "#8fa9b8")
     for x in (120, 350):
         canvas.box(x, 200, 12, 80, "#5b6670")
-    canvas.box(30, 24, 420, 190, "#1d5c3b", round=14)
+    canvas.box(30, 24, 420, 190, color, round=14)
     canvas.box(37, 31, 406, 176, None, round=10, edge="#ffffff", thick=3)
-    canvas.text(60, 52, "City Library", 34, PAPER)
-    canvas.text(60, 106, "Mon - Fri", 24, PAPER)
-    canvas.text(418, 106, "09:00 - 19:30", 24, PAPER, "ra")
-    canvas.text(60, 140, "Saturday", 24, PAPER)
-    canvas.text(418, 140, "10:00 - 16:00", 24, PAPER, "ra")
-    canvas.text(60, 174, "Sunday", 24, YELLOW)
-    canvas.text(418, 174, "closed", 24, YELLOW, "ra")
+    canvas.text(60, 52, title, 34, PAPER)
+    for line, (days, time) in enumerate(hours.items()):
+        fill = YELLOW if line == len(hours) - 1 else PAPER
+        canvas.text(60, 106 + 34 * line, days, 24, fill)
+        canvas.text(418, 106 + 34 * line, time, 24, fill, "ra")
     return canvas.finish()
 
 
-def note() -> Image.Image:
-    """A sheet that lies askew."""
+def note(lines: list[str], tilt: float) -> Image.Image:
+    """A sheet that lies askew by `tilt` degrees, counterclockwise."""
     canvas = Canvas(420, 330, "#f8f1c9")
     for y in range(76, 320, 40):
         canvas.line([(0, y), (420, y)], "#a9c4dd", 1)
     canvas.line([(46, 0), (46, 330)], "#e0a0a0", 1)
-    lines = [
-        "Dear Mira,",
-        "the train leaves at 7:15 from",
-        "platform 9. Please bring the",
-        "blue folder and two apples.",
-        "See you there!",
-        "Jonas",
-    ]
     for number, line in enumerate(lines):
         canvas.text(60, 73 + 40 * number, line, 25, "#26367a", "ls")
-    sheet = canvas.image.convert("RGBA").rotate(7, Image.Resampling.BICUBIC, expand=True)
+    sheet = canvas.image.convert("RGBA").rotate(tilt, Image.Resampling.BICUBIC, expand=True)
     table = Image.new("RGB", (500 * SCALE, 420 * SCALE), "#7b5a3e")
     table.paste(sheet, ((table.width - sheet.width) // 2, (table.height - sheet.height) // 2), sheet)
     return table.reduce(SCALE)
 
 
-def label() -> Image.Image:
-    """Small print: letters of eight to eleven pixels."""
+def label(title: str, small: str, facts: dict[str, str]) -> Image.Image:
+    """Small print: letters of eight to eleven pixels; five `facts` per 100 g."""
     canvas = Canvas(500, 224, "#f4f4f4")
     canvas.box(8, 8, 484, 208, PAPER, edge=INK, thick=1)
-    canvas.text(20, 18, "Oat biscuits with honey", 19)
+    canvas.text(20, 18, title, 19)
     canvas.line([(20, 46), (480, 46)], INK, 1)
-    small = (
-        "Ingredients: oat flakes (42 %), wheat flour, butter, honey (9 %), sugar, egg, salt.\n"
-        "Contains gluten, milk and egg. May contain traces of nuts.\n"
-        "Store in a cool, dry place. Once opened, eat within 10 days.\n"
-        "Best before: 30.11.2025     Lot: K7-20419"
-    )
     canvas.text(20, 56, small, 11)
-    facts = [("Energy", "1920 kJ"), ("Fat", "18.5 g"), ("Sugars", "21.0 g"), ("Protein", "7.4 g"), ("Salt", "0.6 g")]
-    for number, (name, amount) in enumerate(facts):
+    for number, (name, amount) in enumerate(facts.items()):
         x = 20 + 94 * number
         canvas.box(x, 148, 86, 44, "#eef2f5", round=4)
         canvas.text(x + 43, 154, name, 11, GREY, "ma")
@@ -182,26 +165,27 @@ def label() -> Image.Image:
 # Charts
 
 
-def bars() -> Image.Image:
+def bars(title: str, values: dict[str, int], color: Color, highest: Color) -> Image.Image:
+    """Six values of at most 50; the highest has a colour of its own."""
     canvas = Canvas(640, 420)
-    canvas.text(320, 18, "Visitors of the museum, thousands", 21, anchor="ma")
+    canvas.text(320, 18, title, 21, anchor="ma")
     for step in range(6):
         y = 350 - 55 * step
         canvas.line([(70, y), (610, y)], GRID, 1)
         canvas.text(60, y, str(10 * step), 15, GREY, "rm")
-    values = {"Jan": 12, "Feb": 18, "Mar": 27, "Apr": 41, "May": 46, "Jun": 33}
-    for number, (month, value) in enumerate(values.items()):
+    for number, (name, value) in enumerate(values.items()):
         x = 92 + 88 * number
-        canvas.box(x, 350 - 5.5 * value, 56, 5.5 * value, ORANGE if month == "May" else BLUE)
+        canvas.box(x, 350 - 5.5 * value, 56, 5.5 * value, highest if value == max(values.values()) else color)
         canvas.text(x + 28, 342 - 5.5 * value, str(value), 16, anchor="ms")
-        canvas.text(x + 28, 362, month, 17, anchor="ma")
+        canvas.text(x + 28, 362, name, 17, anchor="ma")
     canvas.line([(70, 350), (610, 350)], INK, 2)
     return canvas.finish()
 
 
-def lines() -> Image.Image:
+def lines(title: str, curves: dict[str, list[int]], colors: list[Color]) -> Image.Image:
+    """Curves of nine values up to 25 each, one every three hours."""
     canvas = Canvas(640, 400)
-    canvas.text(320, 16, "Mean temperature by hour (degrees C)", 20, anchor="ma")
+    canvas.text(320, 16, title, 20, anchor="ma")
     for step in range(6):
         y = 330 - 50 * step
         canvas.line([(64, y), (610, y)], GRID, 1)
@@ -209,8 +193,8 @@ def lines() -> Image.Image:
     hours = list(range(0, 25, 3))
     for hour in hours:
         canvas.text(72 + 22 * hour, 342, f"{hour}h", 15, GREY, "ma")
-    coast, desert = [13, 12, 12, 15, 18, 20, 19, 16, 13], [9, 6, 5, 13, 20, 24, 22, 15, 9]
-    for name, color, values, y in (("Coast", BLUE, coast, 78), ("Desert", RED, desert, 102)):
+    for number, (name, values) in enumerate(curves.items()):
+        color, y = colors[number], 78 + 24 * number
         points = [(72 + 22 * hour, 330 - 10 * value) for hour, value in zip(hours, values, strict=True)]
         canvas.line(points, color, 3)
         for x, height in points:
@@ -221,10 +205,10 @@ def lines() -> Image.Image:
     return canvas.finish()
 
 
-def pie() -> Image.Image:
+def pie(title: str, shares: list[tuple[str, int, Color]]) -> Image.Image:
+    """Name, per cent and colour of each slice."""
     canvas = Canvas(560, 380)
-    canvas.text(280, 16, "Where the electricity comes from", 21, anchor="ma")
-    shares = [("Wind", 38, BLUE), ("Sun", 24, YELLOW), ("Water", 17, GREEN), ("Gas", 15, RED), ("Other", 6, GREY)]
+    canvas.text(280, 16, title, 21, anchor="ma")
     start = -90.0
     for number, (name, share, color) in enumerate(shares):
         end = start + 3.6 * share
@@ -237,17 +221,11 @@ def pie() -> Image.Image:
     return canvas.finish()
 
 
-def table() -> Image.Image:
+def table(rows: list[tuple[str, str, str, str]]) -> Image.Image:
+    """Five rows, the first its head."""
     canvas = Canvas(600, 270)
     canvas.box(16, 16, 568, 44, INK, round=6)
     columns = [(36, "la"), (300, "ra"), (430, "ra"), (560, "ra")]
-    rows = [
-        ("Train", "Departs", "Arrives", "Price"),
-        ("IC 204", "06:58", "10:31", "42.50"),
-        ("RE 17", "07:24", "12:05", "19.90"),
-        ("Night 3", "22:47", "07:12", "61.00"),
-        ("IC 208", "10:58", "14:31", "38.00"),
-    ]
     for number, row in enumerate(rows):
         y = 27 + 46 * number + (4 if number else 0)
         if number and number % 2 == 0:
@@ -435,9 +413,9 @@ def fruit() -> Image.Image:
 # Odd sizes
 
 
-def banner() -> Image.Image:
-    canvas = Canvas(880, 110, "#20405e")
-    canvas.text(24, 55, "SPRING FAIR   12 - 14 APRIL   RIVERSIDE PARK   FREE ENTRY", 25, PAPER, "lm")
+def banner(words: str, color: Color) -> Image.Image:
+    canvas = Canvas(880, 110, color)
+    canvas.text(24, 55, words, 25, PAPER, "lm")
     for number in range(11):
         x = 80 * number
         canvas.polygon([(x + 8, 0), (x + 72, 0), (x + 40, 26)], (RED, YELLOW, GREEN, ORANGE)[number % 4])
@@ -468,13 +446,12 @@ def tiny() -> Image.Image:
     return canvas.finish()
 
 
-def tiles() -> Image.Image:
-    """No side is a multiple of a patch."""
-    canvas = Canvas(307, 199, "#f2efe8")
-    colors = [BLUE, ORANGE, GREEN, RED, PURPLE, YELLOW]
-    for row in range(3):
-        for column in range(5):
-            x, y, color = 33 + 60 * column, 38 + 61 * row, colors[(column + 2 * row) % 6]
+def tiles(width: int, height: int, colors: list[Color]) -> Image.Image:
+    """A shape every 60 pixels, round, square and pointed ones in turns."""
+    canvas = Canvas(width, height, "#f2efe8")
+    for row in range(height // 61):
+        for column in range(width // 60):
+            x, y, color = 33 + 60 * column, 38 + 61 * row, colors[(column + 2 * row) % len(colors)]
             if (row + column) % 3 == 0:
                 canvas.disk(x, y, 22, color)
             elif (row + column) % 3 == 1:
@@ -552,22 +529,77 @@ def animal(kind: str) -> Image.Image:
 
 
 PICTURES: dict[str, Callable[[], Image.Image]] = {
-    "receipt": receipt,
-    "sign": sign,
-    "note": note,
-    "label": label,
-    "bars": bars,
-    "lines": lines,
-    "pie": pie,
-    "table": table,
+    "receipt": lambda: receipt(
+        "CORNER GROCERY",
+        "14 Harbour Street  -  Tel. 555 0142",
+        "2024-05-17  18:42",
+        "003871",
+        [
+            ("Milk 1 l", 2, 1.29),
+            ("Rye bread", 1, 3.40),
+            ("Tomatoes kg", 1, 2.85),
+            ("Green tea", 3, 1.95),
+            ("Olive oil", 1, 7.60),
+        ],
+        25,
+    ),
+    "sign": lambda: sign(
+        "City Library",
+        "#1d5c3b",
+        {"Mon - Fri": "09:00 - 19:30", "Saturday": "10:00 - 16:00", "Sunday": "closed"},
+    ),
+    "note": lambda: note(
+        [
+            "Dear Mira,",
+            "the train leaves at 7:15 from",
+            "platform 9. Please bring the",
+            "blue folder and two apples.",
+            "See you there!",
+            "Jonas",
+        ],
+        7,
+    ),
+    "label": lambda: label(
+        "Oat biscuits with honey",
+        "Ingredients: oat flakes (42 %), wheat flour, butter, honey (9 %), sugar, egg, salt.\n"
+        "Contains gluten, milk and egg. May contain traces of nuts.\n"
+        "Store in a cool, dry place. Once opened, eat within 10 days.\n"
+        "Best before: 30.11.2025     Lot: K7-20419",
+        {"Energy": "1920 kJ", "Fat": "18.5 g", "Sugars": "21.0 g", "Protein": "7.4 g", "Salt": "0.6 g"},
+    ),
+    "bars": lambda: bars(
+        "Visitors of the museum, thousands",
+        {"Jan": 12, "Feb": 18, "Mar": 27, "Apr": 41, "May": 46, "Jun": 33},
+        BLUE,
+        ORANGE,
+    ),
+    "lines": lambda: lines(
+        "Mean temperature by hour (degrees C)",
+        {"Coast": [13, 12, 12, 15, 18, 20, 19, 16, 13], "Desert": [9, 6, 5, 13, 20, 24, 22, 15, 9]},
+        [BLUE, RED],
+    ),
+    "pie": lambda: pie(
+        "Where the electricity comes from",
+        [("Wind", 38, BLUE), ("Sun", 24, YELLOW), ("Water", 17, GREEN), ("Gas", 15, RED), ("Other", 6, GREY)],
+    ),
+    "table": lambda: table(
+        [
+            ("Train", "Departs", "Arrives", "Price"),
+            ("IC 204", "06:58", "10:31", "42.50"),
+            ("RE 17", "07:24", "12:05", "19.90"),
+            ("Night 3", "22:47", "07:12", "61.00"),
+            ("IC 208", "10:58", "14:31", "38.00"),
+        ]
+    ),
     "house": house,
     "street": street,
     "landscape": landscape,
     "fruit": fruit,
-    "banner": banner,
+    "banner": lambda: banner("SPRING FAIR   12 - 14 APRIL   RIVERSIDE PARK   FREE ENTRY", "#20405e"),
     "tower": tower,
     "tiny": tiny,
-    "tiles": tiles,
+    # No side is a multiple of a patch.
+    "tiles": lambda: tiles(307, 199, [BLUE, ORANGE, GREEN, RED, PURPLE, YELLOW]),
     "room-day": lambda: room(False),
     "room-evening": lambda: room(True),
     "cat": lambda: animal("cat"),

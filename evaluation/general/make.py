@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from draw import PICTURES
+
+Dialogue = tuple[str, str, list[dict[str, Any]]]
+"""Category, language, messages."""
 
 
 class Picture(str):
-    """A name of PICTURES among texts."""
+    """A name of a picture among texts."""
 
 
 def user(*parts: str) -> dict[str, Any]:
@@ -68,12 +74,12 @@ MEETING = """\
 最后决定：下一次会议改在三月十九日下午两点，地点不变，由李强准备演示。"""
 
 
-def single(category: str, language: str, *parts: str) -> tuple[str, str, list[dict[str, Any]]]:
+def single(category: str, language: str, *parts: str) -> Dialogue:
     return category, language, [user(*parts)]
 
 
 P = Picture
-EXAMPLES: list[tuple[str, str, list[dict[str, Any]]]] = [
+EXAMPLES: list[Dialogue] = [
     single("language", "en", "Explain in three sentences why the sea is salty."),
     single("language", "zh", "请用三句话介绍一下长城的历史。"),
     single("language", "es", "¿Cuáles son las ventajas de viajar en tren? Menciona tres."),
@@ -189,31 +195,28 @@ EXAMPLES: list[tuple[str, str, list[dict[str, Any]]]] = [
 ]
 
 
-def records() -> list[dict[str, Any]]:
+def records(examples: list[Dialogue]) -> list[dict[str, Any]]:
     """Examples as lines of examples.jsonl; the number in an id counts within its category."""
     made, counts = [], {}
-    for category, language, messages in EXAMPLES:
+    for category, language, messages in examples:
         counts[category] = counts.get(category, 0) + 1
         identifier = f"{category}-{counts[category]:02}"
         made.append({"id": identifier, "category": category, "language": language, "messages": messages})
     return made
 
 
-def write(out: Path) -> None:
-    """Raises OSError where the folder cannot be written."""
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    for name, draw in PICTURES.items():
-        draw().save(out / "images" / f"{name}.png", optimize=True)
-    lines = (json.dumps(record, ensure_ascii=False) for record in records())
-    (out / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def write(examples: list[Dialogue], pictures: dict[str, Callable[[], Image.Image]], about: str) -> None:
+    """The program: writes a set into the folder that the command line names."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    write(parser.parse_args().out)
-    print(f"{len(EXAMPLES)} examples, {len(PICTURES)} pictures")
+    out = parser.parse_args().out
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    for name, draw in pictures.items():
+        draw().save(out / "images" / f"{name}.png", optimize=True)
+    lines = (json.dumps(record, ensure_ascii=False) for record in records(examples))
+    (out / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{len(examples)} examples, {len(pictures)} pictures")
 
 
 if __name__ == "__main__":
-    main()
+    write(EXAMPLES, PICTURES, __doc__)

@@ -45,3 +45,7 @@ class ManifestError(Hf2mnnError):
 
 class GateError(Hf2mnnError):
     """A required variant missed a gate."""
+
+
+class QuantizationError(Hf2mnnError):
+    """Weights cannot be quantized as asked: bad numbers, blocks that do not fit, a plan or a budget that cannot be."""

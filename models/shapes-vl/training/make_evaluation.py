@@ -11,7 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+
+from PIL import Image
 
 import world
 
@@ -19,6 +22,7 @@ SEED = 31_337
 PICTURES = 24
 # Width and height that are no multiples of 28, so the processor resizes.
 ODD_SIZES = [(130, 97), (90, 150), (200, 120)]
+FREE = "Tell me, in 3 short lines:\n\tWhat is a star? 什么是星形？ \U0001f31f"
 
 
 def image(name: str) -> dict:
@@ -37,8 +41,8 @@ def user(*parts: dict) -> dict:
     return {"role": "user", "content": list(parts)}
 
 
-def labelled(scenes: list[world.Scene], rng: random.Random) -> list[dict]:
-    """Each picture is asked about in every category, the language alternating; then sums and translations."""
+def about_pictures(scenes: list[world.Scene], rng: random.Random) -> list[dict]:
+    """Each picture is asked about in every category, the language alternating."""
     made = []
     for number, scene in enumerate(scenes):
         for place, category in enumerate(world.PICTURE_CATEGORIES):
@@ -47,22 +51,25 @@ def labelled(scenes: list[world.Scene], rng: random.Random) -> list[dict]:
             if question:
                 messages = [user(image(f"{number:02}.png"), text(question.text))]
                 made.append(example(f"{category}-{number:02}", category, language, messages, question.answer))
-    for category in world.TEXT_CATEGORIES:
-        for number in range(6):
-            question = world.ask(None, category, ("en", "zh")[number % 2], rng)
-            made.append(
-                example(
-                    f"{category}-{number:02}", category, question.language, [user(text(question.text))], question.answer
-                )
-            )
     return made
 
 
-def unlabelled(rng: random.Random) -> list[dict]:
+def about_words(count: int, rng: random.Random) -> list[dict]:
+    """`count` sums and as many translations, the language alternating."""
+    made = []
+    for category in world.TEXT_CATEGORIES:
+        for number in range(count):
+            question = world.ask(None, category, ("en", "zh")[number % 2], rng)
+            messages = [user(text(question.text))]
+            made.append(example(f"{category}-{number:02}", category, question.language, messages, question.answer))
+    return made
+
+
+def unlabelled(odd: int, free: str) -> list[dict]:
+    """What has no one right answer, over `odd` pictures of odd size, the first numbered ones, and the text `free`."""
     ask = "Describe the picture."
     made = [
-        example(f"resized-{i}", "resized", "en", [user(image(f"odd-{i}.png"), text(ask))], None)
-        for i in range(len(ODD_SIZES))
+        example(f"resized-{i}", "resized", "en", [user(image(f"odd-{i}.png"), text(ask))], None) for i in range(odd)
     ]
     turns = [
         user(image("01.png"), text("What is at the top left?")),
@@ -75,27 +82,33 @@ def unlabelled(rng: random.Random) -> list[dict]:
     made.append(example("two-1", "two pictures", "zh", [user(image("05.png"), text("和"), image("odd-1.png"))], None))
     system = {"role": "system", "content": "You answer in Chinese. 你用中文回答。"}
     made.append(example("system-0", "system", "en", [system, user(image("04.png"), text(ask))], None))
-    free = "Tell me, in 3 short lines:\n\tWhat is a star? 什么是星形？ \U0001f31f"
     made.append(example("free-0", "free text", "en", [user(text(free))], None))
     return made
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def evaluation() -> tuple[dict[str, Image.Image], list[dict]]:
+    """Pictures by file name, and examples."""
+    rng = random.Random(SEED)
+    scenes = [world.draw_scene(rng, world.SIZES[number % len(world.SIZES)]) for number in range(PICTURES)]
+    drawn = {f"{number:02}.png": scene for number, scene in enumerate(scenes)}
+    drawn |= {f"odd-{i}.png": world.draw_scene(rng, size) for i, size in enumerate(ODD_SIZES)}
+    pictures = {name: world.paint(scene, rng) for name, scene in drawn.items()}
+    return pictures, [*about_pictures(scenes, rng), *about_words(6, rng), *unlabelled(len(ODD_SIZES), FREE)]
+
+
+def write(make: Callable[[], tuple[dict[str, Image.Image], list[dict]]], about: str) -> None:
+    """The program: writes the set that `make` gives into the folder that the command line names."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
-    rng = random.Random(SEED)
+    pictures, records = make()
     (out / "images").mkdir(parents=True, exist_ok=True)
-    scenes = [world.draw_scene(rng, world.SIZES[number % len(world.SIZES)]) for number in range(PICTURES)]
-    pictures = {f"{number:02}.png": scene for number, scene in enumerate(scenes)}
-    pictures |= {f"odd-{i}.png": world.draw_scene(rng, size) for i, size in enumerate(ODD_SIZES)}
-    for name, scene in pictures.items():
-        world.paint(scene, rng).save(out / "images" / name, optimize=True)
-    records = [*labelled(scenes, rng), *unlabelled(rng)]
+    for name, picture in pictures.items():
+        picture.save(out / "images" / name, optimize=True)
     lines = (json.dumps(record, ensure_ascii=False) for record in records)
     (out / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(records)} examples, {len(pictures)} pictures")
 
 
 if __name__ == "__main__":
-    main()
+    write(evaluation, __doc__)

@@ -81,6 +81,13 @@ def without_repeats(ids: np.ndarray, token: int) -> np.ndarray:
     return ids[(ids != token) | ~follows]
 
 
+def spread_examples(records: list[dict[str, Any]], count: int) -> list[str]:
+    """At most `count` ids, evenly over the records as they are sorted by category, so that every kind is there."""
+    ordered = sorted(records, key=lambda record: (record["category"], record["id"]))
+    places = np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int))
+    return [ordered[place]["id"] for place in places]
+
+
 class Golden:
     """The folder of the `reference` stage."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ class Reference:
         # A config of our own: checkpoints often ship one that samples.
         self.generation = GenerationConfig(
             do_sample=False,
+            repetition_penalty=1.0,
             max_new_tokens=max_new_tokens,
             eos_token_id=stop,
             pad_token_id=stop[0],
@@ -78,9 +80,14 @@ class Reference:
         }
 
     @torch.inference_mode()
+    def read(self, ids: torch.Tensor, pictures: list[PictureInput], **options: Any) -> Any:
+        """The model's output for int64 `ids` [tokens] read at once; `options` are those of its forward."""
+        return self.model(**self._inputs(ids[None], pictures), **options)
+
+    @torch.inference_mode()
     def inside(self, ids: torch.Tensor, pictures: list[PictureInput]) -> dict[str, torch.Tensor]:
         """What the decoder is fed and every point (`hf2mnn.points`) while `ids` [tokens] are read at once."""
-        inputs, fed = self._inputs(ids[None], pictures), {}
+        fed = {}
 
         def note(_: torch.nn.Module, __: tuple, given: dict) -> None:
             fed["inputs_embeds"] = given["inputs_embeds"][0].contiguous()
@@ -88,10 +95,10 @@ class Reference:
         hook = self.decoder.register_forward_pre_hook(note, with_kwargs=True)
         try:
             with recorded(self.model) as points:
-                self.model(**inputs)
+                self.read(ids, pictures)
         finally:
             hook.remove()
-        fed |= {"ids": ids, "position_ids": self._positions(inputs)}
+        fed |= {"ids": ids, "position_ids": self._positions(self._inputs(ids[None], pictures))}
         return fed | {name: torch.from_numpy(value) for name, value in points.items()}
 
     @torch.inference_mode()
