@@ -11,6 +11,17 @@ import pytest
 
 from support import SHAPES_VL, Workspace, make_workspace, run_cli
 
+TEXT = {
+    "num_hidden_layers": 2,
+    "layer_types": ["full_attention"] * 2,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"mrope_section": [4, 6, 6], "rope_theta": 10000.0, "rope_type": "default"},
+}
+VISION = {"depth": 1, "embed_dim": 96, "num_heads": 3}
+
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
@@ -70,6 +81,31 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def source_folder(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint with random weights: for the converter, the engine and the quantizer."""
+    from hf2mnn.source.fetch import fetch_source
+
+    checkpoint = make_checkpoint(text=TEXT, vision=VISION, tied=False)
+    return fetch_source(tmp_path_factory.mktemp("source") / "source", checkpoint)
+
+
+@pytest.fixture(scope="session")
+def onnx_folder(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `onnx` stage's folder. Tests only read it."""
+    from hf2mnn.onnx.export import export_onnx
+
+    return export_onnx(source_folder, tmp_path_factory.mktemp("onnx") / "onnx")
+
+
+@pytest.fixture(scope="session")
+def bundle(onnx_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The float32 bundle. Tests only read it."""
+    from hf2mnn.mnn.stages import convert_float
+
+    return convert_float(onnx_folder, tmp_path_factory.mktemp("mnn") / "float")
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,8 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_every_stage_is_a_command() -> None:
     stages = {"source", "evaluation", "reference", "onnx", "mnn", "quantize", "evaluate", "diagnose", "speed", "report"}
-    assert stages | {"compare", "tune", "ask", "table", "summarize", "gates", "schema"} == set(COMMANDS)
+    stages |= {"activations", "sensitivity", "plan"}
+    assert stages | {"compare", "tune", "ask", "table", "summarize", "gates", "schema", "synth"} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

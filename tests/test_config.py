@@ -12,10 +12,22 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from hf2mnn.config import Config, Engine, LabelledSet, Weights, config_schema, load_config, parse_config, parse_json
+from hf2mnn.budget import Budget, parse_budget
+from hf2mnn.config import (
+    Config,
+    Engine,
+    LabelledSet,
+    Method,
+    Weights,
+    config_schema,
+    load_config,
+    load_plan,
+    parse_config,
+    parse_json,
+)
 from hf2mnn.errors import ConfigError
 from hf2mnn.reference.labelled import DATASETS
 from support import REPOSITORY, SHAPES_VL
@@ -89,7 +101,18 @@ def test_unknown_key_is_refused_at_every_level(path: str) -> None:
         ("variants/v/block", 24, ["variants.v.block", "24 is not a multiple of 16"]),
         ("variants/v/block", -16, ["variants.v.block", "-16"]),
         ("variants/v/vision", {"block": 64}, ["variants.v.vision.bits", "missing"]),
-        ("variants/v/method", "gptq", ["variants.v.method", "'rtn' or 'hqq'"]),
+        ("variants/v/method", "spqr", ["variants.v.method", "'spqr' is not one of 'rtn', 'hqq', 'lsq'"]),
+        ("variants/v", {"bits": 4, "method": "hqq", "symmetric": True}, ["variants.v", "no", "zero point", "lsq"]),
+        ("variants/v", {"bits": "auto"}, ["variants.v", "budget"]),
+        ("variants/v", {"bits": 4, "budget": 4.25}, ["variants.v", "bits: auto"]),
+        ("variants/v", {"bits": "auto", "budget": 900}, ["variants.v", "900", "850MB"]),
+        ("variants/v", {"bits": "auto", "budget": "large"}, ["variants.v", "'large' is no budget"]),
+        ("variants/v", {"bits": "auto", "budget": 4, "block": 64}, ["variants.v", "take block out"]),
+        ("variants/v", {"bits": "auto", "budget": 4, "method": "checkpoint"}, ["variants.v", "lsq, awq or gptq"]),
+        ("variants/v/embedding", "disk", ["variants.v.embedding", "'file' or 'lm_head'"]),
+        ("models/m/calibration", {"dataset": "ai2d"}, ["models.m.calibration"]),
+        ("calibration/bits", [9], ["calibration.bits", "9"]),
+        ("calibration/rows", 0, ["calibration.rows", "0"]),
         ("variants/v/symmetric", "perhaps", ["variants.v.symmetric", "'perhaps'"]),
         ("variants/v/engine/precision", "int8", ["variants.v.engine.precision", "'int8'"]),
         ("variants/v/engine/threads", 0, ["variants.v.engine.threads", "0"]),
@@ -237,12 +260,13 @@ def test_key_with_a_line_break_is_still_one_line(path: str) -> None:
     block=st.integers(0, 64).map(lambda n: 16 * n),
     symmetric=st.booleans(),
     scale_bits=st.sampled_from([16, 32]),
-    method=st.sampled_from(["rtn", "hqq"]),
+    method=st.sampled_from(get_args(Method)),
 )
 @settings(max_examples=60, deadline=None)
 @example(bits=4, block=0, symmetric=False, scale_bits=16, method="rtn")
 def test_every_weight_format_survives_yaml_and_the_command_line(**described: Any) -> None:
     """Snakemake hands the parsed settings to `hf2mnn quantize` as JSON; none may change on the way."""
+    assume(not (described["method"] == "hqq" and described["symmetric"]))
     config = parse_config(yaml.safe_load(yaml.safe_dump(content(**described))))
     weights = config.decoder_weights("v").model_dump(include=set(Weights.model_fields))
     assert weights == described
@@ -329,3 +353,58 @@ def test_every_key_is_described() -> None:
     for name, block in {"config": schema, **schema["$defs"]}.items():
         assert block.get("additionalProperties") is False, name
         assert [key for key, described in block["properties"].items() if not described.get("description")] == [], name
+
+
+# Plans and calibration
+
+
+def test_mixed_precision_takes_its_bits_from_a_plan_alone() -> None:
+    """Nothing that the command line says of bits may look like a choice of the person's."""
+    config = parse_config(content(bits="auto", budget=4.25, method="gptq"))
+    assert config.decoder_weights("v") == config.vision_weights("v") == Weights(bits=8, method="gptq")
+    assert config.engine("v").memory == "low"
+    assert config.calibrated("v")
+
+
+def test_a_pinned_plan_says_which_methods_are_needed(tmp_path: Path) -> None:
+    """An operator by gptq needs recorded activations, whatever the rest of the variant is made by."""
+    path = tmp_path / "plan.yaml"
+    path.write_text("decoder:\n  lm_head: {bits: 6, method: gptq}\n  a.b: {block: 32}\n")
+    config = parse_config(content(block=64, plan=str(path)))
+    assert config.methods("v") == {"lsq", "gptq"}
+    assert config.calibrated("v")
+    plan = load_plan(path).model_dump(exclude_none=True)
+    assert plan == {"decoder": {"lm_head": {"bits": 6, "method": "gptq"}, "a.b": {"block": 32}}, "vision": {}}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "cannot be read"),
+        ("decoder: [", "cannot be read"),
+        ("decoders: {}", "no such key"),
+        ("decoder: {lm_head: {bits: 9}}", "decoder.lm_head.bits: 9"),
+        ("vision: {a: {block: 20}}", "multiple of 16"),
+    ],
+)
+def test_what_is_no_plan_is_refused_with_the_file_and_the_key(text: str | None, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load_plan(path)
+    assert str(path) in str(refused.value)
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@given(st.floats(1.5, 16).map(lambda bits: round(bits, 3)))
+def test_a_bare_number_is_bits_a_weight(bits: float) -> None:
+    assert parse_budget(bits) == parse_budget(str(bits)) == Budget(bits_per_weight=bits)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("850MB", 850_000_000), ("1.5 GB", 1_500_000_000), ("2 MiB", 2_097_152), ("700000B", 700_000)]
+)
+def test_a_number_with_a_unit_is_the_size_of_the_bundle(text: str, size: int) -> None:
+    assert parse_budget(text) == Budget(bundle_bytes=size)

@@ -119,7 +119,9 @@ def test_onnx_does_not_depend_on_mnn() -> None:
 @pytest.mark.parametrize(
     ("edited", "changed"),
     [
-        ("mnn/graph.py", {"mnn", "evaluate", "diagnose", "speed"}),
+        ("mnn/graph.py", {"mnn", "sensitivity", "plan", "quantize", "evaluate", "diagnose", "speed"}),
+        ("quant/rounding.py", {"sensitivity", "plan", "quantize"}),
+        ("quant/plan.py", {"plan"}),
         ("onnx/export.py", {"onnx"}),
         ("onnx/session.py", {"evaluate", "diagnose"}),
         ("mnn/worker/session.py", {"evaluate", "diagnose", "speed"}),

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hf2mnn.evaluate.metrics import (
+from hf2mnn.metrics import (
     common_prefix,
     cosine,
     ends_in_a_loop,

@@ -10,14 +10,15 @@ from typing import Annotated
 import typer
 
 from hf2mnn import __version__
-from hf2mnn.errors import GateError, Hf2mnnError
+from hf2mnn.errors import ConfigError, GateError, Hf2mnnError
 
 app = typer.Typer(
     name="hf2mnn",
     help=(
         "Turn a Hugging Face vision-language model into MNN bundles, and prove each one against PyTorch.\n\n"
         "'snakemake --cores N' runs all stages for the models and variants of config.yaml; each also runs by hand:"
-        " source, evaluation, reference, onnx, mnn, quantize, evaluate, diagnose, speed, report."
+        " source, evaluation, reference, onnx, mnn, activations, sensitivity, plan, quantize, evaluate, diagnose,"
+        " speed, report."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -99,6 +100,77 @@ def mnn(onnx: Annotated[Path, typer.Argument(help="Folder of the onnx stage.")],
 
 @app.command(
     epilog=_example(
+        "hf2mnn activations results/shapes-vl/source --calibration results/shapes-vl/calibration"
+        " --evaluation results/shapes-vl/reference --out results/shapes-vl/activations"
+    )
+)
+def activations(
+    source: Annotated[Path, typer.Argument(help="Folder of the source stage.")],
+    out: Out,
+    calibration: Annotated[Path, typer.Option(help="Folder that 'hf2mnn reference' has made of the calibration set.")],
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="Folder that it has made of the evaluation set: no example may be in both."),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Tokens or patches of which a layer's inputs are kept.", min=1)] = 4096,
+    threads: Threads = 2,
+) -> None:
+    """Record what each linear layer reads on the calibration set, for awq and gptq."""
+    from hf2mnn.reference.linear_inputs import record_activations
+
+    record_activations(source, calibration, evaluation, out, rows, threads)
+
+
+@app.command(
+    epilog=_example(
+        "hf2mnn sensitivity results/shapes-vl/source --calibration results/shapes-vl/calibration"
+        " --out results/shapes-vl/sensitivity"
+    )
+)
+def sensitivity(
+    source: Annotated[Path, typer.Argument(help="Folder of the source stage.")],
+    out: Out,
+    calibration: Annotated[Path, typer.Option(help="Folder that 'hf2mnn reference' has made of the calibration set.")],
+    bits: Annotated[
+        list[int] | None, typer.Option(help="Bits to measure with, 2 to 8; again for more.", min=2, max=8)
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Examples to measure with.", min=1)] = 32,
+    threads: Threads = 2,
+) -> None:
+    """Measure what it costs the answers when one operator alone is quantized, for bits: auto."""
+    from hf2mnn.config import Calibration
+    from hf2mnn.quant.sensitivity import measure_sensitivity
+
+    measure_sensitivity(source, calibration, out, sorted(set(bits or Calibration().bits)), examples, threads)
+
+
+@app.command(
+    epilog=_example(
+        "hf2mnn plan results/shapes-vl/sensitivity --onnx results/shapes-vl/onnx --float results/shapes-vl/mnn/float"
+        " --budget 4.25 --out results/shapes-vl/plans/auto"
+    )
+)
+def plan(
+    sensitivity: Annotated[Path, typer.Argument(help="Folder of the sensitivity stage.")],
+    out: Out,
+    onnx: Annotated[Path, typer.Option(help="Folder of the onnx stage.")],
+    float_bundle: Annotated[Path, typer.Option("--float", help="Folder of the mnn stage.")],
+    budget: Annotated[str, typer.Option(help="Bits a weight with scales (4.25), or the bundle's size (850MB).")],
+    embedding: Annotated[str, typer.Option(help="Where the embedding will be: file or lm_head.")] = "file",
+) -> None:
+    """Choose the format of each operator that costs the answers least within a budget, and write plan.yaml."""
+    from hf2mnn.budget import parse_budget
+    from hf2mnn.quant.plan import make_plan
+
+    try:
+        wanted = parse_budget(budget)
+    except ValueError as error:
+        raise ConfigError(f"--budget: {error}") from None
+    make_plan(sensitivity, onnx, float_bundle, out, wanted, embedding)
+
+
+@app.command(
+    epilog=_example(
         "hf2mnn quantize results/shapes-vl/onnx results/shapes-vl/mnn/float --out results/shapes-vl/mnn/int4"
         """ --decoder '{"bits": 4, "block": 64}' --vision '{"bits": 8}'"""
     )
@@ -112,17 +184,29 @@ def quantize(
     ],
     vision: Annotated[str, typer.Option(help="Weights of the vision tower, JSON.")] = '{"bits": 8}',
     engine: Annotated[str, typer.Option(help="Run-time settings, JSON: precision, memory, threads.")] = "{}",
+    plan: Annotated[Path | None, typer.Option(help="A plan.yaml: settings by operator, over those two.")] = None,
+    embedding: Annotated[
+        str, typer.Option(help="Where the engine reads the embedding: file, or lm_head of a tied model.")
+    ] = "file",
+    activations: Annotated[Path | None, typer.Option(help="Folder of the activations stage, for awq and gptq.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Folder of the source stage, for the levels of an AWQ or GPTQ checkpoint.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads to round with.", min=1)] = 2,
 ) -> None:
-    """Make a variant of the float bundle with other weights, by MNN's own converter."""
-    from hf2mnn.config import Engine, Weights, parse_json
+    """Make a variant of the float bundle with other weights."""
+    from hf2mnn.config import Engine, Weights, load_plan, parse_json
     from hf2mnn.mnn.bundle import EngineSettings
     from hf2mnn.mnn.convert import WeightFormat
-    from hf2mnn.mnn.stages import quantize as make
+    from hf2mnn.quant.stages import quantize as make
+    from hf2mnn.quant.variant import Choice
 
     formats = [
         WeightFormat(**parse_json(Weights, text, name)) for text, name in ((decoder, "--decoder"), (vision, "--vision"))
     ]
-    make(onnx, float_bundle, out, *formats, EngineSettings(**parse_json(Engine, engine, "--engine")))
+    settings = EngineSettings(**parse_json(Engine, engine, "--engine"))
+    choice = Choice(*formats, settings, load_plan(plan).model_dump(exclude_none=True) if plan else {}, embedding)
+    make(onnx, float_bundle, out, choice, threads, activations, source)
 
 
 @app.command(
@@ -368,6 +452,22 @@ def tune(
         dry_run,
     )
     print_tuned(tuned, written=not dry_run)
+
+
+@app.command(epilog=_example("hf2mnn synth --like qwen2-vl-2b --tokenizer models/shapes-vl --out /data/synthetic-2b"))
+def synth(
+    out: Out,
+    like: Annotated[str, typer.Option(help="Shape: qwen2-vl-2b or qwen2-vl-7b.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder whose tokenizer, template and processor settings are taken.")
+    ] = None,
+    shards: Annotated[int, typer.Option(help="safetensors files.", min=1)] = 2,
+    seed: Annotated[int, typer.Option(help="Which random weights.")] = 0,
+) -> None:
+    """Make a checkpoint of a real model's shape with random weights, to try scale where none can be downloaded."""
+    from hf2mnn.source.synth import make_checkpoint_like
+
+    make_checkpoint_like(like, out, seed, shards, tokenizer)
 
 
 @app.command(epilog=_example("hf2mnn schema > workflow/schemas/config.schema.yaml"))

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from hf2mnn.budget import parse_budget
 from hf2mnn.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -41,6 +42,8 @@ def _block(value: int) -> int:
 
 Name = Annotated[str, AfterValidator(_name)]
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16, 32]
+BitsOrAuto = Literal[2, 3, 4, 5, 6, 7, 8, 16, 32, "auto"]
+Method = Literal["rtn", "hqq", "lsq", "awq", "gptq", "checkpoint"]
 
 
 class _Strict(BaseModel):
@@ -56,9 +59,34 @@ class Weights(_Strict):
     )
     symmetric: bool = Field(False, description="A scale only, no zero point: smaller and less exact.")
     scale_bits: Literal[16, 32] = Field(16, description="Float type of scales and zero points.")
-    method: Literal["rtn", "hqq"] = Field(
-        "rtn", description="rtn rounds to nearest; hqq searches (about 19 times slower)."
+    method: Method = Field(
+        "lsq",
+        description="rtn rounds to nearest; hqq and lsq search scales; awq and gptq go by recorded activations;"
+        " checkpoint takes over what an AWQ or GPTQ checkpoint holds.",
     )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Weights:
+        if self.method == "hqq" and self.symmetric:
+            raise ValueError("hqq searches a zero point, and symmetric has none; use lsq")
+        return self
+
+
+class PlannedWeights(_Strict):
+    """Settings of one operator in a plan; what is left out is the variant's."""
+
+    bits: Bits | None = None
+    block: Annotated[int, Field(ge=0), AfterValidator(_block)] | None = None
+    symmetric: bool | None = None
+    scale_bits: Literal[16, 32] | None = None
+    method: Method | None = None
+
+
+class Plan(_Strict):
+    """plan.yaml: settings by operator (its module's name in transformers) of decoder and vision tower."""
+
+    decoder: dict[str, PlannedWeights] = Field({}, description="Operators of the decoder, lm_head among them.")
+    vision: dict[str, PlannedWeights] = Field({}, description="Operators of the vision tower.")
 
 
 class Engine(_Strict):
@@ -115,6 +143,18 @@ class GeneralGates(Gates):
 class Variant(Weights):
     """A bundle to make of each model."""
 
+    bits: BitsOrAuto = Field(
+        description="Bits a weight: 32 and 16 are float, 2 to 8 integers with a scale a block; auto chooses for each"
+        " operator of decoder and vision tower within the budget."
+    )
+    budget: float | str | None = Field(
+        None, description="For bits: auto. Bits a weight with scales (4.25), or the bundle's size (850MB)."
+    )
+    plan: str | None = Field(None, description="A plan.yaml: settings by operator, over the variant's own.")
+    embedding: Literal["file", "lm_head"] = Field(
+        "file",
+        description="Where the engine reads the embedding: a bfloat16 file, or the quantized lm_head of a tied model.",
+    )
     vision: Weights | None = Field(
         None,
         description="The vision tower's weights; left out, the decoder's where it is float, else 8 bits a channel.",
@@ -124,6 +164,28 @@ class Variant(Weights):
     gates: Gates = Field(
         Gates(), description="Bounds for this variant; each overrides the one under the top-level gates."
     )
+
+    @model_validator(mode="after")
+    def _planned(self) -> Variant:
+        if self.auto != (self.budget is not None):
+            raise ValueError("bits: auto and budget go together: one says to choose, the other within what")
+        if self.auto:
+            parse_budget(self.budget)
+            for key in ("vision", "plan", "symmetric", "scale_bits", "block"):
+                if key in self.model_fields_set:
+                    raise ValueError(f"with bits: auto the formats are chosen for all operators: take {key} out")
+            if self.method == "checkpoint":
+                raise ValueError("with bits: auto weights are quantized here: use lsq, awq or gptq")
+        return self
+
+    @property
+    def auto(self) -> bool:
+        return self.bits == "auto"
+
+    @property
+    def floats(self) -> bool:
+        """Whether the decoder's weights are float."""
+        return not self.auto and self.bits >= 16
 
 
 class Row(_Strict):
@@ -193,6 +255,10 @@ class Model(_Strict):
         "evaluation/general",
         description="Folder with examples.jsonl and its pictures, or a labelled data set to draw one from.",
     )
+    calibration: str = Field(
+        "evaluation/calibration",
+        description="Folder like that of evaluation, with other examples: for awq, gptq and bits: auto.",
+    )
     max_new_tokens: int = Field(64, ge=1, description="Longest greedy answer in the evaluation.")
     variants: Annotated[list[Name], Field(min_length=1)] | None = Field(
         None, description="Variants to make of this model; left out, all."
@@ -209,6 +275,16 @@ class Speed(_Strict):
     threads: int | None = Field(None, ge=1, description="Threads of the engine; left out, all cores of the run.")
 
 
+class Calibration(_Strict):
+    """What is recorded and measured on a model's calibration set."""
+
+    rows: int = Field(4096, ge=1, description="Tokens or patches of which a layer's inputs are kept.")
+    examples: int = Field(32, ge=1, description="Examples by which the sensitivity of an operator is measured.")
+    bits: Annotated[list[Literal[2, 3, 4, 5, 6, 7, 8]], Field(min_length=1)] = Field(
+        [2, 3, 4], description="Bits with which it is measured; other formats are judged by their weight errors."
+    )
+
+
 class Config(_Strict):
     """hf2mnn: which models become which bundles, and what those must keep."""
 
@@ -217,6 +293,7 @@ class Config(_Strict):
     gates: GeneralGates = Field(GeneralGates(), description="Bounds for every variant.")
     onnxruntime: Row = Field(Row(), description="The ONNX graphs in ONNX Runtime, a row of the table as well.")
     speed: Speed = Field(Speed(), description="How bundles are timed against each other.")
+    calibration: Calibration = Field(Calibration(), description="For awq, gptq and bits: auto.")
     threads: int = Field(2, ge=1, description="Threads of a job that computes; Snakemake lowers it to --cores.")
     time_limit: int = Field(7200, ge=1, description="Seconds after which an evaluation in the engine is stopped.")
 
@@ -244,16 +321,40 @@ class Config(_Strict):
         return next((name for name in variants if self.variants[name].bits == 16), variants[0])
 
     def decoder_weights(self, variant: str) -> Weights:
-        return self.variants[variant]
+        chosen = self.variants[variant]
+        if chosen.auto:
+            return Weights(bits=8, method=chosen.method)  # the plan has every operator's bits
+        return Weights(**chosen.model_dump(include=set(Weights.model_fields)))
 
     def vision_weights(self, variant: str) -> Weights:
+        """Left out: as float as the decoder, else 8 bits a channel, by the decoder's method where that can be."""
         chosen = self.variants[variant]
-        return chosen.vision or Weights(bits=chosen.bits if chosen.bits >= 16 else 8)
+        if chosen.vision:
+            return chosen.vision
+        if chosen.auto:
+            return self.decoder_weights(variant)
+        method = "lsq" if chosen.method == "checkpoint" else chosen.method
+        return Weights(bits=chosen.bits if chosen.floats else 8, method=method)
+
+    def plan_of(self, variant: str) -> Plan:
+        """The plan that a variant pins; an empty one where it pins none. Raises ConfigError as `load_plan` does."""
+        pinned = self.variants[variant].plan
+        return load_plan(Path(pinned)) if pinned else Plan()
+
+    def methods(self, variant: str) -> set[str]:
+        """Every method by which some operator of a variant may be quantized."""
+        plan = self.plan_of(variant)
+        planned = {weights.method for part in (plan.decoder, plan.vision) for weights in part.values()} - {None}
+        return planned | {weights.method for weights in (self.decoder_weights(variant), self.vision_weights(variant))}
+
+    def calibrated(self, variant: str) -> bool:
+        """Whether a variant needs recorded activations."""
+        return bool(self.methods(variant) & {"awq", "gptq"})
 
     def engine(self, variant: str) -> Engine:
         """Float weights: computed in float32, as exact as the engine can. Packed weights: computed as on a phone."""
         chosen = self.variants[variant]
-        setting = "high" if chosen.bits >= 16 else "low"
+        setting = "high" if chosen.floats else "low"
         engine = chosen.engine
         return Engine(precision=engine.precision or setting, memory=engine.memory or setting, threads=engine.threads)
 
@@ -319,11 +420,13 @@ def _check_blocks(config: Config, model: str, described: Model) -> None:
     for variant in config.variants_of(model):
         for part, weights in (("decoder", config.decoder_weights(variant)), ("vision", config.vision_weights(variant))):
             for size in inputs[part]:
+                if config.variants[variant].plan or weights.method == "checkpoint":
+                    continue
                 if weights.bits < 16 and weights.block and size % weights.block:
                     key = f"variants.{variant}.{'vision.' if part == 'vision' else ''}block"
                     raise ConfigError(
                         f"config: {key}: {weights.block} does not divide the {size} inputs of a {part} layer of"
-                        f" {model}; the converter would silently fall back to one scale a channel"
+                        f" {model}; use one that does, or 0 for one scale a channel"
                     )
 
 
@@ -338,6 +441,16 @@ def load_config(path: Path) -> Config:
     except yaml.YAMLError as error:
         raise ConfigError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
     return parse_config(content)
+
+
+def load_plan(path: Path) -> Plan:
+    """Raises ConfigError where the file is missing or is no plan."""
+    try:
+        return Plan.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"plan: {path} cannot be read ({' '.join(str(error).split())})") from None
+    except ValidationError as error:
+        raise ConfigError(_sentence(error).replace("config:", f"plan: {path}:", 1)) from None
 
 
 def parse_json(kind: type[BaseModel], text: str, option: str) -> Any:

@@ -20,6 +20,10 @@ STAGES = {
     "reference": "hf2mnn.reference.run",
     "onnx": "hf2mnn.onnx.export",
     "mnn": "hf2mnn.mnn.stages",
+    "activations": "hf2mnn.reference.linear_inputs",
+    "sensitivity": "hf2mnn.quant.sensitivity",
+    "plan": "hf2mnn.quant.plan",
+    "quantize": "hf2mnn.quant.stages",
     "evaluate": "hf2mnn.evaluate.run",
     "speed": "hf2mnn.evaluate.speed",
     "diagnose": "hf2mnn.evaluate.diagnose",
@@ -38,6 +42,8 @@ TOOLS = {
     "MNN": "MNN",
     "_tools": "MNN",
     "PIL": "pillow",
+    "numba": "numba",
+    "scipy": "scipy",
 }
 
 

@@ -13,8 +13,8 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 
 from hf2mnn.evaluate import budget as module
-from hf2mnn.evaluate.budget import Bench, Run, budget, chosen_examples, divergence, exact_embedding
-from hf2mnn.evaluate.metrics import kl_divergence
+from hf2mnn.evaluate.budget import Bench, Run, budget, divergence, exact_embedding
+from hf2mnn.metrics import kl_divergence
 from hf2mnn.mnn.bundle import CONFIG
 from hf2mnn.mnn.stages import convert_float
 from hf2mnn.onnx.export import export_onnx
@@ -100,14 +100,6 @@ def test_divergence_is_over_positions_not_examples() -> None:
     one = {"long": flat, "short": sharp}
     other = {"long": flat, "short": np.zeros((1, 3))}
     assert divergence(one, other) == pytest.approx(kl_divergence(sharp, np.zeros((1, 3)))[0] / 5)
-
-
-@pytest.mark.parametrize("count", [1, 5, 24, 25, 300])
-def test_the_chosen_examples_are_of_every_kind(count: int) -> None:
-    records = [{"id": f"{i:03}", "category": "abcd"[i % 4]} for i in range(count)]
-    chosen = chosen_examples(SimpleNamespace(records=records))
-    assert len(set(chosen)) == len(chosen) == min(24, count)
-    assert {records[int(name)]["category"] for name in chosen} == {record["category"] for record in records}
 
 
 def bench_of(folder: Path, bundle: str = "float") -> Bench:

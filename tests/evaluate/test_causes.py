@@ -112,8 +112,10 @@ def embedding(table: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> Callable[[n
     """Findings on a bundle's table, read in two blocks."""
 
     def found(stored: np.ndarray) -> list[causes.Finding]:
-        blocks = [(stored[:20], table[:20]), (stored[20:], table[20:])]
+        one, other = stored.astype(np.float32), table.astype(np.float32)
+        blocks = [(one[:20], other[:20]), (one[20:], other[20:])]
         monkeypatch.setattr(causes, "embedding_blocks", lambda *_: iter(blocks))
+        monkeypatch.setattr(causes, "tied_in", lambda _: None)
         return wrong_embedding(Path(), Path())
 
     return found

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hf2mnn.errors import ConversionError
 from hf2mnn.evaluate.layers import Part, Portable, _run_mnn
-from hf2mnn.evaluate.metrics import relative_error
+from hf2mnn.metrics import relative_error
 from hf2mnn.mnn.bundle import convert_decoder, convert_vision
 from hf2mnn.mnn.convert import WeightFormat, float_constants, read_graph
 from hf2mnn.mnn.graph import Graph, prove_fused

@@ -22,7 +22,8 @@ from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.bundle import EngineSettings
 from hf2mnn.mnn.convert import WeightFormat
 from hf2mnn.mnn.settings import engine_settings, vision_settings, with_settings
-from hf2mnn.mnn.stages import quantize
+from hf2mnn.quant.stages import quantize
+from hf2mnn.quant.variant import Choice
 from hf2mnn.report.speed import print_speed, shown
 
 PROMPT, ANSWER, LENGTHS, REPEATS = 24, 4, (8, 384), 3
@@ -40,7 +41,7 @@ class Measured:
 def int8(onnx_folder: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     formats = WeightFormat(bits=8, block=32), WeightFormat(bits=8)
     settings = EngineSettings(precision="low", memory="low", threads=3)
-    return quantize(onnx_folder, bundle, tmp_path_factory.mktemp("int8") / "int8", *formats, settings)
+    return quantize(onnx_folder, bundle, tmp_path_factory.mktemp("int8") / "int8", Choice(*formats, settings), 1)
 
 
 @pytest.fixture(scope="module")

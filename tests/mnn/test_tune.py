@@ -20,7 +20,8 @@ from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.ask import ask_bundle
 from hf2mnn.mnn.bundle import EngineSettings
 from hf2mnn.mnn.convert import WeightFormat
-from hf2mnn.mnn.stages import quantize
+from hf2mnn.quant.stages import quantize
+from hf2mnn.quant.variant import Choice
 from hf2mnn.report.speed import print_tuned
 
 SMALL = {"prompt_tokens": 8, "answer_tokens": 2, "picture_side": 56, "time_limit": 60}
@@ -38,7 +39,7 @@ def copy(bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def int8(onnx_folder: Path, bundle: Path, tmp_path: Path) -> Path:
     formats = WeightFormat(bits=8, block=32), WeightFormat(bits=8)
-    return quantize(onnx_folder, bundle, tmp_path / "int8", *formats, EngineSettings("low", "low", 2))
+    return quantize(onnx_folder, bundle, tmp_path / "int8", Choice(*formats, EngineSettings("low", "low", 2)), 1)
 
 
 @pytest.fixture

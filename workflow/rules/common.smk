@@ -75,6 +75,32 @@ def labelled_options(wildcards):
     return shlex.join(options)
 
 
+def calibration_files(wildcards):
+    return files_below(CONFIG.models[wildcards.model].calibration)
+
+
+def choices(wildcards):
+    """What a variant's weights are chosen by, beside its settings: only what its methods need."""
+    model, variant = f"results/{wildcards.model}", CONFIG.variants[wildcards.variant]
+    found = {}
+    if variant.auto:
+        found["plan"] = f"{model}/plans/{wildcards.variant}/plan.yaml"
+    elif variant.plan:
+        found["plan"] = variant.plan
+    if CONFIG.calibrated(wildcards.variant):
+        found["activations"] = f"{model}/activations/manifest.json"
+    if "checkpoint" in CONFIG.methods(wildcards.variant):
+        found["source"] = f"{model}/source/manifest.json"
+    return found
+
+
+def choice_options(wildcards):
+    options = ["--embedding", CONFIG.variants[wildcards.variant].embedding]
+    for name, path in choices(wildcards).items():
+        options += [f"--{name}", path if name == "plan" else str(Path(path).parent)]
+    return shlex.join(options)
+
+
 def weights(part):
     """JSON of the weight settings of a variant's decoder or vision tower."""
     chosen = {"decoder": CONFIG.decoder_weights, "vision": CONFIG.vision_weights}[part]

@@ -1,6 +1,8 @@
-# A variant of the float bundle, by MNN's own converter.
+# A variant of the float bundle with other weights. Its embedding may have no file of its own, so none is named here; the
+# manifest names all there is.
 rule quantize_variant:
     input:
+        unpack(choices),
         onnx="results/{model}/onnx/manifest.json",
         float="results/{model}/mnn/float/manifest.json",
     output:
@@ -10,7 +12,6 @@ rule quantize_variant:
         "results/{model}/mnn/{variant}/llm.mnn.weight",
         "results/{model}/mnn/{variant}/visual.mnn",
         "results/{model}/mnn/{variant}/visual.mnn.weight",
-        "results/{model}/mnn/{variant}/embeddings_bf16.bin",
         "results/{model}/mnn/{variant}/tokenizer.mtok",
         manifest="results/{model}/mnn/{variant}/manifest.json",
     log:
@@ -19,9 +20,9 @@ rule quantize_variant:
         "benchmarks/quantize_variant/{model}/{variant}.tsv"
     conda:
         "../../envs/mnn.yaml"
-    threads: 1
+    threads: CONFIG.threads
     resources:
-        mem_mb=memory(500, 2.0),
+        mem_mb=memory(1500, 0.3),
         runtime="8h",
     params:
         onnx=subpath(input.onnx, parent=True),
@@ -29,9 +30,10 @@ rule quantize_variant:
         decoder=weights("decoder"),
         vision=weights("vision"),
         engine=engine,
+        options=choice_options,
         out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("mnn"),
+        fingerprint=fingerprint("quantize"),
     shell:
         "hf2mnn quantize {params.onnx:q} {params.float:q} --decoder {params.decoder:q} --vision {params.vision:q}"
-        " --engine {params.engine:q} --out {params.out:q}"
+        " --engine {params.engine:q} {params.options} --threads {threads} --out {params.out:q}"
         " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"

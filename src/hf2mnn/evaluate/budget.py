@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-from hf2mnn.evaluate.metrics import kl_divergence
 from hf2mnn.evaluate.names import CONVERSION, PREPROCESSING, TOTAL
 from hf2mnn.files import link_or_copy
 from hf2mnn.manifest import Manifest
+from hf2mnn.metrics import kl_divergence
 from hf2mnn.mnn.bundle import (
     CONFIG,
     DECODER,
@@ -27,11 +27,11 @@ from hf2mnn.mnn.bundle import (
     MODEL_CONFIG,
     TOKENIZER,
     VISION,
-    embedding_blocks,
     embedding_table,
 )
 from hf2mnn.mnn.engine import run_worker
-from hf2mnn.reference.golden import Golden
+from hf2mnn.quant.embedding import TIED, embedding_blocks, tied_in
+from hf2mnn.reference.golden import Golden, spread_examples
 
 COLUMNS = ["source", "mean_kld", "positions"]
 EXAMPLES = 24
@@ -52,13 +52,6 @@ class Run:
     resize: bool = False
 
 
-def chosen_examples(golden: Golden) -> list[str]:
-    """At most EXAMPLES ids, evenly over the set as it is sorted by category, so that every kind is there."""
-    records = sorted(golden.records, key=lambda record: (record["category"], record["id"]))
-    places = np.unique(np.linspace(0, len(records) - 1, min(EXAMPLES, len(records))).round().astype(int))
-    return [records[place]["id"] for place in places]
-
-
 def _digest(path: Path) -> str:
     """sha256 of a bundle's file, as its manifest has it: weights are large."""
     return Manifest.load(path.parent).outputs[path.name]["sha256"]
@@ -71,14 +64,14 @@ class Bench:
         """`base` is the float bundle: what a run does not name comes from there."""
         self.golden, self.base, self.onnx_folder = golden, base, onnx_folder
         self.threads, self.time_limit = threads, time_limit
-        self.examples = chosen_examples(golden)
+        self.examples = spread_examples(golden.records, EXAMPLES)
         self._done: dict[tuple, dict[str, np.ndarray]] = {}
         self._tokens: dict[str, dict[str, list[int]]] = {}
 
     def logits(self, run: Run) -> dict[str, np.ndarray]:
         """Teacher-forced logits by example."""
         parts = [run.decoder / DECODER, run.decoder / f"{DECODER}.weight", run.vision / VISION]
-        parts += [run.vision / f"{VISION}.weight", run.embedding / EMBEDDING]
+        parts += [run.vision / f"{VISION}.weight", *run.embedding.glob(EMBEDDING)]
         rest = [run.rest / MODEL_CONFIG, run.rest / TOKENIZER]
         key = (*map(_digest, parts + rest), run.precision, run.memory, run.resize)
         if key not in self._done:
@@ -95,6 +88,11 @@ class Bench:
             rest = {path.name: path for path in run.rest.iterdir() if path.is_file()}
             for path in (rest | {path.name: path for path in parts}).values():
                 link_or_copy(path.resolve(), folder / path.name)
+            # Where the embedding is stands among the settings, and belongs to it.
+            settings, tied = json.loads((folder / MODEL_CONFIG).read_text()), tied_in(run.embedding)
+            if settings.pop(TIED, None) != tied:
+                (folder / MODEL_CONFIG).unlink()
+                (folder / MODEL_CONFIG).write_text(json.dumps(settings | ({TIED: tied} if tied else {})))
             result, tokens = folder / "logits.safetensors", folder / "tokens.json"
             job = {"bundle": str(folder), "reference": str(self.golden.folder.resolve()), "examples": self.examples}
             job |= {"settings": {"precision": run.precision, "memory": run.memory}, "threads": self.threads}
@@ -107,7 +105,7 @@ class Bench:
         """Teacher-forced logits by example of the ONNX graphs, float32 but for the embedding, which is the bundle's."""
         from hf2mnn.onnx.session import OnnxModel
 
-        blocks = [stored.astype(np.float32) for stored, _ in embedding_blocks(bundle, self.onnx_folder)]
+        blocks = [stored for stored, _ in embedding_blocks(bundle, self.onnx_folder)]
         model, logits = OnnxModel(self.onnx_folder, self.threads, np.concatenate(blocks)), {}
         for example in self.golden.examples():
             if example.id in self.examples:
@@ -123,7 +121,7 @@ def exact_embedding(bundle: Path, onnx_folder: Path) -> bool:
     """Whether the bundle's embedding is the checkpoint's, bit for bit."""
     table, start = embedding_table(onnx_folder), 0
     for stored, _ in embedding_blocks(bundle, onnx_folder):
-        if (stored.astype(np.float32) != table[start : start + len(stored)]).any():
+        if (stored != table[start : start + len(stored)]).any():
             return False
         start += len(stored)
     return True

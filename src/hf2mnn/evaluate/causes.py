@@ -14,9 +14,11 @@ import numpy as np
 import pandas as pd
 
 from hf2mnn.evaluate.findings import Finding, out_of_tolerance
-from hf2mnn.mnn.bundle import MODEL_CONFIG, TOKENIZER, embedding_blocks, model_settings
+from hf2mnn.evaluate.layers import rounding_error
+from hf2mnn.mnn.bundle import MODEL_CONFIG, TOKENIZER, model_settings
 from hf2mnn.mnn.graph import Graph
 from hf2mnn.mnn.tokenizer import chat_template
+from hf2mnn.quant.embedding import embedding_blocks, tied_in
 from hf2mnn.reference.golden import Golden, without_repeats
 
 SHIFTS = (1, -1, 2, -2)
@@ -72,14 +74,18 @@ def wrong_tokens(golden: Golden, tokens: dict[str, list[int]], image_token_id: i
 
 
 def wrong_embedding(bundle: Path, onnx_folder: Path) -> list[Finding]:
-    """Rows of the bundle's embedding that are not the checkpoint's rounded to bfloat16."""
+    """Rows of the bundle's embedding that are not the checkpoint's: rounded to bfloat16, or, where lm_head serves as
+    the embedding, as near as its bits allow."""
     wrong, count, shifts = 0, 0, dict.fromkeys(SHIFTS, 0)
+    tied = tied_in(bundle)
+    allowed = rounding_error(tied["quant_bit"]) if tied else 0.0
     for stored, right in embedding_blocks(bundle, onnx_folder):
-        differs = (stored != right).any(axis=1)
+        differs = np.linalg.norm(stored - right, axis=1) > allowed * np.linalg.norm(right, axis=1)
         wrong, count = wrong + int(differs.sum()), count + len(right)
         for shift in SHIFTS if differs.any() else ():
             one, other = (stored[:-shift], right[shift:]) if shift > 0 else (stored[-shift:], right[:shift])
-            shifts[shift] += int((one == other).all(axis=1).sum())
+            off = np.linalg.norm(one - other, axis=1)
+            shifts[shift] += int((off <= allowed * np.linalg.norm(other, axis=1)).sum())
     if not wrong:
         return []
     shift = max(shifts, key=shifts.get)

@@ -20,9 +20,9 @@ import pandas as pd
 from safetensors.numpy import load_file, save_file
 
 from hf2mnn.evaluate.looks import Sight, look
-from hf2mnn.evaluate.metrics import cosine, relative_error
 from hf2mnn.families import family_named
 from hf2mnn.files import link_or_copy
+from hf2mnn.metrics import cosine, relative_error
 from hf2mnn.mnn.bundle import CONFIG, DECODER, VISION
 from hf2mnn.mnn.convert import write_graph
 from hf2mnn.mnn.engine import run_worker
@@ -30,6 +30,7 @@ from hf2mnn.mnn.graph import LINEAR, Graph
 from hf2mnn.onnx.points import cut, expose, outputs_by_module, points_of
 from hf2mnn.onnx.session import causal_mask, open_session
 from hf2mnn.points import as_rows, kept_rows
+from hf2mnn.quant.folding import folded_points
 from hf2mnn.reference.golden import Golden, GoldenProbe
 
 COLUMNS = [
@@ -95,6 +96,11 @@ def _run_onnx(
     return dict(zip(outputs, session.run(outputs, inputs), strict=True))
 
 
+def unfolded(value: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+    """A point's value as the checkpoint has it, where the bundle divides its channels by `scales`."""
+    return value if scales is None else (value.reshape(-1, len(scales)) * scales).reshape(value.shape)
+
+
 def _run_mnn(
     bundle: Path, parts: list[Part], graphs: dict[str, Graph], wanted: dict[str, list[str]], threads: int, limit: float
 ) -> list[dict[str, np.ndarray]]:
@@ -115,20 +121,27 @@ def _run_mnn(
         job = {"bundle": str(bundle.resolve()), "graphs": jobs, "threads": threads}
         run_worker("hf2mnn.mnn.worker.layers", job, limit)
         results = [load_file(job["result"]) for job in jobs]
+    scaled = folded_points(bundle)
     return [
-        {name: result[copied] for name, copied in given[part.name].items()}
+        {name: unfolded(result[copied], scaled.get(name)) for name, copied in given[part.name].items()}
         for part, result in zip(parts, results, strict=True)
     ]
 
 
+def rounding_error(bits: int) -> float:
+    """Relative error that rounding to `bits` may leave. It is about 1.7 / 2^bits of a weight's size (uniform noise over
+    a range of six deviations), of which three and a half times are let pass; what is altogether wrong has 0.7 and more.
+    """
+    return min(0.6, 6 / 2**bits)
+
+
 def tolerance(linear: bool, bits: int, settings: dict[str, Any]) -> float:
-    """Local error that an operator may have. Rounding to b bits leaves about 1.7 / 2^b of a weight's size (uniform
-    noise over a range of six deviations), of which three and a half times are let pass; what is wrong altogether has
-    errors of 0.7 and more. Activations rounded to 8 bits add up to 0.05 where a few are large.
+    """Local error that an operator may have. Activations rounded to 8 bits add up to 0.05 to that of rounded weights,
+    where a few are large.
     """
     allowed = 1e-2 if settings["precision"] == "low" else 1e-3 if bits < 32 else 1e-4
     if linear and bits < 16:
-        allowed = max(allowed, min(0.6, 6 / 2**bits)) + (0.1 if settings["memory"] == "low" else 0.0)
+        allowed = max(allowed, rounding_error(bits)) + (0.1 if settings["memory"] == "low" else 0.0)
     return allowed
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from hf2mnn.evaluate.metrics import relative_error
+from hf2mnn.metrics import relative_error
 from hf2mnn.points import as_rows
 
 Value = Callable[[str], np.ndarray]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from hf2mnn.evaluate.metrics import kl_divergence, same_top
 from hf2mnn.feeding import AT_ONCE
+from hf2mnn.metrics import kl_divergence, same_top
 
 COLUMNS = ["probe", "way", "positions", "max_kld", "max_logit_change", "same_top"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hf2mnn import metrics
 from hf2mnn.errors import EngineError
-from hf2mnn.evaluate import metrics
 from hf2mnn.evaluate.answers import Answer, Outcome
 from hf2mnn.evaluate.figures import COLUMNS as FIGURE_COLUMNS
 from hf2mnn.evaluate.figures import figures

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from hf2mnn.errors import ConfigError, EngineError
 from hf2mnn.evaluate.machine import cores, describe_machine
-from hf2mnn.evaluate.metrics import kl_divergence
 from hf2mnn.evaluate.speed import measure, turns
 from hf2mnn.files import whole_file
 from hf2mnn.manifest import Manifest
+from hf2mnn.metrics import kl_divergence
 from hf2mnn.mnn.bundle import CONFIG
 from hf2mnn.mnn.engine import check_bundle, run_worker
 from hf2mnn.mnn.settings import engine_settings, with_settings

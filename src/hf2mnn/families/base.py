@@ -4,12 +4,37 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A place where channels can be scaled without a change of what the model computes.
+
+    producer: a normalization, or a linear layer whose outputs are multiplied and never bent. readers: all the linear
+    layers that read it. passes: points on the way that are scaled as well. groups, size: with grouped queries, in how
+    many runs of `size` channels the readers see each run of the producer.
+    """
+
+    producer: str
+    readers: tuple[str, ...]
+    passes: tuple[str, ...] = ()
+    groups: int = 1
+    size: int = 0
+
+    def spread(self, scales: np.ndarray) -> np.ndarray:
+        """The readers' channels of the producer's."""
+        return scales if self.groups == 1 else np.repeat(scales.reshape(-1, self.size), self.groups, axis=0).reshape(-1)
+
+    def gather(self, sizes: np.ndarray) -> np.ndarray:
+        """The producer's channels of the readers', as their mean."""
+        return sizes if self.groups == 1 else sizes.reshape(-1, self.groups, self.size).mean(axis=1).reshape(-1)
 
 
 class Family(ABC):
@@ -60,3 +85,7 @@ class Family(ABC):
     @abstractmethod
     def engine_config(self, model: dict[str, Any]) -> dict[str, Any]:
         """This family's own keys of llm_config.json, from the facts in model.json."""
+
+    @abstractmethod
+    def folds(self, model: dict[str, Any]) -> list[Fold]:
+        """Where channels can be scaled; `model` is model.json."""

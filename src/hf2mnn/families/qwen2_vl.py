@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf2mnn.errors import EvaluationSetError, SourceError
-from hf2mnn.families.base import Family
+from hf2mnn.families.base import Family, Fold
 
 if TYPE_CHECKING:
     import torch
@@ -128,3 +128,25 @@ class Qwen2VL(Family):
             "vision_start": model["vision_start_token_id"],
             "vision_end": model["vision_end_token_id"],
         }
+
+    def folds(self, model: dict[str, Any]) -> list[Fold]:
+        """Normalizations and what reads them, values and the output projection, up and down. In the vision tower only
+        the normalizations: GELU bends what is between its linear layers, and values share a layer with queries."""
+        group, found = model["num_attention_heads"] // model["num_key_value_heads"], []
+        for index in range(model["num_hidden_layers"]):
+            layer = f"model.language_model.layers.{index}"
+            attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+            projections = tuple(f"{attention}.{name}_proj" for name in "qkv")
+            found += [
+                Fold(f"{layer}.input_layernorm", projections),
+                Fold(
+                    f"{attention}.v_proj", (f"{attention}.o_proj",), (f"{attention}.context",), group, model["head_dim"]
+                ),
+                Fold(f"{layer}.post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj")),
+                Fold(f"{mlp}.up_proj", (f"{mlp}.down_proj",)),
+            ]
+        for index in range(model["vision_depth"]):
+            block = f"model.visual.blocks.{index}"
+            found.append(Fold(f"{block}.norm1", (f"{block}.attn.qkv",)))
+            found.append(Fold(f"{block}.norm2", (f"{block}.mlp.fc1",)))
+        return found

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ import onnx
 from onnx.external_data_helper import ExternalDataInfo
 
 from hf2mnn.families import family_named
-from hf2mnn.files import link_or_copy
 from hf2mnn.mnn import graph as proof
 from hf2mnn.mnn.convert import WeightFormat, convert_onnx
 from hf2mnn.mnn.dress import dress_decoder, dress_vision
@@ -94,15 +93,6 @@ def write_embedding(onnx_folder: Path, folder: Path) -> None:
             file.write(rows[start : start + ROWS_AT_ONCE].astype(ml_dtypes.bfloat16).tobytes())
 
 
-def embedding_blocks(bundle: Path, onnx_folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The bundle's embedding and the checkpoint's rounded as it is, bfloat16 [rows, hidden], a block at a time."""
-    rows = embedding_table(onnx_folder)
-    stored = np.memmap(bundle / EMBEDDING, ml_dtypes.bfloat16, mode="r", shape=rows.shape)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        block = slice(start, start + ROWS_AT_ONCE)
-        yield stored[block], rows[block].astype(ml_dtypes.bfloat16)
-
-
 def model_settings(model: dict[str, Any], where: Path) -> dict[str, Any]:
     """llm_config.json as the engine reads it, from the facts in model.json."""
     return {
@@ -117,8 +107,11 @@ def model_settings(model: dict[str, Any], where: Path) -> dict[str, Any]:
     }
 
 
-def write_configs(folder: Path, model: dict[str, Any], settings: EngineSettings) -> None:
-    """`model` is model.json. The chat template is in the tokenizer's file."""
+def write_configs(
+    folder: Path, model: dict[str, Any], settings: EngineSettings, tied: dict[str, Any] | None = None
+) -> None:
+    """`model` is model.json; `tied` says where in the decoder's weights the embedding is, where it has no file of its
+    own. The chat template is in the tokenizer's file."""
     runtime = {
         "llm_model": DECODER,
         "llm_weight": f"{DECODER}.weight",
@@ -143,6 +136,9 @@ def write_configs(folder: Path, model: dict[str, Any], settings: EngineSettings)
     }
     # The last key is ours: the engine reads past it, and 'hf2mnn ask' needs nothing but the bundle.
     described = {**model_settings(model, folder), "hf2mnn": model}
+    if tied:
+        described["tie_embeddings"] = tied
+        del config["embedding_file"]
     for name, content in ((CONFIG, config), (MODEL_CONFIG, described)):
         (folder / name).write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
@@ -156,32 +152,6 @@ def make_float_bundle(onnx_folder: Path, folder: Path, settings: EngineSettings)
     convert_vision(onnx_folder, folder, WeightFormat())
     write_embedding(onnx_folder, folder)
     write_tokenizer(onnx_folder, folder / TOKENIZER)
-    write_configs(folder, model, settings)
-
-
-def make_variant(
-    onnx_folder: Path,
-    float_bundle: Path,
-    folder: Path,
-    decoder: WeightFormat,
-    vision: WeightFormat,
-    settings: EngineSettings,
-) -> None:
-    """A bundle with other weights: parts that stay float32 are shared with the float bundle."""
-    model = json.loads((onnx_folder / "model.json").read_text())
-    shared = [EMBEDDING, TOKENIZER]
-    if decoder.bits == 32:
-        shared += [DECODER, f"{DECODER}.weight"]
-    else:
-        print(f"decoder: converting to {decoder.bits} bits", flush=True)
-        convert_decoder(onnx_folder, folder, model["num_hidden_layers"], decoder)
-    if vision.bits == 32:
-        shared += [VISION, f"{VISION}.weight"]
-    else:
-        print(f"vision: converting to {vision.bits} bits", flush=True)
-        convert_vision(onnx_folder, folder, vision)
-    for name in shared:
-        link_or_copy(float_bundle / name, folder / name)
     write_configs(folder, model, settings)
 
 

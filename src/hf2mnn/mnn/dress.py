@@ -14,6 +14,9 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from hf2mnn.errors import ConversionError
 
+FLAT = "_flat"
+"""What an output is called before it gets the shape that the engine wants."""
+
 
 def _link_data(model: onnx.ModelProto, source: Path, destination: Path) -> None:
     """The graph names its data file relative to itself. The converter takes a file that is missing or too short for
@@ -62,9 +65,11 @@ def dress_vision(source: Path, destination: Path) -> None:
     output = model.graph.output[0]
     dims = output.type.tensor_type.shape.dim
     shape = [dims[0].dim_param, 1, dims[1].dim_value]
-    _rename(model, "image_embeds", "image_embeds_flat")
+    _rename(model, "image_embeds", f"image_embeds{FLAT}")
     output.CopyFrom(helper.make_tensor_value_info("image_embeds", onnx.TensorProto.FLOAT, shape))
     model.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "image_embeds_axis"))
-    model.graph.node.append(helper.make_node("Unsqueeze", ["image_embeds_flat", "image_embeds_axis"], ["image_embeds"]))
+    model.graph.node.append(
+        helper.make_node("Unsqueeze", [f"image_embeds{FLAT}", "image_embeds_axis"], ["image_embeds"])
+    )
     _link_data(model, source, destination)
     onnx.save(model, destination)

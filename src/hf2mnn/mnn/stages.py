@@ -1,11 +1,11 @@
-"""The `mnn` and `quantize` stages: bundles by MNN's own converter, each with its manifest."""
+"""The `mnn` stage: the float bundle by MNN's converter, with its manifest."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
-from hf2mnn.mnn.bundle import TOOLS, EngineSettings, describe, make_float_bundle, make_variant
+from hf2mnn.mnn.bundle import TOOLS, EngineSettings, describe, make_float_bundle
 from hf2mnn.mnn.convert import WeightFormat
 
 
@@ -22,23 +22,4 @@ def convert_float(onnx_folder: Path, destination: Path) -> Path:
     manifest = Manifest("mnn", {"onnx": upstream.digest()}, settings, tool_versions(*TOOLS))
     with stage_folder(destination, manifest) as folder:
         make_float_bundle(onnx_folder, folder, EngineSettings())
-    return destination
-
-
-def quantize(
-    onnx_folder: Path,
-    float_bundle: Path,
-    destination: Path,
-    decoder: WeightFormat,
-    vision: WeightFormat,
-    engine: EngineSettings,
-) -> Path:
-    """A variant of the float bundle. Raises as `convert_float` does."""
-    inputs = {"onnx": Manifest.load(onnx_folder), "float": Manifest.load(float_bundle)}
-    for upstream in inputs.values():
-        upstream.verify()
-    digests = {name: upstream.digest() for name, upstream in inputs.items()}
-    manifest = Manifest("quantize", digests, describe(decoder, vision, engine), tool_versions(*TOOLS))
-    with stage_folder(destination, manifest) as folder:
-        make_variant(onnx_folder, float_bundle, folder, decoder, vision, engine)
     return destination

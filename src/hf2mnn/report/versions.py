@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from hf2mnn.errors import Hf2mnnError
-from hf2mnn.evaluate.metrics import relative_error
 from hf2mnn.evaluate.speed import time_versions
+from hf2mnn.metrics import relative_error
 from hf2mnn.reference.golden import Golden
 from hf2mnn.report.evidence import BUNDLES, SPEED, Evidence, Row
 

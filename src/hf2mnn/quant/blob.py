@@ -1,0 +1,138 @@
+"""The bytes of a quantized weight in a `.mnn.weight` file ("IDST" in MNN's source).
+
+    header   number of dimensions (uint8, 2), the two dimensions (uint16, or int32 where one needs it), number of values
+             (uint8, 0 for 256), the values (int8, ascending from -2^(bits-1))
+    levels   one a weight, `bits` wide, most significant bit first, stored with 2^(bits-1) added
+    scales   a scale a block, or pairs (zero, scale), float16 or float32, rows of the weight first, then blocks
+
+A weight is level * scale, or level * scale + zero. Source: `IDSTEncoder.hpp` and `ConvolutionCommon::load` of MNN
+3.6.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from hf2mnn.errors import QuantizationError
+
+SCALE_TYPES = {16: np.float16, 32: np.float32}
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Rows of a quantized weight.
+
+    levels int8 [rows, inputs]; scales float32 [rows, blocks]; zeros float32 [rows, blocks], None where symmetric.
+    Scales and zeros hold values that the stored float type can hold.
+    """
+
+    levels: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None
+
+    def dequantize(self) -> np.ndarray:
+        """float32 [rows, inputs], rounded after the product and after the sum, as the engine computes it."""
+        rows, blocks = self.scales.shape
+        grouped = self.levels.reshape(rows, blocks, -1).astype(np.float32) * self.scales[:, :, None]
+        if self.zeros is not None:
+            grouped += self.zeros[:, :, None]
+        return grouped.reshape(self.levels.shape)
+
+
+def header(rows: int, inputs: int, blocks: int, bits: int) -> tuple[bytes, bool]:
+    """What stands before the levels, and whether its dimensions are int32."""
+    dimensions = np.array([rows * blocks, inputs // blocks])
+    wide = bool(dimensions.max() > np.iinfo(np.uint16).max)
+    values = np.arange(-(1 << bits - 1), 1 << bits - 1).astype(np.int8)
+    sized = dimensions.astype("<i4" if wide else "<u2").tobytes()
+    return b"\x02" + sized + bytes([len(values) % 256]) + values.tobytes(), wide
+
+
+def size(rows: int, inputs: int, bits: int, block: int, symmetric: bool, scale_bits: int) -> int:
+    """Bytes of a weight with its scales; `block` 0 is one block a row; 16 and 32 bits are floats."""
+    if bits >= 16:
+        return rows * inputs * bits // 8
+    blocks = inputs // block if block else 1
+    stored = len(header(rows, inputs, blocks, bits)[0]) + (rows * inputs * bits + 7) // 8
+    return stored + rows * blocks * (1 if symmetric else 2) * scale_bits // 8
+
+
+def scale_bytes(levels: Levels, scale_bits: int) -> bytes:
+    kind = SCALE_TYPES[scale_bits]
+    pairs = [levels.scales] if levels.zeros is None else [levels.zeros, levels.scales]
+    return np.stack(pairs, axis=-1).astype(kind).tobytes()
+
+
+@njit(nogil=True, cache=True)
+def _pack(levels: np.ndarray, bits: int, packed: np.ndarray) -> None:
+    offset = 1 << (bits - 1)
+    kept, count, place = 0, 0, 0
+    for level in levels:
+        kept = (kept << bits) | (int(level) + offset)
+        count += bits
+        while count >= 8:
+            count -= 8
+            packed[place] = (kept >> count) & 255
+            place += 1
+        kept &= (1 << count) - 1
+    if count:
+        packed[place] = (kept << (8 - count)) & 255
+
+
+@njit(nogil=True, cache=True)
+def _unpack(packed: np.ndarray, bits: int, levels: np.ndarray) -> None:
+    offset, mask = 1 << (bits - 1), (1 << bits) - 1
+    kept, count, place = 0, 0, 0
+    for i in range(len(levels)):
+        while count < bits:
+            kept = (kept << 8) | packed[place]
+            count += 8
+            place += 1
+        count -= bits
+        levels[i] = ((kept >> count) & mask) - offset
+        kept &= (1 << count) - 1
+
+
+def pack(levels: np.ndarray, bits: int) -> bytes:
+    """Levels int8 of any shape, each in [-2^(bits-1), 2^(bits-1)), to `bits` each; the last byte is filled with 0."""
+    packed = np.empty((levels.size * bits + 7) // 8, np.uint8)
+    _pack(np.ascontiguousarray(levels).reshape(-1), bits, packed)
+    return packed.tobytes()
+
+
+def unpack(packed: bytes, count: int, bits: int) -> np.ndarray:
+    """int8 [count]. The inverse of `pack`."""
+    levels = np.empty(count, np.int8)
+    _unpack(np.frombuffer(packed, np.uint8), bits, levels)
+    return levels
+
+
+def parse_levels(stored: bytes, count: int, wide: bool, name: str) -> tuple[np.ndarray, int]:
+    """(levels int8 [count], bits) of the bytes of a weight, whoever wrote them.
+
+    Raises:
+        QuantizationError: they are not such bytes, or not of `count` weights, with `name` of the operator.
+    """
+    start = 1 + 2 * (4 if wide else 2)
+    shape = np.frombuffer(stored[1:start], "<i4" if wide else "<u2").astype(np.int64)
+    values = (stored[start] or 256) if len(stored) > start else 0
+    bits = max(values - 1, 1).bit_length()
+    table = np.frombuffer(stored[start + 1 : start + 1 + values], np.int8)
+    packed = stored[start + 1 + values :]
+    if stored[:1] != b"\x02" or shape.prod() != count or len(table) < values or len(packed) != (count * bits + 7) // 8:
+        raise QuantizationError(
+            f"{name}: its {len(stored)} bytes in the weight file are not {count} quantized weights; the file was cut"
+            " short or is another model's, make it again"
+        )
+    levels = unpack(packed, count, bits)
+    if (
+        table != np.arange(values) - (1 << bits - 1)
+    ).any():  # a table of its own: older converters wrote only levels in use
+        places = levels.astype(np.int16) + (1 << bits - 1)
+        if places.max(initial=0) >= values:
+            raise QuantizationError(f"{name}: a weight has a level beyond the {values} of its table; make it again")
+        levels = np.sort(table)[places]
+    return levels, bits

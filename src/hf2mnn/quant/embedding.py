@@ -1,0 +1,101 @@
+"""Where a bundle's embedding is: in a bfloat16 file of its own, or in the quantized lm_head, which a tied model shares.
+
+The engine reads rows as they are asked for (`diskembedding.cpp` of MNN 3.6.1), from lm_head only with 4 or 8 bits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from hf2mnn.errors import BundleError, QuantizationError
+from hf2mnn.mnn.bundle import DECODER, EMBEDDING, MODEL_CONFIG, ROWS_AT_ONCE, embedding_table
+from hf2mnn.mnn.convert import WeightFormat
+from hf2mnn.quant.blob import SCALE_TYPES, header, unpack
+from hf2mnn.quant.names import LM_HEAD
+from hf2mnn.quant.weights import Operator
+
+TIED = "tie_embeddings"
+BITS = (4, 8)
+
+
+def check_tied(model: dict[str, Any], form: WeightFormat) -> None:
+    """Raises QuantizationError where the engine cannot read the embedding from lm_head; `model` is model.json."""
+    if not model["tie_word_embeddings"]:
+        raise QuantizationError(f"{LM_HEAD}: the model's embedding is another weight; use embedding: file")
+    if form.bits not in BITS:
+        raise QuantizationError(
+            f"{LM_HEAD}: the engine reads an embedding of 4 or 8 bits, this one gets {form.bits}; use embedding: file"
+        )
+
+
+def tied_settings(operator: Operator) -> dict[str, Any]:
+    """What llm_config.json says of an embedding in `operator`, as it was written."""
+    (offset, _), (scales, size), _ = operator.parts
+    stored = operator.stored
+    blocks = size // (operator.outputs * (1 if stored["readType"] == 0 else 2))
+    blocks //= 2 if stored["scaleStorage"] == "FP16" else 4
+    head, _ = header(operator.outputs, operator.inputs, blocks, stored["aMaxOrBits"])
+    return {
+        "weight_offset": offset + len(head),
+        "alpha_offset": scales,
+        "alpha_size": size,
+        "quant_bit": stored["aMaxOrBits"],
+        "quant_block": operator.inputs // blocks if blocks > 1 else 0,
+        "alpha_dtype": "fp16" if stored["scaleStorage"] == "FP16" else "fp32",
+    }
+
+
+def tied_in(bundle: Path) -> dict[str, Any] | None:
+    """Where lm_head is the embedding, `tied_settings` as the bundle has them."""
+    return json.loads((bundle / MODEL_CONFIG).read_text()).get(TIED)
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        found = file.read(size)
+    if len(found) != size:
+        raise BundleError(f"{path} ends before the embedding that {MODEL_CONFIG} says is there: it was cut short")
+    return found
+
+
+def _tied_rows(path: Path, tied: dict[str, Any], shape: tuple[int, int]) -> Iterator[np.ndarray]:
+    (rows, hidden), bits = shape, tied["quant_bit"]
+    block = tied["quant_block"] or hidden
+    dtype = SCALE_TYPES[16 if tied["alpha_dtype"] == "fp16" else 32]
+    stored = np.frombuffer(_read(path, tied["alpha_offset"], tied["alpha_size"]), dtype).astype(np.float32)
+    alpha = stored.reshape(rows, hidden // block, -1)
+    for start in range(0, rows, ROWS_AT_ONCE):
+        count = min(ROWS_AT_ONCE, rows - start)
+        packed = _read(path, tied["weight_offset"] + start * hidden * bits // 8, count * hidden * bits // 8)
+        levels = unpack(packed, count * hidden, bits).reshape(count, -1, block).astype(np.float32)
+        pairs = alpha[start : start + count]
+        values = levels * pairs[:, :, -1:]
+        yield (values + pairs[:, :, :1] if pairs.shape[2] == 2 else values).reshape(count, hidden)
+
+
+def embedding_blocks(bundle: Path, onnx_folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The bundle's embedding and the checkpoint's rounded to bfloat16, both float32 [rows, hidden], a block at a time.
+
+    Raises:
+        BundleError: the embedding is not whole.
+    """
+    right, tied = embedding_table(onnx_folder), tied_in(bundle)
+    if tied is None:
+        size = right.shape[1] * 2
+        starts = range(0, len(right), ROWS_AT_ONCE)
+        read = (_read(bundle / EMBEDDING, at * size, min(ROWS_AT_ONCE, len(right) - at) * size) for at in starts)
+        blocks = (np.frombuffer(found, ml_dtypes.bfloat16).reshape(-1, right.shape[1]) for found in read)
+    else:
+        blocks = _tied_rows(bundle / f"{DECODER}.weight", tied, right.shape)
+    start = 0
+    for block in blocks:
+        rounded = right[start : start + len(block)].astype(ml_dtypes.bfloat16)
+        yield block.astype(np.float32), rounded.astype(np.float32)
+        start += len(block)

@@ -1,0 +1,175 @@
+"""The `sensitivity` stage: what it costs the answers when one operator alone is quantized.
+
+PyTorch reads prompts and answers of the calibration set with one weight replaced by its rounded self, and the mean KL
+divergence of its predictions from the untouched model's is noted, for a few numbers of bits. Beside it stands, for
+every format that the operator could have, how far that is from the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from hf2mnn.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.metrics import kl_divergence
+from hf2mnn.quant.names import CANDIDATES, EMBEDDING, LM_HEAD, MEASURED
+from hf2mnn.quant.rounding import round_rows
+from hf2mnn.reference.golden import Golden, GoldenExample, spread_examples
+from hf2mnn.reference.prompts import PictureInput
+from hf2mnn.reference.run import Reference
+from hf2mnn.source.checkpoint import Checkpoint
+
+TOOLS = ("torch", "transformers", "numba")
+BITS = tuple(range(2, 9))
+BLOCKS = (32, 64, 128, 0)
+TYPICAL = 64
+"""Block with which a measurement is made, where it divides the inputs."""
+ROWS = 128
+"""Rows of a weight by which a format's error is judged."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight that can be quantized. `blocks` are the sizes that divide its inputs; `part` as in a bundle."""
+
+    name: str
+    part: str
+    module: torch.nn.Module
+    blocks: tuple[int, ...]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """float32 [outputs, inputs]."""
+        return self.module.weight.detach().numpy().reshape(len(self.module.weight), -1)
+
+    def rounded(self, rows: np.ndarray, bits: int, block: int) -> np.ndarray:
+        return round_rows(rows, bits, block, False, 16, "lsq").dequantize()
+
+
+def layers_of(model: torch.nn.Module, decoder: torch.nn.Module, tied: bool) -> list[Layer]:
+    """Linear layers, the patch embedding, and the embedding where it is lm_head's weight."""
+    inside, found = {id(module) for module in decoder.modules()}, []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv3d):
+            part = "decoder" if id(module) in inside or name == LM_HEAD else "vision"
+            inputs = module.weight[0].numel()
+            # MNN has no blocks in a convolution.
+            blocks = BLOCKS if isinstance(module, torch.nn.Linear) else (0,)
+            found.append(Layer(name, part, module, tuple(b for b in blocks if b < inputs and inputs % max(b, 1) == 0)))
+        elif tied and isinstance(module, torch.nn.Embedding):
+            found.append(Layer(EMBEDDING, "decoder", module, ()))
+    return found
+
+
+class Bench:
+    """The model, some examples of the calibration set, and its own predictions for their answers."""
+
+    def __init__(self, source: Path, calibration: Path, examples: int) -> None:
+        self.reference = Reference(Checkpoint(source), max_new_tokens=1)
+        model = self.reference.model
+        # Where the two are one parameter, a rounded lm_head must leave the embedding as it is.
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach(), requires_grad=False)
+        golden = Golden(calibration)
+        chosen = set(spread_examples(golden.records, examples))
+        self.examples = [example for example in golden.examples() if example.id in chosen]
+        self.golden = golden
+        self.embeds = [self._embeds(example) for example in self.examples]
+        self.right = [self._predict(index, whole=False) for index in range(len(self.examples))]
+        self.layers = layers_of(model, self.reference.decoder, self.reference.facts["tie_word_embeddings"])
+
+    def _read(self, example: GoldenExample) -> tuple[torch.Tensor, list[PictureInput]]:
+        stored = [self.golden.picture(name) for name in example.pictures]
+        ids = np.concatenate([example.input_ids, example.answer_ids[:-1]])
+        return torch.from_numpy(ids), [PictureInput(p.pixel_values, p.grid_thw, p.resized) for p in stored]
+
+    def _embeds(self, example: GoldenExample) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the decoder is fed, float32 [1, tokens, hidden], and its positions."""
+        inside = self.reference.inside(*self._read(example))
+        return inside["inputs_embeds"][None], inside["position_ids"][:, None]
+
+    @torch.inference_mode()
+    def _predict(self, index: int, whole: bool) -> np.ndarray:
+        """Logits [answer tokens, vocabulary]; `whole` goes through embedding and vision tower again."""
+        example, kept = self.examples[index], len(self.examples[index].answer_ids)
+        if whole:
+            made = self.reference.read(*self._read(example), logits_to_keep=kept)
+        else:
+            embeds, positions = self.embeds[index]
+            made = self.reference.model(inputs_embeds=embeds, position_ids=positions, logits_to_keep=kept)
+        return made.logits[0].float().numpy()
+
+    @contextmanager
+    def _replaced(self, layer: Layer, weight: np.ndarray) -> Iterator[None]:
+        right = layer.module.weight
+        made = torch.from_numpy(weight.reshape(right.shape))
+        layer.module.weight = torch.nn.Parameter(made, requires_grad=False)
+        try:
+            yield
+        finally:
+            layer.module.weight = right
+
+    def divergence(self, layer: Layer, bits: int) -> tuple[float, float]:
+        """(mean KL divergence in nats, relative weight error) with this layer alone in `bits`."""
+        block = TYPICAL if TYPICAL in layer.blocks or layer.name == EMBEDDING else 0
+        made = layer.rounded(layer.rows, bits, block)
+        error = float(np.linalg.norm(made - layer.rows) / np.linalg.norm(layer.rows))
+        whole = layer.part == "vision" or layer.name == EMBEDDING
+        with self._replaced(layer, made):
+            found = [self._predict(index, whole) for index in range(len(self.examples))]
+        pairs = zip(self.right, found, strict=True)
+        return float(np.concatenate([kl_divergence(right, other) for right, other in pairs]).mean()), error
+
+
+def candidates(layer: Layer) -> list[dict]:
+    """A row for every format that the layer can have, with its error by some of the rows."""
+    rows, found = layer.rows, []
+    sampled = rows[np.unique(np.linspace(0, len(rows) - 1, min(ROWS, len(rows))).round().astype(int))]
+    norm = np.linalg.norm(sampled)
+    for bits in BITS:
+        for block in layer.blocks:
+            error = float(np.linalg.norm(layer.rounded(sampled, bits, block) - sampled) / norm) if norm else 0.0
+            row = {"part": layer.part, "operator": layer.name, "bits": bits, "block": block}
+            found.append(row | {"weight_error": error})
+    return found
+
+
+def measure_sensitivity(
+    source: Path, calibration: Path, destination: Path, bits: list[int], examples: int, threads: int
+) -> Path:
+    """Write measured.csv (part, operator, bits, weight_error, mean_kld) and candidates.csv (part, operator, bits,
+    block, weight_error) to `destination`.
+
+    `calibration` is the folder that the reference stage has made of the calibration set.
+
+    Raises:
+        ManifestError: an input is not what its manifest says.
+    """
+    folders = {"source": source, "calibration": calibration}
+    inputs = {name: Manifest.load(folder) for name, folder in folders.items()}
+    for upstream in inputs.values():
+        upstream.verify()
+    torch.set_num_threads(threads)
+    settings = {"bits": bits, "examples": examples, "threads": threads}
+    digests = {name: upstream.digest() for name, upstream in inputs.items()}
+    manifest = Manifest("sensitivity", digests, settings, tool_versions(*TOOLS))
+    with stage_folder(destination, manifest) as folder:
+        bench, rows = Bench(source, calibration, examples), []
+        with tqdm(total=len(bench.layers) * len(bits), desc="sensitivity", unit="run", mininterval=5) as progress:
+            for layer in bench.layers:
+                for width in bits:
+                    kld, error = bench.divergence(layer, width)
+                    row = {"part": layer.part, "operator": layer.name, "bits": width}
+                    rows.append(row | {"weight_error": error, "mean_kld": kld})
+                    progress.update()
+        pd.DataFrame(rows).to_csv(folder / MEASURED, index=False, float_format="%.6g")
+        could = [row for layer in tqdm(bench.layers, "formats", mininterval=5) for row in candidates(layer)]
+        pd.DataFrame(could).to_csv(folder / CANDIDATES, index=False, float_format="%.6g")
+        manifest.results = {"operators": len(bench.layers), "positions": sum(map(len, bench.right))}
+    return destination

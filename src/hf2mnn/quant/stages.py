@@ -1,0 +1,43 @@
+"""The `quantize` stage: a variant of the float bundle, with its manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf2mnn.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.mnn.bundle import TOOLS, describe
+from hf2mnn.quant.methods import Methods
+from hf2mnn.quant.variant import Choice, make_variant
+
+
+def quantize(
+    onnx_folder: Path,
+    float_bundle: Path,
+    destination: Path,
+    choice: Choice,
+    threads: int,
+    activations: Path | None = None,
+    source: Path | None = None,
+) -> Path:
+    """A variant of the float bundle. `activations` is that stage's folder, for calibrated methods; `source` the source
+    stage's, for the levels of a packed checkpoint.
+
+    Raises:
+        ManifestError: an input is not what its manifest says.
+        QuantizationError: an operator cannot be stored as chosen.
+        ConversionError: MNN's converter failed, or wrote something other than it was given.
+    """
+    folders = {"onnx": onnx_folder, "float": float_bundle, "activations": activations, "source": source}
+    inputs = {name: Manifest.load(folder) for name, folder in folders.items() if folder}
+    for upstream in inputs.values():
+        upstream.verify()
+    digests = {name: upstream.digest() for name, upstream in inputs.items()}
+    settings = describe(choice.decoder, choice.vision, choice.engine)
+    settings |= {"plan": choice.plan, "embedding": choice.embedding}
+    manifest = Manifest("quantize", digests, settings, tool_versions(*TOOLS, "numba"))
+    with stage_folder(destination, manifest) as folder:
+        methods = Methods(activations, source)
+        manifest.results = make_variant(onnx_folder, float_bundle, folder, choice, methods, threads)
+        for name, value in manifest.results.items():
+            print(f"{name.replace('_', ' ')}: {value:,}", flush=True)
+    return destination

@@ -1,0 +1,173 @@
+"""Write a float MNN model with its weights in other formats, one operator after another.
+
+What is in memory at a time are the rows that are being rounded and one operator's result, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from hf2mnn.errors import QuantizationError
+from hf2mnn.mnn.convert import WeightFormat
+from hf2mnn.mnn.graph import FLOAT16, Graph
+from hf2mnn.quant.blob import SCALE_TYPES, Levels, header, pack, scale_bytes
+from hf2mnn.quant.weights import LEVELS, Operator, WeightFile
+
+WEIGHTS_AT_ONCE = 1 << 21
+"""Weights that a thread works on at a time: 8 MB of float32."""
+
+RoundRows = Callable[[int, np.ndarray], Levels]
+"""(first row, float32 [rows, inputs]) to levels; each row is rounded by itself, by any thread."""
+Method = Callable[[Operator, WeightFormat], RoundRows]
+"""What is needed for an operator, made ready before its rows are read."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A chunk's bytes, its scales' bytes, and sums over it: squared error and squared weights."""
+
+    weights: bytes
+    scales: bytes
+    error: float
+    norm: float
+
+
+def _chunks(operator: Operator) -> list[tuple[int, int]]:
+    """Rows from begin to end; eight or a multiple, so that each chunk's bits fill whole bytes."""
+    step = max(WEIGHTS_AT_ONCE // operator.inputs // 8, 1) * 8
+    return [(begin, min(begin + step, operator.outputs)) for begin in range(0, operator.outputs, step)]
+
+
+def _float_rows(rows: np.ndarray, operator: Operator, bits: int) -> tuple[bytes, bytes, np.ndarray]:
+    """Bytes of the weights, of their scales (none), and what they stand for."""
+    if bits == 16 and np.abs(rows).max(initial=0) > np.finfo(np.float16).max:
+        raise QuantizationError(f"{operator.name}: its weights are too large for half floats; use 8 or 32 bits")
+    stored = rows.astype(np.float16 if bits == 16 else np.float32)
+    return stored.tobytes(), b"", stored
+
+
+def _level_rows(levels: Levels, operator: Operator, form: WeightFormat) -> tuple[bytes, bytes, np.ndarray]:
+    parts = [levels.scales] if levels.zeros is None else [levels.scales, levels.zeros]
+    if max(np.abs(part).max(initial=0) for part in parts) > np.finfo(SCALE_TYPES[form.scale_bits]).max:
+        raise QuantizationError(f"{operator.name}: its scales are too large for half floats; use scale_bits: 32")
+    return pack(levels.levels, form.bits), scale_bytes(levels, form.scale_bits), levels.dequantize()
+
+
+def _store(
+    operator: Operator, source: WeightFile, form: WeightFormat, method: Method, pool: ThreadPoolExecutor
+) -> Iterable[_Stored]:
+    round_rows = method(operator, form) if form.bits < 16 else None
+
+    def convert(span: tuple[int, int]) -> _Stored:
+        rows = source.rows(operator, *span)
+        if not np.isfinite(rows).all():
+            raise QuantizationError(
+                f"{operator.name}: its weight holds NaN or infinite numbers; the checkpoint is damaged, fetch it again"
+            )
+        if round_rows is None:
+            weights, scales, made = _float_rows(rows, operator, form.bits)
+        else:
+            weights, scales, made = _level_rows(round_rows(span[0], rows), operator, form)
+        error = float(np.square(rows - made).sum(dtype=np.float64))
+        return _Stored(weights, scales, error, float(np.square(rows).sum(dtype=np.float64)))
+
+    return pool.map(convert, _chunks(operator))
+
+
+def _description(operator: Operator, form: WeightFormat, wide: bool) -> dict[str, Any]:
+    """`quanParameter` of the graph."""
+    described = {"type": FLOAT16, "useInt32": False, "quantScale": 0.0, "scaleIn": 0.0, "scaleOut": 0.0}
+    described |= {"aMaxOrBits": 0, "aMin": 0, "readType": 0, "has_scaleInt": False, "shapeInt32": wide}
+    described |= {"weightSize": 0, "scaleStorage": "FP32"}
+    if form.bits == 16:
+        return described
+    described |= {"type": LEVELS, "quantScale": 1.0, "aMaxOrBits": form.bits}
+    described["scaleStorage"] = "FP16" if form.scale_bits == 16 else "FP32"
+    if not form.symmetric:
+        # aMin 1: the stored zero is the weight at level 0. It is a smaller number than the weight at the lowest level,
+        # so its half float is closer, and the engine reads embeddings from no other form.
+        described |= {"aMin": 1, "readType": operator.outputs * operator.blocks(form.block)}
+    return described
+
+
+def _append(
+    operator: Operator,
+    main: dict[str, Any],
+    source: WeightFile,
+    out: BinaryIO,
+    form: WeightFormat,
+    stored: Iterable[_Stored],
+) -> dict[str, Any]:
+    """Write an operator's chunks and point its part of the graph at them; a row of the table."""
+    start, wide = out.tell(), False
+    if form.bits < 16:
+        head, wide = header(operator.outputs, operator.inputs, operator.blocks(form.block), form.bits)
+        out.write(head)
+    scales, error, norm = [], 0.0, 0.0
+    for chunk in stored:
+        out.write(chunk.weights)
+        scales.append(chunk.scales)
+        error, norm = error + chunk.error, norm + chunk.norm
+    sizes = [out.tell() - start, sum(map(len, scales))]
+    bias = source.bias(operator)
+    for part in (*scales, bias):
+        out.write(part)
+    main.pop("quanParameter", None)
+    if form.bits == 32:
+        main["external"] = [start, sizes[0], len(bias)]
+    else:
+        main |= {"quanParameter": _description(operator, form, wide), "external": [start, *sizes, len(bias), 0]}
+    row = {"operator": operator.name, "outputs": operator.outputs, "inputs": operator.inputs, **asdict(form)}
+    return row | {"bytes": sum(sizes), "weight_error": (error / norm) ** 0.5 if norm else 0.0}
+
+
+def write_weights(
+    graph: Graph,
+    layers: list[Operator],
+    source: WeightFile,
+    destination: Path,
+    formats: dict[str, WeightFormat],
+    method: Method,
+    threads: int,
+    label: str,
+) -> tuple[Graph, pd.DataFrame]:
+    """Write `destination`, a .mnn.weight file; gives the graph that reads it, and a row for each operator: its shape,
+    its format, its bytes, and the relative error of its weight (the norm of the error over that of the weight).
+
+    `layers` are the graph's operators, `formats` has one for each by name.
+
+    Raises:
+        QuantizationError: with the operator's name: NaN in a weight, scales too large for half floats, a weight that is
+            quantized already.
+    """
+    for operator in layers:
+        if operator.stored and operator.stored["type"] == LEVELS:
+            raise QuantizationError(f"{operator.name}: its weight is quantized already; start from the float model")
+    written, rows = Graph(copy.deepcopy(graph.content)), []
+    by_op = {op["name"]: operator for op, operator in zip(graph.of_type("Convolution"), layers, strict=True)}
+    inside = [op for op in written.ops if isinstance(op.get("main"), dict) and op["main"].get("external")]
+    total = sum(operator.size for operator in layers)
+    progress = tqdm(total=total, desc=label, unit=" weights", unit_scale=True, mininterval=5)
+    with destination.open("wb") as out, ThreadPoolExecutor(threads) as pool, progress:
+        for op in sorted(inside, key=lambda op: op["main"]["external"][0]):
+            main = op["main"]
+            if op["type"] == "Convolution":
+                operator = by_op[op["name"]]
+                form = formats[operator.name]
+                stored = _store(operator, source, form, method, pool)
+                rows.append(_append(operator, main, source, out, form, stored))
+                progress.update(operator.size)
+            else:
+                start = out.tell()
+                out.write(source.constants(op))
+                main["external"][0] = start
+    return written, pd.DataFrame(rows)
