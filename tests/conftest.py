@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -9,18 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from support import SHAPES_VL, Workspace, make_workspace, run_cli
+from support import SHAPES_VL, TEXT, VISION, Workspace, make_workspace, run_cli
 
-TEXT = {
-    "num_hidden_layers": 2,
-    "layer_types": ["full_attention"] * 2,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rope_parameters": {"mrope_section": [4, 6, 6], "rope_theta": 10000.0, "rope_type": "default"},
-}
-VISION = {"depth": 1, "embed_dim": 96, "num_heads": 3}
+
+# As the command line does it; torch reads this when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture

@@ -11,6 +11,17 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHAPES_VL = REPOSITORY / "models" / "shapes-vl"
 BIN = Path(sys.executable).parent
+TEXT = {
+    "num_hidden_layers": 2,
+    "layer_types": ["full_attention"] * 2,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"mrope_section": [4, 6, 6], "rope_theta": 10000.0, "rope_type": "default"},
+}
+VISION = {"depth": 1, "embed_dim": 96, "num_heads": 3}
+"""Settings of a small checkpoint, for `make_checkpoint`."""
 QUICK = "speed: {repeats: 1, prompt_tokens: 32, answer_tokens: 8}"
 
 

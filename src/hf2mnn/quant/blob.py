@@ -117,20 +117,19 @@ def parse_levels(stored: bytes, count: int, wide: bool, name: str) -> tuple[np.n
         QuantizationError: they are not such bytes, or not of `count` weights, with `name` of the operator.
     """
     start = 1 + 2 * (4 if wide else 2)
-    shape = np.frombuffer(stored[1:start], "<i4" if wide else "<u2").astype(np.int64)
+    rows, inputs = np.frombuffer(stored[1:start].ljust(start - 1, b"\0"), "<u4" if wide else "<u2").tolist()
     values = (stored[start] or 256) if len(stored) > start else 0
     bits = max(values - 1, 1).bit_length()
     table = np.frombuffer(stored[start + 1 : start + 1 + values], np.int8)
     packed = stored[start + 1 + values :]
-    if stored[:1] != b"\x02" or shape.prod() != count or len(table) < values or len(packed) != (count * bits + 7) // 8:
+    if stored[:1] != b"\x02" or rows * inputs != count or len(table) < values or len(packed) != (count * bits + 7) // 8:
         raise QuantizationError(
             f"{name}: its {len(stored)} bytes in the weight file are not {count} quantized weights; the file was cut"
             " short or is another model's, make it again"
         )
     levels = unpack(packed, count, bits)
-    if (
-        table != np.arange(values) - (1 << bits - 1)
-    ).any():  # a table of its own: older converters wrote only levels in use
+    # A table of its own: older converters wrote only the levels that are in use.
+    if (table != np.arange(values) - (1 << bits - 1)).any():
         places = levels.astype(np.int16) + (1 << bits - 1)
         if places.max(initial=0) >= values:
             raise QuantizationError(f"{name}: a weight has a level beyond the {values} of its table; make it again")

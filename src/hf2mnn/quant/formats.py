@@ -16,10 +16,12 @@ def check_format(operator: Operator, form: WeightFormat) -> WeightFormat:
     """The format as an operator can have it: one scale a channel where it is a convolution, as MNN has no blocks there.
 
     Raises:
-        QuantizationError: the block does not divide the inputs.
+        QuantizationError: the block does not divide the inputs; hqq without zero points.
     """
     if form.bits >= 16:
         return form
+    if form.method == "hqq" and form.symmetric:
+        raise QuantizationError(f"{operator.name}: hqq searches a zero point, and symmetric has none; use lsq")
     if operator.kernel > 1 or form.block == operator.inputs:
         return replace(form, block=0)
     if form.block and operator.inputs % form.block:

@@ -21,6 +21,12 @@ DAMPING = 0.01
 """Share of H's mean diagonal that is added to the diagonal: few inputs say little about rare directions."""
 
 
+def check_finite(recorded: np.ndarray, name: str) -> None:
+    """Raises QuantizationError where what was recorded of an operator's inputs is not finite."""
+    if not np.isfinite(recorded).all():
+        raise QuantizationError(f"{name}: its recorded inputs hold NaN or infinite numbers; record them again")
+
+
 def compensation(second_moment: np.ndarray, name: str) -> np.ndarray:
     """U, float32 [inputs, inputs], of a second moment float32 [inputs, inputs].
 
@@ -28,8 +34,7 @@ def compensation(second_moment: np.ndarray, name: str) -> np.ndarray:
         QuantizationError: the recorded inputs are not finite.
     """
     moment = second_moment.astype(np.float64)
-    if not np.isfinite(moment).all():
-        raise QuantizationError(f"{name}: its recorded inputs hold NaN or infinite numbers; record them again")
+    check_finite(moment, name)
     mean = float(np.diag(moment).mean())
     moment[np.diag_indices_from(moment)] += DAMPING * mean if mean else 1.0
     # With rows and columns reversed, H = L L^T gives H^-1 = U^T U for U = L^-1 reversed. One thread: several would sum

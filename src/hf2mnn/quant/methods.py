@@ -11,7 +11,7 @@ from hf2mnn.errors import QuantizationError
 from hf2mnn.mnn.convert import WeightFormat
 from hf2mnn.quant.activations import Activations
 from hf2mnn.quant.folding import Scales
-from hf2mnn.quant.gptq import compensation, gptq_rows
+from hf2mnn.quant.gptq import check_finite, compensation, gptq_rows
 from hf2mnn.quant.packed import packed_format, packed_levels
 from hf2mnn.quant.rounding import round_rows
 from hf2mnn.quant.weights import Operator
@@ -74,6 +74,7 @@ class Methods:
     def _importance(self, operator: Operator) -> np.ndarray:
         """Mean squares of the inputs float32 [inputs], after the scales that are folded into them."""
         squares = np.square(self.activations.rows(operator.name), dtype=np.float64).mean(axis=0)
+        check_finite(squares, operator.name)
         columns = self.scales.columns.get(operator.name, np.ones(operator.inputs, np.float32))
         return (squares / np.square(columns, dtype=np.float64)).astype(np.float32)
 

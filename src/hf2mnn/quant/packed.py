@@ -49,7 +49,8 @@ def packed_format(checkpoint: Checkpoint, operator: Operator, form: WeightFormat
             f" blocks of {form.block} were asked for; set these to what there is, or choose another method"
         )
     zeros = _levels(packed).zeros
-    exact = zeros is None or bool((zeros.astype(np.float16).astype(np.float32) == zeros).all())
+    with np.errstate(over="ignore"):
+        exact = zeros is None or bool((zeros.astype(np.float16).astype(np.float32) == zeros).all())
     return replace(form, block=group, symmetric=zeros is None, scale_bits=16 if exact else 32)
 
 

@@ -81,25 +81,34 @@ def solve(table: pd.DataFrame, most_bytes: int) -> pd.DataFrame:
             f"the budget leaves {most_bytes:,} bytes for weights, their smallest formats take {smallest:,}: give at"
             f" least {math.ceil(8000 * smallest / weights) / 1000} bits a weight, {smallest - most_bytes:,} bytes more"
         )
+    table = _undominated(table)
+    limit = most_bytes
+    while (chosen := _cheapest(table, names, limit))["bytes"].sum() > most_bytes:
+        limit -= int(chosen["bytes"].sum()) - most_bytes  # the solver's own tolerance
+    return chosen
+
+
+def _undominated(table: pd.DataFrame) -> pd.DataFrame:
+    """Without formats that cost no less than a smaller one of the same operator."""
+    ordered = table.sort_values(["bytes", "kld"], kind="stable")
+    before = ordered.groupby("operator")["kld"].transform(lambda kld: kld.cummin().shift(fill_value=np.inf))
+    return table.loc[sorted(ordered.index[ordered["kld"] < before])]
+
+
+def _cheapest(table: pd.DataFrame, names: list[str], most_bytes: int) -> pd.DataFrame:
     place = {name: index for index, name in enumerate(names)}
     rows, columns = table["operator"].map(place).to_numpy(), np.arange(len(table))
     one_each = coo_array((np.ones(len(table)), (rows, columns)), shape=(len(names), len(table)))
-    size = table["bytes"].to_numpy(float)
-    cost = table["kld"].to_numpy(float)
-    scaled = cost / max(cost.max(), 1e-300) + 1e-9 * size / size.sum()
-    constraints = [
-        LinearConstraint(one_each, 1, 1),
-        LinearConstraint(size[None] / most_bytes, -np.inf, 1),
-    ]
+    size, cost = table["bytes"].to_numpy(float), table["kld"].to_numpy(float)
     solved = milp(
-        scaled,
-        constraints=constraints,
+        cost / max(cost.max(), SMALLEST_KLD),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size[None], -np.inf, most_bytes)],
         integrality=np.ones(len(table)),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 1e-6},
     )
     if solved.x is None:
-        raise QuantizationError(f"no plan was found: {solved.message}")
+        raise QuantizationError(f"no plan was found within {most_bytes:,} bytes: {solved.message}")
     return table[solved.x > 0.5].reset_index(drop=True)
 
 

@@ -106,10 +106,10 @@ def least_squares(tile, importance, least, most, low, high, symmetric, half, cut
                 else:
                     zero[lane] = stored(zeros[lane] + (scales[lane] - changed) * end, half)
                 scale[lane] = changed
-        for _ in range(refits + 1):
+        for refit in range(refits + 1):
             _fit(tile, importance, scale, zero, low, high, sums)
             for lane in range(LANES):
-                if sums[0, lane] < best[lane]:
+                if sums[0, lane] < best[lane] or attempt + refit == 0:
                     best[lane], scales[lane], zeros[lane] = sums[0, lane], scale[lane], zero[lane]
                 if symmetric:
                     if sums[2, lane] > ZERO:

@@ -45,14 +45,15 @@ class Operator:
 def _operator(op: dict[str, Any], outputs: dict[str, str]) -> Operator:
     main = op["main"]
     common, external, stored = main["common"], main.get("external"), main.get("quanParameter")
+    name = module_of(op["name"], outputs)
     if not external:
-        raise QuantizationError(f"{op['name']}: its weight is inside the graph; convert with --saveExternalData")
+        raise QuantizationError(f"{name}: its weight is inside the graph; convert with --saveExternalData")
     kernel = common["kernelX"] * common["kernelY"]
     inputs = common["inputCount"] * kernel // max(common.get("group", 1), 1)
     sizes = [external[1], external[2], external[3]] if stored else [external[1], 0, external[2]]
     starts = np.cumsum([external[0], *sizes]).tolist()
     parts = tuple(zip(starts[:3], sizes, strict=True))
-    return Operator(module_of(op["name"], outputs), common["outputCount"], inputs, kernel, parts, stored)
+    return Operator(name, common["outputCount"], inputs, kernel, parts, stored)
 
 
 def operators(graph: Graph, outputs: dict[str, str] | None = None) -> list[Operator]:
