@@ -12,7 +12,6 @@ import pytest
 
 from support import SHAPES_VL, TEXT, VISION, Workspace, make_workspace, run_cli
 
-
 # As the command line does it; torch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

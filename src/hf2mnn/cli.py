@@ -206,7 +206,7 @@ def quantize(
     ]
     settings = EngineSettings(**parse_json(Engine, engine, "--engine"))
     choice = Choice(*formats, settings, load_plan(plan).model_dump(exclude_none=True) if plan else {}, embedding)
-    make(onnx, float_bundle, out, choice, threads, activations, source)
+    make(onnx, float_bundle, out, choice, threads, activations, source, plan)
 
 
 @app.command(

@@ -76,12 +76,15 @@ Change = Callable[[dict[str, Any]], Any]
 @pytest.mark.parametrize(
     ("layer", "change", "said"),
     [
-        ("int3", lambda main: main["quanParameter"].update(type=2), "weights of type 2 are not read"),
+        ("int3", lambda main: main["quanParameter"].update(type=5), "weights of type 5 are not read"),
+        ("int3", lambda main: main["quanParameter"].update(type=2), "are not 1856 quantized weights"),
+        ("int3", lambda main: main["quanParameter"].update(type=4), "are not 1856 quantized weights"),
         ("int3", lambda main: main["quanParameter"].update(shapeInt32=True), "are not 1856 quantized weights"),
         ("int3", lambda main: main["common"].update(outputCount=28), "are not 1792 quantized weights"),
         ("int8", lambda main: main["external"].__setitem__(1, 1000), "its 1000 bytes in the weight file"),
         ("int3", lambda main: main["external"].__setitem__(2, 2 * 2 * 29 * 2 - 2), "scales do not fit 29 rows"),
         ("int3", lambda main: main["external"].__setitem__(2, 0), "0 scales do not fit 29 rows"),
+        ("int3", lambda main: main["external"].__setitem__(2, 1), "0 scales do not fit 29 rows"),
         ("int8", lambda main: main["external"].__setitem__(2, 4 * 28), "28 scales do not fit 29 rows"),
         ("int8", lambda main: main["external"].__setitem__(2, 4 * 29 * 5), "145 scales do not fit 29 rows"),
         ("half", lambda main: main["external"].__setitem__(1, 100), "100 bytes are not 1856 weights"),

@@ -35,18 +35,20 @@ def choice(**changes: Any) -> Choice:
     return Choice(**{"decoder": INT4, "vision": INT8, "engine": ENGINE, **changes})
 
 
+PLAN = {
+    "decoder": {
+        "lm_head": {"bits": 8, "block": 64},
+        f"{LAYER}.mlp.down_proj": {"bits": 16},
+        f"{LAYER}.mlp.up_proj": {"bits": 32},
+        f"{LAYER}.self_attn.q_proj": {"bits": 3, "symmetric": True, "scale_bits": 32},
+    }
+}
+
+
 @pytest.fixture(scope="module")
 def variant(onnx_folder: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """4 bits in blocks, but for what a plan says. Tests only read it."""
-    plan = {
-        "decoder": {
-            "lm_head": {"bits": 8, "block": 64},
-            f"{LAYER}.mlp.down_proj": {"bits": 16},
-            f"{LAYER}.mlp.up_proj": {"bits": 32},
-            f"{LAYER}.self_attn.q_proj": {"bits": 3, "symmetric": True, "scale_bits": 32},
-        }
-    }
-    return quantize(onnx_folder, bundle, tmp_path_factory.mktemp("variant") / "mixed", choice(plan=plan), threads=2)
+    return quantize(onnx_folder, bundle, tmp_path_factory.mktemp("variant") / "mixed", choice(plan=PLAN), threads=2)
 
 
 def read(bundle: Path, onnx_folder: Path, part: str) -> tuple[list[Operator], WeightFile]:
@@ -66,10 +68,8 @@ def named(layers: list[Operator], name: str) -> Operator:
 
 
 def test_threads_change_no_byte(onnx_folder: Path, bundle: Path, variant: Path, tmp_path: Path) -> None:
-    settings = Manifest.load(variant).settings
-    plan = settings["plan"]
     for threads in (1, 4):
-        made = quantize(onnx_folder, bundle, tmp_path / f"{threads}", choice(plan=plan), threads)
+        made = quantize(onnx_folder, bundle, tmp_path / f"{threads}", choice(plan=PLAN), threads)
         for path in sorted(variant.iterdir()):
             if path.name != "manifest.json":
                 assert (made / path.name).read_bytes() == path.read_bytes(), path.name

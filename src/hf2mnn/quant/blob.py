@@ -5,8 +5,15 @@
     levels   one a weight, `bits` wide, most significant bit first, stored with 2^(bits-1) added
     scales   a scale a block, or pairs (zero, scale), float16 or float32, rows of the weight first, then blocks
 
-A weight is level * scale, or level * scale + zero. Source: `IDSTEncoder.hpp` and `ConvolutionCommon::load` of MNN
-3.6.1.
+A weight is level * scale, or level * scale + zero. Where the converter looks for weights that are mostly zero
+(`--detectSparseSpeedUp`) it may store only the others, which here stand apart, in `parse_sparse`:
+
+    header   the dimensions as above, number of levels that follow (uint32), bits of a step (uint8)
+    steps    how far each of those levels is from the one before
+    table    number of values and the values as above
+    places   of each level in the table
+
+Source: `IDSTEncoder.hpp` and `ConvolutionCommon::load` of MNN 3.6.1.
 """
 
 from __future__ import annotations
@@ -110,23 +117,34 @@ def unpack(packed: bytes, count: int, bits: int) -> np.ndarray:
     return levels
 
 
+def _dimensions(stored: bytes, wide: bool) -> tuple[int, int, int]:
+    """Where they end, and the two of them: 0 where they are cut off."""
+    end = 1 + 2 * (4 if wide else 2)
+    rows, inputs = np.frombuffer(stored[1:end].ljust(end - 1, b"\0"), "<u4" if wide else "<u2").tolist()
+    return end, rows, inputs
+
+
+def damaged(stored: bytes, count: int, name: str) -> QuantizationError:
+    """Why bytes are not the `count` weights of the operator `name`."""
+    return QuantizationError(
+        f"{name}: its {len(stored)} bytes in the weight file are not {count} quantized weights; the file was cut"
+        " short or is another model's, make it again"
+    )
+
+
 def parse_levels(stored: bytes, count: int, wide: bool, name: str) -> tuple[np.ndarray, int]:
     """(levels int8 [count], bits) of the bytes of a weight, whoever wrote them.
 
     Raises:
         QuantizationError: they are not such bytes, or not of `count` weights, with `name` of the operator.
     """
-    start = 1 + 2 * (4 if wide else 2)
-    rows, inputs = np.frombuffer(stored[1:start].ljust(start - 1, b"\0"), "<u4" if wide else "<u2").tolist()
+    start, rows, inputs = _dimensions(stored, wide)
     values = (stored[start] or 256) if len(stored) > start else 0
     bits = max(values - 1, 1).bit_length()
     table = np.frombuffer(stored[start + 1 : start + 1 + values], np.int8)
     packed = stored[start + 1 + values :]
     if stored[:1] != b"\x02" or rows * inputs != count or len(table) < values or len(packed) != (count * bits + 7) // 8:
-        raise QuantizationError(
-            f"{name}: its {len(stored)} bytes in the weight file are not {count} quantized weights; the file was cut"
-            " short or is another model's, make it again"
-        )
+        raise damaged(stored, count, name)
     levels = unpack(packed, count, bits)
     # A table of its own: older converters wrote only the levels that are in use.
     if (table != np.arange(values) - (1 << bits - 1)).any():
@@ -135,3 +153,47 @@ def parse_levels(stored: bytes, count: int, wide: bool, name: str) -> tuple[np.n
             raise QuantizationError(f"{name}: a weight has a level beyond the {values} of its table; make it again")
         levels = np.sort(table)[places]
     return levels, bits
+
+
+def _zero_levels(alpha: np.ndarray, bits: int) -> np.ndarray:
+    """int8 [blocks]: the level that comes nearest to a weight of 0, of pairs (weight at the lowest level, scale).
+
+    Halves are rounded away from 0, and what is no int8 loses its upper bits, as in C.
+    """
+    lowest = -(1 << bits - 1)
+    (zeros, scales), limit = alpha.reshape(-1, 2).T, 2.0**31
+    with np.errstate(all="ignore"):
+        exact = (-zeros / scales).astype(np.float64)
+        nearest = np.copysign(np.floor(np.abs(exact) + 0.5), exact).astype(np.float32) + np.float32(lowest)
+    found = np.where(np.abs(nearest) < limit, nearest, 0).astype(np.int64).astype(np.int8)
+    return np.where(scales > 1e-6, found, np.int8(lowest))
+
+
+def parse_sparse(stored: bytes, alpha: np.ndarray, count: int, wide: bool, name: str) -> np.ndarray:
+    """Levels int8 [count] of a weight of which only what is not zero is stored.
+
+    `alpha` are its scales as they stand in the file, float32: of pairs, they say which level is zero. Rounded to half
+    floats they may say another than the converter meant; the engine reads it so.
+
+    Raises:
+        QuantizationError: as `parse_levels` does.
+    """
+    start, blocks, inputs = _dimensions(stored, wide)
+    kept = int.from_bytes(stored[start : start + 4], "little")
+    step_bits = int.from_bytes(stored[start + 4 : start + 5], "little")
+    table_start = start + 5 + (kept * step_bits + 7) // 8
+    values = int.from_bytes(stored[table_start : table_start + 1], "little") or 256
+    bits = max(values - 1, 1).bit_length()
+    places_start = table_start + 1 + values
+    whole = len(stored) == places_start + (kept * bits + 7) // 8
+    if stored[:1] != b"\x02" or blocks * inputs != count or not whole or not 1 <= step_bits <= 8:
+        raise damaged(stored, count, name)
+    steps = unpack(stored[start + 5 : table_start], kept, step_bits).astype(np.int64) + (1 << step_bits - 1)
+    table = np.unique(np.frombuffer(stored[table_start + 1 : places_start], np.int8))
+    places = unpack(stored[places_start:], kept, bits).astype(np.int16) + (1 << bits - 1)
+    if kept and (steps.sum() >= count or places.max() >= len(table)):
+        raise damaged(stored, count, name)
+    pairs = alpha.size == 2 * blocks
+    levels = np.repeat(_zero_levels(alpha, bits), inputs) if pairs else np.zeros(count, np.int8)
+    levels[np.cumsum(steps)] = table[places]
+    return levels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf2mnn.files import sha256
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.mnn.bundle import TOOLS, describe
 from hf2mnn.quant.methods import Methods
@@ -18,9 +19,10 @@ def quantize(
     threads: int,
     activations: Path | None = None,
     source: Path | None = None,
+    plan: Path | None = None,
 ) -> Path:
     """A variant of the float bundle. `activations` is that stage's folder, for calibrated methods; `source` the source
-    stage's, for the levels of a packed checkpoint.
+    stage's, for the levels of a packed checkpoint; `plan` the file that the choice's plan was read from.
 
     Raises:
         ManifestError: an input is not what its manifest says.
@@ -33,7 +35,9 @@ def quantize(
         upstream.verify()
     digests = {name: upstream.digest() for name, upstream in inputs.items()}
     settings = describe(choice.decoder, choice.vision, choice.engine)
-    settings |= {"plan": choice.plan, "embedding": choice.embedding}
+    settings["embedding"] = choice.embedding
+    if plan:
+        settings["plan"], digests["plan"] = str(plan), sha256(plan)
     manifest = Manifest("quantize", digests, settings, tool_versions(*TOOLS, "numba"))
     with stage_folder(destination, manifest) as folder:
         methods = Methods(activations, source)

@@ -10,11 +10,11 @@ import numpy as np
 
 from hf2mnn.errors import QuantizationError
 from hf2mnn.mnn.graph import FLOAT16, Graph, prove_size
-from hf2mnn.quant.blob import SCALE_TYPES, Levels, parse_levels
+from hf2mnn.quant.blob import SCALE_TYPES, Levels, damaged, parse_levels, parse_sparse
 from hf2mnn.quant.names import module_of
 
-LEVELS = 1
-"""`quanParameter.type` of weights stored as levels."""
+LEVELS, SPARSE, BYTES = 1, 2, 4
+"""`quanParameter.type` of weights stored as levels: packed, only what is not zero, or bare bytes."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Operator:
     """A linear layer, or the patch embedding (`kernel` over 1: its inputs are channels times kernel).
 
     name: its module in the transformers model, where that is known. parts: (offset, bytes) of weight, scales and bias
-    in the weight file. stored: `quanParameter` of the graph, None where the weight is float32.
+    in the weight file, and of a sparse float weight (whose numbers are the scales) the places of its numbers. stored:
+    `quanParameter` of the graph, None where the weight is float32.
     """
 
     name: str
@@ -50,9 +51,10 @@ def _operator(op: dict[str, Any], outputs: dict[str, str]) -> Operator:
         raise QuantizationError(f"{name}: its weight is inside the graph; convert with --saveExternalData")
     kernel = common["kernelX"] * common["kernelY"]
     inputs = common["inputCount"] * kernel // max(common.get("group", 1), 1)
-    sizes = [external[1], external[2], external[3]] if stored else [external[1], 0, external[2]]
+    places = [size for size in external[4:] if size]
+    sizes = [*external[1:4], *places] if stored else [external[1], 0, external[2]]
     starts = np.cumsum([external[0], *sizes]).tolist()
-    parts = tuple(zip(starts[:3], sizes, strict=True))
+    parts = tuple(zip(starts, sizes, strict=False))
     return Operator(name, common["outputCount"], inputs, kernel, parts, stored)
 
 
@@ -75,6 +77,11 @@ class WeightFile:
             file.seek(offset)
             return file.read(size)
 
+    def _numbers(self, part: tuple[int, int], dtype: type[np.generic]) -> np.ndarray:
+        """As many as there are; like the engine, without bytes that are no whole one."""
+        raw, size = self.raw(*part), np.dtype(dtype).itemsize
+        return np.frombuffer(raw[: len(raw) // size * size], dtype)
+
     def bias(self, operator: Operator) -> bytes:
         """float32 [outputs]."""
         return self.raw(*operator.parts[2])
@@ -91,7 +98,9 @@ class WeightFile:
         """
         end = operator.outputs if end is None else end
         kind = operator.stored["type"] if operator.stored else None
-        if kind == LEVELS:
+        if len(operator.parts) > 3:
+            return self._sparse_floats(operator)[begin:end]
+        if kind in (LEVELS, SPARSE, BYTES):
             return self.levels(operator).dequantize()[begin:end]
         if kind not in (None, FLOAT16):
             raise QuantizationError(f"{operator.name}: weights of type {kind} are not read; convert the model again")
@@ -102,21 +111,38 @@ class WeightFile:
         found = np.frombuffer(self.raw(offset + begin * row, (end - begin) * row), dtype)
         return found.astype(np.float32).reshape(end - begin, operator.inputs)
 
+    def _sparse_floats(self, operator: Operator) -> np.ndarray:
+        (_, values, _, places), count = operator.parts, operator.size
+        numbers, indices = self._numbers(values, np.float32), self._numbers(places, np.uint32)
+        if numbers.size != indices.size or indices.max(initial=0) >= count:
+            raise QuantizationError(f"{operator.name}: {numbers.size} numbers do not fit into {count} weights")
+        rows = np.zeros(count, np.float32)
+        rows[indices] = numbers
+        return rows.reshape(operator.outputs, operator.inputs)
+
     def levels(self, operator: Operator) -> Levels:
         """The whole of a quantized weight."""
-        stored, (weight, scales, _) = operator.stored, operator.parts
-        levels, _ = parse_levels(self.raw(*weight), operator.size, stored["shapeInt32"], operator.name)
+        stored, (weight, scales, *_), name = operator.stored, operator.parts, operator.name
+        raw, wide, count = self.raw(*weight), stored["shapeInt32"], operator.size
         dtype = SCALE_TYPES[16 if stored["scaleStorage"] == "FP16" else 32]
-        alpha = np.frombuffer(self.raw(*scales), dtype).astype(np.float32)
-        pairs = 1 if stored["readType"] == 0 else 2
-        if not alpha.size or alpha.size % (pairs * operator.outputs) or operator.size % (alpha.size // pairs):
-            raise QuantizationError(f"{operator.name}: {alpha.size} scales do not fit {operator.outputs} rows")
+        alpha = self._numbers(scales, dtype).astype(np.float32)
+        if stored["type"] == SPARSE:
+            levels = parse_sparse(raw, alpha, count, wide, name)
+        elif stored["type"] == BYTES:
+            levels = np.frombuffer(raw, np.int8)
+            if levels.size != count:
+                raise damaged(raw, count, name)
+        else:
+            levels, _ = parse_levels(raw, count, wide, name)
+        old = stored["type"] == BYTES and stored["aMin"] == 0 and abs(stored["quantScale"]) < 1e-6
+        pairs = 2 if stored["readType"] or old else 1
+        if not alpha.size or alpha.size % (pairs * operator.outputs) or count % (alpha.size // pairs):
+            raise QuantizationError(f"{name}: {alpha.size} scales do not fit {operator.outputs} rows")
         alpha = alpha.reshape(operator.outputs, -1, pairs)
-        if not stored["has_scaleInt"] and stored["quantScale"] != 1.0:
-            alpha = alpha * np.float32(stored["quantScale"])
-        levels = levels.reshape(operator.outputs, operator.inputs)
+        levels, steps = levels.reshape(operator.outputs, operator.inputs), alpha[:, :, -1]
+        factor = np.float32(1 if stored["has_scaleInt"] or old else stored["quantScale"])
         if pairs == 1:
-            return Levels(levels, alpha[:, :, 0], None)
+            return Levels(levels, steps * factor, None)
         # Where aMin is negative the stored zero is the weight at level aMin; the engine moves it to level 0.
         lowest = np.float32(min(stored["aMin"] or -128, 0))
-        return Levels(levels, alpha[:, :, 1], alpha[:, :, 0] - lowest * alpha[:, :, 1])
+        return Levels(levels, steps * factor, (alpha[:, :, 0] - lowest * steps) * factor)

@@ -150,7 +150,7 @@ def write_weights(
             quantized already.
     """
     for operator in layers:
-        if operator.stored and operator.stored["type"] == LEVELS:
+        if operator.stored and operator.stored["type"] != FLOAT16:
             raise QuantizationError(f"{operator.name}: its weight is quantized already; start from the float model")
     written, rows = Graph(copy.deepcopy(graph.content)), []
     by_op = {op["name"]: operator for op, operator in zip(graph.of_type("Convolution"), layers, strict=True)}

@@ -13,7 +13,8 @@ from hf2mnn.evaluate.findings import wrong_cache
 from hf2mnn.evaluate.names import ANSWERS, BUDGET, FIGURES, FINDINGS, LAYERS, PARITY, POSITIONS, SUMMARY
 from hf2mnn.manifest import Manifest
 
-EVALUATIONS, DIAGNOSES, BUNDLES, SPEED = "eval", "diagnosis", "mnn", "speed"
+EVALUATIONS, DIAGNOSES, BUNDLES, PLANS, SPEED = "eval", "diagnosis", "mnn", "plans", "speed"
+CALIBRATION = ("calibration", "activations", "sensitivity")
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def read_row(folder: Path, name: str) -> Row:
     manifests = {"evaluate": _checked(evaluation)}
     if diagnosis.is_dir():
         manifests["diagnose"] = _checked(diagnosis)
-    if bundle.is_dir():
-        manifests["bundle"] = Manifest.load(bundle)
+    others = {"bundle": bundle, "plan": folder / PLANS / name}
+    manifests |= {stage: Manifest.load(path) for stage, path in others.items() if path.is_dir()}
     known, parity = "diagnose" in manifests, pd.read_parquet(evaluation / PARITY)
     cache = [asdict(finding) for finding in wrong_cache(parity)]
     return Row(
@@ -90,6 +91,7 @@ def read_evidence(model: str, folder: Path, names: list[str]) -> Evidence:
         ManifestError: a stage is missing, or its files are not what its manifest says.
     """
     stages = {"source": "source", "onnx": "onnx", "float": f"{BUNDLES}/float"}
+    stages |= {stage: stage for stage in CALIBRATION}
     manifests = {stage: Manifest.load(folder / path) for stage, path in stages.items() if (folder / path).is_dir()}
     manifests["reference"] = _checked(folder / "reference")
     speed, cache = folder / SPEED / "speed.json", folder / SPEED / "cache.parquet"

@@ -52,6 +52,25 @@ def _reference(root: str, manifest: Manifest) -> list[str]:
     return ["reference", f"{root}/source", "--evaluation", evaluation, *options]
 
 
+def _activations(root: str, manifest: Manifest) -> list[str]:
+    folders = ["--calibration", f"{root}/calibration"]
+    folders += ["--evaluation", f"{root}/reference"] if "evaluation" in manifest.inputs else []
+    return ["activations", f"{root}/source", *folders, *_options(manifest.settings, "rows", "threads")]
+
+
+def _sensitivity(root: str, manifest: Manifest) -> list[str]:
+    bits = [word for bits in manifest.settings.get("bits", []) for word in ("--bits", str(bits))]
+    options = _options(manifest.settings, "examples", "threads")
+    return ["sensitivity", f"{root}/source", "--calibration", f"{root}/calibration", *bits, *options]
+
+
+def _plan(root: str, manifest: Manifest) -> list[str]:
+    folders = ["--onnx", f"{root}/onnx", "--float", f"{root}/mnn/float"]
+    budget = manifest.settings["budget"]
+    size = f"{budget['bundle_bytes']}B" if budget["bundle_bytes"] else str(budget["bits_per_weight"])
+    return ["plan", f"{root}/sensitivity", *folders, "--budget", size, *_options(manifest.settings, "embedding")]
+
+
 def _quantize(root: str, manifest: Manifest) -> list[str]:
     described = [
         word
@@ -59,7 +78,11 @@ def _quantize(root: str, manifest: Manifest) -> list[str]:
         if name in manifest.settings
         for word in (f"--{name}", json.dumps(manifest.settings[name], sort_keys=True))
     ]
-    return ["quantize", f"{root}/onnx", f"{root}/mnn/float", *described]
+    for name in ("activations", "source"):
+        described += [f"--{name}", f"{root}/{name}"] if name in manifest.inputs else []
+    if "plan" in manifest.settings:
+        described += ["--plan", _portable(manifest.settings["plan"])]
+    return ["quantize", f"{root}/onnx", f"{root}/mnn/float", *described, *_options(manifest.settings, "embedding")]
 
 
 def _evaluate(root: str, name: str, manifest: Manifest) -> list[str]:
@@ -93,7 +116,15 @@ def stages(evidence: Evidence) -> list[Stage]:
     add("reference", known["reference"], _reference(root, known["reference"]))
     add("onnx", known.get("onnx"), ["onnx", f"{root}/source"])
     add("mnn/float", known.get("float"), ["mnn", f"{root}/onnx"])
+    if "calibration" in known:
+        add("calibration", known["calibration"], _reference(root, known["calibration"]))
+    if "activations" in known:
+        add("activations", known["activations"], _activations(root, known["activations"]))
+    if "sensitivity" in known:
+        add("sensitivity", known["sensitivity"], _sensitivity(root, known["sensitivity"]))
     for row in evidence.rows:
+        if "plan" in row.manifests:
+            add(f"plans/{row.name}", row.manifests["plan"], _plan(root, row.manifests["plan"]))
         if "bundle" in row.manifests:
             add(f"mnn/{row.name}", row.manifests["bundle"], _quantize(root, row.manifests["bundle"]))
     for row in evidence.rows:
@@ -145,15 +176,28 @@ def _text(settings: Any) -> str:
     return _portable(settings) if isinstance(settings, str) else json.dumps(settings)
 
 
+def _weights(manifest: Manifest, part: str) -> str:
+    """How a part's weights are stored; a plan names each operator's own settings."""
+    described = dict(manifest.settings.get(part, {}))
+    if "plan" in manifest.settings:
+        described = {"plan": manifest.settings["plan"], "method": described.get("method", "")}
+    return _text(described)
+
+
 def variants(evidence: Evidence) -> Table | None:
-    """Settings of each bundle."""
-    parts = ("decoder", "vision", "engine")
-    rows = [
-        (row.name, [Cell(_text(row.manifests["bundle"].settings.get(part, {}))) for part in parts])
-        for row in evidence.rows
-        if "bundle" in row.manifests
-    ]
-    return Table("Settings of each variant", ["variant", *parts], rows, wraps=True) if rows else None
+    """Settings of each bundle, and what they come to."""
+    rows = []
+    for row in evidence.rows:
+        if (manifest := row.manifests.get("bundle")) is None:
+            continue
+        bits, embedding = (manifest.results.get(name) for name in ("bits_per_weight", "embedding_bytes"))
+        cells = [Cell(_weights(manifest, part)) for part in ("decoder", "vision")]
+        cells.append(Cell(_text(manifest.settings.get("engine", {}))))
+        cells.append(Cell("32" if bits is None else f"{bits:.3f}"))
+        cells.append(Cell("in lm_head" if embedding == 0 else f"{embedding / 1e6:.1f} MB" if embedding else ""))
+        rows.append((row.name, cells))
+    columns = ["variant", "decoder", "vision", "engine", "bits a weight", "embedding"]
+    return Table("Settings of each variant", columns, rows, wraps=True) if rows else None
 
 
 def resources(made: list[Stage]) -> Table:
