@@ -18,10 +18,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from faults import zeroed_norm
+from hf2mnn.evaluate.run import evaluate
 from hf2mnn.manifest import Manifest
+from hf2mnn.mnn.bundle import EngineSettings
+from hf2mnn.mnn.convert import WeightFormat
+from hf2mnn.quant.stages import quantize
+from hf2mnn.quant.variant import Choice
 from support import BIN, QUICK, REPOSITORY, Workspace, run_cli
 
-VARIANTS = ["fp32", "fp16", "int8", "int4"]
+PLAIN = ["fp32", "fp16", "int8", "int4"]
+VARIANTS = [*PLAIN, "int4-gptq", "mixed"]
 ROWS = ["onnxruntime", *VARIANTS]
 FINAL = {"report_model", "join_tables", "check_gates", "all", "total"}
 """Jobs that follow every change."""
@@ -116,9 +122,33 @@ def test_float_bundle_is_the_model_in_the_engine(results: Path) -> None:
 
 def test_smaller_variants_are_smaller_and_further_away(results: Path) -> None:
     """Bits do what they say: each step down is smaller on disk and further from PyTorch."""
-    frame = pd.read_csv(results / "summary.csv").set_index("variant").loc[VARIANTS]
+    frame = pd.read_csv(results / "summary.csv").set_index("variant").loc[PLAIN]
     assert frame["bytes"].is_monotonic_decreasing
     assert frame["mean_kld"].is_monotonic_increasing
+
+
+def test_a_calibrated_variant_of_the_same_size_is_closer(results: Path) -> None:
+    """The same bits and blocks, hence the same engine speed: only the choice of levels and scales differs."""
+    frame = pd.read_csv(results / "summary.csv").set_index("variant")
+    weights = [(results / "mnn" / name / "llm.mnn.weight").stat().st_size for name in ("int4", "int4-gptq")]
+    assert weights[0] == weights[1]
+    assert frame.loc["int4-gptq", "mean_kld"] < 0.7 * frame.loc["int4", "mean_kld"]
+
+
+def test_mixed_precision_beats_a_uniform_variant_that_is_larger(results: Path, tmp_path: Path) -> None:
+    """Both parts in 4 bits by blocks of 64, by the same method: 4.5 bits a weight, against 4.25 chosen."""
+    four = WeightFormat(4, 64, method="gptq")
+    choice = Choice(four, four, EngineSettings("low", "low"))
+    stages = results / "onnx", results / "mnn" / "float"
+    quantize(*stages, tmp_path / "uniform", choice, 2, results / "activations")
+    judged = (results / "reference", results / "onnx", tmp_path / "judged", tmp_path / "uniform")
+    evaluate(*judged, threads=2, time_limit=600)
+    uniform = json.loads((tmp_path / "judged" / "summary.json").read_text())
+    mixed = json.loads((results / "eval" / "mixed" / "summary.json").read_text())
+    assert mixed["bytes"] < 0.97 * uniform["bytes"]
+    assert mixed["mean_kld"] < 0.9 * uniform["mean_kld"]
+    chosen = json.loads((results / "mnn" / "mixed" / "manifest.json").read_text())["results"]
+    assert 4.2 < chosen["bits_per_weight"] <= 4.25
 
 
 def test_engine_as_it_is_places_what_follows_a_picture_wrongly(results: Path) -> None:
@@ -166,12 +196,24 @@ def test_new_variant_converts_nothing_again(copy: Workspace) -> None:
 
 
 def test_changed_bits_rerun_that_variant_and_the_table(copy: Workspace) -> None:
-    copy.config("bits: 4\n", "bits: 5\n")
+    copy.config("  int4:\n    bits: 4\n", "  int4:\n    bits: 5\n")
     planned = copy.snakemake("-n", check=True)
     said = planned.stdout + planned.stderr
     assert jobs(said) == ONE_VARIANT
     assert "wildcards: model=shapes-vl, variant=int4" in said and "variant=int8" not in said
     assert "Params have changed" in said
+
+
+def test_a_pinned_plan_makes_the_same_bundle_without_measuring(copy: Workspace) -> None:
+    """The plan that was chosen, named in config.yaml: nothing of the calibration set is looked at but activations."""
+    results = copy.folder / "results" / "shapes-vl"
+    shutil.copy(results / "plans" / "mixed" / "plan.yaml", copy.folder / "my-plan.yaml")
+    copy.config("bits: auto\n    budget: 4.25\n", "bits: 8\n    plan: my-plan.yaml\n")
+    planned = copy.snakemake("-n", check=True)
+    assert jobs(planned.stdout + planned.stderr) == ONE_VARIANT
+    before = Manifest.load(results / "mnn" / "mixed").outputs
+    copy.snakemake("results/shapes-vl/mnn/mixed/manifest.json", check=True)
+    assert Manifest.load(results / "mnn" / "mixed").outputs == before
 
 
 def test_second_model_is_a_second_block(copy: Workspace) -> None:
@@ -199,23 +241,23 @@ def test_required_variant_with_a_fault_fails_the_run_after_the_table_and_with_th
     bundle = copy.folder / "results" / "shapes-vl" / "mnn" / "int4"
     zeroed_norm(bundle, bundle.parent.parent / "onnx")
     Manifest.load(bundle).save(bundle)
-    copy.config("    bits: 4\n", "    bits: 4\n    required: true\n")
+    copy.config("  int4:\n", "  int4:\n    required: true\n")
     done = copy.snakemake()
     said = done.stdout + done.stderr
     assert done.returncode != 0
     assert jobs(said) == {name: count for name, count in ONE_VARIANT.items() if name != "quantize_variant"} | {
         "total": 7
     }
-    (told,) = [line for line in said.splitlines() if line.startswith("hf2mnn: 1 required of 6 rows miss their gates")]
+    (told,) = [line for line in said.splitlines() if line.startswith("hf2mnn: 1 required of 8 rows miss their gates")]
     assert re.search(r"shapes-vl/int4: .*findings .*\(cause: model\.language_model\.layers\.2\.input_layernorm ", told)
     assert "every conversion against PyTorch fp32" in said, "the table is printed although the run failed"
     frame = pd.read_csv(copy.folder / "results" / "summary.csv").set_index("variant")
-    assert list(frame["verdict"]) == ["reference", "pass", "pass", "pass", "pass", "FAIL"]
+    assert list(frame["verdict"]) == ["reference", *["pass"] * 4, "FAIL", "pass", "pass"]
     assert not (copy.folder / "results" / "gates.txt").exists()
 
 
 def test_optional_variant_that_misses_a_gate_does_not(copy: Workspace) -> None:
-    copy.config("    bits: 4\n", "    bits: 4\n    gates: {mean_kld: 1.0e-12}\n")
+    copy.config("  int4:\n", "  int4:\n    gates: {mean_kld: 1.0e-12}\n")
     copy.snakemake(check=True)
     frame = pd.read_csv(copy.folder / "results" / "summary.csv").set_index("variant")
     assert frame.loc["int4", "verdict"] == "FAIL"

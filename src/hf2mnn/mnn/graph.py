@@ -127,14 +127,14 @@ class Graph:
         """Every convolution (MNN's form of a linear layer) in the order of the graph."""
         return [_weight_info(op) for op in self.of_type("Convolution")]
 
+    def external_ends(self) -> dict[str, int]:
+        """Where in the weight file the last byte of each operator that has something there must be, by name."""
+        external = {op["name"]: op["main"].get("external") for op in self.ops if isinstance(op.get("main"), dict)}
+        return {name: place[0] + sum(place[1:]) for name, place in external.items() if place}
+
     def external_size(self) -> int:
         """Bytes that the weight file must have at least."""
-        ends = [0]
-        for op in self.ops:
-            external = op.get("main", {}).get("external") if isinstance(op.get("main"), dict) else None
-            if external:
-                ends.append(external[0] + sum(external[1:]))
-        return max(ends)
+        return max(self.external_ends().values(), default=0)
 
 
 def _weight_info(op: dict[str, Any]) -> WeightInfo:
@@ -209,8 +209,12 @@ def prove_weights(graph: Graph, name: str, bits: int, block: int, symmetric: boo
 
 
 def prove_size(graph: Graph, name: str, size: int) -> None:
-    """Raises ConversionError where the weight file has not the bytes that the graph points to."""
-    if size < graph.external_size():
+    """Raises ConversionError where the weight file has not the bytes that the graph points to, with the first operator
+    whose are not there."""
+    beyond = {end: operator for operator, end in graph.external_ends().items() if end > size}
+    if beyond:
+        first = beyond[min(beyond)].removesuffix(LINEAR)
         raise ConversionError(
-            f"{name}.weight has {size} bytes, the graph reads {graph.external_size()}: it was cut short"
+            f"{name}.weight has {size} bytes, the graph reads {graph.external_size()}: it was cut short, and {first}"
+            " has no weight; make it again"
         )
