@@ -4,10 +4,10 @@ CORES ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
 BIN := .venv/bin
 SET_UP := .venv/set-up
 
-.PHONY: help setup demo test test-browser lint format schema train-shapes-vl clean
+.PHONY: help setup demo test test-browser lint format schema bench-quant bench-quant-2b train-shapes-vl clean
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 $(SET_UP): requirements.txt pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'hf2mnn needs Python 3.11 or newer; name one with make PYTHON=...')"
@@ -22,7 +22,7 @@ demo: $(SET_UP) ## convert and judge the embedded model
 	$(BIN)/snakemake --cores $(CORES)
 
 test: $(SET_UP) ## all tests, the real pipeline on the embedded model among them
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadgroup
 
 test-browser: $(SET_UP) ## the report in a real browser; needs Chromium on the PATH or in CHROMIUM
 	$(BIN)/pytest tests/browser
@@ -40,6 +40,12 @@ format: $(SET_UP) ## put Python and Snakemake files into form
 
 schema: $(SET_UP) ## write the schema of config.yaml again
 	$(BIN)/hf2mnn schema > workflow/schemas/config.schema.yaml
+
+bench-quant: $(SET_UP) ## methods of quantization beside the converter's (about 10 minutes on 2 cores)
+	$(BIN)/python bench/quant.py
+
+bench-quant-2b: $(SET_UP) ## the same on a decoder of 1.5 B parameters (35 GB of disk, 20 to 30 minutes)
+	$(BIN)/python bench/quant.py qwen2-vl-2b
 
 train-shapes-vl: $(SET_UP) ## train the embedded model again (about an hour on 2 cores)
 	$(BIN)/python models/shapes-vl/training/train.py --out models/shapes-vl
