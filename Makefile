@@ -22,7 +22,7 @@ demo: $(SET_UP) ## convert and judge the embedded model
 	$(BIN)/snakemake --cores $(CORES)
 
 test: $(SET_UP) ## all tests, the real pipeline on the embedded model among them
-	$(BIN)/pytest --numprocesses auto --dist loadgroup
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 test-browser: $(SET_UP) ## the report in a real browser; needs Chromium on the PATH or in CHROMIUM
 	$(BIN)/pytest tests/browser

@@ -16,13 +16,9 @@ from support import SHAPES_VL, TEXT, VISION, Workspace, make_workspace, run_cli
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Several workers share the tests by groups, so that what is made once a session is made in one of them: the
-    pipeline's run for all that read it, and what the tests of a folder share."""
-    for item in items:
-        group = "pipeline" if "finished" in item.fixturenames else item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Workers share the tests file by file; those on the pipeline's run take longest, so they begin first."""
+    items.sort(key=lambda item: "finished" not in item.fixturenames)
 
 
 @pytest.fixture

@@ -18,10 +18,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from faults import zeroed_norm
+from hf2mnn.budget import Budget
+from hf2mnn.config import load_plan
 from hf2mnn.evaluate.run import evaluate
 from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.bundle import EngineSettings
 from hf2mnn.mnn.convert import WeightFormat
+from hf2mnn.quant.plan import make_plan
 from hf2mnn.quant.stages import quantize
 from hf2mnn.quant.variant import Choice
 from support import BIN, QUICK, REPOSITORY, Workspace, run_cli
@@ -135,18 +138,26 @@ def test_a_calibrated_variant_of_the_same_size_is_closer(results: Path) -> None:
     assert frame.loc["int4-gptq", "mean_kld"] < 0.7 * frame.loc["int4", "mean_kld"]
 
 
-def test_mixed_precision_beats_a_uniform_variant_that_is_larger(results: Path, tmp_path: Path) -> None:
-    """Both parts in 4 bits by blocks of 64, by the same method: 4.5 bits a weight, against 4.25 chosen."""
-    four = WeightFormat(4, 64, method="gptq")
-    choice = Choice(four, four, EngineSettings("low", "low"))
-    stages = results / "onnx", results / "mnn" / "float"
-    quantize(*stages, tmp_path / "uniform", choice, 2, results / "activations")
-    judged = (results / "reference", results / "onnx", tmp_path / "judged", tmp_path / "uniform")
-    evaluate(*judged, threads=2, time_limit=600)
-    uniform = json.loads((tmp_path / "judged" / "summary.json").read_text())
-    mixed = json.loads((results / "eval" / "mixed" / "summary.json").read_text())
-    assert mixed["bytes"] < 0.97 * uniform["bytes"]
+def test_mixed_precision_beats_the_uniform_variant_of_the_same_size(results: Path, tmp_path: Path) -> None:
+    """Both parts in 4 bits by blocks of 64, against formats chosen within the bytes that those take."""
+    onnx, base, settings = results / "onnx", results / "mnn" / "float", EngineSettings("low", "low")
+
+    def judged(name: str, bits: int, block: int, plan: dict) -> dict:
+        form = WeightFormat(bits, block, method="lsq")
+        made = quantize(onnx, base, tmp_path / name, Choice(form, form, settings, plan), 2)
+        evaluate(results / "reference", onnx, tmp_path / f"{name}-judged", made, threads=2, time_limit=600)
+        weights = json.loads((made / "manifest.json").read_text())["results"]
+        return weights | json.loads((tmp_path / f"{name}-judged" / "summary.json").read_text())
+
+    uniform = judged("uniform", 4, 64, {})
+    budget = Budget(bits_per_weight=uniform["bits_per_weight"])
+    plan = make_plan(results / "sensitivity", onnx, base, tmp_path / "plan", budget, "file")
+    mixed = judged("mixed", 8, 0, load_plan(plan / "plan.yaml").model_dump(exclude_none=True))
+    assert mixed["weight_bytes"] <= uniform["weight_bytes"]
     assert mixed["mean_kld"] < 0.9 * uniform["mean_kld"]
+
+
+def test_the_budget_is_kept(results: Path) -> None:
     chosen = json.loads((results / "mnn" / "mixed" / "manifest.json").read_text())["results"]
     assert 4.2 < chosen["bits_per_weight"] <= 4.25
 
