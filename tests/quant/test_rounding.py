@@ -10,13 +10,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numba import njit
 
+from hf2mnn.errors import QuantizationError
 from hf2mnn.mnn.bundle import DECODER, convert_decoder
 from hf2mnn.mnn.convert import WeightFormat, read_graph
-from hf2mnn.quant import rounding
+from hf2mnn.quant import rounding, write
 from hf2mnn.quant.blob import Levels
 from hf2mnn.quant.names import module_names
 from hf2mnn.quant.rounding import LANES, round_rows
-from hf2mnn.quant.weights import WeightFile, operators
+from hf2mnn.quant.weights import Operator, WeightFile, operators
 from one_layer import convert
 
 METHODS = ("rtn", "hqq", "lsq")
@@ -180,20 +181,33 @@ def test_no_block_is_worse_than_rounded_to_nearest(
 
 @settings(max_examples=200, deadline=None)
 @given(weight=blocks(), method=st.sampled_from(METHODS), **SHAPES)
+@example(
+    weight=np.linspace(-1e5, 3e5, 96, dtype=np.float32).reshape(3, 32),
+    bits=2,
+    symmetric=False,
+    scale_bits=16,
+    method="lsq",
+)
 def test_what_is_made_can_be_stored(
     weight: np.ndarray, bits: int, symmetric: bool, scale_bits: int, method: str
 ) -> None:
+    """Or is refused before it is: a half float ends at 65504."""
     symmetric = symmetric and method != "hqq"
     found = round_rows(weight, bits, 16, symmetric, scale_bits, method)
     assert found.levels.dtype == np.int8 and found.levels.shape == weight.shape
     assert found.levels.min() >= -(1 << bits - 1) and found.levels.max() < 1 << bits - 1
     assert (found.zeros is None) == symmetric
-    for part in (found.scales, *([] if symmetric else [found.zeros])):
+    parts = [found.scales, *([] if symmetric else [found.zeros])]
+    for part in parts:
         assert part.shape == (3, 2) and part.dtype == np.float32
         assert np.isfinite(part).all()
-        if scale_bits == 16:
-            assert np.array_equal(part, part.astype(np.float16).astype(np.float32))
     assert np.isfinite(found.dequantize()).all()
+    if scale_bits == 16 and max(np.abs(part).max() for part in parts) > 65504:
+        form = WeightFormat(bits, 16, symmetric, scale_bits, method)
+        with pytest.raises(QuantizationError, match="layer: its scales are too large for half floats"):
+            write._level_rows(found, Operator("layer", 3, 32, 1, (), None), form)
+    elif scale_bits == 16:
+        assert all(np.array_equal(part, part.astype(np.float16).astype(np.float32)) for part in parts)
 
 
 @pytest.mark.parametrize("method", METHODS)
