@@ -57,6 +57,7 @@ from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.mnn import convert
 from hf2mnn.mnn.bundle import (
     DECODER,
+    PARTS,
     TOKENIZER,
     TOOLS,
     VISION,
@@ -75,7 +76,7 @@ from hf2mnn.quant.gptq import gptq_rows
 from hf2mnn.quant.methods import CALIBRATED, Methods
 from hf2mnn.quant.rounding import round_rows
 from hf2mnn.quant.stages import quantize
-from hf2mnn.quant.variant import PARTS, Choice, Part
+from hf2mnn.quant.variant import Choice, Part
 from hf2mnn.quant.write import write_weights
 
 REPOSITORY = Path(__file__).resolve().parent.parent

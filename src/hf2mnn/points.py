@@ -13,9 +13,9 @@ ROWS = 32
 """Rows (tokens or patches) that are kept of each point: enough to see a fault, small for any model."""
 
 
-def kept_rows(count: int) -> np.ndarray:
-    """Indices of at most ROWS of `count` rows, evenly spread, the first and the last among them."""
-    return np.unique(np.linspace(0, count - 1, min(count, ROWS)).round().astype(int))
+def kept_rows(count: int, most: int = ROWS) -> np.ndarray:
+    """Indices of at most `most` of `count` rows, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
 def as_rows(value: np.ndarray) -> np.ndarray:

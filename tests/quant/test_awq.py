@@ -22,7 +22,7 @@ from hf2mnn.families.base import Fold
 from hf2mnn.manifest import Manifest
 from hf2mnn.metrics import relative_error
 from hf2mnn.mnn.ask import ask_bundle
-from hf2mnn.mnn.bundle import EngineSettings, convert_decoder
+from hf2mnn.mnn.bundle import PARTS, EngineSettings, convert_decoder
 from hf2mnn.mnn.convert import WeightFormat, read_graph, write_graph
 from hf2mnn.onnx.export import export_onnx
 from hf2mnn.onnx.session import causal_mask
@@ -34,7 +34,7 @@ from hf2mnn.quant.methods import Methods
 from hf2mnn.quant.names import module_names
 from hf2mnn.quant.rounding import round_rows
 from hf2mnn.quant.stages import quantize
-from hf2mnn.quant.variant import PARTS, Choice, Part
+from hf2mnn.quant.variant import Choice, Part
 from hf2mnn.quant.weights import Operator, WeightFile, operators
 from hf2mnn.quant.write import write_weights
 from hf2mnn.reference.golden import ACTIVATIONS

@@ -16,13 +16,13 @@ import pytest
 from hf2mnn.errors import ConversionError, Hf2mnnError, QuantizationError
 from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.ask import ask_bundle
-from hf2mnn.mnn.bundle import EngineSettings
+from hf2mnn.mnn.bundle import PARTS, EngineSettings
 from hf2mnn.mnn.convert import WeightFormat, read_graph
 from hf2mnn.mnn.engine import check_bundle
 from hf2mnn.mnn.graph import FLOAT16
 from hf2mnn.quant.names import module_names
 from hf2mnn.quant.stages import quantize
-from hf2mnn.quant.variant import PARTS, TABLE, Choice
+from hf2mnn.quant.variant import TABLE, Choice
 from hf2mnn.quant.weights import Operator, WeightFile, operators
 from hf2mnn.source.checkpoint import Checkpoint
 

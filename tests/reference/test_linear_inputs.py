@@ -25,17 +25,10 @@ from hf2mnn.reference.golden import ACTIVATIONS, Golden
 from hf2mnn.reference.linear_inputs import Sample, listening, record_activations
 from hf2mnn.reference.run import run_reference
 from hf2mnn.source.fetch import fetch_source
+from support import TEXT as SMALL
+from support import VISION
 
-TEXT = {
-    "num_hidden_layers": 2,
-    "layer_types": ["full_attention"] * 2,
-    "hidden_size": 128,
-    "intermediate_size": 208,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rope_parameters": {"mrope_section": [4, 6, 6], "rope_theta": 10000.0, "rope_type": "default"},
-}
-VISION = {"depth": 1, "embed_dim": 96, "num_heads": 3}
+TEXT = SMALL | {"intermediate_size": 208}
 LAYER, BLOCK = "model.language_model.layers.1", "model.visual.blocks.0"
 MERGER = "model.visual.merger.mlp.0"
 ENOUGH = 100_000

@@ -23,7 +23,7 @@ from hf2mnn.evaluate.looks import Sight, look
 from hf2mnn.families import family_named
 from hf2mnn.files import link_or_copy
 from hf2mnn.metrics import cosine, relative_error
-from hf2mnn.mnn.bundle import CONFIG, DECODER, VISION
+from hf2mnn.mnn.bundle import CONFIG, PARTS
 from hf2mnn.mnn.convert import write_graph
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.mnn.graph import LINEAR, Graph
@@ -50,7 +50,6 @@ COLUMNS = [
 ]
 ONNX_TOLERANCE = 1e-3
 """Accumulated error of the ONNX graph: float32 sums in another order bring 1e-6, a wrong operator 0.1 and more."""
-FILES = {"decoder": ("decoder.onnx", DECODER), "vision": ("vision.onnx", VISION)}
 
 
 @dataclass(frozen=True)
@@ -108,14 +107,14 @@ def _run_mnn(
     with tempfile.TemporaryDirectory(prefix="hf2mnn-layers-", dir=bundle.parent) as scratch:
         jobs, given = [], {}
         for name in sorted({part.name for part in parts}):
-            file = FILES[name][1]
+            file = PARTS[name][0]
             watched, given[name] = graphs[name].watched(wanted[name])
             write_graph(watched, Path(scratch, file))
             link_or_copy(bundle / f"{file}.weight", Path(scratch, f"{file}.weight"))
         for index, part in enumerate(parts):
             fed, result = Path(scratch, f"{index}-fed.safetensors"), Path(scratch, f"{index}.safetensors")
             save_file({name: np.ascontiguousarray(array) for name, array in part.mnn.items()}, fed)
-            described = {"graph": str(Path(scratch, FILES[part.name][1]).resolve()), "part": part.name}
+            described = {"graph": str(Path(scratch, PARTS[part.name][0]).resolve()), "part": part.name}
             described |= {"inputs": list(part.mnn), "outputs": list(given[part.name].values())}
             jobs.append(described | {"fed": str(fed.resolve()), "result": str(result.resolve())})
         job = {"bundle": str(bundle.resolve()), "graphs": jobs, "threads": threads}
@@ -168,7 +167,7 @@ class Portable:
 
     @classmethod
     def load(cls, folder: Path, part: str) -> Portable:
-        model = onnx.load(folder / FILES[part][0], load_external_data=False)
+        model = onnx.load(folder / PARTS[part][1], load_external_data=False)
         inside = points_of([output for node in model.graph.node for output in node.output])
         return cls(model, folder, [*zip(inside, inside, strict=True), *outputs_by_module(model).items()])
 

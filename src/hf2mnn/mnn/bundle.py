@@ -32,6 +32,8 @@ from hf2mnn.mnn.tokenizer import write_tokenizer
 
 DECODER, VISION = "llm.mnn", "visual.mnn"
 EMBEDDING, TOKENIZER = "embeddings_bf16.bin", "tokenizer.mtok"
+PARTS = {"decoder": (DECODER, "decoder.onnx"), "vision": (VISION, "vision.onnx")}
+"""Each graph of a bundle, and the ONNX graph that it is made of."""
 CONFIG, MODEL_CONFIG = "config.json", "llm_config.json"
 TOOLS = ("MNN", "onnx")
 ROWS_AT_ONCE = 4096

@@ -11,6 +11,7 @@ import numpy as np
 
 from hf2mnn.families.base import Fold
 from hf2mnn.mnn.convert import WeightFormat
+from hf2mnn.points import kept_rows
 from hf2mnn.quant.activations import Activations
 from hf2mnn.quant.folding import Scales
 from hf2mnn.quant.rounding import round_rows
@@ -66,8 +67,7 @@ def fold_scales(
 
 def sample_rows(weights: WeightFile, operator: Operator) -> np.ndarray:
     """At most ROWS rows of a weight, evenly spread."""
-    rows = weights.rows(operator)
-    return rows[np.unique(np.linspace(0, operator.outputs - 1, min(ROWS, operator.outputs)).round().astype(int))]
+    return weights.rows(operator)[kept_rows(operator.outputs, ROWS)]
 
 
 def search_scales(

@@ -19,11 +19,12 @@ from hf2mnn.budget import Budget
 from hf2mnn.errors import QuantizationError
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.mnn.bundle import EMBEDDING as EMBEDDING_FILE
+from hf2mnn.mnn.bundle import PARTS
 from hf2mnn.mnn.convert import WeightFormat
 from hf2mnn.quant.embedding import BITS
 from hf2mnn.quant.formats import stored_size
 from hf2mnn.quant.names import CANDIDATES, EMBEDDING, LM_HEAD, MEASURED
-from hf2mnn.quant.variant import PARTS, Part
+from hf2mnn.quant.variant import Part
 from hf2mnn.quant.weights import Operator
 
 PLAN = "plan.yaml"

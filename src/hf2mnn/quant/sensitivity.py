@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.metrics import kl_divergence
+from hf2mnn.points import kept_rows
 from hf2mnn.quant.names import CANDIDATES, EMBEDDING, LM_HEAD, MEASURED
 from hf2mnn.quant.rounding import round_rows
 from hf2mnn.reference.golden import Golden, GoldenExample, spread_examples
-from hf2mnn.reference.prompts import PictureInput
-from hf2mnn.reference.run import Reference
+from hf2mnn.reference.run import Reference, prompt_and_answer
 from hf2mnn.source.checkpoint import Checkpoint
 
 TOOLS = ("torch", "transformers", "numba")
@@ -84,14 +84,9 @@ class Bench:
         self.right = [self._predict(index, whole=False) for index in range(len(self.examples))]
         self.layers = layers_of(model, self.reference.decoder, self.reference.facts["tie_word_embeddings"])
 
-    def _read(self, example: GoldenExample) -> tuple[torch.Tensor, list[PictureInput]]:
-        stored = [self.golden.picture(name) for name in example.pictures]
-        ids = np.concatenate([example.input_ids, example.answer_ids[:-1]])
-        return torch.from_numpy(ids), [PictureInput(p.pixel_values, p.grid_thw, p.resized) for p in stored]
-
     def _embeds(self, example: GoldenExample) -> tuple[torch.Tensor, torch.Tensor]:
         """What the decoder is fed, float32 [1, tokens, hidden], and its positions."""
-        inside = self.reference.inside(*self._read(example))
+        inside = self.reference.inside(*prompt_and_answer(self.golden, example))
         return inside["inputs_embeds"][None], inside["position_ids"][:, None]
 
     @torch.inference_mode()
@@ -99,7 +94,7 @@ class Bench:
         """Logits [answer tokens, vocabulary]; `whole` goes through embedding and vision tower again."""
         example, kept = self.examples[index], len(self.examples[index].answer_ids)
         if whole:
-            made = self.reference.read(*self._read(example), logits_to_keep=kept)
+            made = self.reference.read(*prompt_and_answer(self.golden, example), logits_to_keep=kept)
         else:
             embeds, positions = self.embeds[index]
             made = self.reference.model(inputs_embeds=embeds, position_ids=positions, logits_to_keep=kept)
@@ -130,7 +125,7 @@ class Bench:
 def candidates(layer: Layer) -> list[dict]:
     """A row for every format that the layer can have, with its error by some of the rows."""
     rows, found = layer.rows, []
-    sampled = rows[np.unique(np.linspace(0, len(rows) - 1, min(ROWS, len(rows))).round().astype(int))]
+    sampled = rows[kept_rows(len(rows), ROWS)]
     norm = np.linalg.norm(sampled)
     for bits in BITS:
         for block in layer.blocks:

@@ -14,7 +14,7 @@ from hf2mnn.errors import ConversionError
 from hf2mnn.families import family_named
 from hf2mnn.files import link_or_copy
 from hf2mnn.mnn import graph as proof
-from hf2mnn.mnn.bundle import DECODER, EMBEDDING, TOKENIZER, VISION, EngineSettings, write_configs
+from hf2mnn.mnn.bundle import EMBEDDING, PARTS, TOKENIZER, EngineSettings, write_configs
 from hf2mnn.mnn.convert import WeightFormat, float_constants, read_graph, write_graph
 from hf2mnn.quant.awq import search_scales
 from hf2mnn.quant.embedding import check_tied, tied_settings
@@ -25,7 +25,6 @@ from hf2mnn.quant.names import LM_HEAD, module_names
 from hf2mnn.quant.weights import Operator, WeightFile, operators
 from hf2mnn.quant.write import write_weights
 
-PARTS = {"decoder": (DECODER, "decoder.onnx"), "vision": (VISION, "vision.onnx")}
 TABLE = "weights.csv"
 """A row for each operator of a variant."""
 

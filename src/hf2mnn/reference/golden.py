@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from hf2mnn.points import kept_rows
+
 EXAMPLES, TENSORS, ACTIVATIONS = "examples.json", "golden.safetensors", "activations.safetensors"
 
 
@@ -84,8 +86,7 @@ def without_repeats(ids: np.ndarray, token: int) -> np.ndarray:
 def spread_examples(records: list[dict[str, Any]], count: int) -> list[str]:
     """At most `count` ids, evenly over the records as they are sorted by category, so that every kind is there."""
     ordered = sorted(records, key=lambda record: (record["category"], record["id"]))
-    places = np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int))
-    return [ordered[place]["id"] for place in places]
+    return [ordered[place]["id"] for place in kept_rows(len(ordered), count)]
 
 
 class Golden:

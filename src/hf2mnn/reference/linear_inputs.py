@@ -22,8 +22,7 @@ from tqdm import tqdm
 from hf2mnn.errors import EvaluationSetError, ManifestError
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.reference.golden import ACTIVATIONS, Golden
-from hf2mnn.reference.prompts import PictureInput
-from hf2mnn.reference.run import Reference
+from hf2mnn.reference.run import Reference, prompt_and_answer
 from hf2mnn.source.checkpoint import Checkpoint
 
 TOOLS = ("torch", "transformers")
@@ -127,11 +126,7 @@ def _read_all(checkpoint: Checkpoint, golden: Golden, rows: int) -> LinearInputs
     with listening(reference.model, rows) as heard:
         progress = tqdm(golden.examples(), "PyTorch reads", len(golden.records), unit="example", mininterval=5)
         for example in progress:
-            stored = [golden.picture(name) for name in example.pictures]
-            pictures = [PictureInput(p.pixel_values, p.grid_thw, p.resized) for p in stored]
-            # The answer is read along, but for its last token: nothing follows from that one.
-            ids = np.concatenate([example.input_ids, example.answer_ids[:-1]])
-            reference.read(torch.from_numpy(ids), pictures)
+            reference.read(*prompt_and_answer(golden, example))
     return heard
 
 

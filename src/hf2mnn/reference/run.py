@@ -16,7 +16,7 @@ from hf2mnn.files import sha256
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.reference.activations import recorded
 from hf2mnn.reference.examples import NAME, Example, read_examples, read_picture
-from hf2mnn.reference.golden import ACTIVATIONS, EXAMPLES, TENSORS
+from hf2mnn.reference.golden import ACTIVATIONS, EXAMPLES, TENSORS, Golden, GoldenExample
 from hf2mnn.reference.prompts import PictureInput, Prompter
 from hf2mnn.reference.tasks import score_answer
 from hf2mnn.source.checkpoint import Checkpoint
@@ -106,6 +106,14 @@ class Reference:
         """Image embeddings float32 [image tokens, hidden]."""
         grid = torch.from_numpy(picture.grid_thw)[None]
         return self.model.model.get_image_features(torch.from_numpy(picture.pixel_values), grid).pooler_output[0]
+
+
+def prompt_and_answer(golden: Golden, example: GoldenExample) -> tuple[torch.Tensor, list[PictureInput]]:
+    """What `Reference.read` takes for a stored example: int64 ids [tokens] and its pictures. The answer is read along,
+    but for its last token: nothing follows from that one."""
+    stored = [golden.picture(name) for name in example.pictures]
+    ids = np.concatenate([example.input_ids, example.answer_ids[:-1]])
+    return torch.from_numpy(ids), [PictureInput(p.pixel_values, p.grid_thw, p.resized) for p in stored]
 
 
 def _say(example: Example, prompter: Prompter, answer_ids: torch.Tensor) -> dict:
