@@ -3,8 +3,9 @@ PYTHON ?= python3
 CORES ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
 BIN := .venv/bin
 SET_UP := .venv/set-up
+LLMEXPORT := .venv-llmexport/set-up
 
-.PHONY: help setup demo test test-browser lint format schema bench-quant bench-quant-2b train-shapes-vl clean
+.PHONY: help setup demo test test-browser test-faults lint format schema bench bench-quant bench-quant-2b train-shapes-vl clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -14,6 +15,11 @@ $(SET_UP): requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(LLMEXPORT): bench/llmexport.txt
+	$(PYTHON) -m venv .venv-llmexport
+	.venv-llmexport/bin/pip install --quiet --disable-pip-version-check --requirement bench/llmexport.txt
 	touch $@
 
 setup: $(SET_UP) ## make .venv with pinned dependencies
@@ -26,6 +32,9 @@ test: $(SET_UP) ## all tests, the real pipeline on the embedded model among them
 
 test-browser: $(SET_UP) ## the report in a real browser; needs Chromium on the PATH or in CHROMIUM
 	$(BIN)/pytest tests/browser
+
+test-faults: $(SET_UP) ## full disks, too little memory, no network; as root on Linux (about 6 minutes)
+	$(BIN)/pytest tests/machine
 
 lint: $(SET_UP) ## formatting and lint of Python and Snakemake files
 	$(BIN)/ruff check .
@@ -40,6 +49,9 @@ format: $(SET_UP) ## put Python and Snakemake files into form
 
 schema: $(SET_UP) ## write the schema of config.yaml again
 	$(BIN)/hf2mnn schema > workflow/schemas/config.schema.yaml
+
+bench: $(SET_UP) $(LLMEXPORT) ## the 2B shape end to end beside llmexport (20 GB of disk, 19 GB of memory, 20 to 30 minutes)
+	$(BIN)/python bench/scale.py $(BENCH)
 
 bench-quant: $(SET_UP) ## methods of quantization beside the converter's (about 10 minutes on 2 cores)
 	$(BIN)/python bench/quant.py

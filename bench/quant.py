@@ -172,12 +172,12 @@ def timed(job: Callable[..., None], case: Case, *arguments: Any) -> dict[str, fl
 def quantize_bundle(case: Case, root: Path, folder: Path, threads: int) -> None:
     """Ours, of both parts of the float bundle in `root`."""
     activations = root / "activations" if case.method in CALIBRATED else None
-    quantize(root / "onnx", root / "float", folder, Choice(case.form, case.form, ENGINE), threads, activations)
+    quantize(root / "onnx", root / "base", folder, Choice(case.form, case.form, ENGINE), threads, activations)
 
 
 def quantize_decoder(case: Case, root: Path, folder: Path, threads: int) -> None:
     """Ours, of the float decoder in `root`."""
-    part, methods = Part("decoder", root / "onnx", root / "float"), Methods()
+    part, methods = Part("decoder", root / "onnx", root / "base"), Methods()
     formats = part.formats(Choice(case.form, case.form, ENGINE), methods)
     folder.mkdir(parents=True)
     weights = folder / f"{part.file}.weight"
@@ -236,7 +236,7 @@ def weight_error(root: Path, folder: Path) -> float:
     """Norm of the errors of all weights of `folder`, over the norm of the float model's."""
     error, norm, scales = 0.0, 0.0, _folded(root, folder)
     for name in [name for name, (file, _) in PARTS.items() if (folder / file).is_file()]:
-        right, made = (Part(name, root / "onnx", place) for place in (root / "float", folder))
+        right, made = (Part(name, root / "onnx", place) for place in (root / "base", folder))
         # The patch embedding is two operators of one name.
         for wanted, found in zip(right.operators, made.operators, strict=True):
             columns = scales.columns.get(found.name, np.ones(found.inputs, np.float32))
@@ -342,14 +342,14 @@ def circumstances_of(base: str, threads: int) -> dict[str, dict[str, Any]]:
     return {OURS: found | {"code": fingerprint("quantize"), "threads": threads}, CONVERTER: found}
 
 
-# The data: a folder each, with onnx/ and float/, and what else its rows need.
+# The data: a folder each, with onnx/ and base/, and what else its rows need.
 
 
 def prepare_student_t(root: Path, shape: tuple[int, int] = SHAPE) -> str:
     weight = np.random.default_rng(SEED).standard_t(DEGREES, shape).astype(np.float32)
     with whole_folder(root) as folder:
         (folder / "onnx").mkdir()
-        (folder / "float").mkdir()
+        (folder / "base").mkdir()
         node = helper.make_node("MatMul", ["x", "layer.weight"], ["y"])
         given, made = (
             helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size])
@@ -359,12 +359,12 @@ def prepare_student_t(root: Path, shape: tuple[int, int] = SHAPE) -> str:
         graph = helper.make_graph([node], "layer", [given], [made], [constant])
         path = folder / "onnx" / "decoder.onnx"
         onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
-        convert_onnx(path, folder / "float" / DECODER, WeightFormat())
+        convert_onnx(path, folder / "base" / DECODER, WeightFormat())
     return hashlib.sha256(weight.tobytes()).hexdigest()[:16]
 
 
 def prepare_shapes_vl(root: Path) -> str:
-    """The stages up to the float bundle and the recorded activations; made again where model, sets or code changed."""
+    """The stages up to the base and the recorded activations; made again where model, sets or code changed."""
     stages = ("source", "reference", "onnx", "mnn", "activations", "evaluate")
     digest = hashlib.sha256("".join(map(fingerprint, stages)).encode())
     for path in sorted(path for path in MODEL.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
@@ -372,7 +372,7 @@ def prepare_shapes_vl(root: Path) -> str:
     base, mark = digest.hexdigest()[:16], root / "made"
     if mark.is_file() and mark.read_text() == base:
         return base
-    from hf2mnn.mnn.stages import convert_float
+    from hf2mnn.mnn.stages import convert_graphs
     from hf2mnn.onnx.export import export_onnx
     from hf2mnn.reference.linear_inputs import record_activations
     from hf2mnn.reference.run import run_reference
@@ -386,13 +386,13 @@ def prepare_shapes_vl(root: Path) -> str:
     reference = run_reference(source, root / "questions", root / "reference", 64, cores())
     calibration = run_reference(source, MODEL / "calibration", root / "calibration", 64, cores())
     record_activations(source, calibration, reference, root / "activations", CALIBRATION_ROWS, cores())
-    convert_float(export_onnx(source, root / "onnx"), root / "float")
+    convert_graphs(export_onnx(source, root / "onnx"), root / "base")
     mark.write_text(base)
     return base
 
 
 def prepare_scale(root: Path) -> str:
-    """Whatever there is of checkpoint, source, onnx and float is taken as it is.
+    """Whatever there is of checkpoint, source, onnx and base is taken as it is.
 
     Raises:
         Hf2mnnError: too little space on the disk.
@@ -402,7 +402,7 @@ def prepare_scale(root: Path) -> str:
     from hf2mnn.source.synth import make_checkpoint_like
 
     root.mkdir(parents=True, exist_ok=True)
-    whole = (root / "float" / DECODER).is_file()
+    whole = (root / "base" / DECODER).is_file()
     needs, free = WORKS_GB if whole else NEEDS_GB, shutil.disk_usage(root).free / 1e9
     if free < needs:
         raise Hf2mnnError(
@@ -414,8 +414,8 @@ def prepare_scale(root: Path) -> str:
         if not (root / "checkpoint" / "manifest.json").is_file():
             make_checkpoint_like(SCALE, root / "checkpoint", tokenizer=MODEL)
         export_onnx(fetch_source(root / "source", root / "checkpoint"), root / "onnx")
-    with whole_folder(root / "float") as folder:
-        convert_decoder(root / "onnx", folder, model_facts(root)["num_hidden_layers"], WeightFormat())
+    with whole_folder(root / "base") as folder:
+        convert_decoder(root / "onnx", folder, model_facts(root)["num_hidden_layers"])
     return "0"
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from support import SHAPES_VL, TEXT, VISION, Workspace, make_workspace, run_cli
+from support import SHAPES_VL, TEXT, VISION, Workspace, float_bundle, make_workspace, run_cli
 
 # As the command line does it; torch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -29,9 +30,14 @@ def workspace(tmp_path: Path) -> Workspace:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The real pipeline on the embedded model, run once. Tests only read it."""
-    made = make_workspace(tmp_path_factory.mktemp("pipeline") / "workspace")
-    made.snakemake(check=True)
+    """The real pipeline on the embedded model, run once for all of xdist's workers. Tests only read it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    made = Workspace(root / "pipeline")
+    with FileLock(root / "pipeline.lock"):
+        if not (root / "pipeline.done").exists():
+            make_workspace(made.folder).snakemake(check=True)
+            (root / "pipeline.done").touch()
     return made
 
 
@@ -101,9 +107,8 @@ def onnx_folder(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def bundle(onnx_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The float32 bundle. Tests only read it."""
-    from hf2mnn.mnn.stages import convert_float
 
-    return convert_float(onnx_folder, tmp_path_factory.mktemp("mnn") / "float")
+    return float_bundle(onnx_folder, tmp_path_factory.mktemp("mnn") / "float")
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.bundle import DECODER, EMBEDDING, MODEL_CONFIG
 from hf2mnn.mnn.convert import WeightFormat, convert_onnx, read_graph, write_graph
-from hf2mnn.mnn.dress import dress_decoder
+from hf2mnn.mnn.dress import dress_decoder, save_dressed
 
 LAYERS = "model.language_model.layers"
 
@@ -40,13 +40,11 @@ def unfused_attention(bundle: Path, onnx_folder: Path) -> None:
     plus = helper.make_node("Add", [scores.input[0], zero.name], ["attention_2/plus"], "attention_2/plus")
     scores.input[0] = "attention_2/plus"
     model.graph.node.insert(list(model.graph.node).index(scores), plus)
+    dress_decoder(model)
     changed = bundle / "changed"
     changed.mkdir()
-    onnx.save(model, changed / "decoder.onnx")
-    (changed / "decoder.onnx.data").symlink_to(onnx_folder / "decoder.onnx.data")
-    (changed / "dressed").mkdir()
-    dress_decoder(changed / "decoder.onnx", changed / "dressed" / "decoder.onnx")
-    convert_onnx(changed / "dressed" / "decoder.onnx", bundle / DECODER, WeightFormat())
+    dressed = save_dressed(model, onnx_folder / "decoder.onnx", changed)
+    convert_onnx(dressed, bundle / DECODER, WeightFormat())
     shutil.rmtree(changed)
 
 

@@ -156,7 +156,7 @@ def make_row(
             "vision": weights,
             "engine": {"memory": "low", "precision": "low", "threads": 4},
         }
-        made = make_manifest(root / "mnn" / name, "quantize", inputs=dict.fromkeys(("onnx", "float"), "78" * 32))
+        made = make_manifest(root / "mnn" / name, "quantize", inputs=dict.fromkeys(("onnx", "base"), "78" * 32))
         manifests["bundle"] = replace(made, settings=settings)
         manifests["diagnose"] = make_manifest(root / "diagnosis" / name, "diagnose", settings={"threads": 2})
     finding = {"part": "decoder", "point": astray, "sentence": f"{astray} (linear layer): its sign is turned"}

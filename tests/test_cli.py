@@ -49,7 +49,8 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
 def test_every_stage_is_a_command() -> None:
     stages = {"source", "evaluation", "reference", "onnx", "mnn", "quantize", "evaluate", "diagnose", "speed", "report"}
     stages |= {"activations", "sensitivity", "plan"}
-    assert stages | {"compare", "tune", "ask", "table", "summarize", "gates", "schema", "synth"} == set(COMMANDS)
+    others = {"compare", "tune", "ask", "table", "summarize", "gates", "pin", "schema", "stages", "synth"}
+    assert stages | others == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -82,7 +83,7 @@ def test_installed_program_fails_in_one_line() -> None:
 
 
 QUANTIZE = ("quantize", "nowhere", "nowhere", "--out", "x")
-DIAGNOSE = ("diagnose", "--reference", "nowhere", "--onnx", "x", "--float", "x", "--bundle", "x", "--out", "x")
+DIAGNOSE = ("diagnose", "--reference", "nowhere", "--onnx", "x", "--base", "x", "--bundle", "x", "--out", "x")
 SPEED = ("speed", "--out", "x", "--baseline", "int4")
 REPORT = ("report", "m", "nowhere")
 
@@ -92,6 +93,9 @@ REPORT = ("report", "m", "nowhere")
     [
         (("source", "--out", "x"), "either a local folder or a hub repository"),
         (("source", "--repository", "qwen", "--out", "x"), "owner/name"),
+        (("source", "--pin", "nowhere.json", "--out", "x"), "there is no pin nowhere.json"),
+        (("source", "--pin", "a-file", "--out", "x"), "a-file is not a pin"),
+        (("pin", "qwen"), "owner/name"),
         (("source", "--path", SHAPES_VL, "--out", "a-file"), "a-file"),
         (("source", "--path", SHAPES_VL, "--out", "a-file/below"), "a-file"),
         (("reference", "nowhere", "--evaluation", "nowhere", "--out", "x"), "nowhere has no manifest.json"),

@@ -120,7 +120,7 @@ def test_onnx_does_not_depend_on_mnn() -> None:
     ("edited", "changed"),
     [
         ("mnn/graph.py", {"mnn", "sensitivity", "plan", "quantize", "evaluate", "diagnose", "speed"}),
-        ("quant/rounding.py", {"sensitivity", "plan", "quantize"}),
+        ("quant/rounding.py", {"sensitivity", "plan", "quantize", "diagnose"}),
         ("quant/plan.py", {"plan"}),
         ("onnx/export.py", {"onnx"}),
         ("onnx/session.py", {"evaluate", "diagnose"}),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from hf2mnn import __version__
 from hf2mnn.errors import ConfigError, GateError, Hf2mnnError
+from hf2mnn.shortage import sentence
 
 app = typer.Typer(
     name="hf2mnn",
@@ -29,6 +30,17 @@ app = typer.Typer(
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write; replaced as a whole when the stage has succeeded.")]
 Threads = Annotated[int, typer.Option(help="Threads to compute with; 0 leaves it to the runtime.", min=0)]
+WeightsKept = Annotated[
+    Literal["auto", "resident", "mapped"],
+    typer.Option(
+        help="resident holds the model's weights in float32; mapped reads them from the checkpoint as each layer runs:"
+        " the same results in less memory, slower; auto is resident where they fit.",
+    ),
+]
+Hub = Annotated[Literal["huggingface", "modelscope"], typer.Option(help="The hub that has the repository.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Commit, tag or branch of the repository; left out, the hub's default branch.")
+]
 
 
 def _example(text: str) -> str:
@@ -39,13 +51,39 @@ def _example(text: str) -> str:
 def source(
     out: Out,
     path: Annotated[Path | None, typer.Option(help="A checkpoint folder on this machine.")] = None,
-    repository: Annotated[str | None, typer.Option(help="owner/name on the Hugging Face hub.")] = None,
-    revision: Annotated[str, typer.Option(help="Commit, tag or branch of the repository.")] = "main",
+    repository: Annotated[str | None, typer.Option(help="owner/name on a hub.")] = None,
+    revision: Revision = None,
+    hub: Hub = "huggingface",
+    pin: Annotated[
+        Path | None, typer.Option(help="A file that 'hf2mnn pin' has written, instead of repository and revision.")
+    ] = None,
+    files: Annotated[
+        Path | None,
+        typer.Option(help="Folder with files put in place by hand: those that match are taken, not downloaded."),
+    ] = None,
 ) -> None:
     """Check a checkpoint and put its files where the other stages look."""
     from hf2mnn.source.fetch import fetch_source
 
-    fetch_source(out, path, repository, revision)
+    fetch_source(out, path, repository, revision, hub, pin, files)
+
+
+@app.command(epilog=_example("hf2mnn pin Qwen/Qwen2-VL-2B-Instruct --revision main --out qwen2-vl-2b.json"))
+def pin(
+    repository: Annotated[str, typer.Argument(help="owner/name on a hub.")],
+    revision: Revision = None,
+    hub: Hub = "huggingface",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File for the commit with its files' sizes and hashes, JSON.")
+    ] = None,
+) -> None:
+    """Print the commit that a branch or tag is now, for config.yaml; nothing is downloaded."""
+    from hf2mnn.source.hub import pin_repository
+
+    pinned = pin_repository(repository, revision, hub)
+    if out:
+        pinned.save(out)
+    print(pinned.revision)
 
 
 @app.command(
@@ -60,11 +98,12 @@ def reference(
     evaluation: Annotated[Path, typer.Option(help="Folder with examples.jsonl.")],
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
     threads: Threads = 2,
+    weights: WeightsKept = "auto",
 ) -> None:
     """Let PyTorch answer the evaluation set in float32, once for all comparisons."""
     from hf2mnn.reference.run import run_reference
 
-    run_reference(source, evaluation, out, max_new_tokens, threads)
+    run_reference(source, evaluation, out, max_new_tokens, threads, weights)
 
 
 @app.command(epilog=_example("hf2mnn evaluation --dataset docvqa --samples 100 --out my-docvqa"))
@@ -90,12 +129,12 @@ def onnx(source: Annotated[Path, typer.Argument(help="Folder of the source stage
     export_onnx(source, out)
 
 
-@app.command(epilog=_example("hf2mnn mnn results/shapes-vl/onnx --out results/shapes-vl/mnn/float"))
+@app.command(epilog=_example("hf2mnn mnn results/shapes-vl/onnx --out results/shapes-vl/mnn/base"))
 def mnn(onnx: Annotated[Path, typer.Argument(help="Folder of the onnx stage.")], out: Out) -> None:
-    """Convert the ONNX graphs to a float32 MNN bundle, and prove that every attention is fused."""
-    from hf2mnn.mnn.stages import convert_float
+    """Convert the ONNX graphs to MNN's, and prove that every attention is fused; 'hf2mnn quantize' adds the weights."""
+    from hf2mnn.mnn.stages import convert_graphs
 
-    convert_float(onnx, out)
+    convert_graphs(onnx, out)
 
 
 @app.command(
@@ -114,11 +153,12 @@ def activations(
     ] = None,
     rows: Annotated[int, typer.Option(help="Tokens or patches of which a layer's inputs are kept.", min=1)] = 4096,
     threads: Threads = 2,
+    weights: WeightsKept = "auto",
 ) -> None:
     """Record what each linear layer reads on the calibration set, for awq and gptq."""
     from hf2mnn.reference.linear_inputs import record_activations
 
-    record_activations(source, calibration, evaluation, out, rows, threads)
+    record_activations(source, calibration, evaluation, out, rows, threads, weights)
 
 
 @app.command(
@@ -136,17 +176,19 @@ def sensitivity(
     ] = None,
     examples: Annotated[int, typer.Option(help="Examples to measure with.", min=1)] = 32,
     threads: Threads = 2,
+    weights: WeightsKept = "auto",
 ) -> None:
     """Measure what it costs the answers when one operator alone is quantized, for bits: auto."""
     from hf2mnn.config import Calibration
     from hf2mnn.quant.sensitivity import measure_sensitivity
 
-    measure_sensitivity(source, calibration, out, sorted(set(bits or Calibration().bits)), examples, threads)
+    wanted = sorted(set(bits or Calibration().bits))
+    measure_sensitivity(source, calibration, out, wanted, examples, threads, weights)
 
 
 @app.command(
     epilog=_example(
-        "hf2mnn plan results/shapes-vl/sensitivity --onnx results/shapes-vl/onnx --float results/shapes-vl/mnn/float"
+        "hf2mnn plan results/shapes-vl/sensitivity --onnx results/shapes-vl/onnx --base results/shapes-vl/mnn/base"
         " --budget 4.25 --out results/shapes-vl/plans/auto"
     )
 )
@@ -154,7 +196,7 @@ def plan(
     sensitivity: Annotated[Path, typer.Argument(help="Folder of the sensitivity stage.")],
     out: Out,
     onnx: Annotated[Path, typer.Option(help="Folder of the onnx stage.")],
-    float_bundle: Annotated[Path, typer.Option("--float", help="Folder of the mnn stage.")],
+    base: Annotated[Path, typer.Option(help="Folder of the mnn stage.")],
     budget: Annotated[str, typer.Option(help="Bits a weight with scales (4.25), or the bundle's size (850MB).")],
     embedding: Annotated[str, typer.Option(help="Where the embedding will be: file or lm_head.")] = "file",
 ) -> None:
@@ -166,18 +208,18 @@ def plan(
         wanted = parse_budget(budget)
     except ValueError as error:
         raise ConfigError(f"--budget: {error}") from None
-    make_plan(sensitivity, onnx, float_bundle, out, wanted, embedding)
+    make_plan(sensitivity, onnx, base, out, wanted, embedding)
 
 
 @app.command(
     epilog=_example(
-        "hf2mnn quantize results/shapes-vl/onnx results/shapes-vl/mnn/float --out results/shapes-vl/mnn/int4"
+        "hf2mnn quantize results/shapes-vl/onnx results/shapes-vl/mnn/base --out results/shapes-vl/mnn/int4"
         """ --decoder '{"bits": 4, "block": 64}' --vision '{"bits": 8}'"""
     )
 )
 def quantize(
     onnx: Annotated[Path, typer.Argument(help="Folder of the onnx stage.")],
-    float_bundle: Annotated[Path, typer.Argument(help="Folder of the mnn stage.")],
+    base: Annotated[Path, typer.Argument(help="Folder of the mnn stage.")],
     out: Out,
     decoder: Annotated[
         str, typer.Option(help="Weights of the decoder, JSON: bits, block, symmetric, scale_bits, method.")
@@ -194,7 +236,7 @@ def quantize(
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads to round with.", min=1)] = 2,
 ) -> None:
-    """Make a variant of the float bundle with other weights."""
+    """Make a bundle: the graphs of the mnn stage, and the checkpoint's weights in the formats that are asked for."""
     from hf2mnn.config import Engine, Weights, load_plan, parse_json
     from hf2mnn.mnn.bundle import EngineSettings
     from hf2mnn.mnn.convert import WeightFormat
@@ -206,7 +248,7 @@ def quantize(
     ]
     settings = EngineSettings(**parse_json(Engine, engine, "--engine"))
     choice = Choice(*formats, settings, load_plan(plan).model_dump(exclude_none=True) if plan else {}, embedding)
-    make(onnx, float_bundle, out, choice, threads, activations, source, plan)
+    make(onnx, base, out, choice, threads, activations, source, plan)
 
 
 @app.command(
@@ -234,7 +276,7 @@ def evaluate(
 @app.command(
     epilog=_example(
         "hf2mnn diagnose --reference results/shapes-vl/reference --onnx results/shapes-vl/onnx"
-        " --float results/shapes-vl/mnn/float --bundle results/shapes-vl/mnn/int4"
+        " --base results/shapes-vl/mnn/base --bundle results/shapes-vl/mnn/int4"
         " --out results/shapes-vl/diagnosis/int4"
     )
 )
@@ -242,7 +284,7 @@ def diagnose(
     out: Out,
     reference: Annotated[Path, typer.Option(help="Folder of the reference stage.")],
     onnx: Annotated[Path, typer.Option(help="Folder of the onnx stage.")],
-    float_bundle: Annotated[Path, typer.Option("--float", help="Folder of the mnn stage.")],
+    base: Annotated[Path, typer.Option(help="Folder of the mnn stage.")],
     bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")],
     threads: Threads = 2,
     time_limit: Annotated[float, typer.Option(help="Seconds after which the engine is stopped.", min=1)] = 7200,
@@ -250,7 +292,7 @@ def diagnose(
     """Find out why a bundle answers as it does: layer by layer, source by source, and what is wrong."""
     from hf2mnn.evaluate.diagnose import diagnose as run
 
-    found = run(reference, onnx, float_bundle, bundle, out, threads, time_limit)
+    found = run(reference, onnx, base, bundle, out, threads, time_limit)
     for finding in found:
         print(f"{finding.part}: {finding.sentence}")
     print(f"{len(found) or 'no'} findings")
@@ -331,6 +373,14 @@ def table(path: Annotated[Path, typer.Argument(help="A summary.csv.")]) -> None:
         page = path.parent / model / "report.html"
         if page.exists():
             print(f"report: {page}")
+
+
+@app.command(epilog=_example("hf2mnn stages results"))
+def stages(folder: Annotated[Path, typer.Argument(help="The folder that holds a folder for each model.")]) -> None:
+    """Print what each stage took: time, memory, and what it wrote."""
+    from hf2mnn.report.stages import print_stages
+
+    print_stages(folder)
 
 
 @app.command(epilog=_example("hf2mnn gates results/summary.csv --out results/gates.txt"))
@@ -494,21 +544,35 @@ def _root(
 ) -> None: ...
 
 
+def _of_file(error: Exception) -> str | None:
+    """A file that is missing, a folder, no folder..., by its name; None for an error that is no file's."""
+    if not isinstance(error, OSError):
+        return None
+    name = error.filename2 or error.filename
+    return f"{name}: {error.strerror}" if name else str(error)
+
+
 def main() -> None:
     """Expected failures end with one line on stderr and exit code 1."""
     # OpenMP threads that spin while they wait make torch 17 times slower as soon as another job shares the cores
     # (measured: 143 ms a token against 8); its library reads this when it is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not sys.stderr.isatty():
+        # Bars of transformers and others would fill a log with lines that are drawn over themselves.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except Hf2mnnError as error:
         print(f"hf2mnn: {error}", file=sys.stderr)
         sys.exit(1)
-    except OSError as error:
-        print(f"hf2mnn: {error.filename2 or error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        said = sentence(error, Path.cwd()) or _of_file(error)
+        if said is None:
+            raise
+        print(f"hf2mnn: {said}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from hf2mnn.budget import parse_budget
 from hf2mnn.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-RESERVED = ("pytorch", "onnxruntime", "float")
+RESERVED = ("pytorch", "onnxruntime", "float", "base")
 """Names of rows of the table and of folders that are not variants."""
 
 
@@ -218,16 +218,30 @@ class TableRows(RootModel[list[TableRow]]):
 
 
 class Source(_Strict):
-    """Where a checkpoint comes from: either a folder here, or a repository of the Hugging Face hub."""
+    """Where a checkpoint comes from: a folder here, a repository of a hub, or a pin of one."""
 
     path: str | None = Field(None, description="Folder with config.json, relative to where Snakemake runs.")
+    hub: Literal["huggingface", "modelscope"] = Field("huggingface", description="The hub that has the repository.")
     repository: str | None = Field(None, description="owner/name on the hub.")
-    revision: str = Field("main", description="Commit (best), tag or branch of the repository.")
+    revision: str | None = Field(
+        None, description="Commit (best), tag or branch of the repository; left out, main, or master of modelscope."
+    )
+    pin: str | None = Field(
+        None, description="File that 'hf2mnn pin' has written: hub, repository, commit, and what its files must be."
+    )
+    files: str | None = Field(
+        None, description="Folder with files put in place by hand: those that match are taken, not downloaded."
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Source:
-        if (self.path is None) == (self.repository is None):
-            raise ValueError("give either path (a local folder) or repository (owner/name on the hub)")
+        if [self.path, self.repository, self.pin].count(None) != 2:
+            raise ValueError(
+                "give either path (a local folder) or repository (owner/name on the hub) or pin (a file), one of them"
+            )
+        for key in self.model_fields_set - {"path", "pin", "repository"}:
+            if self.path is not None or (self.pin is not None and key != "files"):
+                raise ValueError(f"{key} goes with repository{' or pin' if key == 'files' else ''}: take it out")
         return self
 
 

@@ -7,6 +7,10 @@ class Hf2mnnError(Exception):
     """Base of every failure that is the input's or the machine's fault. The CLI prints it bare, exit code 1."""
 
 
+class MachineError(Hf2mnnError):
+    """The machine has no room or no memory left, or does not let a stage write."""
+
+
 class ConfigError(Hf2mnnError):
     """config.yaml asks for something that cannot be."""
 

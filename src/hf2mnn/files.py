@@ -10,16 +10,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hf2mnn.progress import BYTES, progress
+from hf2mnn.shortage import explained
+
+BLOCK = 1 << 20
+"""Bytes that are read at a time."""
+LARGE = 100_000_000
+"""Bytes from which on reading a file twice is worth avoiding."""
+_read_before: dict[tuple[int, int, int, int], str] = {}
+
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex digest of a file's bytes, read in blocks; of a large file it says how far it is. That is read once in a
+    process, whatever it is called, as long as nobody writes to it."""
+    state = path.stat()
+    if state.st_size < LARGE:
+        return _digest(path, state.st_size)
+    key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+    if key not in _read_before:
+        _read_before[key] = _digest(path, state.st_size)
+    return _read_before[key]
+
+
+def _digest(path: Path, size: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file, progress(f"reading {path.name}", size, BYTES) as shown:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            shown.update(len(block))
+    return digest.hexdigest()
 
 
 @contextmanager
 def whole_folder(destination: Path) -> Iterator[Path]:
     """Yield an empty folder beside `destination`; it takes that name only when the block ends without an error.
+
+    Raises:
+        MachineError: the machine has no room or no memory left, or does not let us write there.
 
     What an earlier, killed run left beside it is removed first. A rename is the last step, so nobody ever sees half
     a folder under the final name.
@@ -29,9 +56,12 @@ def whole_folder(destination: Path) -> Iterator[Path]:
         raise NotADirectoryError(errno.ENOTDIR, "is a file; give the name of a folder", str(destination))
     partial = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with explained(destination):
+        partial.mkdir(parents=True)
     try:
-        yield partial
+        # Inside, while what fills a disk is still there to be counted.
+        with explained(destination):
+            yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -43,11 +73,12 @@ def whole_folder(destination: Path) -> Iterator[Path]:
 def whole_file(destination: Path) -> Iterator[Path]:
     """Yield a path beside `destination` to write to; it takes that name only when the block ends without an error."""
     destination = Path(destination)
-    destination.parent.mkdir(parents=True, exist_ok=True)
     partial = destination.with_name(f".{destination.name}.partial")
     try:
-        yield partial
-        partial.replace(destination)
+        with explained(destination.parent):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            partial.replace(destination)
     finally:
         partial.unlink(missing_ok=True)
 

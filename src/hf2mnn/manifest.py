@@ -6,7 +6,6 @@ A stage reads its inputs through `Manifest.load(folder).verify()`; it trusts the
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 from hf2mnn import __version__
 from hf2mnn.errors import Hf2mnnError, ManifestError
 from hf2mnn.files import sha256, whole_file, whole_folder
+from hf2mnn.usage import cpu_seconds, peak_mb
 
 NAME = "manifest.json"
 MARK = ".hf2mnn"
@@ -38,7 +38,12 @@ def tool_versions(*packages: str) -> dict[str, str]:
 @dataclass
 class Manifest:
     """`inputs` maps a name to the sha256 of that input's own manifest or file; `outputs` maps each file of the folder
-    to its size in bytes and its sha256; `seconds` and `peak_rss_mb` are what the stage took."""
+    to its size in bytes and its sha256.
+
+    `seconds` is what the stage took to make and hash its files, and `cpu_seconds` that on all cores, with the processes
+    that it started; 0 in an older manifest. `peak_rss_mb` is the most memory (`usage.peak_mb`) of any of
+    these processes since its start.
+    """
 
     stage: str
     inputs: dict[str, str] = field(default_factory=dict)
@@ -47,6 +52,7 @@ class Manifest:
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_rss_mb: float = 0.0
     hf2mnn: str = __version__
     folder: Path | None = None
@@ -94,16 +100,24 @@ class Manifest:
         """sha256 of the manifest file: names this folder's contents in the manifests of what is made from it."""
         return sha256(self.folder / NAME)
 
-    def save(self, folder: Path) -> None:
-        """Hash every file under `folder` and write the manifest there."""
+    def hash_outputs(self, folder: Path) -> None:
+        """Note size and sha256 of every file under `folder`."""
         files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (NAME, MARK))
         self.outputs = {
             p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files
         }
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json as it is."""
         stored = asdict(self)
         del stored["folder"]
         with whole_file(folder / NAME) as path:
             path.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+
+    def save(self, folder: Path) -> None:
+        """Hash every file under `folder` and write the manifest there."""
+        self.hash_outputs(folder)
+        self.write(folder)
 
 
 def _refuse_foreign(destination: Path) -> None:
@@ -122,13 +136,13 @@ def stage_folder(destination: Path, manifest: Manifest) -> Iterator[Path]:
     Raises:
         Hf2mnnError: `destination` holds files that are not a stage's.
     """
-    started = time.monotonic()
+    started, cpu_before = time.monotonic(), cpu_seconds()
     _refuse_foreign(destination)
     with whole_folder(destination) as folder:
         yield folder
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        manifest.hash_outputs(folder)
         manifest.seconds = round(time.monotonic() - started, 2)
-        manifest.peak_rss_mb = round(max(own, children) / 1024, 1)
-        manifest.save(folder)
+        manifest.cpu_seconds = round(cpu_seconds() - cpu_before, 2)
+        manifest.peak_rss_mb = round(peak_mb(), 1)
+        manifest.write(folder)
         (folder / MARK).touch()

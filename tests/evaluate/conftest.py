@@ -9,13 +9,12 @@ import pytest
 
 from hf2mnn.mnn.bundle import EngineSettings
 from hf2mnn.mnn.convert import WeightFormat
-from hf2mnn.mnn.stages import convert_float
 from hf2mnn.onnx.export import export_onnx
 from hf2mnn.quant.stages import quantize
 from hf2mnn.quant.variant import Choice
 from hf2mnn.reference.run import run_reference
 from hf2mnn.source.fetch import fetch_source
-from support import SHAPES_VL
+from support import SHAPES_VL, float_bundle
 
 CATEGORIES = {
     "object": 3,
@@ -54,7 +53,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated") / "results" / "shapes-vl"
     source = fetch_source(folder / "source", SHAPES_VL)
     run_reference(source, few_examples(folder / "evaluation"), folder / "reference", max_new_tokens=16, threads=1)
-    onnx, bundle = export_onnx(source, folder / "onnx"), convert_float(folder / "onnx", folder / "mnn" / "float")
+    onnx, bundle = export_onnx(source, folder / "onnx"), float_bundle(folder / "onnx", folder / "mnn" / "float")
     quantize(onnx, bundle, folder / "mnn" / "fp32", Choice(WeightFormat(), WeightFormat(), EngineSettings()), 1)
     packed = EngineSettings(precision="low", memory="low")
     quantize(onnx, bundle, folder / "mnn" / "int4", Choice(WeightFormat(4, 64), WeightFormat(8), packed), 1)

@@ -16,11 +16,11 @@ from hf2mnn.evaluate import budget as module
 from hf2mnn.evaluate.budget import Bench, Run, budget, divergence, exact_embedding
 from hf2mnn.metrics import kl_divergence
 from hf2mnn.mnn.bundle import CONFIG
-from hf2mnn.mnn.stages import convert_float
 from hf2mnn.onnx.export import export_onnx
 from hf2mnn.reference.golden import Golden
 from hf2mnn.reference.run import run_reference
 from hf2mnn.source.fetch import fetch_source
+from support import float_bundle
 
 RANDOM = np.random.default_rng(0)
 NOISE = {
@@ -154,7 +154,7 @@ def test_an_embedding_that_bfloat16_rounds_is_a_source_of_its_own(
     example = {"id": "a", "messages": [{"role": "user", "content": "What is a star?"}]}
     (tmp_path / "set" / "examples.jsonl").write_text(json.dumps(example))
     run_reference(source, tmp_path / "set", tmp_path / "reference", 6, threads=1)
-    convert_float(export_onnx(source, tmp_path / "onnx"), tmp_path / "mnn" / "float")
+    float_bundle(export_onnx(source, tmp_path / "onnx"), tmp_path / "mnn" / "float")
     assert not exact_embedding(tmp_path / "mnn" / "float", tmp_path / "onnx")
     found = real(tmp_path, "float")
     assert found["embedding"] == pytest.approx(found["total"], rel=1e-2)

@@ -46,7 +46,7 @@ def test_everything_found_is_written_in_the_order_of_the_checks(
     manifest = Manifest.load(tmp_path / "out")
     manifest.verify()
     assert manifest.results == {"findings": ["a setting", "a layer"]}
-    assert manifest.inputs.keys() == {"reference", "onnx", "float", "bundle"}
+    assert manifest.inputs.keys() == {"reference", "onnx", "base", "bundle"}
 
 
 def test_a_bundle_that_the_engine_refuses_is_a_finding_and_what_was_measured_before_stays(

@@ -51,7 +51,7 @@ def compare(tmp_path: Path) -> Callable[..., pd.DataFrame]:
     onnx.save(model, tmp_path / "vision.onnx")
     portable = Portable.load(tmp_path, "vision")
     # The last is an output, and so a point under the name of its module either way.
-    portable = Portable(portable.model, portable.folder, list(dict.fromkeys(portable.points)))
+    portable = Portable(portable.model, portable.source, list(dict.fromkeys(portable.points)))
 
     def table(seen: dict[str, np.ndarray], truth: dict | None = None, bits: int = 32) -> pd.DataFrame:
         graph = SimpleNamespace(weights=lambda: [SimpleNamespace(name=name, bits=bits) for name in POINTS])

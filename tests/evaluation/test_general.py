@@ -17,13 +17,12 @@ from PIL import Image
 from safetensors import safe_open
 
 from hf2mnn.evaluate.run import evaluate
-from hf2mnn.mnn.stages import convert_float
 from hf2mnn.onnx.export import export_onnx
 from hf2mnn.reference.examples import Example, read_examples, read_picture
 from hf2mnn.reference.golden import Golden
 from hf2mnn.reference.run import run_reference
 from hf2mnn.source.fetch import fetch_source
-from support import REPOSITORY, SHAPES_VL
+from support import REPOSITORY, SHAPES_VL, float_bundle
 
 GENERAL = REPOSITORY / "evaluation" / "general"
 EXAMPLES = read_examples(GENERAL)
@@ -147,7 +146,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
     source = fetch_source(folder / "source", SHAPES_VL)
     reference = run_reference(source, folder / "set", folder / "reference", LENGTH, threads=1)
     onnx = export_onnx(source, folder / "onnx")
-    bundle = convert_float(onnx, folder / "bundle")
+    bundle = float_bundle(onnx, folder / "bundle")
     made = evaluate(reference, onnx, folder / "eval", bundle, threads=1, time_limit=120)
     return Judged(Golden(reference), made)
 

@@ -15,8 +15,9 @@ from hf2mnn.errors import ConversionError
 from hf2mnn.evaluate.layers import Part, Portable, _run_mnn
 from hf2mnn.metrics import relative_error
 from hf2mnn.mnn.bundle import convert_decoder, convert_vision
-from hf2mnn.mnn.convert import WeightFormat, float_constants, read_graph
+from hf2mnn.mnn.convert import WeightFormat, read_graph
 from hf2mnn.mnn.graph import Graph, prove_fused
+from hf2mnn.onnx.initializers import float_values
 
 LAYERS = 2
 FREQUENCIES = {
@@ -30,7 +31,7 @@ FORMATS = [WeightFormat(), WeightFormat(16), WeightFormat(4, 64)]
 def exact(onnx_folder: Path, file: str) -> bytes:
     """The rotary frequencies as the ONNX graph has them, in the bytes of a flatbuffer."""
     source = onnx_folder / ("decoder.onnx" if file == "llm.mnn" else "vision.onnx")
-    return float_constants(source)[FREQUENCIES[file]].astype("<f4").tobytes()
+    return float_values(source)[FREQUENCIES[file]].astype("<f4").tobytes()
 
 
 def convert(onnx_folder: Path, folder: Path, weights: WeightFormat) -> dict[str, bytes]:
@@ -95,7 +96,7 @@ def test_float_constants_are_those_in_the_file_itself(tmp_path: Path) -> None:
         for name, array in (("node", np.array(3.5, np.float32)), ("count", np.array(4)))
     ]
     onnx.save(helper.make_model(helper.make_graph(nodes, "g", [], [], [*inside, outside])), tmp_path / "g.onnx")
-    found = float_constants(tmp_path / "g.onnx")
+    found = float_values(tmp_path / "g.onnx")
     assert found.keys() == {"f", "node"}
     assert found["f"].tolist() == arrays["f"].tolist()
     assert found["node"] == 3.5
@@ -151,7 +152,7 @@ def test_queries_far_into_a_long_text_are_right(onnx_folder: Path, bundle: Path,
     name = next(name for name in read_graph(bundle / "llm.mnn").values if name.endswith(".0.self_attn.query"))
     wanted = Portable.load(onnx_folder, "decoder").run(late.onnx, [name], {}, 1)[name].reshape(-1)
     errors = []
-    for exact in ({}, float_constants(onnx_folder / "decoder.onnx")):
+    for exact in ({}, float_values(onnx_folder / "decoder.onnx")):
         graph = read_graph(bundle / "llm.mnn")
         graph.sharpen_constants(exact)
         errors.append(relative_error(wanted, see(bundle, late, graph, [name])[name].reshape(-1)))

@@ -306,7 +306,7 @@ def test_scales_are_in_the_bundle_where_any_are_folded(variants: dict[str, Path]
     assert producers & set(folded_points(variants["awq"])) >= {f"{LAYER}.input_layernorm", f"{LAYER}.mlp.up_proj"}
     for made in variants.values():
         assert Manifest.load(made).verify() == made
-        assert set(Manifest.load(made).inputs) == {"onnx", "float", "activations"}
+        assert set(Manifest.load(made).inputs) == {"onnx", "base", "activations"}
         assert ask_bundle(made, "What?", [], 4)
 
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from hf2mnn.errors import QuantizationError
 from hf2mnn.mnn.bundle import EngineSettings
 from hf2mnn.mnn.convert import WeightFormat, read_graph
-from hf2mnn.mnn.stages import convert_float
 from hf2mnn.onnx.export import export_onnx
 from hf2mnn.quant.blob import scale_bytes
 from hf2mnn.quant.packed import packed_format, packed_levels
@@ -25,7 +24,7 @@ from hf2mnn.quant.weights import Operator, WeightFile, operators
 from hf2mnn.source.fetch import fetch_source
 from hf2mnn.source.packed import PackedLinear
 from packed import Quantized, write_packed
-from support import TEXT, VISION
+from support import TEXT, VISION, float_bundle
 
 KINDS = {"awq": ("awq", 4, 32, False), "gptq 8 bits": ("gptq", 8, -1, True)}
 
@@ -56,7 +55,7 @@ def chain(request: pytest.FixtureRequest, make_checkpoint: Callable, tmp_path_fa
     packed = write_packed(make_checkpoint(TEXT, VISION), folder / "checkpoint", kind, bits, group, symmetric)
     fetch_source(folder / "source", folder / "checkpoint")
     export_onnx(folder / "source", folder / "onnx")
-    convert_float(folder / "onnx", folder / "float")
+    float_bundle(folder / "onnx", folder / "float")
     return Chain(folder, packed, bits)
 
 

@@ -13,10 +13,10 @@ import torch
 from hf2mnn.budget import Budget
 from hf2mnn.config import load_plan
 from hf2mnn.errors import QuantizationError
+from hf2mnn.manifest import Manifest
 from hf2mnn.metrics import kl_divergence
 from hf2mnn.mnn.bundle import EngineSettings
 from hf2mnn.mnn.convert import WeightFormat
-from hf2mnn.mnn.stages import convert_float
 from hf2mnn.onnx.export import export_onnx
 from hf2mnn.quant.names import CANDIDATES, MEASURED
 from hf2mnn.quant.plan import make_plan
@@ -25,7 +25,7 @@ from hf2mnn.quant.stages import quantize
 from hf2mnn.quant.variant import Choice
 from hf2mnn.reference.run import run_reference
 from hf2mnn.source.fetch import fetch_source
-from support import SHAPES_VL
+from support import SHAPES_VL, float_bundle
 
 EXAMPLES = 6
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sensitivity")
     fetch_source(folder / "source", SHAPES_VL)
     export_onnx(folder / "source", folder / "onnx")
-    convert_float(folder / "onnx", folder / "float")
+    float_bundle(folder / "onnx", folder / "float")
     few = folder / "few"
     few.mkdir()
     lines = (SHAPES_VL / "calibration" / "examples.jsonl").read_text(encoding="utf-8").splitlines()
@@ -111,6 +111,13 @@ def test_the_tables_have_every_operator_and_every_format(sensitivity: Path) -> N
     assert set(patch["block"]) == {0}
     wide = candidates[candidates["operator"] == "model.visual.blocks.0.attn.qkv"]
     assert set(wide["block"]) == {32, 64, 0}, "128 does not divide 192"
+
+
+def test_the_same_tables_with_weights_left_in_their_file(folder: Path, sensitivity: Path, tmp_path: Path) -> None:
+    stages = folder / "source", folder / "calibration"
+    mapped = measure_sensitivity(*stages, tmp_path / "mapped", [3, 4], EXAMPLES, 1, "mapped")
+    assert Manifest.load(mapped).outputs == Manifest.load(sensitivity).outputs
+    assert [Manifest.load(made).results["weights"] for made in (mapped, sensitivity)] == ["mapped", "resident"]
 
 
 @pytest.mark.parametrize(

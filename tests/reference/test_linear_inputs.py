@@ -204,6 +204,14 @@ def test_the_same_bytes_twice(source: Path, calibration: Path, whole: Path, tmp_
     assert (again / ACTIVATIONS).read_bytes() == (whole / ACTIVATIONS).read_bytes()
 
 
+def test_the_same_bytes_with_weights_left_in_their_file(
+    source: Path, calibration: Path, whole: Path, tmp_path: Path
+) -> None:
+    mapped = record_activations(source, calibration, None, tmp_path / "mapped", ENOUGH, threads=1, weights="mapped")
+    assert Manifest.load(mapped).outputs == Manifest.load(whole).outputs
+    assert [Manifest.load(made).results["weights"] for made in (mapped, whole)] == ["mapped", "resident"]
+
+
 def test_manifest_says_what_it_was_made_of(
     source: Path, calibration: Path, answer: Callable[..., Path], tmp_path: Path
 ) -> None:

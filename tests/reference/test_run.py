@@ -9,9 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from hf2mnn.reference.run import Reference
+from hf2mnn.manifest import Manifest
+from hf2mnn.reference.golden import ACTIVATIONS, TENSORS
+from hf2mnn.reference.run import Reference, run_reference
 from hf2mnn.source.checkpoint import Checkpoint
+from hf2mnn.source.fetch import fetch_source
+from support import SHAPES_VL
 
 
 @pytest.mark.parametrize(
@@ -26,3 +32,25 @@ def test_each_token_is_the_most_likely_one(make_checkpoint: Callable[..., Path],
     path.write_text(json.dumps(json.loads(path.read_text()) | setting))
     made = Reference(Checkpoint(folder), max_new_tokens=12).answer(np.array([5, 6, 7, 5, 6, 7]), [])
     np.testing.assert_array_equal(made["answer_ids"], made["logits"].argmax(-1))
+
+
+def test_the_same_numbers_with_weights_left_in_their_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source, few = fetch_source(tmp_path / "source", SHAPES_VL), tmp_path / "few"
+    few.mkdir()
+    lines = (SHAPES_VL / "evaluation" / "examples.jsonl").read_text(encoding="utf-8").splitlines()
+    (few / "examples.jsonl").write_text("\n".join(lines[:: len(lines) // 4]), encoding="utf-8")
+    (few / "images").symlink_to(SHAPES_VL / "evaluation" / "images")
+    resident, mapped = (
+        Manifest.load(run_reference(source, few, tmp_path / weights, 8, 1, weights)) for weights in ("auto", "mapped")
+    )
+    assert resident.outputs[TENSORS] == mapped.outputs[TENSORS]
+    # Not byte by byte: safetensors writes the names of its two probes in an order of chance.
+    inside, other = (load_file(made.folder / ACTIVATIONS) for made in (resident, mapped))
+    assert inside.keys() == other.keys()
+    assert [name for name in inside if not torch.equal(inside[name], other[name])] == []
+    assert resident.settings == mapped.settings
+    assert [made.results["weights"] for made in (resident, mapped)] == ["resident", "mapped"]
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("PyTorch's weights")]
+    assert len(said) == 2
+    assert said[0].startswith("PyTorch's weights are resident: with float32 the stage needs 1.5 GB, ")
+    assert said[1] == "PyTorch's weights are mapped: as asked for"

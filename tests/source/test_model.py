@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hf2mnn.errors import SourceError
 from hf2mnn.source.checkpoint import Checkpoint
-from hf2mnn.source.model import load_config, load_model
+from hf2mnn.source.model import load_config, load_model, refused_as_source
 from support import SHAPES_VL
 
 WEIGHT = "model.layers.2.mlp.up_proj.weight"
@@ -58,3 +58,8 @@ def test_config_that_describes_no_model_is_one_sentence(folder: Path, key: str, 
     with pytest.raises(SourceError, match=key) as refused:
         load_config(Checkpoint(folder))
     assert "\n" not in str(refused.value)
+
+
+def test_memory_that_runs_out_is_not_the_checkpoints_fault(folder: Path) -> None:
+    with pytest.raises(RuntimeError, match="can't allocate"), refused_as_source(Checkpoint(folder)):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 55050240 bytes.")

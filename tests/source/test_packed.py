@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from hf2mnn.errors import SourceError
 from hf2mnn.onnx.export import export_onnx
 from hf2mnn.onnx.session import OnnxModel
+from hf2mnn.source import model as source_model
 from hf2mnn.source.checkpoint import Checkpoint, checkpoint_mb
 from hf2mnn.source.fetch import fetch_source
-from hf2mnn.source.model import load_config, load_model
+from hf2mnn.source.model import load_config, load_model, place_weights
 from hf2mnn.source.packed import PackedLayers, parse_quantization
 from packed import Quantized, pack, quantize, settings, write_packed
 
@@ -164,6 +165,14 @@ def test_the_reference_is_the_model_of_the_same_weights_in_float(written: Writte
     ids = torch.arange(1, 40)[None]
     with torch.inference_mode():
         assert torch.equal(loaded(input_ids=ids).logits, wanted(input_ids=ids).logits)
+
+
+def test_packed_layers_are_never_mapped(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(written.folder)
+    monkeypatch.setattr(source_model, "available_memory", lambda: 0)
+    assert place_weights(checkpoint, "auto") == ("resident", "packed layers are unpacked once")
+    with pytest.raises(SourceError, match="packed and cannot be mapped"):
+        place_weights(checkpoint, "mapped")
 
 
 @pytest.mark.parametrize("written", EXPORTED, indirect=True)

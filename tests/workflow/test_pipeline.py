@@ -140,7 +140,7 @@ def test_a_calibrated_variant_of_the_same_size_is_closer(results: Path) -> None:
 
 def test_mixed_precision_beats_the_uniform_variant_of_the_same_size(results: Path, tmp_path: Path) -> None:
     """Both parts in 4 bits by blocks of 64, against formats chosen within the bytes that those take."""
-    onnx, base, settings = results / "onnx", results / "mnn" / "float", EngineSettings("low", "low")
+    onnx, base, settings = results / "onnx", results / "mnn" / "base", EngineSettings("low", "low")
 
     def judged(name: str, bits: int, block: int, plan: dict) -> dict:
         form = WeightFormat(bits, block, method="lsq")

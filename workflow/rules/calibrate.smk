@@ -24,9 +24,9 @@ rule answer_calibration:
         out=subpath(output.manifest, parent=True),
         fingerprint=fingerprint("reference"),
     shell:
-        "hf2mnn reference {params.source:q} --evaluation {params.calibration:q} --max-new-tokens {params.max_new_tokens}"
+        "logged {log:q} hf2mnn reference"
+        " {params.source:q} --evaluation {params.calibration:q} --max-new-tokens {params.max_new_tokens}"
         " --threads {threads} --out {params.out:q}"
-        " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
 
 
 # For awq and gptq: what each linear layer reads.
@@ -56,9 +56,9 @@ rule record_activations:
         out=subpath(output.manifest, parent=True),
         fingerprint=fingerprint("activations"),
     shell:
-        "hf2mnn activations {params.source:q} --calibration {params.calibration:q} --evaluation {params.evaluation:q}"
+        "logged {log:q}"
+        " hf2mnn activations {params.source:q} --calibration {params.calibration:q} --evaluation {params.evaluation:q}"
         " --rows {params.rows:q} --threads {threads} --out {params.out:q}"
-        " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
 
 
 # For bits: auto: what it costs the answers when one operator is quantized.
@@ -88,16 +88,15 @@ rule measure_sensitivity:
         out=subpath(output.manifest, parent=True),
         fingerprint=fingerprint("sensitivity"),
     shell:
-        "hf2mnn sensitivity {params.source:q} --calibration {params.calibration:q} {params.options}"
+        "logged {log:q} hf2mnn sensitivity {params.source:q} --calibration {params.calibration:q} {params.options}"
         " --examples {params.examples:q} --threads {threads} --out {params.out:q}"
-        " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
 
 
 rule choose_plan:
     input:
         sensitivity="results/{model}/sensitivity/manifest.json",
         onnx="results/{model}/onnx/manifest.json",
-        float="results/{model}/mnn/float/manifest.json",
+        base="results/{model}/mnn/base/manifest.json",
     output:
         "results/{model}/plans/{variant}/plan.yaml",
         manifest="results/{model}/plans/{variant}/manifest.json",
@@ -116,12 +115,12 @@ rule choose_plan:
     params:
         sensitivity=subpath(input.sensitivity, parent=True),
         onnx=subpath(input.onnx, parent=True),
-        float=subpath(input.float, parent=True),
+        base=subpath(input.base, parent=True),
         budget=lookup("{variant}", within={v: c.budget for v, c in CONFIG.variants.items()}),
         embedding=lookup("{variant}", within={v: c.embedding for v, c in CONFIG.variants.items()}),
         out=subpath(output.manifest, parent=True),
         fingerprint=fingerprint("plan"),
     shell:
-        "hf2mnn plan {params.sensitivity:q} --onnx {params.onnx:q} --float {params.float:q} --budget {params.budget:q}"
+        "logged {log:q}"
+        " hf2mnn plan {params.sensitivity:q} --onnx {params.onnx:q} --base {params.base:q} --budget {params.budget:q}"
         " --embedding {params.embedding:q} --out {params.out:q}"
-        " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"

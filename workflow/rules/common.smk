@@ -7,8 +7,9 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-# The tools stand beside the Python that runs Snakemake, whether or not its environment is active.
-os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]))
+# The tools stand beside the Python that runs Snakemake, whether or not its environment is active; `logged` is ours.
+TOOLS = [str(Path(sys.executable).parent), str(Path(workflow.basedir, "workflow"))]
+os.environ.update(PATH=os.pathsep.join([*TOOLS, os.environ.get("PATH", os.defpath)]))
 
 from hf2mnn.config import parse_config
 from hf2mnn.errors import Hf2mnnError
@@ -32,15 +33,15 @@ wildcard_constraints:
 
 
 def source_files(wildcards):
-    """Files of a local checkpoint, so that a changed one is noticed; a hub's revision stands in the params."""
-    return checkpoint_files(CONFIG.models[wildcards.model].source.path)
+    """Files of a local checkpoint, or a pin, so that a changed one is noticed; a hub's revision stands in the params."""
+    source = CONFIG.models[wildcards.model].source
+    return [source.pin] if source.pin else checkpoint_files(source.path)
 
 
 def source_options(wildcards):
     source = CONFIG.models[wildcards.model].source
-    if source.path:
-        return shlex.join(["--path", source.path])
-    return shlex.join(["--repository", source.repository, "--revision", source.revision])
+    given = source.model_dump(exclude_none=True, exclude_unset=True)
+    return shlex.join(word for name, value in given.items() for word in (f"--{name}", value))
 
 
 def files_below(folder):

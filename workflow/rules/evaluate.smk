@@ -28,8 +28,8 @@ rule evaluate_onnxruntime:
         out=subpath(output.manifest, parent=True),
         fingerprint=fingerprint("evaluate"),
     shell:
-        "hf2mnn evaluate --reference {params.reference:q} --onnx {params.onnx:q} --threads {threads} --out {params.out:q}"
-        " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
+        "logged {log:q} hf2mnn evaluate"
+        " --reference {params.reference:q} --onnx {params.onnx:q} --threads {threads} --out {params.out:q}"
 
 
 rule evaluate_variant:
@@ -64,9 +64,9 @@ rule evaluate_variant:
         out=subpath(output.manifest, parent=True),
         fingerprint=fingerprint("evaluate"),
     shell:
-        "hf2mnn evaluate --reference {params.reference:q} --onnx {params.onnx:q} --bundle {params.bundle:q}"
+        "logged {log:q}"
+        " hf2mnn evaluate --reference {params.reference:q} --onnx {params.onnx:q} --bundle {params.bundle:q}"
         " --time-limit {params.time_limit} --threads {threads} --out {params.out:q}"
-        " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
 
 
 # Why a variant answers as it does: layer by layer, source by source, and the cause where something is wrong.
@@ -74,7 +74,7 @@ rule diagnose_variant:
     input:
         reference="results/{model}/reference/manifest.json",
         onnx="results/{model}/onnx/manifest.json",
-        float="results/{model}/mnn/float/manifest.json",
+        base="results/{model}/mnn/base/manifest.json",
         bundle="results/{model}/mnn/{variant}/manifest.json",
     output:
         "results/{model}/diagnosis/{variant}/layers.parquet",
@@ -94,15 +94,15 @@ rule diagnose_variant:
     params:
         reference=subpath(input.reference, parent=True),
         onnx=subpath(input.onnx, parent=True),
-        float=subpath(input.float, parent=True),
+        base=subpath(input.base, parent=True),
         bundle=subpath(input.bundle, parent=True),
         time_limit=CONFIG.time_limit,
         out=subpath(output.manifest, parent=True),
         fingerprint=fingerprint("diagnose"),
     shell:
-        "hf2mnn diagnose --reference {params.reference:q} --onnx {params.onnx:q} --float {params.float:q}"
+        "logged {log:q}"
+        " hf2mnn diagnose --reference {params.reference:q} --onnx {params.onnx:q} --base {params.base:q}"
         " --bundle {params.bundle:q} --time-limit {params.time_limit} --threads {threads} --out {params.out:q}"
-        " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
 
 
 # Takes all cores, so that no other job of the run is timed along with it. On a cluster there is no such number.
@@ -135,8 +135,8 @@ rule measure_speed:
         out=subpath(output.manifest, parent=True),
         fingerprint=fingerprint("speed"),
     shell:
-        "hf2mnn speed {params.options} --repeats {params.repeats:q} --prompt-tokens {params.prompt_tokens:q}"
+        "logged {log:q}"
+        " hf2mnn speed {params.options} --repeats {params.repeats:q} --prompt-tokens {params.prompt_tokens:q}"
         " --answer-tokens {params.answer_tokens:q} --picture-side {params.picture_side:q}"
         f" --threads {CONFIG.speed.threads or '{threads}'}"
         " --time-limit {params.time_limit} --out {params.out:q}"
-        " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"

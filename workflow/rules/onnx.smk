@@ -4,11 +4,8 @@ rule export_onnx:
         "results/{model}/source/manifest.json",
     output:
         "results/{model}/onnx/decoder.onnx",
-        "results/{model}/onnx/decoder.onnx.data",
         "results/{model}/onnx/vision.onnx",
-        "results/{model}/onnx/vision.onnx.data",
         "results/{model}/onnx/embedding.onnx",
-        "results/{model}/onnx/embedding.onnx.data",
         "results/{model}/onnx/model.json",
         manifest="results/{model}/onnx/manifest.json",
     log:
@@ -26,4 +23,4 @@ rule export_onnx:
         out=subpath(output.manifest, parent=True),
         fingerprint=fingerprint("onnx"),
     shell:
-        "hf2mnn onnx {params.source:q} --out {params.out:q}" " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
+        "logged {log:q} hf2mnn onnx {params.source:q} --out {params.out:q}"

@@ -1,10 +1,10 @@
-# A variant of the float bundle with other weights. Its embedding may have no file of its own, so none is named here; the
-# manifest names all there is.
+# A bundle of a variant's weights. Its embedding may have no file of its own, so none is named here; the manifest names all
+# there is.
 rule quantize_variant:
     input:
         unpack(choices),
         onnx="results/{model}/onnx/manifest.json",
-        float="results/{model}/mnn/float/manifest.json",
+        base="results/{model}/mnn/base/manifest.json",
     output:
         "results/{model}/mnn/{variant}/config.json",
         "results/{model}/mnn/{variant}/llm_config.json",
@@ -26,7 +26,7 @@ rule quantize_variant:
         runtime="8h",
     params:
         onnx=subpath(input.onnx, parent=True),
-        float=subpath(input.float, parent=True),
+        base=subpath(input.base, parent=True),
         decoder=weights("decoder"),
         vision=weights("vision"),
         engine=engine,
@@ -34,6 +34,6 @@ rule quantize_variant:
         out=subpath(output.manifest, parent=True),
         fingerprint=fingerprint("quantize"),
     shell:
-        "hf2mnn quantize {params.onnx:q} {params.float:q} --decoder {params.decoder:q} --vision {params.vision:q}"
+        "logged {log:q}"
+        " hf2mnn quantize {params.onnx:q} {params.base:q} --decoder {params.decoder:q} --vision {params.vision:q}"
         " --engine {params.engine:q} {params.options} --threads {threads} --out {params.out:q}"
-        " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"

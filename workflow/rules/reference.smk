@@ -21,7 +21,7 @@ rule fetch_evaluation:
         out=subpath(output.manifest, parent=True),
         fingerprint=fingerprint("evaluation"),
     shell:
-        "hf2mnn evaluation {params.options} --out {params.out:q} > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
+        "logged {log:q} hf2mnn evaluation {params.options} --out {params.out:q}"
 
 
 # PyTorch's own answers in float32, once per model.
@@ -50,6 +50,6 @@ rule answer_reference:
         out=subpath(output.manifest, parent=True),
         fingerprint=fingerprint("reference"),
     shell:
-        "hf2mnn reference {params.source:q} --evaluation {params.evaluation:q} --max-new-tokens {params.max_new_tokens}"
+        "logged {log:q} hf2mnn reference"
+        " {params.source:q} --evaluation {params.evaluation:q} --max-new-tokens {params.max_new_tokens}"
         " --threads {threads} --out {params.out:q}"
-        " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"

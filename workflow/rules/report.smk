@@ -24,8 +24,7 @@ rule report_model:
         folder=subpath(output.table, parent=True),
         fingerprint=fingerprint("report"),
     shell:
-        "hf2mnn report {wildcards.model:q} {params.folder:q} --rows {params.rows:q}"
-        " > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
+        "logged {log:q} hf2mnn report {wildcards.model:q} {params.folder:q} --rows {params.rows:q}"
 
 
 rule join_tables:
@@ -47,7 +46,7 @@ rule join_tables:
     params:
         fingerprint=fingerprint("report"),
     shell:
-        "hf2mnn summarize {input:q} --out {output.table:q} > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
+        "logged {log:q} hf2mnn summarize {input:q} --out {output.table:q}"
 
 
 # Comes after the table, so that the figures are there when a gate is missed.
@@ -67,4 +66,4 @@ rule check_gates:
         mem_mb=1000,
         runtime="10m",
     shell:
-        "hf2mnn gates {input:q} --out {output:q} > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
+        "logged {log:q} hf2mnn gates {input:q} --out {output:q}"

@@ -19,4 +19,4 @@ rule fetch_source:
         out=subpath(output[0], parent=True),
         fingerprint=fingerprint("source"),
     shell:
-        "hf2mnn source {params.options} --out {params.out:q} > {log:q} 2>&1 || {{ tail -n 3 {log:q} >&2; exit 1; }}"
+        "logged {log:q} hf2mnn source {params.options} --out {params.out:q}"

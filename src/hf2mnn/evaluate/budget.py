@@ -28,8 +28,10 @@ from hf2mnn.mnn.bundle import (
     TOKENIZER,
     VISION,
     embedding_table,
+    table_blocks,
 )
 from hf2mnn.mnn.engine import run_worker
+from hf2mnn.progress import steps
 from hf2mnn.quant.embedding import TIED, embedding_blocks, tied_in
 from hf2mnn.reference.golden import Golden, spread_examples
 
@@ -107,24 +109,22 @@ class Bench:
 
         blocks = [stored for stored, _ in embedding_blocks(bundle, self.onnx_folder)]
         model, logits = OnnxModel(self.onnx_folder, self.threads, np.concatenate(blocks)), {}
-        for example in self.golden.examples():
-            if example.id in self.examples:
-                pictures = [self.golden.picture(name) for name in example.pictures]
-                fed = [(picture.pixel_values, picture.grid_thw) for picture in pictures]
-                ids = np.concatenate([example.input_ids, example.answer_ids[:-1]])
-                rows = model.prefill(model.new_cache(), ids, fed, all_logits=True)
-                logits[example.id] = rows[len(example.input_ids) - 1 :]
+        chosen = (example for example in self.golden.examples() if example.id in self.examples)
+        for example in steps("ONNX Runtime reads", chosen, "examples", len(self.examples)):
+            pictures = [self.golden.picture(name) for name in example.pictures]
+            fed = [(picture.pixel_values, picture.grid_thw) for picture in pictures]
+            ids = np.concatenate([example.input_ids, example.answer_ids[:-1]])
+            rows = model.prefill(model.new_cache(), ids, fed, all_logits=True)
+            logits[example.id] = rows[len(example.input_ids) - 1 :]
         return logits
 
 
 def exact_embedding(bundle: Path, onnx_folder: Path) -> bool:
     """Whether the bundle's embedding is the checkpoint's, bit for bit."""
-    table, start = embedding_table(onnx_folder), 0
-    for stored, _ in embedding_blocks(bundle, onnx_folder):
-        if (stored != table[start : start + len(stored)]).any():
-            return False
-        start += len(stored)
-    return True
+    exact = table_blocks(embedding_table(onnx_folder))
+    return all(
+        (stored == right).all() for (stored, _), right in zip(embedding_blocks(bundle, onnx_folder), exact, strict=True)
+    )
 
 
 def divergence(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:

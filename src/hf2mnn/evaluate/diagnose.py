@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,21 +16,33 @@ from hf2mnn.evaluate import budget, causes, layers
 from hf2mnn.evaluate.findings import Finding
 from hf2mnn.evaluate.names import BUDGET, FINDINGS, LAYERS
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
-from hf2mnn.mnn.bundle import DECODER, VISION
-from hf2mnn.mnn.convert import float_constants, read_graph
+from hf2mnn.mnn.bundle import DECODER, VISION, EngineSettings
+from hf2mnn.mnn.convert import WeightFormat, read_graph
+from hf2mnn.onnx.initializers import float_values
+from hf2mnn.quant.stages import quantize
+from hf2mnn.quant.variant import Choice
 from hf2mnn.reference.golden import Golden
+
+
+@contextmanager
+def exact_bundle(onnx_folder: Path, base: Path, destination: Path, threads: int) -> Iterator[Path]:
+    """A bundle of 32 bits, beside `destination` while the block lasts: it is as large as the model in float32."""
+    exact = Choice(WeightFormat(), WeightFormat(), EngineSettings())
+    with tempfile.TemporaryDirectory(prefix=".hf2mnn-float-", dir=destination.parent) as folder:
+        yield quantize(onnx_folder, base, Path(folder, "float"), exact, max(threads, 1))
 
 
 def diagnose(
     reference: Path,
     onnx_folder: Path,
-    float_bundle: Path,
+    base: Path,
     bundle: Path,
     destination: Path,
     threads: int,
     time_limit: float,
 ) -> list[Finding]:
-    """Write layers.parquet, budget.parquet and findings.json to `destination`; gives the findings.
+    """Write layers.parquet, budget.parquet and findings.json to `destination`; gives the findings. `base` is the `mnn`
+    stage's folder.
 
     A bundle that does not run is a finding, no failure: what could be measured before is written.
 
@@ -35,7 +50,7 @@ def diagnose(
         ManifestError: an input is not what its manifest says.
         EngineError: the engine was stopped.
     """
-    folders = {"reference": reference, "onnx": onnx_folder, "float": float_bundle, "bundle": bundle}
+    folders = {"reference": reference, "onnx": onnx_folder, "base": base, "bundle": bundle}
     inputs = {name: Manifest.load(folder) for name, folder in folders.items()}
     for upstream in inputs.values():
         upstream.verify()
@@ -43,7 +58,7 @@ def diagnose(
     graphs = {"decoder": read_graph(bundle / DECODER), "vision": read_graph(bundle / VISION)}
     for part, graph in graphs.items():
         # What is run to look inside is built from the dump, and must compute what the bundle computes.
-        graph.sharpen_constants(float_constants(onnx_folder / f"{part}.onnx"))
+        graph.sharpen_constants(float_values(onnx_folder / f"{part}.onnx"))
     digests, tools = {name: m.digest() for name, m in inputs.items()}, tool_versions("MNN", "onnxruntime", "numpy")
     manifest = Manifest("diagnose", digests, {"threads": threads}, tools)
     with stage_folder(destination, manifest) as folder:
@@ -54,9 +69,10 @@ def diagnose(
         try:
             compared = layers.compare_layers(golden, onnx_folder, facts, bundle, graphs, threads, time_limit)
             found += causes.wrong_layers(compared)
-            bench = budget.Bench(golden, float_bundle, onnx_folder, threads, time_limit)
-            sources = budget.budget(bench, bundle)
-            found += causes.wrong_tokens(golden, bench.tokens(bundle), facts["image_token_id"])
+            with exact_bundle(onnx_folder, base, destination, threads) as exact:
+                bench = budget.Bench(golden, exact, onnx_folder, threads, time_limit)
+                sources = budget.budget(bench, bundle)
+                found += causes.wrong_tokens(golden, bench.tokens(bundle), facts["image_token_id"])
         except BundleFault as error:
             found.append(Finding("engine", None, str(error)))
         compared.to_parquet(folder / LAYERS, index=False)

@@ -27,6 +27,7 @@ from hf2mnn.mnn.bundle import CONFIG, PARTS
 from hf2mnn.mnn.convert import write_graph
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.mnn.graph import LINEAR, Graph
+from hf2mnn.onnx.initializers import stored_initializers
 from hf2mnn.onnx.points import cut, expose, outputs_by_module, points_of
 from hf2mnn.onnx.session import causal_mask, open_session
 from hf2mnn.points import as_rows, kept_rows
@@ -81,14 +82,14 @@ def parts_of(probe: GoldenProbe, golden: Golden, facts: dict[str, Any]) -> list[
 
 
 def _run_onnx(
-    model: onnx.ModelProto, folder: Path, inputs: dict[str, np.ndarray], outputs: list[str], threads: int
+    model: onnx.ModelProto, source: Path, inputs: dict[str, np.ndarray], outputs: list[str], threads: int
 ) -> dict[str, np.ndarray]:
-    """Values of `outputs`; `folder` holds the graph's weights."""
+    """Values of `outputs` of a changed graph of the file `source`."""
     # Beside the weights, so that these can be linked and need not be copied.
-    with tempfile.TemporaryDirectory(prefix="hf2mnn-layers-", dir=folder.resolve().parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix="hf2mnn-layers-", dir=source.resolve().parent.parent) as scratch:
         path = Path(scratch, "graph.onnx")
         onnx.save(model, path)
-        for data in folder.glob("*.onnx.data"):
+        for data in {stored.path for stored in stored_initializers(source).values()}:
             # ONNX Runtime takes no weights from outside the graph's own folder, not even through a link.
             link_or_copy(data.resolve(), Path(scratch, data.name))
         session = open_session(path, threads)
@@ -162,21 +163,22 @@ class Portable:
     """One ONNX graph with its points: (point, name of its value) in the order of computation."""
 
     model: onnx.ModelProto
-    folder: Path
+    source: Path
     points: list[tuple[str, str]]
 
     @classmethod
     def load(cls, folder: Path, part: str) -> Portable:
-        model = onnx.load(folder / PARTS[part][1], load_external_data=False)
+        source = folder / PARTS[part][1]
+        model = onnx.load(source, load_external_data=False)
         inside = points_of([output for node in model.graph.node for output in node.output])
-        return cls(model, folder, [*zip(inside, inside, strict=True), *outputs_by_module(model).items()])
+        return cls(model, source, [*zip(inside, inside, strict=True), *outputs_by_module(model).items()])
 
     def run(self, inputs: dict[str, np.ndarray], values: list[str], fed: dict[str, np.ndarray], threads: int) -> dict:
         """`values` by name; where `fed` has a value of a point, all that reads it reads that."""
         model = onnx.ModelProto.FromString(self.model.SerializeToString())
         expose(model, values)
         given = cut(model, list(fed))
-        return _run_onnx(model, self.folder, inputs | {name: fed[p] for p, name in given.items()}, values, threads)
+        return _run_onnx(model, self.source, inputs | {name: fed[p] for p, name in given.items()}, values, threads)
 
 
 def _bits(graph: Graph) -> dict[str, int]:
@@ -222,7 +224,7 @@ def compare_part(
             row |= {"mnn_local": relative_error(alone, values)}
             if row["mnn_local"] > row["tolerance"]:
                 sight = Sight(point, operator, values, alone, row["tolerance"], right[name].shape[-1])
-                row["looks"] = look(sight, portable.model, portable.folder, value)
+                row["looks"] = look(sight, portable.model, portable.source, value)
         rows.append(row)
     return rows
 

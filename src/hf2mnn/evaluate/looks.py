@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from hf2mnn.metrics import relative_error
+from hf2mnn.onnx.initializers import Matrices
 from hf2mnn.points import as_rows
 
 Value = Callable[[str], np.ndarray]
@@ -33,34 +33,30 @@ class Sight:
 
 def _siblings(point: str, model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
     """The same linear layer in every block, with the node that computes it."""
-    pattern = re.compile(INDEX.sub(r".\\d+.", re.escape(point).replace(r"\.", ".")) + r"\.weight(\.T)?")
+    pattern = re.compile(INDEX.sub(r".\\d+.", re.escape(point).replace(r"\.", ".")) + r"\.weight(\.float)?(\.T)?")
     for node in model.graph.node:
         for name in node.input:
             if node.op_type in ("MatMul", "Gemm") and pattern.fullmatch(name):
-                yield name.removesuffix(".T").removesuffix(".weight"), node
+                yield name.removesuffix(".T").removesuffix(".float").removesuffix(".weight"), node
 
 
-def _array(model: onnx.ModelProto, folder: Path, name: str) -> np.ndarray | None:
-    stored = next((tensor for tensor in model.graph.initializer if tensor.name == name), None)
-    return None if stored is None else numpy_helper.to_array(stored, str(folder))
-
-
-def _apply(model: onnx.ModelProto, folder: Path, module: str, node: onnx.NodeProto, x: np.ndarray) -> np.ndarray:
+def _apply(matrices: Matrices, module: str, node: onnx.NodeProto, x: np.ndarray) -> np.ndarray:
     """A linear layer of the graph on other inputs [rows, inputs]."""
-    weight = _array(model, folder, next(name for name in node.input if ".weight" in name))
-    flipped = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
-    bias = _array(model, folder, f"{module}.bias")
-    return x @ (weight.T if flipped else weight) + (0 if bias is None else bias)
+    weight = matrices.read(node.input[1])
+    flipped = node.op_type == "Gemm" and any(held.name == "transB" and held.i for held in node.attribute)
+    product = x @ (weight.T if flipped else weight)
+    return product + matrices.read(f"{module}.bias") if f"{module}.bias" in matrices.initializers else product
 
 
-def _others_weights(sight: Sight, model: onnx.ModelProto, folder: Path, value: Value) -> str:
+def _others_weights(sight: Sight, model: onnx.ModelProto, source: Path, value: Value) -> str:
     nodes = dict(_siblings(sight.point, model))
     if sight.point not in nodes:
         return ""
     x = as_rows(value(next(name for name in nodes[sight.point].input if ".weight" not in name)))
+    matrices = Matrices(model, source.parent)
     for module, node in nodes.items():
         if module != sight.point:
-            other = _apply(model, folder, module, node, x)
+            other = _apply(matrices, module, node, x)
             if relative_error(other, sight.seen) <= sight.tolerance:
                 return f"it has the weights of {module}"
     return ""
@@ -82,13 +78,13 @@ def _turned_back(sight: Sight, unrotated: np.ndarray) -> str:
     return f"a sign is flipped in {'both halves' if len(wrong) == 2 else f'the {wrong[0]} half'} of the rotation"
 
 
-def look(sight: Sight, model: onnx.ModelProto, folder: Path, value: Value) -> str:
-    """A clause that says what the operator does instead, or "" where it looks like nothing known. `value` gives what
-    the graph's values are, by name, given MNN's points."""
+def look(sight: Sight, model: onnx.ModelProto, source: Path, value: Value) -> str:
+    """A clause that says what the operator does instead, or "" where it looks like nothing known. `model` is the graph
+    of the file `source`; `value` gives what its values are, by name, given MNN's points."""
     if not sight.seen.any():
         return "it gives only zeros"
     if sight.operator == "linear layer":
-        return _others_weights(sight, model, folder, value)
+        return _others_weights(sight, model, source, value)
     if sight.operator == "rotary position embedding":
         parent, _, last = sight.point.rpartition(".")
         projection = f"{parent}.{'q' if last == 'query' else 'k'}_proj"

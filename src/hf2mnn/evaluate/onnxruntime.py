@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from hf2mnn.evaluate.answers import Answer, Outcome
 from hf2mnn.feeding import ways_of_feeding
 from hf2mnn.onnx.session import OnnxModel
+from hf2mnn.progress import steps
 from hf2mnn.reference.golden import Golden, GoldenProbe
 
 
@@ -35,11 +35,9 @@ def run_onnxruntime(onnx_folder: Path, golden: Golden, max_new_tokens: int, thre
     """Teacher-forced logits by cached decode, token by token, then the greedy answer from the same prefill."""
     model, outcome = OnnxModel(onnx_folder, threads), Outcome()
     pictures = {name: golden.picture(name) for name in golden.picture_names()}
-    for name, picture in pictures.items():
+    for name, picture in steps("ONNX Runtime sees", pictures.items(), "pictures"):
         outcome.embeds[name] = model.see((picture.pixel_values, picture.grid_thw))
-    for example in tqdm(
-        golden.examples(), desc="ONNX Runtime", total=len(golden.records), unit="example", mininterval=5
-    ):
+    for example in steps("ONNX Runtime answers", golden.examples(), "examples", len(golden.records)):
         cache = model.new_cache()
         fed = [(pictures[name].pixel_values, pictures[name].grid_thw) for name in example.pictures]
         first = model.prefill(cache, example.input_ids, fed)

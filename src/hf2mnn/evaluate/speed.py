@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tqdm import tqdm
 
 from hf2mnn.errors import BundleError, BundleFault, ConfigError, EngineError
 from hf2mnn.evaluate.machine import cores, describe_machine
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.mnn.bundle import MODEL_CONFIG
 from hf2mnn.mnn.engine import check_bundle, run_worker
+from hf2mnn.progress import steps
 
 FIGURES, TABLE, SUMMARY, CACHE = "speed.parquet", "speed.csv", "speed.json", "cache.parquet"
 UNITS = {
@@ -166,7 +166,7 @@ def time_in_turns(
     """(rows of speed.parquet, rows of cache.parquet, what each process said of its engine, and what is wrong with the
     bundles that do not run: the evaluation says so too, and the others are timed all the same)."""
     rows, cache, said, broken = [], [], {}, {}
-    for turn, (repeat, name) in enumerate(tqdm(turns(list(folders), repeats), desc="speed", unit="run", mininterval=5)):
+    for turn, (repeat, name) in enumerate(steps("speed", turns(list(folders), repeats), "runs")):
         if name in broken:
             continue
         try:

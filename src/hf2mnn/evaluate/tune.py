@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from hf2mnn.errors import ConfigError, EngineError
 from hf2mnn.evaluate.machine import cores, describe_machine
@@ -22,6 +21,7 @@ from hf2mnn.metrics import kl_divergence
 from hf2mnn.mnn.bundle import CONFIG
 from hf2mnn.mnn.engine import check_bundle, run_worker
 from hf2mnn.mnn.settings import engine_settings, with_settings
+from hf2mnn.progress import steps
 
 Settings = dict[str, Any]
 SETTINGS = ("thread_num", "precision", "memory", "attention_mode", "dynamic_option")
@@ -182,7 +182,7 @@ class Tuner:
         bound = max(own, HARMLESS) if max_kld is None else max_kld
         start = self.present if own <= bound else {**self.present, **EXACT}
         best = start
-        for setting in tqdm(settings, desc="tune", unit="setting", mininterval=5):
+        for setting in steps("tune", settings, "settings"):
             values = values_of(setting, quantized, best["memory"], cores())
             others = [
                 self.trial(setting, value, {**best, setting: value}) for value in values if value != best[setting]

@@ -45,6 +45,8 @@ class Family(ABC):
     """Name of the class in transformers."""
     image_text: str
     """What the chat template writes for a picture."""
+    special_tokens: dict[str, str]
+    """Keys of config.json that hold ids, and the tokens whose ids they must be."""
 
     @abstractmethod
     def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:

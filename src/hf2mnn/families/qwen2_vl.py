@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +23,11 @@ class Qwen2VL(Family):
     model_type = "qwen2_vl"
     architecture = "Qwen2VLForConditionalGeneration"
     image_text = "<|vision_start|><|image_pad|><|vision_end|>"
+    special_tokens: ClassVar = {
+        "image_token_id": "<|image_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
 
     def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:
         if text_config.get("use_sliding_window"):

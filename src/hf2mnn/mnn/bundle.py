@@ -14,26 +14,30 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx.external_data_helper import ExternalDataInfo
 
 from hf2mnn.families import family_named
 from hf2mnn.mnn import graph as proof
 from hf2mnn.mnn.convert import WeightFormat, convert_onnx
-from hf2mnn.mnn.dress import dress_decoder, dress_vision
+from hf2mnn.mnn.dress import dress_decoder, dress_vision, save_dressed
+from hf2mnn.mnn.linear import hide_linear_layers, show_linear_layers
 from hf2mnn.mnn.tokenizer import write_tokenizer
+from hf2mnn.onnx.initializers import initializer_values, stored_initializers
+from hf2mnn.source.tensors import StoredTensor
 
 DECODER, VISION = "llm.mnn", "visual.mnn"
 EMBEDDING, TOKENIZER = "embeddings_bf16.bin", "tokenizer.mtok"
 PARTS = {"decoder": (DECODER, "decoder.onnx"), "vision": (VISION, "vision.onnx")}
 """Each graph of a bundle, and the ONNX graph that it is made of."""
+DRESS = {"decoder": dress_decoder, "vision": dress_vision}
 CONFIG, MODEL_CONFIG = "config.json", "llm_config.json"
 TOOLS = ("MNN", "onnx")
 ROWS_AT_ONCE = 4096
@@ -52,47 +56,62 @@ class EngineSettings:
     threads: int = 4
 
 
-def dress_and_convert(
-    source: Path, destination: Path, dress: Callable[[Path, Path], None], weights: WeightFormat, fuse: bool = True
-) -> proof.Graph:
-    """Convert one ONNX graph of the `onnx` stage for the engine, and prove what can be seen in the graph."""
-    with tempfile.TemporaryDirectory(prefix="hf2mnn-", dir=destination.parent) as private:
-        dressed = Path(private, source.name)
-        dress(source, dressed)
-        graph = convert_onnx(dressed, destination, weights, fuse)
-    name = destination.name
+def _convert(part: str, onnx_folder: Path, folder: Path, weights: WeightFormat | None, fuse: bool) -> proof.Graph:
+    """One graph of the `onnx` stage for the engine, with what can be seen in it proved; see `convert_decoder`."""
+    name, source = PARTS[part]
+    source, destination = onnx_folder / source, folder / name
+    model = onnx.load(source, load_external_data=False)
+    DRESS[part](model)
+    finish = None
+    if weights is None:
+        hide_linear_layers(model)
+        finish = partial(show_linear_layers, biases=initializer_values(source, 1))
+    with tempfile.TemporaryDirectory(prefix="hf2mnn-", dir=folder) as private:
+        dressed = save_dressed(model, source, Path(private))
+        graph = convert_onnx(dressed, destination, weights or WeightFormat(), fuse, finish)
     proof.prove_supported(graph, name)
     proof.prove_size(graph, name, destination.with_name(f"{name}.weight").stat().st_size)
-    proof.prove_weights(graph, name, weights.bits, weights.block, weights.symmetric, weights.scale_bits)
+    if weights is not None:
+        asked = (weights.bits, weights.block, weights.symmetric, weights.scale_bits)
+        proof.prove_weights(graph, name, *asked)
     return graph
 
 
-def convert_decoder(onnx_folder: Path, folder: Path, layers: int, weights: WeightFormat, fuse: bool = True) -> None:
-    """Raises ConversionError where the result is not a fused decoder with `layers` cached attentions."""
-    graph = dress_and_convert(onnx_folder / "decoder.onnx", folder / DECODER, dress_decoder, weights, fuse)
+def convert_decoder(
+    onnx_folder: Path, folder: Path, layers: int, weights: WeightFormat | None = None, fuse: bool = True
+) -> None:
+    """Without `weights` the converter sees no linear layer, and none has a weight in what is written. With them it does
+    all that it can do alone, at its cost: that is what the tests and the benchmarks hold ours against.
+
+    Raises:
+        ConversionError: the result is not a fused decoder with `layers` cached attentions.
+    """
+    graph = _convert("decoder", onnx_folder, folder, weights, fuse)
     proof.prove_fused(graph, DECODER, layers)
 
 
-def convert_vision(onnx_folder: Path, folder: Path, weights: WeightFormat) -> None:
-    dress_and_convert(onnx_folder / "vision.onnx", folder / VISION, dress_vision, weights)
+def convert_vision(onnx_folder: Path, folder: Path, weights: WeightFormat | None = None) -> None:
+    """As `convert_decoder` does."""
+    _convert("vision", onnx_folder, folder, weights, fuse=True)
 
 
-def embedding_table(onnx_folder: Path) -> np.ndarray:
-    """The embedding of embedding.onnx, float32 [vocabulary, hidden], left on disk."""
-    model = onnx.load(onnx_folder / "embedding.onnx", load_external_data=False)
-    (table,) = model.graph.initializer
-    info = ExternalDataInfo(table)
-    return np.memmap(
-        onnx_folder / info.location, np.float32, mode="r", offset=info.offset or 0, shape=tuple(table.dims)
-    )
+def embedding_table(onnx_folder: Path) -> StoredTensor:
+    """The embedding [vocabulary, hidden] of embedding.onnx, left where it is."""
+    (table,) = stored_initializers(onnx_folder / "embedding.onnx").values()
+    return table
+
+
+def table_blocks(table: StoredTensor) -> Iterator[np.ndarray]:
+    """float32 [rows, hidden], a block at a time."""
+    for start in range(0, table.shape[0], ROWS_AT_ONCE):
+        yield table.rows(start, min(start + ROWS_AT_ONCE, table.shape[0]))
 
 
 def write_embedding(onnx_folder: Path, folder: Path) -> None:
     """The embedding table as bfloat16 (exact for a bfloat16 checkpoint), a block at a time."""
-    rows = embedding_table(onnx_folder)
     with (folder / EMBEDDING).open("wb") as file:
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            file.write(rows[start : start + ROWS_AT_ONCE].astype(ml_dtypes.bfloat16).tobytes())
+        for rows in table_blocks(embedding_table(onnx_folder)):
+            file.write(rows.astype(ml_dtypes.bfloat16).tobytes())
 
 
 def model_settings(model: dict[str, Any], where: Path) -> dict[str, Any]:
@@ -145,16 +164,16 @@ def write_configs(
         (folder / name).write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def make_float_bundle(onnx_folder: Path, folder: Path, settings: EngineSettings) -> None:
-    """Everything of a bundle, weights as float32, into `folder`."""
+def make_base(onnx_folder: Path, folder: Path) -> None:
+    """What all bundles of a model have in common, into `folder`: graphs whose linear layers have no weights yet, the
+    embedding, the tokenizer."""
     model = json.loads((onnx_folder / "model.json").read_text())
     print("decoder: converting", flush=True)
-    convert_decoder(onnx_folder, folder, model["num_hidden_layers"], WeightFormat())
+    convert_decoder(onnx_folder, folder, model["num_hidden_layers"])
     print("vision: converting", flush=True)
-    convert_vision(onnx_folder, folder, WeightFormat())
+    convert_vision(onnx_folder, folder)
     write_embedding(onnx_folder, folder)
     write_tokenizer(onnx_folder, folder / TOKENIZER)
-    write_configs(folder, model, settings)
 
 
 def describe(decoder: WeightFormat, vision: WeightFormat, settings: EngineSettings) -> dict[str, Any]:

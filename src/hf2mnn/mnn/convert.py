@@ -7,24 +7,32 @@ each other. The wheel's console script and `MNN.tools` are never used: they inst
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import onnx
-from onnx import numpy_helper
-from onnx.external_data_helper import uses_external_data
-
-from hf2mnn.errors import ConversionError
+from hf2mnn.errors import ConversionError, MachineError
 from hf2mnn.mnn.graph import Graph
+from hf2mnn.onnx.initializers import float_values
+from hf2mnn.shortage import full, killed
 
-CALL = "import sys, _tools; _tools.mnnconvert(['mnnconvert', *sys.argv[1:]])"
+# Python has this signal ignored; the converter does not look whether what it writes arrives.
+CALL = (
+    "import sys, _tools, signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL);"
+    " _tools.mnnconvert(['mnnconvert', *sys.argv[1:]])"
+)
 TIME_LIMIT = 4 * 3600
+ROOM = 1 << 16
+"""Bytes; a disk with less is full."""
 FUSE = "--transformerFuse"
 
 
@@ -65,6 +73,8 @@ def run_converter(arguments: list[str], folder: Path, time_limit: float = TIME_L
 
     Raises:
         ConversionError: it crashed or took longer than `time_limit` seconds. Its exit code says no more than that.
+        MachineError: the disk is full.
+        OSError: a file grew larger than is allowed.
     """
     command = [sys.executable, "-c", CALL, *arguments]
     try:
@@ -80,6 +90,12 @@ def run_converter(arguments: list[str], folder: Path, time_limit: float = TIME_L
     except subprocess.TimeoutExpired:
         raise ConversionError(f"MNN's converter was stopped after {time_limit:.0f} s: {' '.join(arguments)}") from None
     said = done.stdout + done.stderr
+    if done.returncode == -signal.SIGKILL:
+        raise ConversionError(killed("MNN's converter"))
+    if done.returncode == -signal.SIGXFSZ:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    if shutil.disk_usage(folder).free < ROOM:
+        raise MachineError(full(folder))
     if done.returncode != 0:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         raise ConversionError(f"MNN's converter died ({how}); its last words: {_last_words(said)}")
@@ -105,7 +121,13 @@ def read_graph(path: Path) -> Graph:
         dump = Path(folder, "graph.json")
         if not dump.is_file():
             raise ConversionError(f"{path} is not a model that MNN's converter can read: {_last_words(said)}")
-        return Graph(json.loads(dump.read_text()))
+        try:
+            return Graph(json.loads(dump.read_text()))
+        except ValueError:
+            raise ConversionError(
+                f"MNN's converter wrote only a part of the graph of {path}: see whether a disk is full or a quota used"
+                " up, and run the same command again"
+            ) from None
 
 
 def write_graph(graph: Graph, path: Path) -> None:
@@ -125,21 +147,17 @@ def write_graph(graph: Graph, path: Path) -> None:
         built.replace(path)
 
 
-def float_constants(path: Path) -> dict[str, np.ndarray]:
-    """float32 constants that an ONNX file holds itself, by name: all but the weights."""
-    model = onnx.load(path, load_external_data=False)
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer if not uses_external_data(tensor)}
-    for node in model.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            tensors[node.output[0]] = node.attribute[0].t
-    floats = {name: tensor for name, tensor in tensors.items() if tensor.data_type == onnx.TensorProto.FLOAT}
-    return {name: numpy_helper.to_array(tensor) for name, tensor in floats.items()}
-
-
-def convert_onnx(source: Path, destination: Path, weights: WeightFormat, fuse: bool = True) -> Graph:
+def convert_onnx(
+    source: Path,
+    destination: Path,
+    weights: WeightFormat,
+    fuse: bool = True,
+    finish: Callable[[Graph, Path], None] | None = None,
+) -> Graph:
     """Convert an ONNX file to `destination` (.mnn) and `destination`.weight. Gives the graph that was written.
 
-    `fuse` is there for the tests that show what happens without it.
+    `fuse` is there for the tests that show what happens without it; `finish` may change the graph and its weight file
+    before they get their names, and replace operators that the converter does not know.
 
     Raises:
         ConversionError: nothing was written, with the converter's reason (an unsupported op is named by it).
@@ -148,9 +166,8 @@ def convert_onnx(source: Path, destination: Path, weights: WeightFormat, fuse: b
     with tempfile.TemporaryDirectory(prefix="hf2mnn-", dir=destination.parent) as name:
         folder = Path(name)
         arguments = ["-f", "ONNX", "--modelFile", str(source), "--MNNModel", "model.mnn", "--bizCode", "hf2mnn"]
-        said = run_converter(
-            [*arguments, "--saveExternalData=1", *([FUSE] if fuse else []), *weights.options()], folder
-        )
+        arguments += ["--saveExternalData=1", *([FUSE] if fuse else []), *weights.options()]
+        said = run_converter([*arguments, *(["--allowCustomOp"] if finish else [])], folder)
         model, data = folder / "model.mnn", folder / "model.mnn.weight"
         if not model.is_file() or not data.is_file():
             unsupported = [line.strip() for line in said.splitlines() if "Not Support" in line or "not support" in line]
@@ -158,7 +175,9 @@ def convert_onnx(source: Path, destination: Path, weights: WeightFormat, fuse: b
             raise ConversionError(f"MNN's converter wrote no model from {source.name}: {reason}")
         graph = read_graph(model)
         graph.drop_unused_inputs()
-        graph.restore_constants(float_constants(source))
+        graph.restore_constants(float_values(source))
+        if finish:
+            finish(graph, data)
         data.replace(destination.with_name(destination.name + ".weight"))
         write_graph(graph, destination)
     return graph

@@ -15,9 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hf2mnn.errors import BundleError, BundleFault, EngineError, ManifestError
+from hf2mnn.errors import BundleError, BundleFault, EngineError, MachineError, ManifestError
 from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.bundle import CONFIG
+from hf2mnn.shortage import killed
 
 WORKER = "hf2mnn.mnn.worker"
 NOISE = ("The device supports", "Warning: module need new clone")
@@ -47,6 +48,7 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
 
     Raises:
         BundleFault: it crashed, or said what is wrong; with the engine's last words.
+        MachineError: the machine has no room or no memory left.
         EngineError: a bug of ours; it took too long, or was killed (by a machine short of memory, most of the time).
     """
     name = task.rpartition(".")[2]
@@ -75,9 +77,14 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
         refused = [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]
         if refused:
             raise BundleFault(refused[-1])
+        short = [line.removeprefix("machine: ") for line in lines if line.startswith("machine: ")]
+        if short:
+            raise MachineError(short[-1])
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         bug = [line.removeprefix("bug: ") for line in lines if line.startswith("bug: ")]
         if bug:
             raise EngineError(f"{name} failed in MNN's engine: {bug[-1]}; this is a bug, report it with the log")
-        kind = EngineError if done.returncode == -signal.SIGKILL else BundleFault
-        raise kind(f"MNN's engine died ({how}) during {name}; its last words: {' / '.join(lines[-3:]) or 'none'}")
+        if done.returncode == -signal.SIGKILL:
+            raise EngineError(killed(f"MNN's engine ({name})"))
+        last = " / ".join(lines[-3:]) or "none"
+        raise BundleFault(f"MNN's engine died ({how}) during {name}; its last words: {last}")

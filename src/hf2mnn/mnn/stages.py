@@ -1,16 +1,15 @@
-"""The `mnn` stage: the float bundle by MNN's converter, with its manifest."""
+"""The `mnn` stage: the graphs by MNN's converter, with their manifest."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
-from hf2mnn.mnn.bundle import TOOLS, EngineSettings, describe, make_float_bundle
-from hf2mnn.mnn.convert import WeightFormat
+from hf2mnn.mnn.bundle import TOOLS, make_base
 
 
-def convert_float(onnx_folder: Path, destination: Path) -> Path:
-    """ONNX to a float32 bundle, every attention fused, proved.
+def convert_graphs(onnx_folder: Path, destination: Path) -> Path:
+    """What all bundles of a model have in common, every attention fused, proved; the `quantize` stage adds weights.
 
     Raises:
         ManifestError: the ONNX folder is not what its manifest says.
@@ -18,8 +17,7 @@ def convert_float(onnx_folder: Path, destination: Path) -> Path:
     """
     upstream = Manifest.load(onnx_folder)
     upstream.verify()
-    settings = describe(WeightFormat(), WeightFormat(), EngineSettings())
-    manifest = Manifest("mnn", {"onnx": upstream.digest()}, settings, tool_versions(*TOOLS))
+    manifest = Manifest("mnn", {"onnx": upstream.digest()}, {}, tool_versions(*TOOLS))
     with stage_folder(destination, manifest) as folder:
-        make_float_bundle(onnx_folder, folder, EngineSettings())
+        make_base(onnx_folder, folder)
     return destination

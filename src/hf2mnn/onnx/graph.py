@@ -10,7 +10,9 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
@@ -21,28 +23,31 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf2mnn.errors import ExportError
 from hf2mnn.families import Family
 from hf2mnn.onnx.attention import cached_attention, full_attention, write_out_attention
+from hf2mnn.onnx.repeat import TRACED, layers_of, repeat_layers, shorten
 
 OPSET = 18
 ATTENTION = "hf2mnn_cached"
 # Folding stops here: shapes and scalars are folded, weights are left to be read from the checkpoint.
 FOLD_LIMIT = 4096
+PAST, PRESENT = "past_", "present_"
+"""Inputs and outputs of the decoder while it is traced: the cache of each layer."""
 
 
 class _Cache:
     """Stands where transformers expects a cache: lets keys and values through, and collects what the graph returns."""
 
-    def __init__(self, past: torch.Tensor) -> None:
-        self.past, self.presents = past, {}
+    def __init__(self, pasts: list[torch.Tensor]) -> None:
+        self.pasts, self.presents = pasts, {}
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object):
         return key, value
 
     def get_seq_length(self, *_: object) -> int:
-        return self.past.shape[3]
+        return self.pasts[0].shape[2]
 
 
 def _attend(module, query, key, value, attention_mask, scaling, store: _Cache, **_: object):
-    past_key, past_value = store.past[module.layer_idx]
+    past_key, past_value = store.pasts[module.layer_idx]
     context, *present = cached_attention(query, key, value, past_key, past_value, attention_mask, scaling)
     store.presents[module.layer_idx] = torch.stack(present)
     return context, None
@@ -52,15 +57,15 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
 
 
 class Decoder(torch.nn.Module):
-    """The graph of the decoder; `hf2mnn.onnx.export` documents its inputs and outputs."""
+    """The graph of the decoder, its cache layer by layer; `hf2mnn.onnx.export` documents its inputs and outputs."""
 
     def __init__(self, language_model: torch.nn.Module, lm_head: torch.nn.Module) -> None:
         super().__init__()
         self.language_model, self.lm_head = language_model, lm_head
         language_model.config._attn_implementation = ATTENTION
 
-    def forward(self, inputs_embeds, attention_mask, position_ids, logits_index, past_key_values):
-        store = _Cache(past_key_values)
+    def forward(self, inputs_embeds, attention_mask, position_ids, logits_index, pasts):
+        store = _Cache(pasts)
         hidden = self.language_model(
             inputs_embeds=inputs_embeds,
             # A ready mask by type of layer: transformers then makes none of its own.
@@ -75,8 +80,7 @@ class Decoder(torch.nn.Module):
         wanted = torch.onnx.ops.symbolic(
             "Slice", (hidden, logits_index, last, axis), dtype=hidden.dtype, shape=hidden.shape
         )
-        presents = torch.stack([store.presents[layer] for layer in sorted(store.presents)])
-        return self.lm_head(wanted), presents
+        return self.lm_head(wanted), [store.presents[layer] for layer in sorted(store.presents)]
 
 
 @contextmanager
@@ -105,19 +109,34 @@ def build_fake(config: transformers.PreTrainedConfig, family: Family) -> tuple[t
 
 
 def _trace(module: torch.nn.Module, mode: FakeTensorMode, inputs: dict, outputs: list[str], axes: dict) -> ir.Model:
-    dynamic = tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs)
+    """`inputs` are (shape, dtype) by name, or a list of such mappings for an argument that is a list."""
+    shown: list[Any] = []
+    dynamic: list[Any] = []
+    named: list[str] = []
+
+    def argument(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, dict]:
+        named.append(name)
+        return torch.zeros(shape, dtype=dtype), dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC)
+
     with _quiet(), mode:
-        arguments = tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in inputs.values())
+        for name, described in inputs.items():
+            if isinstance(described, dict):
+                pairs = [argument(inside, *one) for inside, one in described.items()]
+                tensor, moving = [tensor for tensor, _ in pairs], [moving for _, moving in pairs]
+            else:
+                tensor, moving = argument(name, *described)
+            shown.append(tensor)
+            dynamic.append(moving)
         model = torch.onnx.export(
             module.eval(),
-            arguments,
+            tuple(shown),
             dynamo=True,
             optimize=False,
             verbose=False,
             opset_version=OPSET,
-            input_names=list(inputs),
+            input_names=named,
             output_names=outputs,
-            dynamic_shapes=dynamic,
+            dynamic_shapes=tuple(dynamic),
         ).model
     for value in model.graph.initializers.values():
         if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
@@ -134,53 +153,117 @@ def _declare(value: ir.Value, shape: list[int | str]) -> None:
     value.shape = ir.Shape(shape)
 
 
-def trace_decoder(config: transformers.PreTrainedConfig, family: Family, rows: int) -> ir.Model:
-    """The decoder's graph; initializers are named as the parameters of the transformers model and have no values.
-
-    `rows` is how many rows of positions the family has (3 with M-RoPE).
-    """
+def _trace_decoder(config: transformers.PreTrainedConfig, family: Family, rows: int, repeat: bool) -> ir.Model | None:
+    """The decoder with one cache for each layer; None where it cannot be made of a few layers."""
     text = config.get_text_config()
     model, mode = build_fake(config, family)
+    part = family.language_model(model)
     layers, kv_heads = text.num_hidden_layers, text.num_key_value_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    found = layers_of(part) if repeat else None
+    if repeat and found is None:
+        return None
+    prefix, traced = _prefix(model, part), TRACED if found else layers
+    if found:
+        shorten(part, *found)
     tokens, past = 5, 3
+    pasts = {f"{PAST}{layer}": ((2, 1, past, kv_heads, size), torch.float32) for layer in range(traced)}
     graph = _trace(
-        Decoder(family.language_model(model), model.lm_head),
+        Decoder(part, model.lm_head),
         mode,
         {
             "inputs_embeds": ((1, tokens, text.hidden_size), torch.float32),
             "attention_mask": ((1, 1, tokens, past + tokens), torch.float32),
             "position_ids": ((rows, tokens), torch.int32),
             "logits_index": ((1,), torch.int32),
-            "past_key_values": ((layers, 2, 1, past, kv_heads, size), torch.float32),
+            "pasts": pasts,
         },
-        ["logits", "presents"],
+        ["logits", *(f"{PRESENT}{layer}" for layer in range(traced))],
         {
             "inputs_embeds": {1: "tokens"},
             "attention_mask": {2: "tokens", 3: "past + tokens"},
             "position_ids": {1: "tokens"},
-            "past_key_values": {3: "past"},
+            **{name: {2: "past"} for name in pasts},
         },
     )
-    _name_parameters(graph, "language_model.", _prefix(model, family.language_model(model)))
+    _name_parameters(graph, "language_model.", prefix)
+    if found and not repeat_layers(graph, f"{prefix}{found[0]}.", layers, PAST, PRESENT):
+        return None
+    return graph
+
+
+def _join_caches(graph: ir.Graph, layers: int, kv_heads: int, size: int) -> None:
+    """`past_key_values` and `presents` in the place of one input and one output for each layer."""
+    pasts, presents = ({value.name: value for value in values} for values in (graph.inputs, graph.outputs))
+    past = ir.Value(name="past_key_values", shape=ir.Shape([layers, 2, 1, "past", kv_heads, size]))
+    past.type, first = ir.TensorType(ir.DataType.FLOAT), graph[0]
+    axis = ir.node("Constant", [], {"value": ir.tensor(np.array([0], np.int64))}, name="cache_axis")
+    axis.outputs[0].name = axis.name
+    graph.insert_before(first, axis)
+    stacked = []
+    for layer in range(layers):
+        index = ir.node("Constant", [], {"value": ir.tensor(np.array(layer, np.int64))}, name=f"cache_{layer}/index")
+        index.outputs[0].name = index.name
+        gather = ir.node("Gather", [past, index.outputs[0]], {"axis": 0}, name=f"cache_{layer}/past")
+        one, made = pasts[f"{PAST}{layer}"], presents[f"{PRESENT}{layer}"]
+        gather.outputs[0].name, gather.outputs[0].shape, gather.outputs[0].type = gather.name, one.shape, one.type
+        one.replace_all_uses_with(gather.outputs[0])
+        graph.insert_before(first, [index, gather])
+        graph.inputs.remove(one)
+        unsqueeze = ir.node("Unsqueeze", [made, axis.outputs[0]], name=f"cache_{layer}/present")
+        unsqueeze.outputs[0].name = unsqueeze.name
+        graph.outputs.remove(made)
+        graph.append(unsqueeze)
+        stacked.append(unsqueeze.outputs[0])
+    concat = ir.node("Concat", stacked, {"axis": 0}, name="presents")
+    joined = concat.outputs[0]
+    joined.name, joined.type = "presents", past.type
+    _declare(joined, [layers, 2, 1, "past + tokens", kv_heads, size])
+    graph.append(concat)
+    graph.inputs.append(past)
+    graph.outputs.append(joined)
+
+
+def trace_decoder(config: transformers.PreTrainedConfig, family: Family, rows: int) -> ir.Model:
+    """The decoder's graph; initializers are named as the parameters of the transformers model and have no values.
+
+    `rows` is how many rows of positions the family has (3 with M-RoPE).
+    """
+    graph = _trace_decoder(config, family, rows, repeat=True) or _trace_decoder(config, family, rows, repeat=False)
+    text = config.get_text_config()
+    layers, kv_heads = text.num_hidden_layers, text.num_key_value_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    _join_caches(graph.graph, layers, kv_heads, size)
     found = write_out_attention(graph)
     if found != layers:
         raise ExportError(
             f"the decoder has {layers} layers but {found} attentions were traced; this is a bug, report it"
         )
-    logits, presents = graph.graph.outputs
-    _declare(logits, [1, "rows", text.vocab_size])
-    _declare(presents, [layers, 2, 1, "past + tokens", kv_heads, size])
+    _declare(graph.graph.outputs[0], [1, "rows", text.vocab_size])
+    return graph
+
+
+def _trace_vision(config: transformers.PreTrainedConfig, family: Family, sample: dict, repeat: bool) -> ir.Model | None:
+    model, mode = build_fake(config, family)
+    tower = family.vision_tower(model, full_attention)
+    found = layers_of(tower.visual) if repeat else None
+    if repeat and found is None:
+        return None
+    prefix = _prefix(model, tower.visual)
+    if found:
+        count = len(found[1])
+        shorten(tower.visual, *found)
+    inputs = {name: (array.shape, getattr(torch, array.dtype.name)) for name, array in sample.items()}
+    graph = _trace(tower, mode, inputs, ["image_embeds"], family.vision_axes())
+    _name_parameters(graph, "visual.", prefix)
+    if found and not repeat_layers(graph, f"{prefix}{found[0]}.", count):
+        return None
     return graph
 
 
 def trace_vision(config: transformers.PreTrainedConfig, family: Family, sample: dict) -> ir.Model:
     """The vision graph; `sample` gives the shapes and dtypes of its inputs (numpy arrays by name)."""
-    model, mode = build_fake(config, family)
-    tower = family.vision_tower(model, full_attention)
-    inputs = {name: (array.shape, getattr(torch, array.dtype.name)) for name, array in sample.items()}
-    graph = _trace(tower, mode, inputs, ["image_embeds"], family.vision_axes())
-    _name_parameters(graph, "visual.", _prefix(model, tower.visual))
+    graph = _trace_vision(config, family, sample, repeat=True) or _trace_vision(config, family, sample, repeat=False)
     write_out_attention(graph)
     _declare(graph.graph.outputs[0], ["image tokens", config.get_text_config().hidden_size])
     return graph

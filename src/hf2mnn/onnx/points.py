@@ -10,7 +10,7 @@ import re
 import onnx
 import onnx_ir as ir
 
-WEIGHT = re.compile(r"(?P<module>.+)\.weight(?:\.T)?")
+WEIGHT = re.compile(r"(?P<module>.+)\.weight(?:\.float)?(?:\.T)?")
 ATTENTION = re.compile(r"attention_\d+/")
 BLOCK = re.compile(r"(?P<block>.+\.\d+)\.")
 
@@ -51,7 +51,7 @@ def name_points(model: ir.Model) -> list[str]:
     for node in list(graph):
         for value in node.inputs:
             found = WEIGHT.fullmatch(value.name or "") if value is not None else None
-            if found is None or value.name not in graph.initializers:
+            if found is None or node.op_type in ("Cast", "Transpose"):
                 continue
             module = found["module"]
             output = _module_output(node, module)
@@ -74,7 +74,7 @@ def points_of(names: list[str]) -> list[str]:
 
 
 def _is_parameter(name: str) -> bool:
-    return name.endswith((".weight", ".bias", ".T", ".inv_freq"))
+    return name.endswith((".weight", ".bias", ".float", ".T", ".inv_freq"))
 
 
 def outputs_by_module(model: onnx.ModelProto) -> dict[str, str]:

@@ -73,6 +73,34 @@ def scale_bytes(levels: Levels, scale_bits: int) -> bytes:
     return np.stack(pairs, axis=-1).astype(kind).tobytes()
 
 
+@njit(nogil=True, cache=True, fastmath={"reassoc"})
+def squares(values: np.ndarray) -> float:
+    """Sum of squares of float32 [rows, inputs]; no number where one of them is none."""
+    total = 0.0
+    for row in range(values.shape[0]):
+        for i in range(values.shape[1]):
+            total += np.float64(values[row, i]) * values[row, i]
+    return total
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc"})
+def _squared_error(values: np.ndarray, levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> float:
+    total, block = 0.0, values.shape[1] // scales.shape[1]
+    for row in range(values.shape[0]):
+        for place in range(scales.shape[1]):
+            scale, zero = scales[row, place], zeros[row, place]
+            for i in range(place * block, (place + 1) * block):
+                error = np.float64(values[row, i] - (levels[row, i] * scale + zero))
+                total += error * error
+    return total
+
+
+def squared_error(values: np.ndarray, levels: Levels) -> float:
+    """Sum over what `levels` stand for less the weights, float32 [rows, inputs]."""
+    zeros = np.zeros_like(levels.scales) if levels.zeros is None else levels.zeros
+    return _squared_error(values, levels.levels, levels.scales, zeros)
+
+
 @njit(nogil=True, cache=True)
 def _pack(levels: np.ndarray, bits: int, packed: np.ndarray) -> None:
     offset = 1 << (bits - 1)

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from hf2mnn.errors import BundleError, QuantizationError
-from hf2mnn.mnn.bundle import DECODER, EMBEDDING, MODEL_CONFIG, ROWS_AT_ONCE, embedding_table
+from hf2mnn.mnn.bundle import DECODER, EMBEDDING, MODEL_CONFIG, ROWS_AT_ONCE, embedding_table, table_blocks
 from hf2mnn.mnn.convert import WeightFormat
 from hf2mnn.quant.blob import SCALE_TYPES, header, unpack
 from hf2mnn.quant.names import LM_HEAD
@@ -87,15 +87,14 @@ def embedding_blocks(bundle: Path, onnx_folder: Path) -> Iterator[tuple[np.ndarr
         BundleError: the embedding is not whole.
     """
     right, tied = embedding_table(onnx_folder), tied_in(bundle)
+    vocabulary, hidden = right.shape
     if tied is None:
-        size = right.shape[1] * 2
-        starts = range(0, len(right), ROWS_AT_ONCE)
-        read = (_read(bundle / EMBEDDING, at * size, min(ROWS_AT_ONCE, len(right) - at) * size) for at in starts)
-        blocks = (np.frombuffer(found, ml_dtypes.bfloat16).reshape(-1, right.shape[1]) for found in read)
+        starts = range(0, vocabulary, ROWS_AT_ONCE)
+        read = (
+            _read(bundle / EMBEDDING, 2 * at * hidden, 2 * hidden * min(ROWS_AT_ONCE, vocabulary - at)) for at in starts
+        )
+        blocks = (np.frombuffer(found, ml_dtypes.bfloat16).reshape(-1, hidden) for found in read)
     else:
         blocks = _tied_rows(bundle / f"{DECODER}.weight", tied, right.shape)
-    start = 0
-    for block in blocks:
-        rounded = right[start : start + len(block)].astype(ml_dtypes.bfloat16)
-        yield block.astype(np.float32), rounded.astype(np.float32)
-        start += len(block)
+    for block, exact in zip(blocks, table_blocks(right), strict=True):
+        yield block.astype(np.float32), exact.astype(ml_dtypes.bfloat16).astype(np.float32)

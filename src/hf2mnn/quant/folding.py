@@ -53,11 +53,11 @@ class FoldedWeights(WeightFile):
     """A float weight file, read as it is once scales are folded into it."""
 
     def __init__(self, weights: WeightFile, scales: Scales) -> None:
-        self.path, self.scales = weights.path, scales
+        self.path, self.weights, self.scales = weights.path, weights, scales
 
     def rows(self, operator: Operator, begin: int = 0, end: int | None = None) -> np.ndarray:
         end = operator.outputs if end is None else end
-        found = super().rows(operator, begin, end)
+        found = self.weights.rows(operator, begin, end)
         if operator.name in self.scales.columns:
             found = found * self.scales.columns[operator.name]
         if operator.name in self.scales.rows:
@@ -65,10 +65,10 @@ class FoldedWeights(WeightFile):
         return found
 
     def bias(self, operator: Operator) -> bytes:
-        return self._divided(super().bias(operator), operator.name)
+        return self._divided(self.weights.bias(operator), operator.name)
 
     def constants(self, op: dict[str, Any]) -> bytes:
-        return self._divided(super().constants(op), op["name"])
+        return self._divided(self.weights.constants(op), op["name"])
 
     def _divided(self, stored: bytes, name: str) -> bytes:
         """Biases, and gamma and beta one after the other."""

@@ -141,7 +141,7 @@ def with_bytes(candidates: pd.DataFrame, layers: dict[str, list[Operator]]) -> p
 
 
 def make_plan(
-    sensitivity: Path, onnx_folder: Path, float_bundle: Path, destination: Path, budget: Budget, embedding: str
+    sensitivity: Path, onnx_folder: Path, base: Path, destination: Path, budget: Budget, embedding: str
 ) -> Path:
     """Write plan.yaml to `destination`.
 
@@ -149,14 +149,14 @@ def make_plan(
         ManifestError: an input is not what its manifest says.
         QuantizationError: the budget cannot be met, with the smallest that can.
     """
-    folders = {"sensitivity": sensitivity, "onnx": onnx_folder, "float": float_bundle}
+    folders = {"sensitivity": sensitivity, "onnx": onnx_folder, "base": base}
     inputs = {name: Manifest.load(folder) for name, folder in folders.items()}
     for upstream in inputs.values():
         upstream.verify()
     settings = {"budget": asdict(budget), "embedding": embedding}
     digests = {name: upstream.digest() for name, upstream in inputs.items()}
     manifest = Manifest("plan", digests, settings, tool_versions("scipy"))
-    layers = {name: Part(name, onnx_folder, float_bundle).operators for name in PARTS}
+    layers = {name: Part(name, onnx_folder, base).operators for name in PARTS}
     tied = embedding == LM_HEAD
     measured, candidates = (pd.read_csv(sensitivity / name) for name in (MEASURED, CANDIDATES))
     table = options(measured, with_bytes(candidates, layers), tied)
@@ -165,7 +165,7 @@ def make_plan(
     if budget.bits_per_weight:
         most = int(budget.bits_per_weight * weights / 8)
     else:
-        most = budget.bundle_bytes - _beside_weights(inputs["float"], everything, tied)
+        most = budget.bundle_bytes - _beside_weights(inputs["base"], everything, tied)
     chosen = solve(table, most)
     size, kld = int(chosen["bytes"].sum()), float(chosen["kld"].sum())
     head = [
@@ -181,7 +181,7 @@ def make_plan(
 
 
 def _beside_weights(bundle: Manifest, operators: list[Operator], tied: bool) -> int:
-    """Bytes of a bundle that are not its operators' weights, from those of the float bundle."""
+    """Bytes of a bundle that are not its operators' weights, from those of the `mnn` stage."""
     sizes = {name: entry["size"] for name, entry in bundle.outputs.items()}
     embedding = sizes[EMBEDDING_FILE] if tied else 0
     weights = sum(operator.parts[0][1] for operator in operators)

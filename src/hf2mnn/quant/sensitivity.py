@@ -7,24 +7,24 @@ every format that the operator could have, how far that is from the weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.metrics import kl_divergence
 from hf2mnn.points import kept_rows
+from hf2mnn.progress import progress, steps
 from hf2mnn.quant.names import CANDIDATES, EMBEDDING, LM_HEAD, MEASURED
 from hf2mnn.quant.rounding import round_rows
 from hf2mnn.reference.golden import Golden, GoldenExample, spread_examples
 from hf2mnn.reference.run import Reference, prompt_and_answer
 from hf2mnn.source.checkpoint import Checkpoint
+from hf2mnn.source.mapped import replaced
 
 TOOLS = ("torch", "transformers", "numba")
 BITS = tuple(range(2, 9))
@@ -47,7 +47,8 @@ class Layer:
     @property
     def rows(self) -> np.ndarray:
         """float32 [outputs, inputs]."""
-        return self.module.weight.detach().numpy().reshape(len(self.module.weight), -1)
+        weight = self.module.weight.detach().numpy()
+        return weight.reshape(len(weight), -1)
 
     def rounded(self, rows: np.ndarray, bits: int, block: int) -> np.ndarray:
         return round_rows(rows, bits, block, False, 16, "lsq").dequantize()
@@ -59,7 +60,7 @@ def layers_of(model: torch.nn.Module, decoder: torch.nn.Module, tied: bool) -> l
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv3d):
             part = "decoder" if id(module) in inside or name == LM_HEAD else "vision"
-            inputs = module.weight[0].numel()
+            inputs = module.in_features if isinstance(module, torch.nn.Linear) else module.weight[0].numel()
             # MNN has no blocks in a convolution.
             blocks = BLOCKS if isinstance(module, torch.nn.Linear) else (0,)
             found.append(Layer(name, part, module, tuple(b for b in blocks if b < inputs and inputs % max(b, 1) == 0)))
@@ -71,11 +72,12 @@ def layers_of(model: torch.nn.Module, decoder: torch.nn.Module, tied: bool) -> l
 class Bench:
     """The model, some examples of the calibration set, and its own predictions for their answers."""
 
-    def __init__(self, source: Path, calibration: Path, examples: int) -> None:
-        self.reference = Reference(Checkpoint(source), max_new_tokens=1)
+    def __init__(self, source: Path, calibration: Path, examples: int, weights: str = "auto") -> None:
+        checkpoint = Checkpoint(source)
+        # The largest matrix, its rounded self, their difference, and one for what rounding takes.
+        rounding = 4 * 4 * max(map(prod, checkpoint.shapes()))
+        self.reference = Reference(checkpoint, 1, weights, kept=rounding)
         model = self.reference.model
-        # Where the two are one parameter, a rounded lm_head must leave the embedding as it is.
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach(), requires_grad=False)
         golden = Golden(calibration)
         chosen = set(spread_examples(golden.records, examples))
         self.examples = [example for example in golden.examples() if example.id in chosen]
@@ -100,23 +102,14 @@ class Bench:
             made = self.reference.model(inputs_embeds=embeds, position_ids=positions, logits_to_keep=kept)
         return made.logits[0].float().numpy()
 
-    @contextmanager
-    def _replaced(self, layer: Layer, weight: np.ndarray) -> Iterator[None]:
-        right = layer.module.weight
-        made = torch.from_numpy(weight.reshape(right.shape))
-        layer.module.weight = torch.nn.Parameter(made, requires_grad=False)
-        try:
-            yield
-        finally:
-            layer.module.weight = right
-
     def divergence(self, layer: Layer, bits: int) -> tuple[float, float]:
         """(mean KL divergence in nats, relative weight error) with this layer alone in `bits`."""
         block = TYPICAL if TYPICAL in layer.blocks or layer.name == EMBEDDING else 0
-        made = layer.rounded(layer.rows, bits, block)
-        error = float(np.linalg.norm(made - layer.rows) / np.linalg.norm(layer.rows))
+        rows = layer.rows
+        made = layer.rounded(rows, bits, block)
+        error = float(np.linalg.norm(made - rows) / np.linalg.norm(rows))
         whole = layer.part == "vision" or layer.name == EMBEDDING
-        with self._replaced(layer, made):
+        with replaced(layer.module, torch.from_numpy(made)):
             found = [self._predict(index, whole) for index in range(len(self.examples))]
         pairs = zip(self.right, found, strict=True)
         return float(np.concatenate([kl_divergence(right, other) for right, other in pairs]).mean()), error
@@ -136,12 +129,19 @@ def candidates(layer: Layer) -> list[dict]:
 
 
 def measure_sensitivity(
-    source: Path, calibration: Path, destination: Path, bits: list[int], examples: int, threads: int
+    source: Path,
+    calibration: Path,
+    destination: Path,
+    bits: list[int],
+    examples: int,
+    threads: int,
+    weights: str = "auto",
 ) -> Path:
     """Write measured.csv (part, operator, bits, weight_error, mean_kld) and candidates.csv (part, operator, bits,
     block, weight_error) to `destination`.
 
-    `calibration` is the folder that the reference stage has made of the calibration set.
+    `calibration` is the folder that the reference stage has made of the calibration set. `weights` says where the model
+    keeps its own, as for `Reference`; the tables are the same whichever it is.
 
     Raises:
         ManifestError: an input is not what its manifest says.
@@ -155,16 +155,20 @@ def measure_sensitivity(
     digests = {name: upstream.digest() for name, upstream in inputs.items()}
     manifest = Manifest("sensitivity", digests, settings, tool_versions(*TOOLS))
     with stage_folder(destination, manifest) as folder:
-        bench, rows = Bench(source, calibration, examples), []
-        with tqdm(total=len(bench.layers) * len(bits), desc="sensitivity", unit="run", mininterval=5) as progress:
+        bench, rows = Bench(source, calibration, examples, weights), []
+        with progress("sensitivity", len(bench.layers) * len(bits), "runs") as shown:
             for layer in bench.layers:
                 for width in bits:
                     kld, error = bench.divergence(layer, width)
                     row = {"part": layer.part, "operator": layer.name, "bits": width}
                     rows.append(row | {"weight_error": error, "mean_kld": kld})
-                    progress.update()
+                    shown.update()
         pd.DataFrame(rows).to_csv(folder / MEASURED, index=False, float_format="%.6g")
-        could = [row for layer in tqdm(bench.layers, "formats", mininterval=5) for row in candidates(layer)]
+        could = [row for layer in steps("formats", bench.layers, "layers") for row in candidates(layer)]
         pd.DataFrame(could).to_csv(folder / CANDIDATES, index=False, float_format="%.6g")
-        manifest.results = {"operators": len(bench.layers), "positions": sum(map(len, bench.right))}
+        manifest.results = {
+            "operators": len(bench.layers),
+            "positions": sum(map(len, bench.right)),
+            "weights": bench.reference.weights,
+        }
     return destination

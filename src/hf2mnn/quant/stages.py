@@ -1,4 +1,4 @@
-"""The `quantize` stage: a variant of the float bundle, with its manifest."""
+"""The `quantize` stage: a bundle with its weights, and its manifest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf2mnn.quant.variant import Choice, make_variant
 
 def quantize(
     onnx_folder: Path,
-    float_bundle: Path,
+    base: Path,
     destination: Path,
     choice: Choice,
     threads: int,
@@ -21,15 +21,16 @@ def quantize(
     source: Path | None = None,
     plan: Path | None = None,
 ) -> Path:
-    """A variant of the float bundle. `activations` is that stage's folder, for calibrated methods; `source` the source
-    stage's, for the levels of a packed checkpoint; `plan` the file that the choice's plan was read from.
+    """A bundle of a model. `base` is the `mnn` stage's folder; `activations` is that stage's folder, for calibrated
+    methods; `source` the source stage's, for the levels of a packed checkpoint; `plan` the file that the choice's plan
+    was read from.
 
     Raises:
         ManifestError: an input is not what its manifest says.
         QuantizationError: an operator cannot be stored as chosen.
         ConversionError: MNN's converter failed, or wrote something other than it was given.
     """
-    folders = {"onnx": onnx_folder, "float": float_bundle, "activations": activations, "source": source}
+    folders = {"onnx": onnx_folder, "base": base, "activations": activations, "source": source}
     inputs = {name: Manifest.load(folder) for name, folder in folders.items() if folder}
     for upstream in inputs.values():
         upstream.verify()
@@ -41,7 +42,7 @@ def quantize(
     manifest = Manifest("quantize", digests, settings, tool_versions(*TOOLS, "numba"))
     with stage_folder(destination, manifest) as folder:
         methods = Methods(activations, source)
-        manifest.results = make_variant(onnx_folder, float_bundle, folder, choice, methods, threads)
+        manifest.results = make_variant(onnx_folder, base, folder, choice, methods, threads)
         for name, value in manifest.results.items():
             print(f"{name.replace('_', ' ')}: {value:,}", flush=True)
     return destination

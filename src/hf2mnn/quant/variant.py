@@ -1,4 +1,4 @@
-"""A variant: the float bundle with its weights in other formats."""
+"""A bundle: what the `mnn` stage has made, and the weights in the formats that were asked for."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from hf2mnn.families import family_named
 from hf2mnn.files import link_or_copy
 from hf2mnn.mnn import graph as proof
 from hf2mnn.mnn.bundle import EMBEDDING, PARTS, TOKENIZER, EngineSettings, write_configs
-from hf2mnn.mnn.convert import WeightFormat, float_constants, read_graph, write_graph
+from hf2mnn.mnn.convert import WeightFormat, read_graph, write_graph
+from hf2mnn.onnx.initializers import float_values, stored_initializers
 from hf2mnn.quant.awq import search_scales
 from hf2mnn.quant.embedding import check_tied, tied_settings
 from hf2mnn.quant.folding import FOLDED, FoldedWeights, folded_points
 from hf2mnn.quant.formats import check_format, choose_formats
 from hf2mnn.quant.methods import Methods
 from hf2mnn.quant.names import LM_HEAD, module_names
-from hf2mnn.quant.weights import Operator, WeightFile, operators
+from hf2mnn.quant.weights import ModelWeights, Operator, operators
 from hf2mnn.quant.write import write_weights
 
 TABLE = "weights.csv"
@@ -45,17 +46,19 @@ class Choice:
 
 
 class Part:
-    """One graph of the float bundle, on its way to a variant."""
+    """One graph of a model, on its way into a bundle."""
 
-    def __init__(self, name: str, onnx_folder: Path, float_bundle: Path) -> None:
+    def __init__(self, name: str, onnx_folder: Path, base: Path) -> None:
+        """`base` is the `mnn` stage's folder."""
         self.name = name
         self.file, source = PARTS[name]
         self.names = module_names(onnx_folder / source)
-        self.graph = read_graph(float_bundle / self.file)
+        self.graph = read_graph(base / self.file)
         # The dump that a graph is read from prints six decimals.
-        self.graph.restore_constants(float_constants(onnx_folder / source))
+        self.graph.restore_constants(float_values(onnx_folder / source))
         self.operators = operators(self.graph, self.names)
-        self.weights = WeightFile(self.graph, float_bundle / f"{self.file}.weight")
+        initializers = stored_initializers(onnx_folder / source)
+        self.weights = ModelWeights(self.graph, base / f"{self.file}.weight", initializers)
 
     def formats(self, choice: Choice, methods: Methods) -> dict[str, WeightFormat]:
         """The format of each operator. Raises QuantizationError where one cannot have it."""
@@ -90,9 +93,9 @@ class Part:
 
 
 def make_variant(
-    onnx_folder: Path, float_bundle: Path, folder: Path, choice: Choice, methods: Methods, threads: int
+    onnx_folder: Path, base: Path, folder: Path, choice: Choice, methods: Methods, threads: int
 ) -> dict[str, Any]:
-    """Write a whole bundle into `folder`; what stays float32 is shared with the float bundle. Gives its figures.
+    """Write a whole bundle into `folder`. Gives its figures.
 
     Raises:
         QuantizationError: an operator cannot be stored as chosen.
@@ -101,13 +104,10 @@ def make_variant(
     model = json.loads((onnx_folder / "model.json").read_text())
     shared, tables, tied = [TOKENIZER], [], None
     for name in PARTS:
-        part = Part(name, onnx_folder, float_bundle)
+        part = Part(name, onnx_folder, base)
         formats = part.formats(choice, methods)
         if name == "decoder" and choice.embedding == LM_HEAD:
             check_tied(model, formats[LM_HEAD])
-        if all(form.bits == 32 for form in formats.values()):
-            shared += [part.file, f"{part.file}.weight"]
-            continue
         table, layers = part.write(folder, formats, methods, model, threads)
         tables.append(table)
         if name == "decoder" and choice.embedding == LM_HEAD:
@@ -115,15 +115,13 @@ def make_variant(
     if tied is None:
         shared.append(EMBEDDING)
     for name in shared:
-        link_or_copy(float_bundle / name, folder / name)
+        link_or_copy(base / name, folder / name)
     write_configs(folder, model, choice.engine, tied)
-    return _figures(tables, folder, 0 if tied else (float_bundle / EMBEDDING).stat().st_size)
+    return _figures(tables, folder, 0 if tied else (base / EMBEDDING).stat().st_size)
 
 
 def _figures(tables: list[pd.DataFrame], folder: Path, embedding: int) -> dict[str, Any]:
     """Write weights.csv; sums over all operators, and the bytes that the embedding takes beside lm_head."""
-    if not tables:
-        return {"embedding_bytes": embedding}
     table = pd.concat(tables, ignore_index=True)
     table.insert(0, "part", table.pop("part"))
     table.to_csv(folder / TABLE, index=False, float_format="%.6g")

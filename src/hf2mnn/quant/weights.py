@@ -12,6 +12,7 @@ from hf2mnn.errors import QuantizationError
 from hf2mnn.mnn.graph import FLOAT16, Graph, prove_size
 from hf2mnn.quant.blob import SCALE_TYPES, Levels, damaged, parse_levels, parse_sparse
 from hf2mnn.quant.names import module_of
+from hf2mnn.source.tensors import StoredTensor
 
 LEVELS, SPARSE, BYTES = 1, 2, 4
 """`quanParameter.type` of weights stored as levels: packed, only what is not zero, or bare bytes."""
@@ -22,8 +23,8 @@ class Operator:
     """A linear layer, or the patch embedding (`kernel` over 1: its inputs are channels times kernel).
 
     name: its module in the transformers model, where that is known. parts: (offset, bytes) of weight, scales and bias
-    in the weight file, and of a sparse float weight (whose numbers are the scales) the places of its numbers. stored:
-    `quanParameter` of the graph, None where the weight is float32.
+    in the weight file (a weight of 0 bytes is elsewhere), and of a sparse float weight (whose numbers are the scales)
+    the places of its numbers. stored: `quanParameter` of the graph, None where the weight is float32.
     """
 
     name: str
@@ -146,3 +147,25 @@ class WeightFile:
         # Where aMin is negative the stored zero is the weight at level aMin; the engine moves it to level 0.
         lowest = np.float32(min(stored["aMin"] or -128, 0))
         return Levels(levels, steps * factor, (alpha[:, :, 0] - lowest * steps) * factor)
+
+
+class ModelWeights(WeightFile):
+    """The weights of the `mnn` stage's graph: those of linear layers where the ONNX graph has them, the rest in its
+    weight file."""
+
+    def __init__(self, graph: Graph, path: Path, initializers: dict[str, StoredTensor]) -> None:
+        """`initializers` are those of the ONNX graph that the MNN graph was made of."""
+        super().__init__(graph, path)
+        self.initializers = initializers
+
+    def rows(self, operator: Operator, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """Raises QuantizationError where the ONNX graph has no such weight."""
+        if operator.parts[0][1]:
+            return super().rows(operator, begin, end)
+        stored = self.initializers.get(f"{operator.name}.weight")
+        if stored is None or stored.shape != (operator.outputs, operator.inputs):
+            raise QuantizationError(
+                f"{operator.name}: the ONNX graph has no weight of {operator.outputs} x {operator.inputs} for it; make"
+                " the onnx and mnn stages again"
+            )
+        return stored.rows(begin, operator.outputs if end is None else end)

@@ -14,16 +14,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from hf2mnn.errors import QuantizationError
 from hf2mnn.mnn.convert import WeightFormat
 from hf2mnn.mnn.graph import FLOAT16, Graph
-from hf2mnn.quant.blob import SCALE_TYPES, Levels, header, pack, scale_bytes
+from hf2mnn.progress import progress
+from hf2mnn.quant.blob import SCALE_TYPES, Levels, header, pack, scale_bytes, squared_error, squares
 from hf2mnn.quant.weights import LEVELS, Operator, WeightFile
 
-WEIGHTS_AT_ONCE = 1 << 21
-"""Weights that a thread works on at a time: 8 MB of float32."""
+WEIGHTS_AT_ONCE = 1 << 19
+"""Weights that a thread works on at a time: 2 MB of float32, which caches hold."""
 
 RoundRows = Callable[[int, np.ndarray], Levels]
 """(first row, float32 [rows, inputs]) to levels; each row is rounded by itself, by any thread."""
@@ -47,19 +47,20 @@ def _chunks(operator: Operator) -> list[tuple[int, int]]:
     return [(begin, min(begin + step, operator.outputs)) for begin in range(0, operator.outputs, step)]
 
 
-def _float_rows(rows: np.ndarray, operator: Operator, bits: int) -> tuple[bytes, bytes, np.ndarray]:
-    """Bytes of the weights, of their scales (none), and what they stand for."""
+def _float_rows(rows: np.ndarray, operator: Operator, bits: int) -> _Stored:
     if bits == 16 and np.abs(rows).max(initial=0) > np.finfo(np.float16).max:
         raise QuantizationError(f"{operator.name}: its weights are too large for half floats; use 8 or 32 bits")
     stored = rows.astype(np.float16 if bits == 16 else np.float32)
-    return stored.tobytes(), b"", stored
+    error = squares(rows - stored.astype(np.float32)) if bits == 16 else 0.0
+    return _Stored(stored.tobytes(), b"", error, squares(rows))
 
 
-def _level_rows(levels: Levels, operator: Operator, form: WeightFormat) -> tuple[bytes, bytes, np.ndarray]:
+def _level_rows(rows: np.ndarray, levels: Levels, operator: Operator, form: WeightFormat) -> _Stored:
     parts = [levels.scales] if levels.zeros is None else [levels.scales, levels.zeros]
     if max(np.abs(part).max(initial=0) for part in parts) > np.finfo(SCALE_TYPES[form.scale_bits]).max:
         raise QuantizationError(f"{operator.name}: its scales are too large for half floats; use scale_bits: 32")
-    return pack(levels.levels, form.bits), scale_bytes(levels, form.scale_bits), levels.dequantize()
+    packed, scales = pack(levels.levels, form.bits), scale_bytes(levels, form.scale_bits)
+    return _Stored(packed, scales, squared_error(rows, levels), squares(rows))
 
 
 def _store(
@@ -74,11 +75,8 @@ def _store(
                 f"{operator.name}: its weight holds NaN or infinite numbers; the checkpoint is damaged, fetch it again"
             )
         if round_rows is None:
-            weights, scales, made = _float_rows(rows, operator, form.bits)
-        else:
-            weights, scales, made = _level_rows(round_rows(span[0], rows), operator, form)
-        error = float(np.square(rows - made).sum(dtype=np.float64))
-        return _Stored(weights, scales, error, float(np.square(rows).sum(dtype=np.float64)))
+            return _float_rows(rows, operator, form.bits)
+        return _level_rows(rows, round_rows(span[0], rows), operator, form)
 
     return pool.map(convert, _chunks(operator))
 
@@ -156,8 +154,7 @@ def write_weights(
     by_op = {op["name"]: operator for op, operator in zip(graph.of_type("Convolution"), layers, strict=True)}
     inside = [op for op in written.ops if isinstance(op.get("main"), dict) and op["main"].get("external")]
     total = sum(operator.size for operator in layers)
-    progress = tqdm(total=total, desc=label, unit=" weights", unit_scale=True, mininterval=5)
-    with destination.open("wb") as out, ThreadPoolExecutor(threads) as pool, progress:
+    with destination.open("wb") as out, ThreadPoolExecutor(threads) as pool, progress(label, total, "weights") as shown:
         for op in sorted(inside, key=lambda op: op["main"]["external"][0]):
             main = op["main"]
             if op["type"] == "Convolution":
@@ -165,7 +162,7 @@ def write_weights(
                 form = formats[operator.name]
                 stored = _store(operator, source, form, method, pool)
                 rows.append(_append(operator, main, source, out, form, stored))
-                progress.update(operator.size)
+                shown.update(operator.size)
             else:
                 start = out.tell()
                 out.write(source.constants(op))

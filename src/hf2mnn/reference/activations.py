@@ -46,7 +46,10 @@ class _Recorder:
 
 def _is_point(name: str, module: torch.nn.Module) -> bool:
     """Modules with a weight, but for the embedding, and blocks: members of a list that have parts."""
-    owns = "weight" in module._parameters and not isinstance(module, torch.nn.Embedding)
+    # A linear layer's weight is no parameter where it is mapped.
+    owns = isinstance(module, torch.nn.Linear) or (
+        "weight" in module._parameters and not isinstance(module, torch.nn.Embedding)
+    )
     return owns or (name.rpartition(".")[2].isdigit() and any(True for _ in module.children()))
 
 

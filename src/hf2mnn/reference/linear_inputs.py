@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from hf2mnn.errors import EvaluationSetError, ManifestError
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.progress import steps
 from hf2mnn.reference.golden import ACTIVATIONS, Golden
 from hf2mnn.reference.run import Reference, prompt_and_answer
 from hf2mnn.source.checkpoint import Checkpoint
@@ -121,23 +121,28 @@ def _refuse_overlap(calibration: Golden, evaluation: Golden, place: str) -> None
             )
 
 
-def _read_all(checkpoint: Checkpoint, golden: Golden, rows: int) -> LinearInputs:
-    reference = Reference(checkpoint, max_new_tokens=1)
+def _read_all(reference: Reference, golden: Golden, rows: int) -> LinearInputs:
     with listening(reference.model, rows) as heard:
-        progress = tqdm(golden.examples(), "PyTorch reads", len(golden.records), unit="example", mininterval=5)
-        for example in progress:
+        for example in steps("PyTorch reads", golden.examples(), "examples", len(golden.records)):
             reference.read(*prompt_and_answer(golden, example))
     return heard
 
 
 def record_activations(
-    source: Path, calibration: Path, evaluation: Path | None, destination: Path, rows: int, threads: int
+    source: Path,
+    calibration: Path,
+    evaluation: Path | None,
+    destination: Path,
+    rows: int,
+    threads: int,
+    weights: str = "auto",
 ) -> Path:
     """Keep at most `rows` rows of what each linear layer reads, over the examples and answers of `calibration`.
 
     `calibration` and `evaluation` are folders of the `reference` stage. activations.safetensors holds bfloat16
     [rows, in_features] by the name of the layer that reads them first, rows in the order of the set; its metadata
-    `readers` is JSON, from the name of each layer to that of the tensor that it reads.
+    `readers` is JSON, from the name of each layer to that of the tensor that it reads. `weights` says where the model
+    keeps its own, as for `Reference`; the file is the same bytes whichever it is.
 
     Raises:
         EvaluationSetError: the calibration set shares an example with the evaluation set.
@@ -157,7 +162,10 @@ def record_activations(
     settings = {"rows": rows, "threads": threads}
     manifest = Manifest("activations", digests, settings, tool_versions(*TOOLS))
     with stage_folder(destination, manifest) as folder:
-        heard = _read_all(checkpoint, golden, rows)
+        # Layers that read the same are counted each; a sample is held twice while it is put in order.
+        samples = 2 * 2 * rows * sum(shape[1] for shape in checkpoint.shapes() if len(shape) == 2)
+        reference = Reference(checkpoint, 1, weights, kept=samples)
+        heard = _read_all(reference, golden, rows)
         # One entry: safetensors writes several in an order of chance.
         readers = {"readers": json.dumps(heard.readers, sort_keys=True)}
         save_file(heard.tensors(), folder / ACTIVATIONS, metadata=readers)
@@ -165,5 +173,6 @@ def record_activations(
             "modules": len(heard.readers),
             "tensors": len(heard.samples),
             "most_rows_read": max(sample.seen for sample in heard.samples.values()),
+            "weights": reference.weights,
         }
     return destination

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from hf2mnn.files import sha256
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.progress import steps
 from hf2mnn.reference.activations import recorded
 from hf2mnn.reference.examples import NAME, Example, read_examples, read_picture
 from hf2mnn.reference.golden import ACTIVATIONS, EXAMPLES, TENSORS, Golden, GoldenExample
@@ -21,18 +22,24 @@ from hf2mnn.reference.prompts import PictureInput, Prompter
 from hf2mnn.reference.tasks import score_answer
 from hf2mnn.source.checkpoint import Checkpoint
 from hf2mnn.source.facts import model_facts
-from hf2mnn.source.model import load_model
+from hf2mnn.source.model import load_model, place_weights
 
 TOOLS = ("torch", "transformers", "tokenizers", "pillow")
 
 
 class Reference:
-    """The model with its prompter."""
+    """The model with its prompter.
 
-    def __init__(self, checkpoint: Checkpoint, max_new_tokens: int) -> None:
+    `weights` is "auto", "resident" or "mapped", and `kept` what the stage will hold (`source.model.place_weights`); the
+    attribute `weights` says which of the last two it became.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, max_new_tokens: int, weights: str = "auto", kept: int = 0) -> None:
         self.facts = model_facts(checkpoint)
         self.prompter = Prompter(checkpoint.folder, self.facts)
-        self.model = load_model(checkpoint)
+        self.weights, why = place_weights(checkpoint, weights, kept)
+        print(f"PyTorch's weights are {self.weights}: {why}", file=sys.stderr, flush=True)
+        self.model = load_model(checkpoint, self.weights)
         self.decoder = checkpoint.family.language_model(self.model)
         stop = self.facts["stop_ids"]
         # A config of our own: checkpoints often ship one that samples.
@@ -140,8 +147,12 @@ def _probes(records: list[dict], lengths: dict[str, int]) -> dict[str, str]:
     return {kind: record["id"] for kind, record in short.items()}
 
 
-def run_reference(source: Path, evaluation: Path, destination: Path, max_new_tokens: int, threads: int) -> Path:
+def run_reference(
+    source: Path, evaluation: Path, destination: Path, max_new_tokens: int, threads: int, weights: str = "auto"
+) -> Path:
     """Answer every example and keep inputs, logits and answers in `destination`.
+
+    `weights` says where the model keeps its own, as for `Reference`; the numbers are the same bits whichever it is.
 
     Raises:
         EvaluationSetError: an example or a picture cannot be read.
@@ -158,9 +169,10 @@ def run_reference(source: Path, evaluation: Path, destination: Path, max_new_tok
     settings = {"evaluation": str(evaluation), "max_new_tokens": max_new_tokens, "threads": threads}
     manifest = Manifest("reference", inputs, settings, tool_versions(*TOOLS))
     with stage_folder(destination, manifest) as folder:
-        reference = Reference(checkpoint, max_new_tokens)
+        logits = 4 * len(examples) * max_new_tokens * checkpoint.text_config["vocab_size"]
+        reference = Reference(checkpoint, max_new_tokens, weights, kept=logits)
         tensors, records, pictures = {}, [], {}
-        for name, image in images.items():
+        for name, image in steps("PyTorch sees", images.items(), "pictures"):
             pictures[name] = picture = reference.prompter.picture(image)
             tensors |= {
                 f"pictures/{name}/pixel_values": torch.from_numpy(picture.pixel_values),
@@ -169,7 +181,7 @@ def run_reference(source: Path, evaluation: Path, destination: Path, max_new_tok
                 f"pictures/{name}/original": torch.from_numpy(np.array(image)),
                 f"pictures/{name}/resized": torch.from_numpy(picture.resized),
             }
-        for example in tqdm(examples, desc="PyTorch answers", unit="example", mininterval=5):
+        for example in steps("PyTorch answers", examples, "examples"):
             seen = [pictures[name] for name in example.pictures]
             made = reference.answer(reference.prompter.input_ids(example.messages, seen), seen)
             tensors |= {f"examples/{example.id}/{name}": tensor for name, tensor in made.items()}
@@ -191,5 +203,6 @@ def run_reference(source: Path, evaluation: Path, destination: Path, max_new_tok
             "examples": len(records),
             "labelled": len(labelled),
             "right": sum(score_answer(r["metric"], r["answer"], r["expected"]) for r in labelled),
+            "weights": reference.weights,
         }
     return destination

@@ -90,7 +90,7 @@ def read_evidence(model: str, folder: Path, names: list[str]) -> Evidence:
     Raises:
         ManifestError: a stage is missing, or its files are not what its manifest says.
     """
-    stages = {"source": "source", "onnx": "onnx", "float": f"{BUNDLES}/float"}
+    stages = {"source": "source", "onnx": "onnx", "base": f"{BUNDLES}/base"}
     stages |= {stage: stage for stage in CALIBRATION}
     manifests = {stage: Manifest.load(folder / path) for stage, path in stages.items() if (folder / path).is_dir()}
     manifests["reference"] = _checked(folder / "reference")

@@ -41,8 +41,9 @@ def _options(settings: dict[str, Any], *names: str) -> list[str]:
 
 def _source(root: str, manifest: Manifest) -> list[str]:
     settings = manifest.settings
-    where = ["--path", _portable(settings["path"])] if "path" in settings else _options(settings, "repository")
-    revision = settings.get("commit") or settings.get("revision")
+    where = ["--path", _portable(settings["path"])] if "path" in settings else _options(settings, "hub", "repository")
+    # ModelScope does not give files by commit.
+    revision = settings.get("revision" if settings.get("hub") == "modelscope" else "commit", settings.get("revision"))
     return ["source", *where, *(["--revision", revision] if revision else [])]
 
 
@@ -65,7 +66,7 @@ def _sensitivity(root: str, manifest: Manifest) -> list[str]:
 
 
 def _plan(root: str, manifest: Manifest) -> list[str]:
-    folders = ["--onnx", f"{root}/onnx", "--float", f"{root}/mnn/float"]
+    folders = ["--onnx", f"{root}/onnx", "--base", f"{root}/mnn/base"]
     budget = manifest.settings["budget"]
     size = f"{budget['bundle_bytes']}B" if budget["bundle_bytes"] else str(budget["bits_per_weight"])
     return ["plan", f"{root}/sensitivity", *folders, "--budget", size, *_options(manifest.settings, "embedding")]
@@ -82,7 +83,7 @@ def _quantize(root: str, manifest: Manifest) -> list[str]:
         described += [f"--{name}", f"{root}/{name}"] if name in manifest.inputs else []
     if "plan" in manifest.settings:
         described += ["--plan", _portable(manifest.settings["plan"])]
-    return ["quantize", f"{root}/onnx", f"{root}/mnn/float", *described, *_options(manifest.settings, "embedding")]
+    return ["quantize", f"{root}/onnx", f"{root}/mnn/base", *described, *_options(manifest.settings, "embedding")]
 
 
 def _evaluate(root: str, name: str, manifest: Manifest) -> list[str]:
@@ -92,7 +93,7 @@ def _evaluate(root: str, name: str, manifest: Manifest) -> list[str]:
 
 
 def _diagnose(root: str, name: str, manifest: Manifest) -> list[str]:
-    folders = ["--reference", f"{root}/reference", "--onnx", f"{root}/onnx", "--float", f"{root}/mnn/float"]
+    folders = ["--reference", f"{root}/reference", "--onnx", f"{root}/onnx", "--base", f"{root}/mnn/base"]
     return ["diagnose", *folders, "--bundle", f"{root}/mnn/{name}", *_options(manifest.settings, "threads")]
 
 
@@ -115,7 +116,7 @@ def stages(evidence: Evidence) -> list[Stage]:
         add("source", known["source"], _source(root, known["source"]))
     add("reference", known["reference"], _reference(root, known["reference"]))
     add("onnx", known.get("onnx"), ["onnx", f"{root}/source"])
-    add("mnn/float", known.get("float"), ["mnn", f"{root}/onnx"])
+    add("mnn/base", known.get("base"), ["mnn", f"{root}/onnx"])
     if "calibration" in known:
         add("calibration", known["calibration"], _reference(root, known["calibration"]))
     if "activations" in known:
@@ -146,7 +147,8 @@ def checkpoint(evidence: Evidence) -> str:
     settings = evidence.manifests["source"].settings
     if "path" in settings:
         return f"The checkpoint is the local folder {_portable(settings['path'])}."
-    told = f"The checkpoint is {settings['repository']} on the Hugging Face hub, revision {settings['revision']}"
+    hub = "ModelScope" if settings.get("hub") == "modelscope" else "the Hugging Face hub"
+    told = f"The checkpoint is {settings['repository']} on {hub}, revision {settings['revision']}"
     return told + (f", commit {settings['commit']}." if "commit" in settings else ".")
 
 

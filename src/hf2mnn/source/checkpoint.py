@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from hf2mnn.source.packed import (
     packed_name,
     parse_quantization,
 )
+from hf2mnn.source.tensors import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -171,12 +173,40 @@ class Checkpoint:
         name = self.find(parameter)
         return self.packed_layers.read(name.removesuffix(PACKED)) if name.endswith(PACKED) else None
 
+    @cached_property
+    def _stored(self) -> dict[str, StoredTensor]:
+        return {
+            name: tensor for path in sorted(set(self.shards.values())) for name, tensor in stored_tensors(path).items()
+        }
+
+    def stored(self, parameter: str) -> StoredTensor | None:
+        """Where a weight in floating point lies; None for a packed layer's, or of a type that is not read in rows."""
+        return self._stored.get(self.find(parameter))
+
     def shape(self, parameter: str) -> tuple[int, ...]:
         name = self.find(parameter)
         if name.endswith(PACKED):
             return self.packed_layers.shape(name.removesuffix(PACKED))
         with safe_open(self.shards[name], "pt") as tensors:
             return tuple(tensors.get_slice(name).get_shape())
+
+    def check_shape(self, parameter: str, wanted: Sequence[int]) -> None:
+        """Raises SourceError where the checkpoint holds the parameter in another shape than the model has it."""
+        found = self.shape(parameter)
+        if found != tuple(wanted):
+            raise SourceError(
+                f"{self.folder} holds {self.find(parameter)} as {list(found)}, its config.json asks for"
+                f" {list(wanted)}: config and weights are not of one model"
+            )
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of all its tensors, by the files' headers; packed layers as they are packed."""
+        found = []
+        for path in sorted(set(self.shards.values())):
+            with safe_open(path, "np") as tensors:
+                names = tensors.keys()
+                found += [tuple(tensors.get_slice(name).get_shape()) for name in names]
+        return found
 
     def tensor(self, parameter: str) -> torch.Tensor:
         """The weight in its own dtype, a packed layer's in float32, exactly; only this one tensor is read."""

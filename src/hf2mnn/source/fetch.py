@@ -2,76 +2,78 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hf2mnn.errors import SourceError
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.source.checkpoint import FILES, Checkpoint
+from hf2mnn.source.hub import gather, hub_named, pin_repository
+from hf2mnn.source.pin import Pin, load_pin
+from hf2mnn.source.preflight import check_checkpoint
 
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+def _link(files: dict[str, Path], folder: Path) -> None:
+    for name, path in sorted(files.items()):
+        (folder / name).symlink_to(path.resolve())
 
 
-def download(repository: str, revision: str) -> Path:
-    """A snapshot in the hub client's own cache (resumed where it stopped, shared by all models); only FILES.
-
-    Raises:
-        SourceError: the hub has no such repository or revision, wants a login, or cannot be reached.
-    """
-    import httpx2
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
+@contextmanager
+def _named(folder: Path, name: str) -> Iterator[None]:
+    """Errors name what a person has given, not the folder of links beside the final one."""
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
-    except GatedRepoError:
-        raise SourceError(
-            f"{repository} is gated: accept its terms on the hub and log in with 'hf auth login'"
-        ) from None
-    except RevisionNotFoundError:
-        raise SourceError(f"{repository} has no revision {revision!r}: give a branch, a tag or a commit") from None
-    except RepositoryNotFoundError:
-        raise SourceError(
-            f"the hub has no repository {repository}, or it is private and you are not logged in"
-        ) from None
-    except HFValidationError:
-        raise SourceError(f"{repository!r} is not a hub repository: it is written owner/name") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, httpx2.TransportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SourceError(
-            f"{repository} could not be downloaded ({reason}); run the same command again to resume"
-        ) from None
+        yield
+    except SourceError as error:
+        raise SourceError(str(error).replace(str(folder), name)) from None
 
 
 def fetch_source(
-    destination: Path, path: Path | None = None, repository: str | None = None, revision: str = "main"
+    destination: Path,
+    path: Path | None = None,
+    repository: str | None = None,
+    revision: str | None = None,
+    hub: str = "huggingface",
+    pin: Path | None = None,
+    files: Path | None = None,
 ) -> Path:
-    """Link the files of a local folder, or of a downloaded snapshot, into `destination` and write the manifest.
+    """Link a checkpoint's files into `destination` and write the manifest.
+
+    They are those of a local folder `path`, of a `repository` at a `revision` (None is the hub's default branch), or
+    of a `pin` that `hf2mnn pin` has written. Of a hub's, each is held to the size and hash that the hub gives;
+    `files` is a folder in which a person has put some, or all, of them.
 
     Raises:
-        SourceError: there is no such checkpoint, it is incomplete, or of a family that is not converted.
+        SourceError: there is no such checkpoint, it is incomplete, of a family that is not converted, or its parts do
+            not fit each other.
     """
-    if (path is None) == (repository is None):
-        raise SourceError("give either a local folder or a hub repository as source, not both and not neither")
-    if repository is not None and not REPOSITORY.fullmatch(repository):
-        raise SourceError(f"{repository!r} is not a hub repository: it is written owner/name")
-    where = Path(path) if path is not None else download(repository, revision)
-    if Path(destination).resolve() == where.resolve():
-        raise SourceError(f"{destination} is the checkpoint itself; give --out another folder")
-    checkpoint = Checkpoint(where)
-    checkpoint.check()
-    # A snapshot's folder is named after its commit; "main" is not a revision that one can come back to.
-    hub = {"repository": repository, "revision": revision, "commit": where.name}
-    settings = {"path": str(path)} if path is not None else hub
-    manifest = Manifest("source", settings=settings, tools=tool_versions("huggingface_hub"))
-    with stage_folder(destination, manifest) as folder:
-        for name in sorted({found.name for pattern in FILES for found in where.glob(pattern)}):
-            (folder / name).symlink_to((where / name).resolve())
+    if [path, repository, pin].count(None) != 2:
+        raise SourceError("give either a local folder or a hub repository or a pin as source, not several and not none")
+    if path is not None:
+        _fetch_folder(destination, Path(path), files)
+    else:
+        pinned = load_pin(pin) if pin is not None else pin_repository(repository, revision, hub)
+        _fetch_pinned(destination, pinned, files)
     return destination
+
+
+def _fetch_folder(destination: Path, path: Path, files: Path | None) -> None:
+    if files is not None:
+        raise SourceError("--files goes with a repository or a pin: files of a local folder are taken as they are")
+    if Path(destination).resolve() == path.resolve():
+        raise SourceError(f"{destination} is the checkpoint itself; give --out another folder")
+    check_checkpoint(Checkpoint(path))
+    manifest = Manifest("source", settings={"path": str(path)})
+    with stage_folder(destination, manifest) as folder:
+        _link({found.name: found for pattern in FILES for found in path.glob(pattern)}, folder)
+
+
+def _fetch_pinned(destination: Path, pin: Pin, files: Path | None) -> None:
+    hub = hub_named(pin.hub)
+    found = gather(hub, pin, files)
+    settings = {"hub": pin.hub, "repository": pin.repository, "revision": pin.branch, "commit": pin.revision}
+    manifest = Manifest("source", settings=settings, tools=tool_versions(hub.package))
+    with stage_folder(destination, manifest) as folder:
+        _link(found, folder)
+        with _named(folder, pin.repository):
+            check_checkpoint(Checkpoint(folder))

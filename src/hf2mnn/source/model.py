@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +13,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.initialization import no_init_weights
 
 from hf2mnn.errors import SourceError
+from hf2mnn.shortage import number
 from hf2mnn.source.checkpoint import Checkpoint
+from hf2mnn.source.mapped import map_matrices, without_matrices
+from hf2mnn.source.memory import available_memory
+
+BESIDE = 1_500_000_000
+"""Bytes that a stage takes beside the weights and what it keeps: libraries, and what is being computed."""
 
 
 @contextmanager
@@ -20,6 +28,8 @@ def refused_as_source(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
     except (StrictDataclassError, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        if number(error) == errno.ENOMEM:  # the machine's failure, and said as such
+            raise
         reason = " ".join(str(error).split())
         raise SourceError(
             f"transformers makes no model of {checkpoint.folder}: {reason}; config.json or the weights are not right"
@@ -39,40 +49,84 @@ def load_config(checkpoint: Checkpoint) -> transformers.PreTrainedConfig:
     return config
 
 
-def _load_packed(checkpoint: Checkpoint, architecture: type[transformers.PreTrainedModel]) -> torch.nn.Module:
-    """transformers reads packed layers with kernels of other packages, most of them for GPUs, in float16. Here it makes
-    the architecture only; the weights are the checkpoint's, packed ones as their exact float32 values."""
+def _architecture(checkpoint: Checkpoint) -> type[transformers.PreTrainedModel]:
+    return getattr(transformers, checkpoint.family.architecture)
+
+
+def _without_weights(checkpoint: Checkpoint) -> torch.nn.Module:
+    """The model as its config.json describes it, in float32, with weights of chance."""
     config = load_config(checkpoint)
     with refused_as_source(checkpoint), no_init_weights():
-        model = architecture._from_config(config, dtype=torch.float32)
+        model = _architecture(checkpoint)._from_config(config, dtype=torch.float32)
         if (checkpoint.folder / "generation_config.json").exists():
             model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.folder)
     model.tie_weights()
-    parameters = model.state_dict()
-    for parameter, value in parameters.items():
-        weight = checkpoint.tensor(parameter)
-        if weight.shape != value.shape:
-            raise SourceError(
-                f"{checkpoint.folder} holds {checkpoint.find(parameter)} as {list(weight.shape)}, its config.json asks"
-                f" for {list(value.shape)}: config and weights are not of one model"
-            )
-        value.copy_(weight)
-    checkpoint.packed_layers.check_biases({checkpoint.find(parameter) for parameter in parameters})
     return model
 
 
-def load_model(checkpoint: Checkpoint) -> torch.nn.Module:
+def _fill(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Give the parameters of `model` the checkpoint's values. Raises SourceError where one is missing or has another
+    shape."""
+    for parameter, value in model.state_dict().items():
+        checkpoint.check_shape(parameter, value.shape)
+        value.copy_(checkpoint.tensor(parameter))
+
+
+def _load_packed(checkpoint: Checkpoint) -> torch.nn.Module:
+    """transformers reads packed layers with kernels of other packages, most of them for GPUs, in float16. Here it makes
+    the architecture only; the weights are the checkpoint's, packed ones as their exact float32 values."""
+    model = _without_weights(checkpoint)
+    _fill(model, checkpoint)
+    checkpoint.packed_layers.check_biases({checkpoint.find(parameter) for parameter in model.state_dict()})
+    return model
+
+
+def _load_mapped(checkpoint: Checkpoint) -> torch.nn.Module:
+    with without_matrices():
+        model = _without_weights(checkpoint)
+    map_matrices(model, checkpoint)
+    _fill(model, checkpoint)
+    return model
+
+
+def place_weights(checkpoint: Checkpoint, wanted: str, kept: int = 0) -> tuple[str, str]:
+    """Where `load_model` should keep the weights, "resident" or "mapped", and why. `wanted` is one of them, or "auto":
+    resident where the weights in float32 fit into memory beside `kept`, the bytes that the stage holds at its end.
+
+    Raises:
+        SourceError: packed layers are wanted mapped.
+    """
+    if checkpoint.quantization:
+        if wanted == "mapped":
+            raise SourceError(f"the layers of {checkpoint.folder} are packed and cannot be mapped; leave --weights out")
+        return "resident", "packed layers are unpacked once"
+    if wanted != "auto":
+        return wanted, "as asked for"
+    needed = 4 * sum(map(math.prod, checkpoint.shapes())) + BESIDE + kept
+    free = available_memory()
+    why = f"with float32 the stage needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    return ("resident" if needed <= free else "mapped"), why
+
+
+def load_model(checkpoint: Checkpoint, weights: str = "resident") -> torch.nn.Module:
     """The model in float32, to be asked.
+
+    `weights` says where they are kept: "resident", in memory in float32, or "mapped", the matrices in their files
+    (`hf2mnn.source.mapped`), which takes a fraction of the memory, is slower, and computes the same bits. Packed layers
+    are resident.
 
     Raises:
         SourceError: a weight is missing (transformers would draw it at random), has another shape, or is packed as
             cannot be read.
     """
-    architecture = getattr(transformers, checkpoint.family.architecture)
     if checkpoint.quantization:
-        return _load_packed(checkpoint, architecture).eval()
+        return _load_packed(checkpoint).eval()
+    if weights == "mapped":
+        return _load_mapped(checkpoint).eval()
     with refused_as_source(checkpoint):
-        model, report = architecture.from_pretrained(checkpoint.folder, dtype=torch.float32, output_loading_info=True)
+        model, report = _architecture(checkpoint).from_pretrained(
+            checkpoint.folder, dtype=torch.float32, output_loading_info=True
+        )
     if report["missing_keys"]:
         name = min(report["missing_keys"])
         raise SourceError(f"{checkpoint.folder} holds no weight for {name}: its safetensors do not fit its config.json")

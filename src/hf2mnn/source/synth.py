@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-from tqdm import tqdm
 
 from hf2mnn.errors import SourceError
 from hf2mnn.families import FAMILIES
 from hf2mnn.files import sha256
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.progress import progress
 from hf2mnn.source.checkpoint import FILES, Checkpoint
 
 if TYPE_CHECKING:
@@ -301,8 +301,8 @@ def make_checkpoint_like(
         places = {tensor.name: name for name, file in zip(names, files, strict=True) for tensor in file}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        with tqdm(desc="weights", total=total, unit="B", unit_scale=True, mininterval=5) as progress:
+        with progress("weights", total, "B") as shown:
             for name, file in zip(names, files, strict=True):
                 for written in write_shard(folder / name, file, seed):
-                    progress.update(written)
+                    shown.update(written)
     return destination

@@ -7,17 +7,21 @@ import sys
 from pathlib import Path
 
 from hf2mnn.mnn.worker.module import Refused
+from hf2mnn.shortage import sentence
 
-code = 0
+code, job = 0, json.loads(Path(sys.argv[2]).read_text())
 try:
-    importlib.import_module(sys.argv[1]).run(json.loads(Path(sys.argv[2]).read_text()))
+    importlib.import_module(sys.argv[1]).run(job)
 except Refused as error:
     print(f"refused: {error}")
     code = 1
-except Exception:
+except Exception as error:
     # Without this the interpreter would run the engine's destructors, and their crash would hide the reason.
-    sys.excepthook(*sys.exc_info())
-    print(f"bug: {sys.exc_info()[1]!r}")
+    if machine := sentence(error, Path(job.get("result", ""))):
+        print(f"machine: {machine}")
+    else:
+        sys.excepthook(*sys.exc_info())
+        print(f"bug: {error!r}")
     code = 2
 sys.stdout.flush()
 sys.stderr.flush()

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from hf2mnn.feeding import ways_of_feeding
 from hf2mnn.mnn.worker.session import Engine, picture_input, tag_pictures
 from hf2mnn.mnn.worker.vision import vision_embeds
+from hf2mnn.progress import steps
 from hf2mnn.reference.golden import Golden, GoldenProbe
 
 
@@ -49,7 +49,7 @@ def run(job: dict[str, Any]) -> None:
     bundle, golden, limit = Path(job["bundle"]), Golden(Path(job["reference"])), job["max_new_tokens"]
     engine = Engine(bundle, job["threads"])
     tensors, called = {}, {}
-    for example in tqdm(golden.examples(), desc="MNN", total=len(golden.records), unit="example", mininterval=5):
+    for example in steps("MNN answers", golden.examples(), "examples", len(golden.records)):
         pictures = [golden.picture(name) for name in example.pictures]
         rows, greedy = engine.judge(example, [picture_input(picture.resized) for picture in pictures], limit)
         tensors[f"examples/{example.id}/logits"] = rows

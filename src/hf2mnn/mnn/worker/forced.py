@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hf2mnn.mnn.worker.session import Engine, picture_input
+from hf2mnn.progress import steps
 from hf2mnn.reference.golden import Golden
 
 
@@ -22,9 +23,8 @@ def run(job: dict[str, Any]) -> None:
     """
     engine = Engine(Path(job["bundle"]), job["threads"], job["settings"])
     golden, wanted, prompts = Golden(Path(job["reference"])), {}, {}
-    for example in golden.examples():
-        if example.id not in job["examples"]:
-            continue
+    chosen = (example for example in golden.examples() if example.id in job["examples"])
+    for example in steps("MNN reads", chosen, "examples", len(job["examples"])):
         pictures = []
         for name in example.pictures:
             picture = golden.picture(name)

@@ -15,22 +15,11 @@ import numpy as np
 from hf2mnn.mnn.settings import engine_settings, vision_settings
 from hf2mnn.mnn.worker.module import Module, runtime_settings
 from hf2mnn.mnn.worker.session import Engine, Refused, picture_input
+from hf2mnn.usage import resident_mb
 
 ROUNDS, BUDGET = 3, 3.0
 """After one round to warm up: rounds of a small model, whose median counts; no new one begins after so many seconds."""
 CLOCK = time.perf_counter
-
-
-def resident_mb(entry: str) -> float | None:
-    """VmRSS or VmHWM of this process in MB of 1e6 bytes; None where the system has no such count.
-
-    Not `getrusage`: its peak of a child begins at the memory of the process that started it.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    (line,) = [line for line in status.read_text().splitlines() if line.startswith(f"{entry}:")]
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 def rounds(measure: Callable[[], Any]) -> list[Any]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from hf2mnn.families import Family
 from hf2mnn.mnn.worker.module import Module, runtime_settings
+from hf2mnn.progress import steps
 from hf2mnn.reference.golden import Golden
 
 
@@ -17,7 +18,7 @@ def vision_embeds(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Each picture's embeddings float32 [image tokens, hidden]."""
     module = None
-    for name in golden.picture_names():
+    for name in steps("MNN sees", golden.picture_names(), "pictures"):
         picture = golden.picture(name)
         inputs = family.vision_inputs(picture.pixel_values, picture.grid_thw, merge_size)
         if module is None:

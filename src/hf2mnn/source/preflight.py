@@ -1,0 +1,121 @@
+"""What headers and JSON tell of a checkpoint before anything heavy is done: a fault found hours later costs hours.
+
+No weight is read, but the small tensors of packed layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf2mnn.errors import SourceError
+from hf2mnn.source.checkpoint import FILES, LFS_POINTER, Checkpoint, read_json
+from hf2mnn.source.packed import PACKED, WEIGHT
+
+INDEX = "model.safetensors.index.json"
+
+
+def check_pointers(checkpoint: Checkpoint) -> None:
+    """A clone without LFS has small texts in place of weights and of a large tokenizer.json."""
+    for path in sorted({path for pattern in FILES for path in checkpoint.folder.glob(pattern)}):
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                what = "the weights" if path.suffix == ".safetensors" else "the file itself"
+                raise SourceError(f"{path} is a Git LFS pointer, not {what}; run 'git lfs pull' in its folder")
+
+
+def check_index(checkpoint: Checkpoint) -> None:
+    """The index and the shards must name the same tensors in the same places."""
+    path = checkpoint.folder / INDEX
+    if not path.exists():
+        return
+    there, index = checkpoint.shards, read_json(path)["weight_map"]
+    for name, file in sorted(index.items()):
+        if name not in there:
+            raise SourceError(f"{path} names {name} in {file}, which does not hold it: they are not of one model")
+        if there[name].name != file:
+            raise SourceError(f"{path} names {name} in {file}, but {there[name].name} holds it; download both again")
+    if rest := there.keys() - index.keys():
+        name = min(rest)
+        raise SourceError(f"{there[name]} holds {name}, which {path} does not name: they are not of one model")
+
+
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Every parameter of the architecture is there in its shape, and no weight that it has no place for."""
+    # Loaded here: they take seconds, and most faults are found without them.
+    import torch
+    import transformers
+
+    from hf2mnn.source.model import load_config, refused_as_source
+
+    config = load_config(checkpoint)
+    with refused_as_source(checkpoint), torch.device("meta"):
+        model = getattr(transformers, checkpoint.family.architecture)(config)
+    parameters = model.state_dict()
+    for parameter, value in parameters.items():
+        checkpoint.check_shape(parameter, value.shape)
+    used = {checkpoint.find(parameter) for parameter in parameters}
+    # Biases that GPTQ writes for every layer, tables of rotary positions, and a tied lm_head are no other model's.
+    for name in sorted(checkpoint.shards.keys() - used):
+        if name.endswith((WEIGHT, PACKED)) and name != "lm_head.weight":
+            raise SourceError(
+                f"{checkpoint.folder} holds {name}, which a model of its config.json has no place for: config and"
+                " weights are not of one model"
+            )
+
+
+def tokens_of(stored: dict[str, Any]) -> dict[int, str]:
+    """Id to text of every token of a tokenizer.json.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: it is not laid out as one.
+    """
+    vocabulary = stored["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        tokens = {int(number): text for text, number in vocabulary.items()}
+    else:
+        tokens = {number: entry[0] for number, entry in enumerate(vocabulary)}
+    return tokens | {int(token["id"]): token["content"] for token in stored.get("added_tokens") or []}
+
+
+def check_tokenizer(checkpoint: Checkpoint) -> None:
+    """The tokenizer's ids are rows of the embedding, and the ids that config.json names are the tokens that they are
+    taken for. A tokenizer smaller than the vocabulary is usual: rows are padded."""
+    path = checkpoint.folder / "tokenizer.json"
+    try:
+        tokens = tokens_of(read_json(path))
+        largest = max(tokens)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise SourceError(f"{path} is not a tokenizer ({type(error).__name__}: {error}); download it again") from None
+    rows = checkpoint.text_config["vocab_size"]
+    if largest >= rows:
+        raise SourceError(
+            f"{path} has a token {tokens[largest]!r} with id {largest}, but the model's vocabulary has {rows}:"
+            " tokenizer and config.json are not of one model"
+        )
+    for key, text in checkpoint.family.special_tokens.items():
+        number = checkpoint.config[key]
+        if tokens.get(number) != text:
+            what = repr(tokens[number]) if number in tokens else "no token"
+            raise SourceError(
+                f"config.json of {checkpoint.folder} says {key} {number}, which is {what} in tokenizer.json and should"
+                f" be {text!r}: they are not of one model"
+            )
+    for number in checkpoint.stop_ids:
+        if number not in tokens:
+            raise SourceError(
+                f"{checkpoint.folder} ends answers with token {number} (eos_token_id), which tokenizer.json does not"
+                " have: they are not of one model"
+            )
+
+
+def check_checkpoint(checkpoint: Checkpoint) -> None:
+    """Everything that can be seen without reading weights.
+
+    Raises:
+        SourceError: for the first thing that is missing, not whole, or does not fit the rest.
+    """
+    check_pointers(checkpoint)
+    checkpoint.check()
+    check_index(checkpoint)
+    check_tokenizer(checkpoint)
+    check_weights(checkpoint)

@@ -1,0 +1,34 @@
+"""A short chain of stages: its evaluation set, and its commands as a person runs them by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from support import SHAPES_VL
+
+
+def few_examples(folder: Path, count: int) -> None:
+    """The first examples of the embedded model's evaluation set."""
+    whole = SHAPES_VL / "evaluation"
+    folder.mkdir()
+    lines = (whole / "examples.jsonl").read_text().splitlines()[:count]
+    (folder / "examples.jsonl").write_text("\n".join(lines))
+    for path in whole.iterdir():
+        if path.name != "examples.jsonl":
+            (folder / path.name).symlink_to(path)
+
+
+def command(chain: Path, stage: str) -> list[object]:
+    """Arguments of `hf2mnn` that make a stage of what is in `chain`, but for --out."""
+    return {
+        "source": ["source", "--path", SHAPES_VL],
+        "onnx": ["onnx", chain / "source"],
+        "mnn/base": ["mnn", chain / "onnx"],
+        "mnn/int4": ["quantize", chain / "onnx", chain / "mnn/base", "--decoder", json.dumps({"bits": 4, "block": 64})],
+        "reference": ["reference", chain / "source", "--evaluation", chain / "few", "--max-new-tokens", 4],
+        "eval/int4": [
+            *("evaluate", "--reference", chain / "reference", "--onnx", chain / "onnx"),
+            *("--bundle", chain / "mnn/int4"),
+        ],
+    }[stage]

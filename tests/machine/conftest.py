@@ -1,0 +1,45 @@
+"""The stages up to a bundle, made once; and disks that are small, full or read-only."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from chain import command, few_examples
+from support import run_cli
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """source, onnx, mnn/base, mnn/int4, reference with a few examples, and eval/int4. Tests only read it."""
+    folder = tmp_path_factory.mktemp("chain")
+    few_examples(folder / "few", 4)
+    for stage in ("source", "onnx", "mnn/base", "mnn/int4", "reference", "eval/int4"):
+        made = run_cli(*command(folder, stage), "--out", folder / stage)
+        assert made.returncode == 0, made.stderr
+    return folder
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[[str, str], Path]]:
+    """Mounts a disk in memory: a name and options of tmpfs. Skips where that is not permitted."""
+    mounted: list[Path] = []
+
+    def make(name: str, options: str) -> Path:
+        folder = tmp_path / name
+        if folder in mounted:
+            subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+            return folder
+        folder.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "hf2mnn-test", folder], capture_output=True)
+        if done.returncode != 0:
+            pytest.skip("disks cannot be mounted here: run as root, in a container with SYS_ADMIN")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in reversed(mounted):
+        subprocess.run(["umount", "--lazy", folder], check=True)

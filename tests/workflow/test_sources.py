@@ -1,0 +1,55 @@
+"""What config.yaml says of a source becomes the options of `hf2mnn source`, word for word."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+import pytest
+
+from support import Workspace
+
+SOURCES = {
+    "path": ("{path: models/shapes-vl}", ["--path", "models/shapes-vl"]),
+    "branch": ("{repository: owner/name}", ["--repository", "owner/name"]),
+    "commit": (
+        "{repository: owner/name, revision: 0123abc}",
+        ["--repository", "owner/name", "--revision", "0123abc"],
+    ),
+    "modelscope": (
+        "{hub: modelscope, repository: owner/name, files: 'a folder; ls'}",
+        ["--hub", "modelscope", "--repository", "owner/name", "--files", "a folder; ls"],
+    ),
+    "pin": ("{pin: 'a pin.json', files: by-hand}", ["--pin", "a pin.json", "--files", "by-hand"]),
+}
+
+
+def planned(workspace: Workspace, source: str) -> list[str]:
+    """The options but for --out of the source stage that a run would start."""
+    workspace.config("source: {path: models/shapes-vl}", f"source: {source}")
+    said = workspace.snakemake("-n", "-p", "results/shapes-vl/source/manifest.json", check=True).stdout
+    return shlex.split(re.search(r"hf2mnn source (.*?) --out ", said)[1])
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_options_are_those_of_the_config(kind: str, workspace: Workspace) -> None:
+    source, wanted = SOURCES[kind]
+    (workspace.folder / "a pin.json").write_text("{}")
+    found = planned(workspace, source)
+    assert dict(zip(found[::2], found[1::2], strict=True)) == dict(zip(wanted[::2], wanted[1::2], strict=True))
+
+
+def test_pin_that_is_not_there_is_said_before_anything_runs(workspace: Workspace) -> None:
+    workspace.config("source: {path: models/shapes-vl}", "source: {pin: nowhere.json}")
+    done = workspace.snakemake("-n", "results/shapes-vl/source/manifest.json")
+    assert done.returncode
+    assert "nowhere.json" in done.stdout + done.stderr
+
+
+def test_changed_pin_is_noticed(workspace: Workspace) -> None:
+    """It is an input, so that another commit in it makes the stage run again."""
+    (workspace.folder / "pin.json").write_text(json.dumps({}))
+    workspace.config("source: {path: models/shapes-vl}", "source: {pin: pin.json}")
+    said = workspace.snakemake("-n", "results/shapes-vl/source/manifest.json", check=True).stdout
+    assert re.search(r"input: .*pin\.json", said)
