@@ -27,6 +27,10 @@ rule all:
         "results/gates.txt",
 
 
+onstart:
+    print_needs(CONFIG, Path("results"))
+
+
 onsuccess:
     shell(SUMMARY)
 

@@ -350,6 +350,13 @@ class Config(_Strict):
         method = "lsq" if chosen.method == "checkpoint" else chosen.method
         return Weights(bits=chosen.bits if chosen.floats else 8, method=method)
 
+    def bits_of(self, variant: str) -> float:
+        """About how many bits a weight of a variant takes, scales included; for its disk."""
+        chosen = self.variants[variant]
+        if chosen.auto:
+            return parse_budget(chosen.budget).bits_per_weight or 8.0
+        return chosen.bits + (32 / chosen.block if chosen.bits < 16 and chosen.block else 0)
+
     def plan_of(self, variant: str) -> Plan:
         """The plan that a variant pins; an empty one where it pins none. Raises ConfigError as `load_plan` does."""
         pinned = self.variants[variant].plan

@@ -15,7 +15,7 @@ import pytest
 
 from hf2mnn.errors import SourceError
 from hf2mnn.families import FAMILIES
-from hf2mnn.source.checkpoint import Checkpoint, checkpoint_files, checkpoint_mb
+from hf2mnn.source.checkpoint import Checkpoint, checkpoint_files
 from hf2mnn.source.facts import model_facts
 from support import SHAPES_VL
 
@@ -148,4 +148,3 @@ def test_files_that_snakemake_watches(checkpoint: Path) -> None:
     assert {FIRST, "config.json", "tokenizer.json", INDEX} <= names
     assert not {"modeling_x.py", "pytorch_model.bin", "README.md"} & names
     assert checkpoint_files(None) == checkpoint_files("nowhere") == []
-    assert 0 < checkpoint_mb(checkpoint) < 10 < 1000 < checkpoint_mb(None)

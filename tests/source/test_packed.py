@@ -21,10 +21,11 @@ from hf2mnn.errors import SourceError
 from hf2mnn.onnx.export import export_onnx
 from hf2mnn.onnx.session import OnnxModel
 from hf2mnn.source import model as source_model
-from hf2mnn.source.checkpoint import Checkpoint, checkpoint_mb
+from hf2mnn.source.checkpoint import Checkpoint
 from hf2mnn.source.fetch import fetch_source
 from hf2mnn.source.model import load_config, load_model, place_weights
 from hf2mnn.source.packed import PackedLayers, parse_quantization
+from hf2mnn.source.size import model_size
 from packed import Quantized, pack, quantize, settings, write_packed
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -438,11 +439,11 @@ def test_weights_of_another_model_are_refused(floats: dict[bool, Path], tmp_path
 
 def test_memory_is_planned_for_unpacked_weights(floats: dict[bool, Path], tmp_path: Path) -> None:
     """Stages hold weights in float32: what is asked of a cluster must not shrink with the file."""
-    wanted = checkpoint_mb(floats[True])
+    wanted = model_size(str(floats[True]), None).weights
     for kind, bits in (("awq", 4), ("gptq", 8)):
         folder = tmp_path / kind
         write_packed(floats[True], folder, kind, bits=bits)
-        assert checkpoint_mb(folder) == pytest.approx(wanted, rel=0.1)
-        assert (folder / "model.safetensors").stat().st_size / 1e6 < 0.9 * wanted
+        assert model_size(str(folder), None).weights == pytest.approx(wanted, rel=0.1)
+        assert (folder / "model.safetensors").stat().st_size < 0.9 * 2 * wanted
     configure(folder, quant_method="fp8")
-    assert 0 < checkpoint_mb(folder) < wanted
+    assert not model_size(str(folder), None).known

@@ -15,8 +15,8 @@ rule answer_calibration:
         "../../envs/torch.yaml"
     threads: CONFIG.threads
     resources:
-        mem_mb=memory(1500, 2.5),
-        runtime="8h",
+        mem_mb=memory("reference"),
+        runtime=runtime("reference"),
     params:
         source=subpath(input.source, parent=True),
         calibration=lookup("{model}", within={m: v.calibration for m, v in CONFIG.models.items()}),
@@ -46,8 +46,8 @@ rule record_activations:
         "../../envs/torch.yaml"
     threads: CONFIG.threads
     resources:
-        mem_mb=memory(1500, 3.5),
-        runtime="8h",
+        mem_mb=memory("activations"),
+        runtime=runtime("activations"),
     params:
         source=subpath(input.source, parent=True),
         calibration=subpath(input.calibration, parent=True),
@@ -78,8 +78,8 @@ rule measure_sensitivity:
         "../../envs/torch.yaml"
     threads: CONFIG.threads
     resources:
-        mem_mb=memory(1500, 3.5),
-        runtime="48h",
+        mem_mb=memory("sensitivity"),
+        runtime=runtime("sensitivity"),
     params:
         source=subpath(input.source, parent=True),
         calibration=subpath(input.calibration, parent=True),
@@ -110,8 +110,8 @@ rule choose_plan:
         "../../envs/mnn.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime="1h",
+        mem_mb=memory("plan"),
+        runtime=runtime("plan"),
     params:
         sensitivity=subpath(input.sensitivity, parent=True),
         onnx=subpath(input.onnx, parent=True),

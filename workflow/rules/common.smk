@@ -3,6 +3,7 @@ import json
 import os
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -14,7 +15,10 @@ os.environ.update(PATH=os.pathsep.join([*TOOLS, os.environ.get("PATH", os.defpat
 from hf2mnn.config import parse_config
 from hf2mnn.errors import Hf2mnnError
 from hf2mnn.fingerprint import fingerprint
-from hf2mnn.source.checkpoint import checkpoint_files, checkpoint_mb
+from hf2mnn.footprint import STAGES
+from hf2mnn.report.needs import print_needs
+from hf2mnn.source.checkpoint import checkpoint_files
+from hf2mnn.source.size import model_size
 
 try:
     CONFIG = parse_config(config)
@@ -149,10 +153,28 @@ def rows(wildcards):
     return json.dumps(described, sort_keys=True)
 
 
-def memory(base, per_weight):
-    """mem_mb of a stage: a base, and a multiple of the checkpoint's weights (2.2 times its bf16 bytes is fp32)."""
+@cache
+def weights_of(model):
+    """How many weights a model has, or a typical one before it is known."""
+    source = CONFIG.models[model].source
+    return model_size(source.path, source.pin).weights
+
+
+def memory(stage):
+    """mem_mb of a stage."""
+
 
     def of(wildcards):
-        return int(base + per_weight * checkpoint_mb(CONFIG.models[wildcards.model].source.path))
+        return STAGES[stage].memory_mb(weights_of(wildcards.model))
+
+    return of
+
+
+def runtime(stage):
+    """Minutes after which a scheduler may stop a stage."""
+
+
+    def of(wildcards):
+        return STAGES[stage].runtime_min(weights_of(wildcards.model))
 
     return of

@@ -20,8 +20,8 @@ rule evaluate_onnxruntime:
         "../../envs/torch.yaml"
     threads: CONFIG.threads
     resources:
-        mem_mb=memory(1500, 2.5),
-        runtime="8h",
+        mem_mb=memory("onnxruntime"),
+        runtime=runtime("onnxruntime"),
     params:
         reference=subpath(input.reference, parent=True),
         onnx=subpath(input.onnx, parent=True),
@@ -54,8 +54,8 @@ rule evaluate_variant:
         "../../envs/mnn.yaml"
     threads: CONFIG.threads
     resources:
-        mem_mb=memory(1500, 2.5),
-        runtime="8h",
+        mem_mb=memory("engine"),
+        runtime=runtime("engine"),
     params:
         reference=subpath(input.reference, parent=True),
         onnx=subpath(input.onnx, parent=True),
@@ -89,8 +89,8 @@ rule diagnose_variant:
         "../../envs/mnn.yaml"
     threads: CONFIG.threads
     resources:
-        mem_mb=memory(1500, 5.0),
-        runtime="8h",
+        mem_mb=memory("diagnose"),
+        runtime=runtime("diagnose"),
     params:
         reference=subpath(input.reference, parent=True),
         onnx=subpath(input.onnx, parent=True),
@@ -123,8 +123,8 @@ rule measure_speed:
         "../../envs/mnn.yaml"
     threads: workflow.resource_settings.cores or CONFIG.speed.threads or CONFIG.threads
     resources:
-        mem_mb=memory(1500, 2.5),
-        runtime="8h",
+        mem_mb=memory("engine"),
+        runtime=runtime("engine"),
     params:
         options=bundle_options,
         repeats=CONFIG.speed.repeats,

@@ -18,8 +18,8 @@ rule convert_graphs:
         "../../envs/mnn.yaml"
     threads: 1
     resources:
-        mem_mb=memory(500, 2.0),
-        runtime="1h",
+        mem_mb=memory("mnn"),
+        runtime=runtime("mnn"),
     params:
         onnx=subpath(input[0], parent=True),
         out=subpath(output.manifest, parent=True),

@@ -16,8 +16,8 @@ rule export_onnx:
         "../../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=memory(1500, 0.5),
-        runtime="4h",
+        mem_mb=memory("onnx"),
+        runtime=runtime("onnx"),
     params:
         source=subpath(input[0], parent=True),
         out=subpath(output.manifest, parent=True),

@@ -22,8 +22,8 @@ rule quantize_variant:
         "../../envs/mnn.yaml"
     threads: CONFIG.threads
     resources:
-        mem_mb=memory(1500, 0.3),
-        runtime="8h",
+        mem_mb=memory("quantize"),
+        runtime=runtime("quantize"),
     params:
         onnx=subpath(input.onnx, parent=True),
         base=subpath(input.base, parent=True),

@@ -41,8 +41,8 @@ rule answer_reference:
         "../../envs/torch.yaml"
     threads: CONFIG.threads
     resources:
-        mem_mb=memory(1500, 2.5),
-        runtime="8h",
+        mem_mb=memory("reference"),
+        runtime=runtime("reference"),
     params:
         source=subpath(input.source, parent=True),
         evaluation=evaluation_folder,

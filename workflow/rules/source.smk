@@ -12,8 +12,8 @@ rule fetch_source:
         "../../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime="4h",
+        mem_mb=memory("source"),
+        runtime=runtime("source"),
     params:
         options=source_options,
         out=subpath(output[0], parent=True),

@@ -17,7 +17,6 @@ from hf2mnn.source.packed import (
     PackedLayers,
     PackedLinear,
     Quantization,
-    bytes_at_16_bits,
     packed_name,
     parse_quantization,
 )
@@ -62,18 +61,6 @@ def checkpoint_files(folder: str | Path | None) -> list[str]:
     """Files of a local checkpoint that a stage reads; none for a hub's, or for a folder that is not there."""
     where = Path(folder) if folder else None
     return sorted({str(path) for pattern in FILES for path in where.glob(pattern)}) if where else []
-
-
-def checkpoint_mb(folder: str | Path | None) -> float:
-    """Size of a local checkpoint's weights in MB, packed ones taken as 16 bits each, for stages unpack them; 5000 (a 2B
-    model) where it is not known yet."""
-    files = [Path(path) for path in checkpoint_files(folder) if path.endswith(".safetensors")]
-    try:
-        packed = Checkpoint(Path(folder)).quantization if files else None
-        sizes = [bytes_at_16_bits(path, packed.bits) if packed else path.stat().st_size for path in files]
-    except (SourceError, SafetensorError):  # said by the source stage
-        sizes = [path.stat().st_size for path in files]
-    return sum(sizes) / 1e6 if sizes else 5000.0
 
 
 class Checkpoint:

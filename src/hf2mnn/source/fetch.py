@@ -12,6 +12,7 @@ from hf2mnn.source.checkpoint import FILES, Checkpoint
 from hf2mnn.source.hub import gather, hub_named, pin_repository
 from hf2mnn.source.pin import Pin, load_pin
 from hf2mnn.source.preflight import check_checkpoint
+from hf2mnn.source.room import check_room
 
 
 def _link(files: dict[str, Path], folder: Path) -> None:
@@ -63,6 +64,7 @@ def _fetch_folder(destination: Path, path: Path, files: Path | None) -> None:
     if Path(destination).resolve() == path.resolve():
         raise SourceError(f"{destination} is the checkpoint itself; give --out another folder")
     check_checkpoint(Checkpoint(path))
+    check_room(path, destination)
     manifest = Manifest("source", settings={"path": str(path)})
     with stage_folder(destination, manifest) as folder:
         _link({found.name: found for pattern in FILES for found in path.glob(pattern)}, folder)
@@ -77,3 +79,4 @@ def _fetch_pinned(destination: Path, pin: Pin, files: Path | None) -> None:
         _link(found, folder)
         with _named(folder, pin.repository):
             check_checkpoint(Checkpoint(folder))
+            check_room(folder, destination)

@@ -1,4 +1,4 @@
-"""Whether a disk has the room that is needed, asked before anything is written."""
+"""Whether there is the room that is needed, asked before anything is written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 
 from hf2mnn.errors import SourceError
+from hf2mnn.footprint import STAGES, bundle_bytes
+from hf2mnn.source.memory import available_memory
+from hf2mnn.source.size import model_size
 
 SPARE = 1.01
 """A file system needs a little more than the bytes of the files."""
@@ -25,4 +28,25 @@ def check_disk(folder: Path, needed: int, what: str) -> None:
         raise SourceError(
             f"{what} would take {needed * SPARE / 1e9:.2f} GB in {folder}, and its disk has {free / 1e9:.2f} GB free;"
             " make space, or have the folder on another disk"
+        )
+
+
+SMALLEST = 4.5
+"""Bits a weight of the smallest bundle that is usual, scales included."""
+CONVERSION = ("onnx", "mnn", "quantize")
+
+
+def check_room(checkpoint: Path, destination: Path) -> None:
+    """Whether one bundle of a checkpoint can be made at all: what evaluation needs beyond that is said before a run.
+
+    Raises:
+        SourceError: too little disk or memory for this model.
+    """
+    size = model_size(str(checkpoint), None)
+    check_disk(destination, bundle_bytes(size.weights, size.embedding, SMALLEST), "a bundle of 4 bits of this model")
+    needed, free = max(STAGES[stage].memory_mb(size.weights) for stage in CONVERSION) / 1e3, available_memory() / 1e9
+    if free < needed:
+        raise SourceError(
+            f"converting a model of {size.weights / 1e9:.1f} billion weights takes {needed:.1f} GB of memory, and"
+            f" {free:.1f} GB are free; close other programs, or give the job more"
         )

@@ -1,0 +1,57 @@
+"""How large a model is, as far as that can be known before it is fetched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from hf2mnn.errors import SourceError
+from hf2mnn.footprint import TYPICAL
+from hf2mnn.source.checkpoint import Checkpoint, checkpoint_files
+from hf2mnn.source.packed import bytes_at_16_bits
+from hf2mnn.source.pin import load_pin
+from hf2mnn.source.tensors import stored_tensors
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers of weights: all of them, and the embedding's. Whether they are `known`, or those of a typical model."""
+
+    weights: float
+    embedding: float
+    known: bool = True
+
+
+UNKNOWN = Size(TYPICAL, TYPICAL / 10, known=False)
+
+
+def _of_files(folder: Path) -> Size:
+    checkpoint = Checkpoint(folder)
+    packed = checkpoint.quantization
+    files = [Path(path) for path in checkpoint_files(folder) if path.endswith(".safetensors")]
+    counted = [bytes_at_16_bits(path, packed.bits) / 2 if packed else _weights(path) for path in files]
+    text = checkpoint.text_config
+    return Size(sum(counted), float(text["vocab_size"] * text["hidden_size"])) if counted else UNKNOWN
+
+
+def _weights(path: Path) -> float:
+    return float(sum(prod(tensor.shape) for tensor in stored_tensors(path).values()))
+
+
+def model_size(path: str | None, pin: str | None) -> Size:
+    """Of a local checkpoint by its files' headers, of a pinned one by its files' sizes; what is wrong with either is
+    said by the source stage."""
+    try:
+        if path and Path(path).is_dir():
+            return _of_files(Path(path))
+        if pin:
+            shards = [
+                digest.size for name, digest in load_pin(Path(pin)).files.items() if name.endswith(".safetensors")
+            ]
+            return Size(sum(shards) / 2, 0.0) if shards else UNKNOWN
+    except (SourceError, SafetensorError, OSError, ValueError, KeyError, TypeError):
+        pass
+    return UNKNOWN
