@@ -85,17 +85,24 @@ def shifted_ids(bundle: Path, onnx_folder: Path) -> None:
 
 
 def flipped_rope(bundle: Path, onnx_folder: Path) -> None:
-    """In one layer the half that is turned round keeps its sign."""
+    """One layer turns its queries and keys the wrong way round."""
 
     def edit(ops: list[dict], names: list[str]) -> None:
-        query = names.index(f"{LAYERS}.1.self_attn.query")
-        producers = {index: op for op in ops for index in op["outputIndexes"]}
-        left = [producers[query]]
-        while (op := left.pop(0)).get("main", {}).get("opType") != "NEG":
-            left += [producers[index] for index in op.get("inputIndexes", []) if index in producers]
-        swap = {op["outputIndexes"][0]: op["inputIndexes"][0]}
-        for op in ops:
-            op["inputIndexes"] = [swap.get(index, index) for index in op.get("inputIndexes", [])]
+        (rope,) = [
+            op
+            for op in ops
+            if op["type"] == "RoPE" and names.index(f"{LAYERS}.1.self_attn.query") in op["outputIndexes"]
+        ]
+        names.append("turned/sines")
+        turned = {
+            "type": "UnaryOp",
+            "main_type": "UnaryOp",
+            "main": {"opType": "NEG", "T": "DT_FLOAT"},
+            "name": names[-1],
+        }
+        turned |= {"inputIndexes": [rope["inputIndexes"][3]], "outputIndexes": [len(names) - 1]}
+        ops.insert(ops.index(rope), turned | {"defaultDimentionFormat": "NHWC"})
+        rope["inputIndexes"][3] = len(names) - 1
 
     _edit_graph(bundle, edit)
 

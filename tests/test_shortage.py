@@ -26,7 +26,7 @@ from hf2mnn.shortage import killed, number, sentence
         (OSError(errno.EROFS, "Read-only file system", "/r/o"), ("/r/o", "read-only", "can be written")),
         (OSError(errno.EIO, "Input/output error"), ("error", "dmesg")),
         (PermissionError(errno.EACCES, "Permission denied", "/r/o"), ("/r/o", "permission denied", "let this user")),
-        (MemoryError(), ("memory ran out", "MB", "--cores")),
+        (MemoryError(), ("memory ran out", " in use at most", "--cores")),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), ("memory ran out", "--cores")),
         (SafetensorError("I/O error: No space left on device (os error 28)"), ("is full", "another disk")),
         (

@@ -170,7 +170,10 @@ CAUSES: dict[Fault, Cause] = {
     shifted_ids: Cause("embedding", None, "row i holds token i+1's, the ids are shifted by 1"),
     stale_template: Cause("tokenizer", None, "the chat template in tokenizer.mtok is not the checkpoint's"),
     flipped_rope: Cause(
-        "decoder", f"{LAYERS}.1.self_attn.query", "a sign is flipped in the first half of the rotation"
+        "decoder",
+        f"{LAYERS}.1.self_attn.query",
+        "a sign is flipped in both halves of the rotation",
+        (f"{LAYERS}.1.self_attn.key",),
     ),
     shifted_lm_head: Cause("decoder", "lm_head", "lm_head (linear layer): its values are off"),
     swapped_channels: Cause("vision", "model.visual.patch_embed.proj", "(convolution): its values are off"),

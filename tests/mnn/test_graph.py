@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +170,17 @@ class Naive(Graph):
 
 
 def test_the_tensor_with_a_layers_name_may_hold_what_follows(
-    bundle: Path, inputs: Part, right: dict[str, np.ndarray]
+    onnx_folder: Path, bundle: Path, inputs: Part, right: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    """The converter moves the activation into the layer's sandwich of layouts: by its name gate_proj is silu of it."""
+    """MNN's converter moves the activation into its own sandwich of layouts: by its name gate_proj is silu of it. In
+    ours it is what it is called."""
     value = right[f"{MLP}.gate_proj"]
-    graph = read_graph(bundle / "llm.mnn")
-    naive = see(bundle, inputs, Naive(graph.content), [f"{MLP}.gate_proj"])[f"{MLP}.gate_proj"].reshape(value.shape)
+    ours = see(bundle, inputs, Naive(read_graph(bundle / "llm.mnn").content), [f"{MLP}.gate_proj"])
+    np.testing.assert_allclose(ours[f"{MLP}.gate_proj"].reshape(value.shape), value, atol=1e-5)
+    theirs = Path(shutil.copytree(bundle, tmp_path / "theirs"))
+    convert_decoder(onnx_folder, theirs, LAYERS, WeightFormat())
+    graph = read_graph(theirs / "llm.mnn")
+    naive = see(theirs, inputs, Naive(graph.content), [f"{MLP}.gate_proj"])[f"{MLP}.gate_proj"].reshape(value.shape)
     activated = value / (1 + np.exp(-value))
     np.testing.assert_allclose(naive, activated, atol=1e-5)
     assert np.abs(naive - value).max() > 0.1

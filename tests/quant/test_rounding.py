@@ -205,7 +205,7 @@ def test_what_is_made_can_be_stored(
     if scale_bits == 16 and max(np.abs(part).max() for part in parts) > 65504:
         form = WeightFormat(bits, 16, symmetric, scale_bits, method)
         with pytest.raises(QuantizationError, match="layer: its scales are too large for half floats"):
-            write._level_rows(found, Operator("layer", 3, 32, 1, (), None), form)
+            write._level_rows(weight, found, Operator("layer", 3, 32, 1, (), None), form)
     elif scale_bits == 16:
         assert all(np.array_equal(part, part.astype(np.float16).astype(np.float32)) for part in parts)
 

@@ -328,7 +328,7 @@ def test_model_that_is_not_converted_is_refused_by_name(workspace: Workspace, tm
     assert not list((workspace.folder / "results" / "shapes-vl").glob("*"))
 
 
-@pytest.mark.parametrize("stage", ["reference", "onnx", "mnn/int4"])
+@pytest.mark.parametrize("stage", ["onnx", "mnn/int4"])
 def test_killed_stage_leaves_nothing_that_looks_finished(copy: Workspace, stage: str) -> None:
     """SIGKILL to the whole process group in the middle of a stage; the next run starts it again and ends well."""
     results = copy.folder / "results" / "shapes-vl"

@@ -29,6 +29,7 @@ from hf2mnn.mnn import graph as proof
 from hf2mnn.mnn.convert import WeightFormat, convert_onnx
 from hf2mnn.mnn.dress import dress_decoder, dress_vision, save_dressed
 from hf2mnn.mnn.linear import hide_linear_layers, show_linear_layers
+from hf2mnn.mnn.packed import pack_decoder
 from hf2mnn.mnn.tokenizer import write_tokenizer
 from hf2mnn.onnx.initializers import initializer_values, stored_initializers
 from hf2mnn.source.tensors import StoredTensor
@@ -56,6 +57,12 @@ class EngineSettings:
     threads: int = 4
 
 
+def _finish(graph: proof.Graph, weights: Path, part: str, biases: dict[str, np.ndarray]) -> None:
+    show_linear_layers(graph, weights, biases)
+    if part == "decoder":
+        pack_decoder(graph)
+
+
 def _convert(part: str, onnx_folder: Path, folder: Path, weights: WeightFormat | None, fuse: bool) -> proof.Graph:
     """One graph of the `onnx` stage for the engine, with what can be seen in it proved; see `convert_decoder`."""
     name, source = PARTS[part]
@@ -65,7 +72,7 @@ def _convert(part: str, onnx_folder: Path, folder: Path, weights: WeightFormat |
     finish = None
     if weights is None:
         hide_linear_layers(model)
-        finish = partial(show_linear_layers, biases=initializer_values(source, 1))
+        finish = partial(_finish, part=part, biases=initializer_values(source, 1))
     with tempfile.TemporaryDirectory(prefix="hf2mnn-", dir=folder) as private:
         dressed = save_dressed(model, source, Path(private))
         graph = convert_onnx(dressed, destination, weights or WeightFormat(), fuse, finish)

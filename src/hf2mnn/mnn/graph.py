@@ -17,6 +17,8 @@ from hf2mnn.errors import ConversionError
 UNSUPPORTED = ("Extra", "Plugin")
 LINEAR = "__matmul_converted"
 """What the converter adds to the name of a linear layer's value to name the convolution that it becomes."""
+PACKED = "NC4HW4"
+"""Layout of what convolutions read and write: four channels side by side."""
 FLOAT16 = 3
 """`quanParameter.type` of weights stored as half floats."""
 
@@ -115,8 +117,11 @@ class Graph:
             op, index = producers[value]
             given[value] = copied = f"{value}/watched"
             names.append(copied)
-            plain = "NC4HW4" if op["type"] == "Convolution" else "NCHW"
-            read = {"main_type": "TensorConvertInfo", "main": {"source": plain, "dest": "NCHW"}, "name": copied}
+            packed = op["type"] == "Convolution" or op["defaultDimentionFormat"] == PACKED
+            # Queries and keys come out as [1, tokens, heads, size] with channels last, and are copied as they are.
+            plain = "NHWC" if op["type"] == "RoPE" else "NCHW"
+            layouts = {"source": PACKED if packed else plain, "dest": plain}
+            read = {"main_type": "TensorConvertInfo", "main": layouts, "name": copied}
             read |= {"type": "ConvertTensor", "inputIndexes": [index], "outputIndexes": [len(names) - 1]}
             after.setdefault(op["name"], []).append(read | {"defaultDimentionFormat": "NHWC"})
         content["oplists"] = [made for op in content["oplists"] for made in (op, *after.get(op["name"], []))]

@@ -18,7 +18,7 @@ import onnx
 from onnx import helper
 
 from hf2mnn.errors import ConversionError
-from hf2mnn.mnn.graph import LINEAR, Graph
+from hf2mnn.mnn.graph import LINEAR, PACKED, Graph
 from hf2mnn.onnx.initializers import Matrices
 
 DOMAIN, OPERATOR = "hf2mnn", "Linear"
@@ -108,14 +108,14 @@ class _Layout:
         if read not in self.packed:
             flat, self.packed[read] = self._value(f"{name}__flat"), self._value(f"{name}__packed")
             made.append(self._reshape(f"{name}__flat", [-1, inputs, 1, 1], read, flat))
-            made.append(self._convert(f"{name}__packed", "NCHW", "NC4HW4", flat, self.packed[read]))
+            made.append(self._convert(f"{name}__packed", "NCHW", PACKED, flat, self.packed[read]))
         convolved, unpacked = self._value(f"{name}{LINEAR}"), self._value(f"{name}__unpacked")
         common = {"padX": 0, "padY": 0, "kernelX": 1, "kernelY": 1, "strideX": 1, "strideY": 1, "dilateX": 1}
         common |= {"dilateY": 1, "padMode": "CAFFE", "group": 1, "outputCount": outputs, "inputCount": inputs}
         common |= {"relu": False, "relu6": False, "hasOutputShape": False}
         main = {"common": common, "external": external}
         made.append(self._op("Convolution", "Convolution2D", main, f"{name}{LINEAR}", self.packed[read], convolved))
-        made.append(self._convert(f"{name}__unpacked", "NC4HW4", "NCHW", convolved, unpacked))
+        made.append(self._convert(f"{name}__unpacked", PACKED, "NCHW", convolved, unpacked))
         dims = [1] * (held[RANK] - 2) + [-1, outputs]
         return [*made, self._reshape(name, dims, unpacked, op["outputIndexes"][0])]
 

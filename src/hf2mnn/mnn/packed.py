@@ -1,0 +1,215 @@
+"""The decoder as MNN's engine likes it best: in the packed layout of its convolutions from the first layer to the last.
+
+`show_linear_layers` brings every linear layer's input into that layout and its output back. What lies between them can
+do without: MNN has operators for the sum with the residual and its normalization (LayerNorm with two inputs and two
+outputs), the rotation of queries and keys (RoPE), an attention that reads values and writes its output packed, and
+silu(gate) * up (`CPULayerNorm.cpp`, `CPURoPE.cpp`, `CPUAttention.cpp`, `BinaryOpOperation_MUL_SILU` of MNN 3.6.1). A
+layer has 12 operators then, instead of about 60.
+
+Values that are points keep their names: they are [tokens, channels, 1, 1] instead of [1, tokens, channels].
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from typing import Any
+
+from hf2mnn.mnn.graph import LINEAR, PACKED, Graph
+
+Op = dict[str, Any]
+LAYER = re.compile(r"(?P<layer>.+\.layers\.\d+)\.self_attn\.q_proj")
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+HEAD = "logits"
+
+
+class _Decoder:
+    """The parts of a decoder of layers with a pre-norm, rotated queries and keys, and a gated MLP."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.names = graph.content["tensorName"]
+        self.ops = graph.ops
+        self.makers = {index: op for op in graph.ops for index in op["outputIndexes"]}
+        self.readers: dict[int, list[Op]] = {}
+        for op in graph.ops:
+            for index in op.get("inputIndexes", []):
+                self.readers.setdefault(index, []).append(op)
+        self.linear = {op["name"].removesuffix(LINEAR): op for op in graph.of_type("Convolution")}
+        self.norms = {op["name"]: op for op in graph.of_type("LayerNorm")}
+        self.attentions = graph.fused
+        found = [LAYER.fullmatch(name) for name in self.linear]
+        self.layers = [match["layer"] for match in found if match]
+
+    @property
+    def understood(self) -> bool:
+        """Whether there is in it what is rewritten, and nothing else that computes."""
+        count = len(self.layers)
+        wanted = {f"{layer}.{name}" for layer in self.layers for name in LINEARS} | {HEAD}
+        norms = {f"{layer}.{name}" for layer in self.layers for name in NORMS}
+        activations = Counter(op["main"]["opType"] for op in self.ops if op["type"] == "UnaryOp")
+        return (
+            count > 0
+            and set(self.linear) == wanted
+            and norms < set(self.norms)
+            and len(self.norms) == len(norms) + 1
+            and len(self.attentions) == count
+            and activations["SILU"] == count
+            and not set(activations) - {"SILU", "NEG", "COS", "SIN"}
+            and not any(op["main"]["common"]["group"] != 1 for op in self.linear.values())
+        )
+
+    def through(self, index: int, *types: str) -> int:
+        """Where a value comes from, past operators that only change its form."""
+        while self.makers[index]["type"] in types:
+            index = self.makers[index]["inputIndexes"][0]
+        return index
+
+    def rotation(self) -> tuple[int, int, int]:
+        """(cosines, sines, size of a head) of the first layer's query; those of all layers are the same."""
+        turned = self.makers[self.through(self.attentions[0]["inputIndexes"][0], "Permute", "ConvertTensor")]
+        products = [self.makers[index] for index in turned["inputIndexes"]]
+        straight = next(op for op in products if self.makers[op["inputIndexes"][0]]["type"] != "Concat")
+        crossed = next(op for op in products if op is not straight)
+        view = next(
+            op
+            for op in self.ops
+            if op["type"] == "Reshape"
+            and len(op["inputIndexes"]) == 2
+            and straight["inputIndexes"][0] in self._after(op["outputIndexes"][0])
+        )
+        shape = self.makers[view["inputIndexes"][1]]["main"]["int32s"]
+        return straight["inputIndexes"][1], crossed["inputIndexes"][1], shape[-1]
+
+    def _after(self, index: int) -> set[int]:
+        return {made for op in self.readers.get(index, []) if op["type"] == "Permute" for made in op["outputIndexes"]}
+
+    def last_rows(self) -> Op:
+        """The slice by `logits_index`."""
+        return next(op for op in self.ops if op["type"] == "StridedSlice" and self._is_index(op["inputIndexes"][1]))
+
+    def _is_index(self, index: int) -> bool:
+        return self.names[index] == "logits_index"
+
+
+class _Packed:
+    """Collects operators of the new form."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names, self.ops = names, []
+
+    def value(self, name: str) -> int:
+        self.names.append(name)
+        return len(self.names) - 1
+
+    def add(self, kind: str, main_type: str, main: Any, read: list[int], *made: str, form: str = PACKED) -> list[int]:
+        outputs = [self.value(name) for name in made]
+        op = {"type": kind, "main_type": main_type, "main": main, "name": made[-1], "inputIndexes": read}
+        self.ops.append(op | {"outputIndexes": outputs, "defaultDimentionFormat": form})
+        return outputs
+
+    def take(self, op: Op, read: list[int], *made: str, **main: Any) -> list[int]:
+        """An operator as it is, with other inputs and outputs."""
+        outputs = [self.value(name) for name in made]
+        taken = copy.deepcopy(op) | {"inputIndexes": read, "outputIndexes": outputs, "defaultDimentionFormat": PACKED}
+        taken["main"] |= main
+        self.ops.append(taken)
+        return outputs
+
+    def add_up(self, one: int, other: int, name: str) -> int:
+        main = {"opType": "ADD", "T": "DT_FLOAT", "activationType": 0}
+        return self.add("BinaryOp", "BinaryOp", main, [one, other], name)[0]
+
+
+def _rewrite(graph: Graph, decoder: _Decoder) -> list[Op]:
+    made, names = _Packed(decoder.names), decoder.names
+    cosines, sines, size = decoder.rotation()
+    mask = decoder.attentions[0]["inputIndexes"][3]
+    embeds = names.index("inputs_embeds")
+    hidden = decoder.linear[f"{decoder.layers[0]}.self_attn.q_proj"]["main"]["common"]["inputCount"]
+
+    def linear(name: str, read: int) -> int:
+        return made.take(decoder.linear[name], [read], name)[0]
+
+    shape = {"dims": [-1, hidden, 1, 1], "dimType": "NCHW"}
+    (flat,) = made.add("Reshape", "Reshape", shape, [embeds], "inputs_embeds__flat", form="NHWC")
+    layout = {"source": "NCHW", "dest": PACKED}
+    (stream,) = made.add("ConvertTensor", "TensorConvertInfo", layout, [flat], "inputs_embeds__packed", form="NHWC")
+    added, before = None, ""
+    for layer, attention in zip(decoder.layers, decoder.attentions, strict=True):
+        norm = f"{layer}.input_layernorm"
+        if added is None:
+            (read,) = made.take(decoder.norms[norm], [stream], norm)
+        else:
+            stream, read = made.take(decoder.norms[norm], [stream, added], before, norm)
+        query, key, value = (linear(f"{layer}.self_attn.{name}_proj", read) for name in "qkv")
+        heads = [
+            decoder.linear[f"{layer}.self_attn.{name}_proj"]["main"]["common"]["outputCount"] // size for name in "qk"
+        ]
+        main = {"rope_cut_head_dim": size, "num_head": heads[0], "kv_num_head": heads[1], "head_dim": size}
+        points = f"{layer}.self_attn.query", f"{layer}.self_attn.key"
+        turned = made.add("RoPE", "RoPEParam", main, [query, key, cosines, sines], *points, form="NHWC")
+        context = f"{layer}.self_attn.context"
+        (seen,) = made.take(attention, [*turned, value, mask], context, output_c4=True)
+        projected = linear(f"{layer}.self_attn.o_proj", seen)
+        norm = f"{layer}.post_attention_layernorm"
+        stream, read = made.take(decoder.norms[norm], [stream, projected], f"{norm}__sum", norm)
+        gate, up = linear(f"{layer}.mlp.gate_proj", read), linear(f"{layer}.mlp.up_proj", read)
+        main = {"opType": "MUL_SILU", "T": "DT_FLOAT", "activationType": 0}
+        (gated,) = made.add("BinaryOp", "BinaryOp", main, [up, gate], f"{layer}.mlp__gated")
+        added, before = linear(f"{layer}.mlp.down_proj", gated), layer
+    stream = made.add_up(stream, added, before)
+    axis = {"dims": [1], "dataFormat": "NCHW", "dataType": "DT_INT32", "int32s": [0]}
+    (first,) = made.add("Const", "Blob", axis, [], "rows_axis", form="NHWC")
+    made.ops[-1].pop("inputIndexes")
+    rows = decoder.last_rows()
+    _, begin, end, _, *rest = rows["inputIndexes"]
+    (wanted,) = made.take(rows, [stream, begin, end, first, *rest], "last_rows")
+    (last,) = set(decoder.norms) - {f"{layer}.{name}" for layer in decoder.layers for name in NORMS}
+    (normed,) = made.take(decoder.norms[last], [wanted], last)
+    (packed,) = made.take(decoder.linear[HEAD], [normed], f"{HEAD}__packed")
+    outputs = decoder.linear[HEAD]["main"]["common"]["outputCount"]
+    layout = {"source": PACKED, "dest": "NCHW"}
+    (plain,) = made.add("ConvertTensor", "TensorConvertInfo", layout, [packed], f"{HEAD}__unpacked", form="NHWC")
+    shape = {"dims": [1, -1, outputs], "dimType": "NCHW"}
+    end = {"type": "Reshape", "main_type": "Reshape", "main": shape, "name": HEAD, "inputIndexes": [plain]}
+    return [*made.ops, end | {"outputIndexes": [names.index(HEAD)], "defaultDimentionFormat": "NHWC"}]
+
+
+def _needed(ops: list[Op], new: list[Op]) -> list[Op]:
+    """What of the old operators the new ones read, in order."""
+    makers = {index: op for op in ops for index in op["outputIndexes"]}
+    own = {index for op in new for index in op["outputIndexes"]}
+    found: set[int] = set()
+    left = [index for op in new for index in op.get("inputIndexes", []) if index not in own]
+    while left:
+        op = makers[left.pop()]
+        if id(op) not in found:
+            found.add(id(op))
+            left += op.get("inputIndexes", [])
+    return [op for op in ops if id(op) in found]
+
+
+def pack_decoder(graph: Graph) -> bool:
+    """Rewrite a decoder in place; False where it is not of the kind that is understood, and nothing is changed."""
+    decoder = _Decoder(graph)
+    if not decoder.understood:
+        return False
+    names = list(decoder.names)
+    new = _rewrite(graph, decoder)
+    inputs = [op for op in graph.ops if op["type"] == "Input"]
+    kept = [op for op in _needed(graph.ops, new) if op["type"] != "Input"]
+    graph.content["oplists"] = [*inputs, *kept, *new]
+    _make_names_unique(graph, names)
+    return True
+
+
+def _make_names_unique(graph: Graph, before: list[str]) -> None:
+    """A point's old tensor gives its name away to the new one."""
+    names = graph.content["tensorName"]
+    taken = Counter(names[len(before) :])
+    for index in range(len(before)):
+        if taken[names[index]]:
+            names[index] += "__before"
