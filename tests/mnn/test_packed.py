@@ -66,7 +66,7 @@ def edited(plain: Path, change: Callable[[list[dict]], None]) -> bool:
 
 
 def test_what_is_not_understood_is_left_alone(both: tuple[Path, Path]) -> None:
-    """Another activation, a further normalization (of queries, say), a layer that is not there."""
+    """Another activation, a further normalization (of queries, say), a layer that is not there, one more factor."""
     plain = both[1]
 
     def tanh(ops: list[dict]) -> None:
@@ -79,7 +79,15 @@ def test_what_is_not_understood_is_left_alone(both: tuple[Path, Path]) -> None:
     def missing(ops: list[dict]) -> None:
         ops.remove(next(op for op in ops if op["name"].endswith("up_proj__matmul_converted")))
 
-    for change in (tanh, normed, missing):
+    def scaled(ops: list[dict]) -> None:
+        """The residual stream times two, as some families have it."""
+        norm = next(op for op in ops if op["name"].endswith("layers.1.post_attention_layernorm"))
+        (read,) = norm["inputIndexes"]
+        total = next(op for op in ops if read in op["outputIndexes"])
+        total["outputIndexes"], norm["inputIndexes"] = [read], [read]
+        ops.insert(ops.index(total) + 1, copy.deepcopy(total) | {"name": "twice", "inputIndexes": [read, read]})
+
+    for change in (tanh, normed, missing, scaled):
         assert not edited(plain, change)
     assert edited(plain, lambda _: None)
 

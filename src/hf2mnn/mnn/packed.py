@@ -24,6 +24,17 @@ LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD = "logits"
+FORMS = ("Reshape", "Permute", "ConvertTensor", "Const")
+"""Operators that change the form of values, and no value."""
+STEPS = {
+    ("BinaryOp", "ADD"): 4,
+    ("BinaryOp", "MUL"): 5,
+    ("UnaryOp", "NEG"): 2,
+    ("UnaryOp", "SILU"): 1,
+    ("Concat", None): 2,
+    ("StridedSlice", None): 4,
+}
+"""What else a layer computes: sums with the residual, halves of queries and keys turned, the gate."""
 
 
 class _Decoder:
@@ -45,21 +56,25 @@ class _Decoder:
 
     @property
     def understood(self) -> bool:
-        """Whether there is in it what is rewritten, and nothing else that computes."""
+        """Whether the parts are there that are rewritten, each as often as there are layers."""
         count = len(self.layers)
         wanted = {f"{layer}.{name}" for layer in self.layers for name in LINEARS} | {HEAD}
         norms = {f"{layer}.{name}" for layer in self.layers for name in NORMS}
-        activations = Counter(op["main"]["opType"] for op in self.ops if op["type"] == "UnaryOp")
         return (
             count > 0
             and set(self.linear) == wanted
             and norms < set(self.norms)
             and len(self.norms) == len(norms) + 1
             and len(self.attentions) == count
-            and activations["SILU"] == count
-            and not set(activations) - {"SILU", "NEG", "COS", "SIN"}
-            and not any(op["main"]["common"]["group"] != 1 for op in self.linear.values())
+            and all(self.gated(layer) for layer in self.layers)
         )
+
+    def gated(self, layer: str) -> bool:
+        """Whether the activation is SiLU, and of the gate."""
+        gate = self.linear[f"{layer}.mlp.gate_proj"]
+        activations = [op for op in self.ops if op["type"] == "UnaryOp" and op["main"]["opType"] == "SILU"]
+        sources = [self.through(op["inputIndexes"][0], "Reshape", "ConvertTensor") for op in activations]
+        return gate["outputIndexes"][0] in sources
 
     def through(self, index: int, *types: str) -> int:
         """Where a value comes from, past operators that only change its form."""
@@ -192,17 +207,30 @@ def _needed(ops: list[Op], new: list[Op]) -> list[Op]:
     return [op for op in ops if id(op) in found]
 
 
+def _replaced(dropped: list[Op], layers: int) -> bool:
+    """Whether all that computes among the operators that fall away is what the new ones do: two residual sums, the
+    rotation of queries and keys, and the gate, in each layer; the rest only changes the form of values."""
+    computing = Counter((op["type"], (op.get("main") or {}).get("opType")) for op in dropped if op["type"] not in FORMS)
+    return computing == Counter({step: each * layers for step, each in STEPS.items()})
+
+
 def pack_decoder(graph: Graph) -> bool:
     """Rewrite a decoder in place; False where it is not of the kind that is understood, and nothing is changed."""
     decoder = _Decoder(graph)
     if not decoder.understood:
         return False
-    names = list(decoder.names)
+    before = list(decoder.names)
     new = _rewrite(graph, decoder)
-    inputs = [op for op in graph.ops if op["type"] == "Input"]
-    kept = [op for op in _needed(graph.ops, new) if op["type"] != "Input"]
-    graph.content["oplists"] = [*inputs, *kept, *new]
-    _make_names_unique(graph, names)
+    kept = _needed(graph.ops, new)
+    taken = graph.of_type("Input", "Convolution", "LayerNorm", "Attention")
+    alike = {id(op) for op in [*kept, *taken, decoder.last_rows()]}
+    dropped = [op for op in graph.ops if id(op) not in alike]
+    if not _replaced(dropped, len(decoder.layers)):
+        del graph.content["tensorName"][len(before) :]
+        return False
+    inputs = graph.of_type("Input")
+    graph.content["oplists"] = [*inputs, *(op for op in kept if op["type"] != "Input"), *new]
+    _make_names_unique(graph, before)
     return True
 
 
