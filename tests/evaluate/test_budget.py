@@ -124,7 +124,7 @@ def test_a_bundle_of_four_bits_owes_most_to_its_decoders_weights(shapes: Path) -
     assert found["embedding"] == 0
     assert found["conversion"] < 1e-10 < found["vision weights"] < 1e-4
     assert found["activation quantization"] > 1e-8
-    assert found["decoder weights"] > 0.7 * found["total"] > 1e-5
+    assert found["decoder weights"] > 0.5 * found["total"] > 1e-5
     parts = sum(value for source, value in found.items() if source not in ("total", "image preprocessing"))
     assert parts == pytest.approx(found["total"], rel=0.5)
 

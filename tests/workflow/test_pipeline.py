@@ -127,7 +127,9 @@ def test_smaller_variants_are_smaller_and_further_away(results: Path) -> None:
     """Bits do what they say: each step down is smaller on disk and further from PyTorch."""
     frame = pd.read_csv(results / "summary.csv").set_index("variant").loc[PLAIN]
     assert frame["bytes"].is_monotonic_decreasing
-    assert frame["mean_kld"].is_monotonic_increasing
+    # Below 1e-12 nats are the sums of float32 arithmetic: half floats hold a bfloat16 checkpoint exactly.
+    assert frame["mean_kld"].clip(lower=1e-12).is_monotonic_increasing
+    assert frame["mean_kld"]["fp16"] < 1e-12 < frame["mean_kld"]["int8"]
 
 
 def test_a_calibrated_variant_of_the_same_size_is_closer(results: Path) -> None:
