@@ -613,7 +613,7 @@ def main(arguments: list[str] | None = None) -> None:
         epilog="""examples:
   python bench/scale.py
   python bench/scale.py --like qwen2-vl-7b --only hf2mnn --variant int4 --rounds 0 --work /data/scale-7b
-  python bench/scale.py --checkpoint models/shapes-vl --llmexport-python /opt/llmexport/bin/python""",
+  python bench/scale.py --checkpoint models/shapes-vl --llmexport-python llmexport/bin/python""",
     )
     where = REPOSITORY / "results" / "bench"
     python = REPOSITORY / ".venv-llmexport" / "bin" / "python"

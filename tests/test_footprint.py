@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf2mnn.footprint import STAGES, run_bytes
+from hf2mnn.footprint import CONVERSION, STAGES, run_bytes
 
 MEASURED = {  # MB at the peak, by stage and number of weights; docs/benchmarks/scale.md
     ("source", 2.209e9): 411,
@@ -33,7 +33,7 @@ def test_a_larger_model_never_asks_for_less() -> None:
 
 def test_no_stage_of_the_conversion_holds_the_model() -> None:
     """Reach: 2.5 GB for a 2B, whose checkpoint has 4.4."""
-    for stage in ("source", "onnx", "mnn", "quantize"):
+    for stage in CONVERSION:
         assert STAGES[stage].memory_mb(2.2e9) < 2500
 
 

@@ -48,6 +48,8 @@ STAGES = {
     # The engine, and ONNX Runtime with one graph at a time.
     "diagnose": Footprint(1500, 4.4, 60, 240),
 }
+CONVERSION = ("source", "onnx", "mnn", "quantize")
+"""The stages that make a bundle."""
 
 
 def bundle_bytes(weights: float, embedding: float, bits: float) -> int:

@@ -160,21 +160,20 @@ def weights_of(model):
     return model_size(source.path, source.pin).weights
 
 
-def memory(stage):
-    """mem_mb of a stage."""
-
+def by_size(figure):
+    """A resource that grows with the model."""
 
     def of(wildcards):
-        return STAGES[stage].memory_mb(weights_of(wildcards.model))
+        return figure(weights_of(wildcards.model))
 
     return of
+
+
+def memory(stage):
+    """mem_mb of a stage."""
+    return by_size(STAGES[stage].memory_mb)
 
 
 def runtime(stage):
     """Minutes after which a scheduler may stop a stage."""
-
-
-    def of(wildcards):
-        return STAGES[stage].runtime_min(weights_of(wildcards.model))
-
-    return of
+    return by_size(STAGES[stage].runtime_min)

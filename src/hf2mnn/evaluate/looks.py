@@ -12,6 +12,7 @@ import onnx
 
 from hf2mnn.metrics import relative_error
 from hf2mnn.onnx.initializers import Matrices
+from hf2mnn.onnx.points import WEIGHT
 from hf2mnn.points import as_rows
 
 Value = Callable[[str], np.ndarray]
@@ -33,11 +34,12 @@ class Sight:
 
 def _siblings(point: str, model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
     """The same linear layer in every block, with the node that computes it."""
-    pattern = re.compile(INDEX.sub(r".\\d+.", re.escape(point).replace(r"\.", ".")) + r"\.weight(\.float)?(\.T)?")
+    pattern = re.compile(INDEX.sub(r".\\d+.", re.escape(point).replace(r"\.", ".")))
     for node in model.graph.node:
         for name in node.input:
-            if node.op_type in ("MatMul", "Gemm") and pattern.fullmatch(name):
-                yield name.removesuffix(".T").removesuffix(".float").removesuffix(".weight"), node
+            weight = WEIGHT.fullmatch(name) if node.op_type in ("MatMul", "Gemm") else None
+            if weight and pattern.fullmatch(weight["module"]):
+                yield weight["module"], node
 
 
 def _apply(matrices: Matrices, module: str, node: onnx.NodeProto, x: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hf2mnn.errors import ConversionError
+from hf2mnn.mnn.build import change_layout
 
 # Ops that stand for something that the converter did not understand.
 UNSUPPORTED = ("Extra", "Plugin")
@@ -120,10 +121,8 @@ class Graph:
             packed = op["type"] == "Convolution" or op["defaultDimentionFormat"] == PACKED
             # Queries and keys come out as [1, tokens, heads, size] with channels last, and are copied as they are.
             plain = "NHWC" if op["type"] == "RoPE" else "NCHW"
-            layouts = {"source": PACKED if packed else plain, "dest": plain}
-            read = {"main_type": "TensorConvertInfo", "main": layouts, "name": copied}
-            read |= {"type": "ConvertTensor", "inputIndexes": [index], "outputIndexes": [len(names) - 1]}
-            after.setdefault(op["name"], []).append(read | {"defaultDimentionFormat": "NHWC"})
+            read = change_layout(copied, PACKED if packed else plain, plain, index, len(names) - 1)
+            after.setdefault(op["name"], []).append(read)
         content["oplists"] = [made for op in content["oplists"] for made in (op, *after.get(op["name"], []))]
         content["outputName"] = [*content["outputName"], *given.values()]
         return Graph(content), given

@@ -18,6 +18,7 @@ import onnx
 from onnx import helper
 
 from hf2mnn.errors import ConversionError
+from hf2mnn.mnn.build import Op, change_layout, operator, reshape
 from hf2mnn.mnn.graph import LINEAR, PACKED, Graph
 from hf2mnn.onnx.initializers import Matrices
 
@@ -76,7 +77,7 @@ def _keep(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
     model.graph.initializer.extend(initializers)
 
 
-def _attributes(op: dict[str, Any]) -> dict[str, Any]:
+def _attributes(op: Op) -> dict[str, Any]:
     return {held["key"]: held.get("s", held["i"]) for held in op["main"]["attr"]}
 
 
@@ -91,33 +92,24 @@ class _Layout:
         self.names.append(name)
         return len(self.names) - 1
 
-    def _op(self, kind: str, main_type: str, main: dict[str, Any], name: str, read: int, made: int) -> dict[str, Any]:
-        op = {"type": kind, "main_type": main_type, "main": main, "name": name, "inputIndexes": [read]}
-        return op | {"outputIndexes": [made], "defaultDimentionFormat": "NHWC"}
-
-    def _reshape(self, name: str, dims: list[int], read: int, made: int) -> dict[str, Any]:
-        return self._op("Reshape", "Reshape", {"dims": dims, "dimType": "NCHW"}, name, read, made)
-
-    def _convert(self, name: str, source: str, dest: str, read: int, made: int) -> dict[str, Any]:
-        return self._op("ConvertTensor", "TensorConvertInfo", {"source": source, "dest": dest}, name, read, made)
-
-    def convolution(self, op: dict[str, Any], external: list[int]) -> list[dict[str, Any]]:
+    def convolution(self, op: Op, external: list[int]) -> list[Op]:
         """[..., tokens, inputs] to [tokens, inputs, 1, 1], convolved, and back."""
         held, name, (read,) = _attributes(op), op["name"], op["inputIndexes"]
         inputs, outputs, made = held[INPUTS], held[OUTPUTS], []
         if read not in self.packed:
             flat, self.packed[read] = self._value(f"{name}__flat"), self._value(f"{name}__packed")
-            made.append(self._reshape(f"{name}__flat", [-1, inputs, 1, 1], read, flat))
-            made.append(self._convert(f"{name}__packed", "NCHW", PACKED, flat, self.packed[read]))
+            made.append(reshape(f"{name}__flat", [-1, inputs, 1, 1], read, flat))
+            made.append(change_layout(f"{name}__packed", "NCHW", PACKED, flat, self.packed[read]))
         convolved, unpacked = self._value(f"{name}{LINEAR}"), self._value(f"{name}__unpacked")
         common = {"padX": 0, "padY": 0, "kernelX": 1, "kernelY": 1, "strideX": 1, "strideY": 1, "dilateX": 1}
         common |= {"dilateY": 1, "padMode": "CAFFE", "group": 1, "outputCount": outputs, "inputCount": inputs}
         common |= {"relu": False, "relu6": False, "hasOutputShape": False}
         main = {"common": common, "external": external}
-        made.append(self._op("Convolution", "Convolution2D", main, f"{name}{LINEAR}", self.packed[read], convolved))
-        made.append(self._convert(f"{name}__unpacked", PACKED, "NCHW", convolved, unpacked))
+        read = self.packed[read]
+        made.append(operator("Convolution", "Convolution2D", main, f"{name}{LINEAR}", [read], [convolved]))
+        made.append(change_layout(f"{name}__unpacked", PACKED, "NCHW", convolved, unpacked))
         dims = [1] * (held[RANK] - 2) + [-1, outputs]
-        return [*made, self._reshape(name, dims, unpacked, op["outputIndexes"][0])]
+        return [*made, reshape(name, dims, unpacked, op["outputIndexes"][0])]
 
 
 def show_linear_layers(graph: Graph, weights: Path, biases: dict[str, np.ndarray]) -> None:

@@ -16,9 +16,9 @@ import re
 from collections import Counter
 from typing import Any
 
+from hf2mnn.mnn.build import Op, change_layout, operator, reshape
 from hf2mnn.mnn.graph import LINEAR, PACKED, Graph
 
-Op = dict[str, Any]
 LAYER = re.compile(r"(?P<layer>.+\.layers\.\d+)\.self_attn\.q_proj")
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -121,8 +121,7 @@ class _Packed:
 
     def add(self, kind: str, main_type: str, main: Any, read: list[int], *made: str, form: str = PACKED) -> list[int]:
         outputs = [self.value(name) for name in made]
-        op = {"type": kind, "main_type": main_type, "main": main, "name": made[-1], "inputIndexes": read}
-        self.ops.append(op | {"outputIndexes": outputs, "defaultDimentionFormat": form})
+        self.ops.append(operator(kind, main_type, main, made[-1], read, outputs, form))
         return outputs
 
     def take(self, op: Op, read: list[int], *made: str, **main: Any) -> list[int]:
@@ -133,12 +132,12 @@ class _Packed:
         self.ops.append(taken)
         return outputs
 
-    def add_up(self, one: int, other: int, name: str) -> int:
-        main = {"opType": "ADD", "T": "DT_FLOAT", "activationType": 0}
-        return self.add("BinaryOp", "BinaryOp", main, [one, other], name)[0]
+    def binary(self, kind: str, read: list[int], name: str) -> int:
+        main = {"opType": kind, "T": "DT_FLOAT", "activationType": 0}
+        return self.add("BinaryOp", "BinaryOp", main, read, name)[0]
 
 
-def _rewrite(graph: Graph, decoder: _Decoder) -> list[Op]:
+def _rewrite(decoder: _Decoder) -> list[Op]:
     made, names = _Packed(decoder.names), decoder.names
     cosines, sines, size = decoder.rotation()
     mask = decoder.attentions[0]["inputIndexes"][3]
@@ -148,10 +147,9 @@ def _rewrite(graph: Graph, decoder: _Decoder) -> list[Op]:
     def linear(name: str, read: int) -> int:
         return made.take(decoder.linear[name], [read], name)[0]
 
-    shape = {"dims": [-1, hidden, 1, 1], "dimType": "NCHW"}
-    (flat,) = made.add("Reshape", "Reshape", shape, [embeds], "inputs_embeds__flat", form="NHWC")
-    layout = {"source": "NCHW", "dest": PACKED}
-    (stream,) = made.add("ConvertTensor", "TensorConvertInfo", layout, [flat], "inputs_embeds__packed", form="NHWC")
+    flat, stream = made.value("inputs_embeds__flat"), made.value("inputs_embeds__packed")
+    made.ops.append(reshape("inputs_embeds__flat", [-1, hidden, 1, 1], embeds, flat))
+    made.ops.append(change_layout("inputs_embeds__packed", "NCHW", PACKED, flat, stream))
     added, before = None, ""
     for layer, attention in zip(decoder.layers, decoder.attentions, strict=True):
         norm = f"{layer}.input_layernorm"
@@ -172,10 +170,9 @@ def _rewrite(graph: Graph, decoder: _Decoder) -> list[Op]:
         norm = f"{layer}.post_attention_layernorm"
         stream, read = made.take(decoder.norms[norm], [stream, projected], f"{norm}__sum", norm)
         gate, up = linear(f"{layer}.mlp.gate_proj", read), linear(f"{layer}.mlp.up_proj", read)
-        main = {"opType": "MUL_SILU", "T": "DT_FLOAT", "activationType": 0}
-        (gated,) = made.add("BinaryOp", "BinaryOp", main, [up, gate], f"{layer}.mlp__gated")
+        gated = made.binary("MUL_SILU", [up, gate], f"{layer}.mlp__gated")
         added, before = linear(f"{layer}.mlp.down_proj", gated), layer
-    stream = made.add_up(stream, added, before)
+    stream = made.binary("ADD", [stream, added], before)
     axis = {"dims": [1], "dataFormat": "NCHW", "dataType": "DT_INT32", "int32s": [0]}
     (first,) = made.add("Const", "Blob", axis, [], "rows_axis", form="NHWC")
     made.ops[-1].pop("inputIndexes")
@@ -186,11 +183,10 @@ def _rewrite(graph: Graph, decoder: _Decoder) -> list[Op]:
     (normed,) = made.take(decoder.norms[last], [wanted], last)
     (packed,) = made.take(decoder.linear[HEAD], [normed], f"{HEAD}__packed")
     outputs = decoder.linear[HEAD]["main"]["common"]["outputCount"]
-    layout = {"source": PACKED, "dest": "NCHW"}
-    (plain,) = made.add("ConvertTensor", "TensorConvertInfo", layout, [packed], f"{HEAD}__unpacked", form="NHWC")
-    shape = {"dims": [1, -1, outputs], "dimType": "NCHW"}
-    end = {"type": "Reshape", "main_type": "Reshape", "main": shape, "name": HEAD, "inputIndexes": [plain]}
-    return [*made.ops, end | {"outputIndexes": [names.index(HEAD)], "defaultDimentionFormat": "NHWC"}]
+    plain = made.value(f"{HEAD}__unpacked")
+    made.ops.append(change_layout(f"{HEAD}__unpacked", PACKED, "NCHW", packed, plain))
+    made.ops.append(reshape(HEAD, [1, -1, outputs], plain, names.index(HEAD)))
+    return made.ops
 
 
 def _needed(ops: list[Op], new: list[Op]) -> list[Op]:
@@ -220,7 +216,7 @@ def pack_decoder(graph: Graph) -> bool:
     if not decoder.understood:
         return False
     before = list(decoder.names)
-    new = _rewrite(graph, decoder)
+    new = _rewrite(decoder)
     kept = _needed(graph.ops, new)
     taken = graph.of_type("Input", "Convolution", "LayerNorm", "Attention")
     alike = {id(op) for op in [*kept, *taken, decoder.last_rows()]}

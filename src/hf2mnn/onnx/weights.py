@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.external_data import convert_tensors_to_external
 
-from hf2mnn.errors import ExportError, SourceError
+from hf2mnn.errors import ExportError
 from hf2mnn.files import link_or_copy
 from hf2mnn.source.checkpoint import Checkpoint
 from hf2mnn.source.tensors import StoredTensor
@@ -26,15 +26,6 @@ INLINE = 1024
 
 def _read(checkpoint: Checkpoint, parameter: str, shape: tuple[int, ...]) -> ir.Tensor:
     return ir.Tensor(checkpoint.tensor(parameter).float().reshape(shape).numpy(), name=parameter)
-
-
-def _check_shape(checkpoint: Checkpoint, parameter: str, shape: tuple[int, ...]) -> None:
-    stored = checkpoint.shape(parameter)
-    if stored != shape:
-        raise SourceError(
-            f"{checkpoint.folder} holds {checkpoint.find(parameter)} as {list(stored)}, its config.json asks for"
-            f" {list(shape)}: config and weights are not of one model"
-        )
 
 
 def _transposes(node: ir.Node) -> bool:
@@ -71,7 +62,7 @@ def _cast(graph: ir.Graph, value: ir.Value) -> ir.Value:
 
 def _attach(graph: ir.Graph, value: ir.Value, checkpoint: Checkpoint) -> None:
     parameter, shape = value.name, tuple(int(side) for side in value.shape)
-    _check_shape(checkpoint, parameter, shape)
+    checkpoint.check_shape(parameter, shape)
     stored = checkpoint.stored(parameter)
     read = value
     if stored is not None and _is_matrix(value):

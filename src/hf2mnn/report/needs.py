@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import IO
 
 from hf2mnn.config import Config
-from hf2mnn.footprint import STAGES, run_bytes
+from hf2mnn.footprint import CONVERSION, STAGES, run_bytes
 from hf2mnn.report.console import console_to, readable_size
 from hf2mnn.source.memory import available_memory
 from hf2mnn.source.size import model_size
-
-CONVERSION = ("source", "onnx", "mnn", "quantize")
 
 
 def print_needs(config: Config, results: Path, file: IO[str] | None = None) -> None:

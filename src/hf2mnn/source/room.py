@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from hf2mnn.errors import SourceError
-from hf2mnn.footprint import STAGES, bundle_bytes
+from hf2mnn.footprint import CONVERSION, STAGES, bundle_bytes
 from hf2mnn.source.memory import available_memory
 from hf2mnn.source.size import model_size
 
@@ -33,7 +33,6 @@ def check_disk(folder: Path, needed: int, what: str) -> None:
 
 SMALLEST = 4.5
 """Bits a weight of the smallest bundle that is usual, scales included."""
-CONVERSION = ("onnx", "mnn", "quantize")
 
 
 def check_room(checkpoint: Path, destination: Path) -> None:

@@ -13,7 +13,6 @@ from hf2mnn.footprint import TYPICAL
 from hf2mnn.source.checkpoint import Checkpoint, checkpoint_files
 from hf2mnn.source.packed import bytes_at_16_bits
 from hf2mnn.source.pin import load_pin
-from hf2mnn.source.tensors import stored_tensors
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,13 @@ UNKNOWN = Size(TYPICAL, TYPICAL / 10, known=False)
 
 def _of_files(folder: Path) -> Size:
     checkpoint = Checkpoint(folder)
-    packed = checkpoint.quantization
-    files = [Path(path) for path in checkpoint_files(folder) if path.endswith(".safetensors")]
-    counted = [bytes_at_16_bits(path, packed.bits) / 2 if packed else _weights(path) for path in files]
-    text = checkpoint.text_config
-    return Size(sum(counted), float(text["vocab_size"] * text["hidden_size"])) if counted else UNKNOWN
-
-
-def _weights(path: Path) -> float:
-    return float(sum(prod(tensor.shape) for tensor in stored_tensors(path).values()))
+    packed, text = checkpoint.quantization, checkpoint.text_config
+    if packed:
+        files = [Path(path) for path in checkpoint_files(folder) if path.endswith(".safetensors")]
+        weights = sum(bytes_at_16_bits(path, packed.bits) / 2 for path in files)
+    else:
+        weights = float(sum(map(prod, checkpoint.shapes())))
+    return Size(weights, float(text["vocab_size"] * text["hidden_size"]))
 
 
 def model_size(path: str | None, pin: str | None) -> Size:
