@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf2mnn import files, manifest
 from hf2mnn.errors import Hf2mnnError, ManifestError
 from hf2mnn.manifest import NAME, Manifest, stage_folder, tool_versions
 
@@ -146,6 +148,65 @@ def test_folder_that_snakemake_prepared_is_replaced(leftover: tuple[str, ...], t
         (folder / name).unlink()
     make(folder)
     Manifest.load(folder).verify()
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files whose bytes are read, of which all are large; as in a process that has read none."""
+    names: list[str] = []
+    digest = files._digest
+
+    def counted(path: Path, size: int) -> str:
+        names.append(path.name)
+        return digest(path, size)
+
+    monkeypatch.setattr(files, "_digest", counted)
+    monkeypatch.setattr(files, "_read_before", {})
+    monkeypatch.setattr(files, "LARGE", 1)
+    monkeypatch.setattr(manifest, "LARGE", 1)
+    return names
+
+
+def test_a_large_file_is_not_read_again_as_long_as_nobody_writes_to_it(
+    read: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is in the folders of two stages, and four look at them."""
+    folder = make(tmp_path / "made")
+    assert sorted(read) == ["a.txt", "b.bin", "c.bin"]
+    read.clear()
+    monkeypatch.setattr(files, "_read_before", {})
+    with stage_folder(tmp_path / "next", Manifest("next")) as partial:
+        Manifest.load(folder).verify()
+        files.link_or_copy(folder / "b.bin", partial / "linked.bin")
+    assert read == []
+    monkeypatch.setattr(files, "_read_before", {})
+    Manifest.load(tmp_path / "next").verify()
+    assert "linked.bin" not in read
+
+
+@pytest.mark.parametrize("change", ["written", "replaced", "touched"])
+def test_one_that_was_written_to_is_read(
+    change: str, read: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path / "made")
+    monkeypatch.setattr(files, "_read_before", {})
+    read.clear()
+    path, stored = folder / "b.bin", FILES["b.bin"]
+    if change == "written":
+        with path.open("r+b") as file:
+            file.write(b"\1")
+    elif change == "replaced":
+        # Of the same size and time, as rsync and cp -p leave it.
+        path.rename(tmp_path / "old")
+        path.write_bytes(stored[::-1])
+        os.utime(path, ns=(0, (tmp_path / "old").stat().st_mtime_ns))
+    else:
+        os.utime(path)
+    if change == "touched":
+        Manifest.load(folder).verify()
+    else:
+        assert "b.bin is not the file that was made" in refusal(folder)
+    assert read == ["b.bin"]
 
 
 def test_missing_tool_is_no_crash() -> None:

@@ -6,7 +6,8 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,19 +18,43 @@ BLOCK = 1 << 20
 """Bytes that are read at a time."""
 LARGE = 100_000_000
 """Bytes from which on reading a file twice is worth avoiding."""
-_read_before: dict[tuple[int, int, int, int], str] = {}
+AT_ONCE = 4
+"""Files that are read at the same time."""
+_read_before: dict[tuple[int, ...], str] = {}
+
+
+def condition(path: Path) -> list[int]:
+    """What changes when a file is written to or replaced: its inode, its size in bytes, and when that was, in ns."""
+    state = path.stat()
+    return [state.st_ino, state.st_size, state.st_mtime_ns]
+
+
+def _key(path: Path) -> tuple[int, ...]:
+    return (path.stat().st_dev, *condition(path))
+
+
+def recall(path: Path, digest: str) -> None:
+    """Let `sha256` take a file that was read before, and is in the same condition, as read."""
+    _read_before[_key(path)] = digest
 
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes, read in blocks; of a large file it says how far it is. That is read once in a
     process, whatever it is called, as long as nobody writes to it."""
-    state = path.stat()
-    if state.st_size < LARGE:
-        return _digest(path, state.st_size)
-    key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
-    if key not in _read_before:
-        _read_before[key] = _digest(path, state.st_size)
-    return _read_before[key]
+    size, key = path.stat().st_size, _key(path)
+    if key in _read_before:
+        return _read_before[key]
+    digest = _digest(path, size)
+    if size >= LARGE:
+        _read_before[key] = digest
+    return digest
+
+
+def sha256_of(paths: Iterable[Path]) -> dict[Path, str]:
+    """The same of several files, at the same time."""
+    paths = list(paths)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return dict(zip(paths, pool.map(sha256, paths), strict=True))
 
 
 def _digest(path: Path, size: int) -> str:

@@ -16,12 +16,12 @@ from typing import Any
 
 from hf2mnn import __version__
 from hf2mnn.errors import Hf2mnnError, ManifestError
-from hf2mnn.files import sha256, whole_file, whole_folder
+from hf2mnn.files import LARGE, condition, recall, sha256, sha256_of, whole_file, whole_folder
 from hf2mnn.usage import cpu_seconds, peak_mb
 
 NAME = "manifest.json"
 MARK = ".hf2mnn"
-"""An empty file in every folder that a stage has made."""
+"""A file in every folder that a stage has made: the condition in which its large files were hashed, by name, JSON."""
 
 
 def tool_versions(*packages: str) -> dict[str, str]:
@@ -81,15 +81,22 @@ class Manifest:
     def verify(self) -> Path:
         """The folder, once every file that the manifest names is there with its size and sha256.
 
+        Of a large file that is in the condition in which it was hashed (`files.condition`) the bytes are not read
+        again: four stages read a checkpoint's manifest.
+
         Raises:
             ManifestError: naming the first file that is missing or was changed.
         """
-        for name, expected in sorted(self.outputs.items()):
-            path = self.folder / name
+        hashed, paths = _conditions(self.folder), {name: self.folder / name for name in sorted(self.outputs)}
+        for name, path in paths.items():
             if not path.is_file():
                 raise ManifestError(f"{path} is missing though {NAME} names it; delete {self.folder} and make it again")
-            size = path.stat().st_size
-            if size != expected["size"] or sha256(path) != expected["sha256"]:
+            if hashed.get(name) == condition(path):
+                recall(path, self.outputs[name]["sha256"])
+        digests = sha256_of(paths.values())
+        for name, path in paths.items():
+            size, expected = path.stat().st_size, self.outputs[name]
+            if size != expected["size"] or digests[path] != expected["sha256"]:
                 raise ManifestError(
                     f"{path} is not the file that was made ({size} bytes, {NAME} says {expected['size']}, or another"
                     f" sha256); delete {self.folder} and make it again"
@@ -103,8 +110,10 @@ class Manifest:
     def hash_outputs(self, folder: Path) -> None:
         """Note size and sha256 of every file under `folder`."""
         files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (NAME, MARK))
+        digests = sha256_of(files)
         self.outputs = {
-            p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digests[path]}
+            for path in files
         }
 
     def write(self, folder: Path) -> None:
@@ -118,6 +127,14 @@ class Manifest:
         """Hash every file under `folder` and write the manifest there."""
         self.hash_outputs(folder)
         self.write(folder)
+
+
+def _conditions(folder: Path) -> dict[str, list[int]]:
+    """What MARK says; nothing where it is not there or says nothing."""
+    try:
+        return dict(json.loads((folder / MARK).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _refuse_foreign(destination: Path) -> None:
@@ -145,4 +162,5 @@ def stage_folder(destination: Path, manifest: Manifest) -> Iterator[Path]:
         manifest.cpu_seconds = round(cpu_seconds() - cpu_before, 2)
         manifest.peak_rss_mb = round(peak_mb(), 1)
         manifest.write(folder)
-        (folder / MARK).touch()
+        large = sorted(name for name, stored in manifest.outputs.items() if stored["size"] >= LARGE)
+        (folder / MARK).write_text(json.dumps({name: condition(folder / name) for name in large}))
