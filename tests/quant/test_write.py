@@ -248,7 +248,8 @@ def test_with_float32_scales_they_are_stored(onnx_folder: Path, copy: Path, tmp_
     form = WeightFormat(4, 32, scale_bits=32, method="lsq")
     made = quantize(onnx_folder, copy, tmp_path / "variant", choice(decoder=form), threads=1)
     layers, file = read(made, onnx_folder, "decoder")
-    np.testing.assert_allclose(file.rows(named(layers, name)).reshape(-1)[100:102], [-3e7, 3e7], rtol=1e-3)
+    # Far beyond half floats. Thirty small weights share the block, so that the large ones are not met exactly.
+    np.testing.assert_allclose(file.rows(named(layers, name)).reshape(-1)[100:102], [-3e7, 3e7], rtol=0.1)
 
 
 def test_a_weight_file_that_was_cut_short(onnx_folder: Path, copy: Path, tmp_path: Path) -> None:

@@ -84,14 +84,21 @@ def squares(values: np.ndarray) -> float:
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc"})
+def _block_error(values: np.ndarray, levels: np.ndarray, scale: float, zero: float) -> float:
+    total = np.float32(0)
+    for i in range(len(values)):
+        error = values[i] - (levels[i] * scale + zero)
+        total += error * error
+    return total
+
+
+@njit(nogil=True, cache=True)
 def _squared_error(values: np.ndarray, levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> float:
     total, block = 0.0, values.shape[1] // scales.shape[1]
     for row in range(values.shape[0]):
         for place in range(scales.shape[1]):
-            scale, zero = scales[row, place], zeros[row, place]
-            for i in range(place * block, (place + 1) * block):
-                error = np.float64(values[row, i] - (levels[row, i] * scale + zero))
-                total += error * error
+            begin, end = place * block, (place + 1) * block
+            total += _block_error(values[row, begin:end], levels[row, begin:end], scales[row, place], zeros[row, place])
     return total
 
 
@@ -104,6 +111,14 @@ def squared_error(values: np.ndarray, levels: Levels) -> float:
 @njit(nogil=True, cache=True)
 def _pack(levels: np.ndarray, bits: int, packed: np.ndarray) -> None:
     offset = 1 << (bits - 1)
+    if bits == 8:
+        for i in range(len(levels)):
+            packed[i] = levels[i] + offset
+        return
+    if bits == 4 and len(levels) % 2 == 0:
+        for i in range(len(packed)):
+            packed[i] = (levels[2 * i] + offset << 4) | (levels[2 * i + 1] + offset)
+        return
     kept, count, place = 0, 0, 0
     for level in levels:
         kept = (kept << bits) | (int(level) + offset)

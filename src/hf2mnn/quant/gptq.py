@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from hf2mnn.errors import QuantizationError
 from hf2mnn.quant.blob import Levels
-from hf2mnn.quant.rounding import LANES, ONE, REFITS, ZERO, F, least_squares, search_settings
+from hf2mnn.quant.rounding import LANES, ONE, ZERO, F, least_squares, level_range, search_steps
 
 DAMPING = 0.01
 """Share of H's mean diagonal that is added to the diagonal: few inputs say little about rare directions."""
@@ -46,10 +46,10 @@ def compensation(second_moment: np.ndarray, name: str) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def _gptq(rows, block, low, high, symmetric, half, upper, cuts, nudges, refits, levels, scales, zeros):
+def _gptq(rows, block, low, high, symmetric, half, upper, kinds, shares, levels, scales, zeros):
     count, inputs = rows.shape
     tile, errors = np.empty((inputs, LANES), F), np.empty((block, LANES), F)
-    least, most, best = np.empty(LANES, F), np.empty(LANES, F), np.empty(LANES, F)
+    least, most, best = np.empty(LANES, F), np.empty(LANES, F), np.empty((4, LANES), F)
     scale, zero, moved = np.empty(LANES, F), np.empty(LANES, F), np.empty(LANES, F)
     importance = np.empty(inputs, F)
     for i in range(inputs):
@@ -76,9 +76,8 @@ def _gptq(rows, block, low, high, symmetric, half, upper, cuts, nudges, refits, 
                 high,
                 symmetric,
                 half,
-                cuts,
-                nudges,
-                refits,
+                kinds,
+                shares,
                 best,
                 scale,
                 zero,
@@ -112,8 +111,9 @@ def gptq_rows(rows: np.ndarray, bits: int, block: int, symmetric: bool, scale_bi
     block = block or inputs
     shape = (count, inputs // block)
     levels, scales, zeros = np.empty((count, inputs), np.int8), np.empty(shape, F), np.empty(shape, F)
-    low, high, cuts, nudges = search_settings(bits)
+    low, high = level_range(bits)
+    kinds, shares = search_steps(bits, symmetric, even=bool(np.ptp(np.diag(upper)) == 0))
     half = scale_bits == 16
     rows = np.ascontiguousarray(rows, F)
-    _gptq(rows, block, low, high, symmetric, half, upper, cuts, nudges, REFITS, levels, scales, zeros)
+    _gptq(rows, block, low, high, symmetric, half, upper, kinds, shares, levels, scales, zeros)
     return Levels(levels, scales, None if symmetric else zeros)

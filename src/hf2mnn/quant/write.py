@@ -6,11 +6,12 @@ What is in memory at a time are the rows that are being rounded and one operator
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import ctypes
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,12 @@ from hf2mnn.quant.weights import LEVELS, Operator, WeightFile
 
 WEIGHTS_AT_ONCE = 1 << 19
 """Weights that a thread works on at a time: 2 MB of float32, which caches hold."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
+KEPT = 32 << 20
+"""Bytes; the most that glibc takes for M_MMAP_THRESHOLD."""
 
+Item, Begun = TypeVar("Item"), TypeVar("Begun")
 RoundRows = Callable[[int, np.ndarray], Levels]
 """(first row, float32 [rows, inputs]) to levels; each row is rounded by itself, by any thread."""
 Method = Callable[[Operator, WeightFormat], RoundRows]
@@ -47,20 +53,28 @@ def _chunks(operator: Operator) -> list[tuple[int, int]]:
     return [(begin, min(begin + step, operator.outputs)) for begin in range(0, operator.outputs, step)]
 
 
-def _float_rows(rows: np.ndarray, operator: Operator, bits: int) -> _Stored:
+def _keep_freed_memory() -> None:
+    """glibc gives back what was freed, and the kernel clears it again for the next chunk: half of all time. Other
+    systems have no such function, and other ways."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD) if mallopt else ():
+        mallopt(threshold, KEPT)
+
+
+def _float_rows(rows: np.ndarray, operator: Operator, bits: int, norm: float) -> _Stored:
     if bits == 16 and np.abs(rows).max(initial=0) > np.finfo(np.float16).max:
         raise QuantizationError(f"{operator.name}: its weights are too large for half floats; use 8 or 32 bits")
     stored = rows.astype(np.float16 if bits == 16 else np.float32)
     error = squares(rows - stored.astype(np.float32)) if bits == 16 else 0.0
-    return _Stored(stored.tobytes(), b"", error, squares(rows))
+    return _Stored(stored.tobytes(), b"", error, norm)
 
 
-def _level_rows(rows: np.ndarray, levels: Levels, operator: Operator, form: WeightFormat) -> _Stored:
+def _level_rows(rows: np.ndarray, levels: Levels, operator: Operator, form: WeightFormat, norm: float) -> _Stored:
     parts = [levels.scales] if levels.zeros is None else [levels.scales, levels.zeros]
     if max(np.abs(part).max(initial=0) for part in parts) > np.finfo(SCALE_TYPES[form.scale_bits]).max:
         raise QuantizationError(f"{operator.name}: its scales are too large for half floats; use scale_bits: 32")
     packed, scales = pack(levels.levels, form.bits), scale_bytes(levels, form.scale_bits)
-    return _Stored(packed, scales, squared_error(rows, levels), squares(rows))
+    return _Stored(packed, scales, squared_error(rows, levels), norm)
 
 
 def _store(
@@ -70,15 +84,28 @@ def _store(
 
     def convert(span: tuple[int, int]) -> _Stored:
         rows = source.rows(operator, *span)
-        if not np.isfinite(rows).all():
+        norm = squares(rows)
+        if not np.isfinite(norm):
             raise QuantizationError(
                 f"{operator.name}: its weight holds NaN or infinite numbers; the checkpoint is damaged, fetch it again"
             )
         if round_rows is None:
-            return _float_rows(rows, operator, form.bits)
-        return _level_rows(rows, round_rows(span[0], rows), operator, form)
+            return _float_rows(rows, operator, form.bits, norm)
+        return _level_rows(rows, round_rows(span[0], rows), operator, form, norm)
 
     return pool.map(convert, _chunks(operator))
+
+
+def _one_ahead(items: Iterable[Item], begin: Callable[[Item], Begun]) -> Iterator[tuple[Item, Begun]]:
+    """Each item with what `begin` gives for it, which is called an item early."""
+    pending: tuple[Item, Begun] | None = None
+    for item in items:
+        begun = (item, begin(item))
+        if pending:
+            yield pending
+        pending = begun
+    if pending:
+        yield pending
 
 
 def _description(operator: Operator, form: WeightFormat, wide: bool) -> dict[str, Any]:
@@ -153,15 +180,21 @@ def write_weights(
     written, rows = Graph(copy.deepcopy(graph.content)), []
     by_op = {op["name"]: operator for op, operator in zip(graph.of_type("Convolution"), layers, strict=True)}
     inside = [op for op in written.ops if isinstance(op.get("main"), dict) and op["main"].get("external")]
+    inside.sort(key=lambda op: op["main"]["external"][0])
     total = sum(operator.size for operator in layers)
+    _keep_freed_memory()
     with destination.open("wb") as out, ThreadPoolExecutor(threads) as pool, progress(label, total, "weights") as shown:
-        for op in sorted(inside, key=lambda op: op["main"]["external"][0]):
+
+        def begin(op: dict[str, Any]) -> Iterable[_Stored] | None:
+            operator = by_op.get(op["name"])
+            return operator and _store(operator, source, formats[operator.name], method, pool)
+
+        # Threads round the next operator while this one is written.
+        for op, stored in _one_ahead(inside, begin):
             main = op["main"]
-            if op["type"] == "Convolution":
+            if stored is not None:
                 operator = by_op[op["name"]]
-                form = formats[operator.name]
-                stored = _store(operator, source, form, method, pool)
-                rows.append(_append(operator, main, source, out, form, stored))
+                rows.append(_append(operator, main, source, out, formats[operator.name], stored))
                 shown.update(operator.size)
             else:
                 start = out.tell()

@@ -44,7 +44,9 @@ class StoredTensor:
 def _float32(values: np.ndarray) -> np.ndarray:
     """bfloat16 is the upper half of a float32."""
     if values.dtype == ml_dtypes.bfloat16:
-        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        wide = values.view(np.uint16).astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
     return values.astype(np.float32, copy=False)
 
 
