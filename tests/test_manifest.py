@@ -154,13 +154,13 @@ def test_folder_that_snakemake_prepared_is_replaced(leftover: tuple[str, ...], t
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files whose bytes are read, of which all are large; as in a process that has read none."""
     names: list[str] = []
-    digest = files._digest
+    digest = files.read_sha256
 
-    def counted(path: Path, size: int) -> str:
+    def counted(path: Path) -> str:
         names.append(path.name)
-        return digest(path, size)
+        return digest(path)
 
-    monkeypatch.setattr(files, "_digest", counted)
+    monkeypatch.setattr(files, "read_sha256", counted)
     monkeypatch.setattr(files, "_read_before", {})
     monkeypatch.setattr(files, "LARGE", 1)
     monkeypatch.setattr(manifest, "LARGE", 1)

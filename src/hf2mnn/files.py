@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ def sha256(path: Path) -> str:
     size, key = path.stat().st_size, _key(path)
     if key in _read_before:
         return _read_before[key]
-    digest = _digest(path, size)
+    digest = read_sha256(path)
     if size >= LARGE:
         _read_before[key] = digest
     return digest
@@ -57,9 +58,10 @@ def sha256_of(paths: Iterable[Path]) -> dict[Path, str]:
         return dict(zip(paths, pool.map(sha256, paths), strict=True))
 
 
-def _digest(path: Path, size: int) -> str:
+def read_sha256(path: Path) -> str:
+    """The same, and every byte is read, whatever was read before."""
     digest = hashlib.sha256()
-    with path.open("rb") as file, progress(f"reading {path.name}", size, BYTES) as shown:
+    with path.open("rb") as file, progress(f"reading {path.name}", path.stat().st_size, BYTES) as shown:
         while block := file.read(BLOCK):
             digest.update(block)
             shown.update(len(block))
@@ -74,13 +76,14 @@ def whole_folder(destination: Path) -> Iterator[Path]:
         MachineError: the machine has no room or no memory left, or does not let us write there.
 
     What an earlier, killed run left beside it is removed first. A rename is the last step, so nobody ever sees half
-    a folder under the final name.
+    a folder under the final name; nor half an old one, which is renamed before it is removed.
     """
     destination = Path(destination).resolve()
     if destination.exists() and not destination.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "is a file; give the name of a folder", str(destination))
-    partial = destination.with_name(f".{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, old = (destination.with_name(f".{destination.name}.{kind}") for kind in ("partial", "old"))
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
     with explained(destination):
         partial.mkdir(parents=True)
     try:
@@ -90,8 +93,27 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(destination, ignore_errors=True)
+    if destination.exists():
+        destination.rename(old)
     partial.rename(destination)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """Let `tempfile` work in `folder`, which is made and removed, for all of this process.
+
+    A process that is killed removes nothing. What lies in TMPDIR would stay there for ever; what lies in the folder of
+    a stage goes with that when the stage runs again.
+    """
+    before, folder = tempfile.tempdir, folder.resolve()
+    folder.mkdir()
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

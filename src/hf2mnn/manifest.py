@@ -5,6 +5,7 @@ A stage reads its inputs through `Manifest.load(folder).verify()`; it trusts the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -16,10 +17,14 @@ from typing import Any
 
 from hf2mnn import __version__
 from hf2mnn.errors import Hf2mnnError, ManifestError
-from hf2mnn.files import LARGE, condition, recall, sha256, sha256_of, whole_file, whole_folder
+from hf2mnn.files import LARGE, condition, recall, sha256_of, temporary_files_in, whole_file, whole_folder
 from hf2mnn.usage import cpu_seconds, peak_mb
 
 NAME = "manifest.json"
+SCRATCH = ".scratch"
+"""A stage's temporary files are below its folder while it runs."""
+NAMED = ("stage", "inputs", "settings", "tools", "outputs", "hf2mnn")
+"""What a manifest's digest is over."""
 MARK = ".hf2mnn"
 """A file in every folder that a stage has made: the condition in which its large files were hashed, by name, JSON."""
 
@@ -40,8 +45,10 @@ class Manifest:
     """`inputs` maps a name to the sha256 of that input's own manifest or file; `outputs` maps each file of the folder
     to its size in bytes and its sha256.
 
-    `seconds` is what the stage took to make and hash its files, and `cpu_seconds` that on all cores, with the processes
-    that it started; 0 in an older manifest. `peak_rss_mb` is the most memory (`usage.peak_mb`) of any of
+    `places` says where inputs lay that no stage has made: for a person, since elsewhere they lie elsewhere. `sources`
+    are the files at the beginning of the chain with their sha256, so that a folder that travels alone says what it was
+    made of. `seconds` is what the stage took to make and hash its files, and `cpu_seconds` that on all cores, with the
+    processes that it started; 0 in an older manifest. `peak_rss_mb` is the most memory (`usage.peak_mb`) of any of
     these processes since its start.
     """
 
@@ -51,6 +58,8 @@ class Manifest:
     tools: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     peak_rss_mb: float = 0.0
@@ -104,8 +113,13 @@ class Manifest:
         return self.folder
 
     def digest(self) -> str:
-        """sha256 of the manifest file: names this folder's contents in the manifests of what is made from it."""
-        return sha256(self.folder / NAME)
+        """Names this folder's contents in the manifests of what is made from it: sha256 over what went in and came out.
+
+        What another run or another machine may have otherwise (times, memory, `places`) is no part of it, nor is what
+        follows from the rest (`results`, `sources`): the same work has the same digest anywhere.
+        """
+        named = {name: getattr(self, name) for name in NAMED}
+        return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
     def hash_outputs(self, folder: Path) -> None:
         """Note size and sha256 of every file under `folder`."""
@@ -156,7 +170,8 @@ def stage_folder(destination: Path, manifest: Manifest) -> Iterator[Path]:
     started, cpu_before = time.monotonic(), cpu_seconds()
     _refuse_foreign(destination)
     with whole_folder(destination) as folder:
-        yield folder
+        with temporary_files_in(folder / SCRATCH):
+            yield folder
         manifest.hash_outputs(folder)
         manifest.seconds = round(time.monotonic() - started, 2)
         manifest.cpu_seconds = round(cpu_seconds() - cpu_before, 2)

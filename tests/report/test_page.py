@@ -260,9 +260,9 @@ def test_what_the_manifests_do_not_hold_is_said(evidence: Evidence, page: str, t
         assert sentence in said
     assert len(provenance.missing(evidence)) == 3
     manifests = dict(evidence.manifests)
-    told = {"evaluation": str(tmp_path / "my-set"), "threads": 2}
-    manifests["reference"] = replace(manifests["reference"], settings=manifests["reference"].settings | told)
-    manifests["source"] = replace(manifests["source"], settings={"path": str(tmp_path / "checkpoint")})
+    settings, places = manifests["reference"].settings | {"threads": 2}, {"evaluation": str(tmp_path / "my-set")}
+    manifests["reference"] = replace(manifests["reference"], settings=settings, places=places)
+    manifests["source"] = replace(manifests["source"], settings={}, places={"path": str(tmp_path / "checkpoint")})
     complete = replace(evidence, manifests=manifests)
     assert provenance.missing(complete) == []
     lines = [stage.line for stage in provenance.stages(complete)]

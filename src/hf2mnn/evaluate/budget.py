@@ -85,7 +85,7 @@ class Bench:
         return self._tokens.get(_digest(bundle / TOKENIZER), {})
 
     def _run(self, run: Run, parts: list[Path]) -> dict[str, np.ndarray]:
-        with tempfile.TemporaryDirectory(prefix="hf2mnn-budget-", dir=self.base.resolve().parent) as name:
+        with tempfile.TemporaryDirectory(prefix="hf2mnn-budget-") as name:
             folder = Path(name)
             rest = {path.name: path for path in run.rest.iterdir() if path.is_file()}
             for path in (rest | {path.name: path for path in parts}).values():

@@ -25,10 +25,10 @@ from hf2mnn.reference.golden import Golden
 
 
 @contextmanager
-def exact_bundle(onnx_folder: Path, base: Path, destination: Path, threads: int) -> Iterator[Path]:
-    """A bundle of 32 bits, beside `destination` while the block lasts: it is as large as the model in float32."""
+def exact_bundle(onnx_folder: Path, base: Path, threads: int) -> Iterator[Path]:
+    """A bundle of 32 bits, there while the block lasts: it is as large as the model in float32."""
     exact = Choice(WeightFormat(), WeightFormat(), EngineSettings())
-    with tempfile.TemporaryDirectory(prefix=".hf2mnn-float-", dir=destination.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="hf2mnn-float-") as folder:
         yield quantize(onnx_folder, base, Path(folder, "float"), exact, max(threads, 1))
 
 
@@ -55,13 +55,13 @@ def diagnose(
     for upstream in inputs.values():
         upstream.verify()
     golden, facts = Golden(reference), json.loads((onnx_folder / "model.json").read_text())
-    graphs = {"decoder": read_graph(bundle / DECODER), "vision": read_graph(bundle / VISION)}
-    for part, graph in graphs.items():
-        # What is run to look inside is built from the dump, and must compute what the bundle computes.
-        graph.sharpen_constants(float_values(onnx_folder / f"{part}.onnx"))
     digests, tools = {name: m.digest() for name, m in inputs.items()}, tool_versions("MNN", "onnxruntime", "numpy")
     manifest = Manifest("diagnose", digests, {"threads": threads}, tools)
     with stage_folder(destination, manifest) as folder:
+        graphs = {"decoder": read_graph(bundle / DECODER), "vision": read_graph(bundle / VISION)}
+        for part, graph in graphs.items():
+            # What is run to look inside is built from the dump, and must compute what the bundle computes.
+            graph.sharpen_constants(float_values(onnx_folder / f"{part}.onnx"))
         found = causes.wrong_settings(bundle, facts) + causes.wrong_template(bundle, onnx_folder)
         found += causes.wrong_embedding(bundle, onnx_folder)
         found += causes.unfused(graphs["decoder"], facts["num_hidden_layers"])
@@ -69,7 +69,7 @@ def diagnose(
         try:
             compared = layers.compare_layers(golden, onnx_folder, facts, bundle, graphs, threads, time_limit)
             found += causes.wrong_layers(compared)
-            with exact_bundle(onnx_folder, base, destination, threads) as exact:
+            with exact_bundle(onnx_folder, base, threads) as exact:
                 bench = budget.Bench(golden, exact, onnx_folder, threads, time_limit)
                 sources = budget.budget(bench, bundle)
                 found += causes.wrong_tokens(golden, bench.tokens(bundle), facts["image_token_id"])

@@ -85,8 +85,7 @@ def _run_onnx(
     model: onnx.ModelProto, source: Path, inputs: dict[str, np.ndarray], outputs: list[str], threads: int
 ) -> dict[str, np.ndarray]:
     """Values of `outputs` of a changed graph of the file `source`."""
-    # Beside the weights, so that these can be linked and need not be copied.
-    with tempfile.TemporaryDirectory(prefix="hf2mnn-layers-", dir=source.resolve().parent.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix="hf2mnn-layers-") as scratch:
         path = Path(scratch, "graph.onnx")
         onnx.save(model, path)
         for data in {stored.path for stored in stored_initializers(source).values()}:
@@ -105,7 +104,7 @@ def _run_mnn(
     bundle: Path, parts: list[Part], graphs: dict[str, Graph], wanted: dict[str, list[str]], threads: int, limit: float
 ) -> list[dict[str, np.ndarray]]:
     """Values of `wanted[part]` of every part, in a child process."""
-    with tempfile.TemporaryDirectory(prefix="hf2mnn-layers-", dir=bundle.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix="hf2mnn-layers-") as scratch:
         jobs, given = [], {}
         for name in sorted({part.name for part in parts}):
             file = PARTS[name][0]

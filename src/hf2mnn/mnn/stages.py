@@ -17,7 +17,7 @@ def convert_graphs(onnx_folder: Path, destination: Path) -> Path:
     """
     upstream = Manifest.load(onnx_folder)
     upstream.verify()
-    manifest = Manifest("mnn", {"onnx": upstream.digest()}, {}, tool_versions(*TOOLS))
+    manifest = Manifest("mnn", {"onnx": upstream.digest()}, {}, tool_versions(*TOOLS), sources=upstream.sources)
     with stage_folder(destination, manifest) as folder:
         make_base(onnx_folder, folder)
     return destination

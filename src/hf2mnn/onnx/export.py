@@ -105,6 +105,7 @@ def export_onnx(source: Path, destination: Path) -> Path:
         "embedding": lambda: embedding_graph(facts["vocab_size"], facts["hidden_size"]),
     }
     manifest = Manifest("onnx", {"source": upstream.digest()}, {"opset": OPSET}, tool_versions(*TOOLS))
+    manifest.sources = {"checkpoint": {**upstream.settings, "files": upstream.outputs}}
     with stage_folder(destination, manifest) as folder:
         for name, trace in graphs.items():
             print(f"{name}: tracing", flush=True)

@@ -156,24 +156,24 @@ def make_plan(
     settings = {"budget": asdict(budget), "embedding": embedding}
     digests = {name: upstream.digest() for name, upstream in inputs.items()}
     manifest = Manifest("plan", digests, settings, tool_versions("scipy"))
-    layers = {name: Part(name, onnx_folder, base).operators for name in PARTS}
-    tied = embedding == LM_HEAD
-    measured, candidates = (pd.read_csv(sensitivity / name) for name in (MEASURED, CANDIDATES))
-    table = options(measured, with_bytes(candidates, layers), tied)
-    everything = [operator for found in layers.values() for operator in found]
-    weights = sum(operator.size for operator in everything)
-    if budget.bits_per_weight:
-        most = int(budget.bits_per_weight * weights / 8)
-    else:
-        most = budget.bundle_bytes - _beside_weights(inputs["base"], everything, tied)
-    chosen = solve(table, most)
-    size, kld = int(chosen["bytes"].sum()), float(chosen["kld"].sum())
-    head = [
-        f"{8 * size / weights:.3f} bits a weight over {weights:,} weights: {size:,} of {most:,} bytes.",
-        f"Expected KL divergence {kld:.3g} nats, the sum of what each operator costs alone.",
-        "To pin it: copy this file, and name it as the variant's plan in config.yaml.",
-    ]
     with stage_folder(destination, manifest) as folder:
+        layers = {name: Part(name, onnx_folder, base).operators for name in PARTS}
+        tied = embedding == LM_HEAD
+        measured, candidates = (pd.read_csv(sensitivity / name) for name in (MEASURED, CANDIDATES))
+        table = options(measured, with_bytes(candidates, layers), tied)
+        everything = [operator for found in layers.values() for operator in found]
+        weights = sum(operator.size for operator in everything)
+        if budget.bits_per_weight:
+            most = int(budget.bits_per_weight * weights / 8)
+        else:
+            most = budget.bundle_bytes - _beside_weights(inputs["base"], everything, tied)
+        chosen = solve(table, most)
+        size, kld = int(chosen["bytes"].sum()), float(chosen["kld"].sum())
+        head = [
+            f"{8 * size / weights:.3f} bits a weight over {weights:,} weights: {size:,} of {most:,} bytes.",
+            f"Expected KL divergence {kld:.3g} nats, the sum of what each operator costs alone.",
+            "To pin it: copy this file, and name it as the variant's plan in config.yaml.",
+        ]
         write_plan(chosen, head, folder / PLAN)
         manifest.results = {"bits_per_weight": 8 * size / weights, "weight_bytes": size, "expected_kld": kld}
     print("\n".join(head[:2]), flush=True)

@@ -38,8 +38,10 @@ def quantize(
     settings = describe(choice.decoder, choice.vision, choice.engine)
     settings["embedding"] = choice.embedding
     if plan:
-        settings["plan"], digests["plan"] = str(plan), sha256(plan)
+        digests["plan"] = sha256(plan)
     manifest = Manifest("quantize", digests, settings, tool_versions(*TOOLS, "numba"))
+    manifest.places = {"plan": str(plan)} if plan else {}
+    manifest.sources = {name: files for upstream in inputs.values() for name, files in upstream.sources.items()}
     with stage_folder(destination, manifest) as folder:
         methods = Methods(activations, source)
         manifest.results = make_variant(onnx_folder, base, folder, choice, methods, threads)

@@ -294,9 +294,10 @@ def make_labelled(
         raise EvaluationSetError(f"{dataset} has no rows to take; is this {chosen.repository}?")
     if len(numbers) < samples:
         print(f"{dataset} has {available} rows, fewer than the {samples} wanted; all are taken", file=sys.stderr)
-    where = {"path": str(path)} if path is not None else {"repository": chosen.repository, "revision": revision}
-    settings = {"dataset": dataset, "samples": samples, "seed": seed, "split": chosen.split, **where}
-    manifest = Manifest("evaluation", settings=settings, tools=tool_versions(*TOOLS))
+    settings = {"dataset": dataset, "samples": samples, "seed": seed, "split": chosen.split}
+    settings |= {"repository": chosen.repository, "revision": revision} if path is None else {}
+    places = {"path": str(path)} if path is not None else {}
+    manifest = Manifest("evaluation", settings=settings, places=places, tools=tool_versions(*TOOLS))
     with stage_folder(destination, manifest) as folder:
         (folder / "images").mkdir()
         records = [_record(dataset, number, rows, chosen, folder) for number in numbers]

@@ -154,13 +154,14 @@ def record_activations(
     if upstream["calibration"].inputs.get("source") != upstream["source"].digest():
         raise ManifestError(f"{calibration} was not answered by the model in {source}; answer the set again with it")
     if evaluation:
-        place = upstream["calibration"].settings.get("evaluation", calibration)
+        place = upstream["calibration"].places.get("evaluation", calibration)
         _refuse_overlap(golden, Golden(upstream["evaluation"].verify()), place)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     digests = {name: manifest.digest() for name, manifest in upstream.items()}
     settings = {"rows": rows, "threads": threads}
-    manifest = Manifest("activations", digests, settings, tool_versions(*TOOLS))
+    read = {name: digest for name, digest in upstream["calibration"].inputs.items() if name != "source"}
+    manifest = Manifest("activations", digests, settings, tool_versions(*TOOLS), sources={"calibration": read})
     with stage_folder(destination, manifest) as folder:
         # Layers that read the same are counted each; a sample is held twice while it is put in order.
         samples = 2 * 2 * rows * sum(shape[1] for shape in checkpoint.shapes() if len(shape) == 2)

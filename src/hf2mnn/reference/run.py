@@ -166,8 +166,8 @@ def run_reference(
     images = {name: read_picture(evaluation / name) for name in sorted({n for e in examples for n in e.pictures})}
     inputs = {"source": upstream.digest(), "examples": sha256(evaluation / NAME)}
     inputs |= {name: sha256(evaluation / name) for name in images}
-    settings = {"evaluation": str(evaluation), "max_new_tokens": max_new_tokens, "threads": threads}
-    manifest = Manifest("reference", inputs, settings, tool_versions(*TOOLS))
+    settings, places = {"max_new_tokens": max_new_tokens, "threads": threads}, {"evaluation": str(evaluation)}
+    manifest = Manifest("reference", inputs, settings, tool_versions(*TOOLS), places=places)
     with stage_folder(destination, manifest) as folder:
         logits = 4 * len(examples) * max_new_tokens * checkpoint.text_config["vocab_size"]
         reference = Reference(checkpoint, max_new_tokens, weights, kept=logits)

@@ -40,15 +40,15 @@ def _options(settings: dict[str, Any], *names: str) -> list[str]:
 
 
 def _source(root: str, manifest: Manifest) -> list[str]:
-    settings = manifest.settings
-    where = ["--path", _portable(settings["path"])] if "path" in settings else _options(settings, "hub", "repository")
+    settings, path = manifest.settings, manifest.places.get("path")
+    where = ["--path", _portable(path)] if path else _options(settings, "hub", "repository")
     # ModelScope does not give files by commit.
     revision = settings.get("revision" if settings.get("hub") == "modelscope" else "commit", settings.get("revision"))
     return ["source", *where, *(["--revision", revision] if revision else [])]
 
 
 def _reference(root: str, manifest: Manifest) -> list[str]:
-    evaluation = _portable(manifest.settings.get("evaluation", UNKNOWN))
+    evaluation = _portable(manifest.places.get("evaluation", UNKNOWN))
     options = _options(manifest.settings, "max_new_tokens", "threads")
     return ["reference", f"{root}/source", "--evaluation", evaluation, *options]
 
@@ -81,8 +81,8 @@ def _quantize(root: str, manifest: Manifest) -> list[str]:
     ]
     for name in ("activations", "source"):
         described += [f"--{name}", f"{root}/{name}"] if name in manifest.inputs else []
-    if "plan" in manifest.settings:
-        described += ["--plan", _portable(manifest.settings["plan"])]
+    if "plan" in manifest.places:
+        described += ["--plan", _portable(manifest.places["plan"])]
     return ["quantize", f"{root}/onnx", f"{root}/mnn/base", *described, *_options(manifest.settings, "embedding")]
 
 
@@ -144,9 +144,9 @@ def checkpoint(evidence: Evidence) -> str:
     """Where the checkpoint came from, in a sentence."""
     if "source" not in evidence.manifests:
         return "Where the checkpoint came from is not known: its manifest is not there."
-    settings = evidence.manifests["source"].settings
-    if "path" in settings:
-        return f"The checkpoint is the local folder {_portable(settings['path'])}."
+    settings, places = evidence.manifests["source"].settings, evidence.manifests["source"].places
+    if "path" in places:
+        return f"The checkpoint is the local folder {_portable(places['path'])}."
     hub = "ModelScope" if settings.get("hub") == "modelscope" else "the Hugging Face hub"
     told = f"The checkpoint is {settings['repository']} on {hub}, revision {settings['revision']}"
     return told + (f", commit {settings['commit']}." if "commit" in settings else ".")
@@ -154,13 +154,13 @@ def checkpoint(evidence: Evidence) -> str:
 
 def missing(evidence: Evidence) -> list[str]:
     """What the manifests do not hold, so that nobody takes the commands for more than they are."""
-    told, reference = [], evidence.manifests["reference"].settings
-    if "evaluation" not in reference:
+    told, reference = [], evidence.manifests["reference"]
+    if "evaluation" not in reference.places:
         told.append(
             f"The reference does not name the folder of its evaluation set ({UNKNOWN} in its command); the sha256 of"
             " its examples.jsonl and of each picture are below."
         )
-    if "threads" not in reference:
+    if "threads" not in reference.settings:
         told.append(
             "The reference does not say with how many threads PyTorch ran; sums in another order differ by 1e-6."
         )
@@ -181,8 +181,8 @@ def _text(settings: Any) -> str:
 def _weights(manifest: Manifest, part: str) -> str:
     """How a part's weights are stored; a plan names each operator's own settings."""
     described = dict(manifest.settings.get(part, {}))
-    if "plan" in manifest.settings:
-        described = {"plan": manifest.settings["plan"], "method": described.get("method", "")}
+    if "plan" in manifest.places:
+        described = {"plan": manifest.places["plan"], "method": described.get("method", "")}
     return _text(described)
 
 
@@ -212,7 +212,7 @@ def resources(made: list[Stage]) -> Table:
         )
         took = [Cell(f"{manifest.seconds:.1f}"), Cell(f"{manifest.peak_rss_mb:.0f}")]
         rows.append((stage.place, [*took, Cell(manifest.digest()[:12]), Cell(tools)]))
-    return Table("Stages", ["folder", "seconds", "peak MB", "manifest sha256", "tools"], rows, wraps=True)
+    return Table("Stages", ["folder", "seconds", "peak MB", "digest", "tools"], rows, wraps=True)
 
 
 def files(made: list[Stage]) -> Table:

@@ -65,7 +65,7 @@ def _fetch_folder(destination: Path, path: Path, files: Path | None) -> None:
         raise SourceError(f"{destination} is the checkpoint itself; give --out another folder")
     check_checkpoint(Checkpoint(path))
     check_room(path, destination)
-    manifest = Manifest("source", settings={"path": str(path)})
+    manifest = Manifest("source", places={"path": str(path)})
     with stage_folder(destination, manifest) as folder:
         _link({found.name: found for pattern in FILES for found in path.glob(pattern)}, folder)
 
