@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 
 from hf2mnn.errors import MachineError
 from hf2mnn.files import whole_file, whole_folder
-from hf2mnn.shortage import killed, number, sentence
+from hf2mnn.shortage import ended_by_others, number, sentence
 
 
 @pytest.mark.parametrize(
@@ -98,5 +99,10 @@ def test_bounded_process_ends_in_one_line_and_leaves_nothing(
     assert (tmp_path / "made" / "manifest.json").exists()
 
 
-def test_killed_child_is_put_down_to_want_of_memory() -> None:
-    assert "out of memory" in killed("MNN's converter")
+def test_child_that_others_have_ended_is_told_from_one_that_crashed() -> None:
+    """SIGKILL is put down to want of memory, the signals of a person or a scheduler to them; a crash is its own."""
+    assert "out of memory" in ended_by_others("MNN's converter", -signal.SIGKILL)
+    for how in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        assert f"stopped from outside (signal {how:d})" in ended_by_others("MNN's converter", -how)
+    for code in (0, 1, -signal.SIGSEGV, -signal.SIGABRT):
+        assert ended_by_others("MNN's converter", code) is None

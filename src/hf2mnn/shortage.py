@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,8 +97,13 @@ def explained(folder: Path) -> Iterator[None]:
         raise MachineError(said) from error
 
 
-def killed(what: str) -> str:
-    """Of a child process that SIGKILL ended, which a program that is out of its time limit never is."""
+def ended_by_others(what: str, code: int) -> str | None:
+    """Of a child process with the exit code `code`, that somebody, or the kernel, has ended it; None where it has ended
+    by itself. One that is out of its time limit is not asked about."""
+    if -code in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        return f"{what} was stopped from outside (signal {-code}); run the same command again"
+    if -code != signal.SIGKILL:
+        return None
     used = children_mb()
     held = f", when it held {amount(used * 1e6, BYTES)}" if used else ""
     return f"{what} was killed (signal 9){held}: most of the time the machine is out of memory; {MORE_MEMORY}"

@@ -21,14 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf2mnn.errors import ConversionError, MachineError
+from hf2mnn.mnn.child import environment
 from hf2mnn.mnn.graph import Graph
 from hf2mnn.onnx.initializers import float_values
-from hf2mnn.shortage import full, killed
+from hf2mnn.shortage import ended_by_others, full
 
 # Python has this signal ignored; the converter does not look whether what it writes arrives.
 CALL = (
     "import sys, _tools, signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL);"
-    " _tools.mnnconvert(['mnnconvert', *sys.argv[1:]])"
+    " from hf2mnn.mnn.child import end_with; end_with(int(sys.argv[1]));"
+    " _tools.mnnconvert(['mnnconvert', *sys.argv[2:]])"
 )
 TIME_LIMIT = 4 * 3600
 ROOM = 1 << 16
@@ -76,11 +78,12 @@ def run_converter(arguments: list[str], folder: Path, time_limit: float = TIME_L
         MachineError: the disk is full.
         OSError: a file grew larger than is allowed.
     """
-    command = [sys.executable, "-c", CALL, *arguments]
+    command = [sys.executable, "-c", CALL, str(os.getpid()), *arguments]
     try:
         done = subprocess.run(
             command,
             cwd=folder,
+            env=environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -90,8 +93,8 @@ def run_converter(arguments: list[str], folder: Path, time_limit: float = TIME_L
     except subprocess.TimeoutExpired:
         raise ConversionError(f"MNN's converter was stopped after {time_limit:.0f} s: {' '.join(arguments)}") from None
     said = done.stdout + done.stderr
-    if done.returncode == -signal.SIGKILL:
-        raise ConversionError(killed("MNN's converter"))
+    if ended := ended_by_others("MNN's converter", done.returncode):
+        raise ConversionError(ended)
     if done.returncode == -signal.SIGXFSZ:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     if shutil.disk_usage(folder).free < ROOM:

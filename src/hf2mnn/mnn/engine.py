@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,8 @@ from typing import Any
 from hf2mnn.errors import BundleError, BundleFault, EngineError, MachineError, ManifestError
 from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.bundle import CONFIG
-from hf2mnn.shortage import killed
+from hf2mnn.mnn.child import environment
+from hf2mnn.shortage import ended_by_others
 
 WORKER = "hf2mnn.mnn.worker"
 NOISE = ("The device supports", "Warning: module need new clone")
@@ -55,14 +55,13 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
     with tempfile.TemporaryDirectory(prefix="hf2mnn-engine-") as folder:
         job, said = Path(folder, "job.json"), Path(folder, "said.txt")
         job.write_text(json.dumps(arguments))
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         with said.open("wb") as output:
             try:
                 # Progress goes to our own stderr; what the engine prints is kept for the case that it dies.
                 done = subprocess.run(
-                    [sys.executable, "-m", WORKER, task, str(job)],
+                    [sys.executable, "-m", WORKER, task, str(job), str(os.getpid())],
                     cwd=folder,
-                    env=environment,
+                    env=environment(),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     timeout=time_limit,
@@ -84,7 +83,8 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
         bug = [line.removeprefix("bug: ") for line in lines if line.startswith("bug: ")]
         if bug:
             raise EngineError(f"{name} failed in MNN's engine: {bug[-1]}; this is a bug, report it with the log")
-        if done.returncode == -signal.SIGKILL:
-            raise EngineError(killed(f"MNN's engine ({name})"))
+        # No verdict on the bundle: nothing in it sends such a signal.
+        if ended := ended_by_others(f"MNN's engine ({name})", done.returncode):
+            raise EngineError(ended)
         last = " / ".join(lines[-3:]) or "none"
         raise BundleFault(f"MNN's engine died ({how}) during {name}; its last words: {last}")

@@ -1,4 +1,4 @@
-"""python -m hf2mnn.mnn.worker MODULE job.json"""
+"""python -m hf2mnn.mnn.worker MODULE job.json PARENT"""
 
 import importlib
 import json
@@ -6,9 +6,11 @@ import os
 import sys
 from pathlib import Path
 
+from hf2mnn.mnn.child import end_with
 from hf2mnn.mnn.worker.module import Refused
 from hf2mnn.shortage import sentence
 
+end_with(int(sys.argv[3]))
 code, job = 0, json.loads(Path(sys.argv[2]).read_text())
 try:
     importlib.import_module(sys.argv[1]).run(job)
