@@ -1,0 +1,80 @@
+"""Whether a folder holds the very bytes that a stage has written: asked of one that was copied, sent or kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf2mnn.errors import ManifestError
+from hf2mnn.files import read_sha256
+from hf2mnn.manifest import MARK, NAME, Manifest
+
+
+@dataclass
+class Verdict:
+    """Of a folder. changed: what is wrong, by file; unnamed: files of which its manifest does not know, which are no
+    fault of those that it names. digest: `Manifest.digest`; sources: `Manifest.sources`."""
+
+    folder: str
+    stage: str | None = None
+    hf2mnn: str | None = None
+    digest: str | None = None
+    files: int = 0
+    bytes: int = 0
+    changed: dict[str, str] = field(default_factory=dict)
+    unnamed: list[str] = field(default_factory=list)
+    sources: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        return not self.changed
+
+
+def _wrong(path: Path, expected: dict[str, Any]) -> str | None:
+    """What is wrong with a file; None where it is the one that was made. Every byte is read."""
+    if not path.is_file():
+        return "is missing"
+    if (size := path.stat().st_size) != expected["size"]:
+        return f"has {size:,} bytes in place of {expected['size']:,}"
+    try:
+        found = read_sha256(path)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None if found == expected["sha256"] else f"has other bytes: sha256 {found} in place of {expected['sha256']}"
+
+
+def verify_folder(folder: Path) -> Verdict:
+    """Hold every file of a stage's folder, or of a copy of one, to its manifest."""
+    verdict = Verdict(str(folder))
+    try:
+        manifest = Manifest.load(folder)
+    except ManifestError as error:
+        verdict.changed[NAME] = f"is missing or unreadable: {error}"
+        return verdict
+    verdict.stage, verdict.hf2mnn, verdict.digest = manifest.stage, manifest.hf2mnn, manifest.digest()
+    verdict.sources = manifest.sources
+    verdict.files, verdict.bytes = len(manifest.outputs), sum(entry["size"] for entry in manifest.outputs.values())
+    wrong = {name: _wrong(folder / name, expected) for name, expected in sorted(manifest.outputs.items())}
+    verdict.changed = {name: said for name, said in wrong.items() if said}
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    verdict.unnamed = sorted(there - {NAME, MARK, *manifest.outputs})
+    return verdict
+
+
+def print_verdicts(verdicts: list[Verdict], as_json: bool) -> None:
+    """For a person, or for a program: a list with an object for each folder."""
+    if as_json:
+        print(json.dumps([{**asdict(verdict), "whole": verdict.whole} for verdict in verdicts], indent=1))
+        return
+    for verdict in verdicts:
+        for name, said in verdict.changed.items():
+            print(f"{verdict.folder}: {name} {said}")
+        for name in verdict.unnamed:
+            print(f"{verdict.folder}: {name} is not named by {NAME}")
+        if verdict.whole:
+            made = f"as hf2mnn {verdict.hf2mnn} made them ({verdict.stage}, digest {verdict.digest[:12]})"
+            print(f"{verdict.folder}: {verdict.files} files, {verdict.bytes:,} bytes, {made}")
+        else:
+            print(f"{verdict.folder}: {len(verdict.changed)} files are not those that were made; take or make it again")
