@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from support import SHAPES_VL
+from support import SHAPES_VL, run_cli
 
 
 def few_examples(folder: Path, count: int) -> None:
@@ -20,7 +20,7 @@ def few_examples(folder: Path, count: int) -> None:
 
 
 def command(chain: Path, stage: str) -> list[object]:
-    """Arguments of `hf2mnn` that make a stage of what is in `chain`, but for --out."""
+    """Arguments of `hf2mnn` that make a stage of what is in `chain`, but for --out, which the report does not have."""
     return {
         "source": ["source", "--path", SHAPES_VL],
         "onnx": ["onnx", chain / "source"],
@@ -31,4 +31,15 @@ def command(chain: Path, stage: str) -> list[object]:
             *("evaluate", "--reference", chain / "reference", "--onnx", chain / "onnx"),
             *("--bundle", chain / "mnn/int4"),
         ],
+        "report": ["report", "few", chain, "--rows", json.dumps([{"name": "int4", "required": False, "gates": {}}])],
     }[stage]
+
+
+def make_chain(folder: Path) -> Path:
+    """source, onnx, mnn/base, mnn/int4, reference with a few examples, and eval/int4 in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    few_examples(folder / "few", 4)
+    for stage in ("source", "onnx", "mnn/base", "mnn/int4", "reference", "eval/int4"):
+        made = run_cli(*command(folder, stage), "--out", folder / stage)
+        assert made.returncode == 0, made.stderr
+    return folder

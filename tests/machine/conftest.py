@@ -8,19 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from chain import command, few_examples
-from support import run_cli
+from chain import make_chain
 
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """source, onnx, mnn/base, mnn/int4, reference with a few examples, and eval/int4. Tests only read it."""
-    folder = tmp_path_factory.mktemp("chain")
-    few_examples(folder / "few", 4)
-    for stage in ("source", "onnx", "mnn/base", "mnn/int4", "reference", "eval/int4"):
-        made = run_cli(*command(folder, stage), "--out", folder / stage)
-        assert made.returncode == 0, made.stderr
-    return folder
+    """`make_chain`. Tests only read it."""
+    return make_chain(tmp_path_factory.mktemp("chain"))
 
 
 @pytest.fixture
