@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,3 +110,22 @@ def test_link_or_copy_falls_back_to_a_copy(tmp_path: Path, monkeypatch: pytest.M
     link_or_copy(source, tmp_path / "copied")
     assert not (tmp_path / "copied").samefile(source)
     assert sha256(tmp_path / "copied") == sha256(source)
+
+
+def test_death_while_an_old_folder_is_removed_harms_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half an old folder under the final name would be taken for a stranger's files, and never be replaced."""
+    target = tmp_path / "made"
+    with whole_folder(target) as path:
+        fill(path, "old")
+
+    def die(path: Path, ignore_errors: bool = False) -> None:
+        if Path(path).exists():
+            raise SystemExit
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit), whole_folder(target) as path:
+        fill(path, "new")
+        patched.setattr(shutil, "rmtree", die)
+    assert words(target) == "new"
+    with whole_folder(target) as path:
+        fill(path, "newer")
+    assert words(target) == "newer" and [path.name for path in tmp_path.iterdir()] == ["made"]

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from hf2mnn import files, manifest
 from hf2mnn.errors import Hf2mnnError, ManifestError
-from hf2mnn.manifest import NAME, Manifest, stage_folder, tool_versions
+from hf2mnn.manifest import MARK, NAME, Manifest, stage_folder, tool_versions
 
 FILES = {"b.bin": bytes(range(256)), "a.txt": b"words", "sub/c.bin": b"\0" * 100}
 
@@ -116,11 +117,27 @@ def test_manifests_of_equal_folders_are_equal_but_for_time(tmp_path: Path) -> No
     assert json.dumps(one) == json.dumps(two)
 
 
-def test_digest_is_that_of_the_manifest(tmp_path: Path) -> None:
-    folder = make(tmp_path / "made")
-    before = Manifest.load(folder).digest()
-    make(folder, {**FILES, "a.txt": b"other"})
-    assert Manifest.load(folder).digest() != before
+def test_digest_is_of_the_contents_and_of_nothing_else(tmp_path: Path) -> None:
+    """Another machine, where inputs lie elsewhere and all takes longer, names the same work alike."""
+    one = Manifest.load(make(tmp_path / "made"))
+    for other in ({"seconds": 9.0, "cpu_seconds": 9.0, "peak_rss_mb": 9.0}, {"places": {"path": "/home/x"}}):
+        assert replace(one, **other).digest() == one.digest()
+    changes = [{"stage": "x"}, {"inputs": {"in": "1" * 64}}, {"settings": {"bits": 3}}, {"tools": {"tool": "2"}}]
+    changed = Manifest.load(make(tmp_path / "changed", {**FILES, "a.txt": b"other"}))
+    digests = {replace(one, **change).digest() for change in changes} | {changed.digest()}
+    assert len(digests | {one.digest(), replace(one, hf2mnn="9").digest()}) == len(changes) + 3
+
+
+def test_temporary_files_of_a_stage_go_with_its_folder(tmp_path: Path) -> None:
+    """A killed process removes nothing: what it leaves in TMPDIR would stay for ever."""
+    before = tempfile.gettempdir()
+    with stage_folder(tmp_path / "made", Manifest("test")) as folder:
+        (folder / "a.txt").touch()
+        with tempfile.TemporaryDirectory() as scratch:
+            assert folder in Path(scratch).parents
+        Path(tempfile.mkdtemp(), "left").touch()
+    assert tempfile.gettempdir() == before
+    assert [path.name for path in (tmp_path / "made").rglob("*") if path.name not in (NAME, MARK)] == ["a.txt"]
 
 
 def test_stage_that_fails_leaves_no_manifest(tmp_path: Path) -> None:

@@ -7,16 +7,21 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
+import psutil
 import pytest
 from onnx import TensorProto, helper
 
 from hf2mnn.errors import ConversionError, ExportError
+from hf2mnn.mnn import convert
 from hf2mnn.mnn.bundle import convert_decoder, convert_vision
+from hf2mnn.mnn.child import environment
 from hf2mnn.mnn.convert import WeightFormat, convert_onnx, read_graph, run_converter, write_graph
 from hf2mnn.mnn.graph import Graph, prove_size, prove_weights
 from support import REPOSITORY
@@ -228,6 +233,49 @@ def test_a_graph_that_cannot_be_built_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConversionError):
         write_graph(Graph({"oplists": 3}), tmp_path / "out.mnn")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("os.kill(os.getpid(), 11)", r"died \(signal 11\); its last words: the last word"),
+        ("os.abort()", r"died \(signal 6\); its last words: the last word"),
+        ("sys.exit(3)", r"died \(exit code 3\)"),
+        ("os.kill(os.getpid(), 15)", r"stopped from outside \(signal 15\)"),
+        ("print('Converted Success!')", r"wrote no model from decoder\.onnx: the last word / Converted Success!"),
+    ],
+    ids=["segmentation fault", "abort", "exit code", "stopped", "an error and exit code 0"],
+)
+def test_however_the_converter_ends_it_is_one_sentence(
+    onnx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, says: str
+) -> None:
+    monkeypatch.setattr(convert, "CALL", f"import os, sys; print('the last word', flush=True); {body}")
+    with pytest.raises(ConversionError, match=says) as failed:
+        convert_onnx(onnx_folder / "decoder.onnx", tmp_path / "out.mnn", WeightFormat())
+    assert len(str(failed.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_converter_ends_with_who_has_started_it(tmp_path: Path) -> None:
+    """Who is killed cannot stop its children; one that went on would write where the next run works."""
+    started = tmp_path / "started"
+    work = f"open({str(started)!r}, 'w').write(str(sys.argv)); import time; time.sleep(300)"
+    call = convert.CALL.replace("_tools.mnnconvert(", f"{work}; print(")
+    program = f"""
+from pathlib import Path
+from hf2mnn.mnn import convert
+convert.CALL = {call!r}
+convert.run_converter([], Path({str(tmp_path)!r}))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], env=environment())
+    until = time.monotonic() + 60
+    while not started.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    (child,) = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    gone, _ = psutil.wait_procs([child], timeout=10)
+    assert gone == [child] or child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_conversion_that_takes_too_long_is_stopped(onnx_folder: Path, tmp_path: Path) -> None:

@@ -344,6 +344,7 @@ def test_an_evaluation_that_was_stopped_is_no_verdict_on_the_bundle(
     ("how", "kind", "words"),
     [
         (signal.SIGKILL, EngineError, r"\(ending\) was killed \(signal 9\).*out of memory"),
+        (signal.SIGTERM, EngineError, r"\(ending\) was stopped from outside \(signal 15\)"),
         (signal.SIGSEGV, BundleFault, r"died \(signal 11\) during ending"),
         (signal.SIGABRT, BundleFault, r"died \(signal 6\) during ending"),
     ],
@@ -351,7 +352,7 @@ def test_an_evaluation_that_was_stopped_is_no_verdict_on_the_bundle(
 def test_a_killed_engine_is_told_from_one_that_crashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals, kind: type[EngineError], words: str
 ) -> None:
-    """Nothing in a bundle sends SIGKILL: that is a machine short of memory."""
+    """Nothing in a bundle sends SIGKILL, that is a machine short of memory; nor SIGTERM, that is a scheduler."""
     (tmp_path / "ending.py").write_text("import os\n\n\ndef run(job):\n    os.kill(os.getpid(), job['signal'])\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(EngineError, match=words) as died:
