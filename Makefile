@@ -5,7 +5,7 @@ BIN := .venv/bin
 SET_UP := .venv/set-up
 LLMEXPORT := .venv-llmexport/set-up
 
-.PHONY: help setup demo test test-browser test-faults lint format schema bench bench-quant bench-quant-2b train-shapes-vl clean
+.PHONY: help setup demo test test-browser test-faults test-kills lint format schema bench bench-quant bench-quant-2b train-shapes-vl clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,6 +35,10 @@ test-browser: $(SET_UP) ## the report in a real browser; needs Chromium on the P
 
 test-faults: $(SET_UP) ## full disks, too little memory, no network; as root on Linux (about 6 minutes)
 	$(BIN)/pytest tests/machine
+
+KILLS ?= 200
+test-kills: $(SET_UP) ## stages killed at random moments must make the same again (KILLS=200: about half an hour)
+	PYTHONPATH=tests $(BIN)/python tests/kills.py --kills $(KILLS)
 
 lint: $(SET_UP) ## formatting and lint of Python and Snakemake files
 	$(BIN)/ruff check .

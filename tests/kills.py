@@ -218,12 +218,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200, help="over all stages")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stage", choices=STAGES, action="append", help="only this one's share; again for more")
     given = parser.parse_args()
     lost = []
     with tempfile.TemporaryDirectory(prefix="hf2mnn-kills-") as name:
         folder = Path(name)
         make_chain(folder / "chain")
         for index, stage in enumerate(STAGES):
+            if stage not in (given.stage or STAGES):
+                continue
             count = given.kills // len(STAGES) + (index < given.kills % len(STAGES))
             duration, hits = kill_stage(stage, count, given.seed, folder / "chain", folder / stage.replace("/", "-"))
             print(row(stage, duration, hits), flush=True)

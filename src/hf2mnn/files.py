@@ -59,7 +59,7 @@ def sha256_of(paths: Iterable[Path]) -> dict[Path, str]:
 
 
 def read_sha256(path: Path) -> str:
-    """The same, and every byte is read, whatever was read before."""
+    """Hex digest of a file of which every byte is read, whatever was read before."""
     digest = hashlib.sha256()
     with path.open("rb") as file, progress(f"reading {path.name}", path.stat().st_size, BYTES) as shown:
         while block := file.read(BLOCK):
