@@ -387,7 +387,7 @@ def test_a_pinned_plan_says_which_methods_are_needed(tmp_path: Path) -> None:
     ("text", "says"),
     [
         (None, "cannot be read"),
-        ("decoder: [", "cannot be read"),
+        ("decoder: [", "is not YAML"),
         ("decoders: {}", "no such key"),
         ("decoder: {lm_head: {bits: 9}}", "decoder.lm_head.bits: 9"),
         ("vision: {a: {block: 20}}", "multiple of 16"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +21,10 @@ from pydantic import (
 
 from hf2mnn.budget import parse_budget
 from hf2mnn.errors import ConfigError
+from hf2mnn.untrusted import check_shape, read_bytes, read_json
+
+MOST_YAML = 1 << 22
+"""Bytes of a configuration or a plan."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED = ("pytorch", "onnxruntime", "float", "base")
@@ -429,7 +432,7 @@ def _check_blocks(config: Config, model: str, described: Model) -> None:
     if described.source.path is None or not path.is_file():
         return
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         text, vision = stored.get("text_config") or stored, stored.get("vision_config") or {}
         embed = int(vision.get("embed_dim") or 0)
         inputs = {
@@ -453,23 +456,27 @@ def _check_blocks(config: Config, model: str, described: Model) -> None:
 
 def load_config(path: Path) -> Config:
     """Raises ConfigError where the file is missing, is no YAML, or is refused by `parse_config`."""
+    return parse_config(_read_yaml("config", path))
+
+
+def _read_yaml(kind: str, path: Path) -> Any:
+    """What a YAML file holds; `kind` is what it should be."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_bytes(Path(path), MOST_YAML).decode())
+        check_shape(content)
     except OSError as error:
-        raise ConfigError(f"config: {path} cannot be read ({error.strerror})") from None
+        raise ConfigError(f"{kind}: {path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"config: {path} is not UTF-8") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
-    return parse_config(content)
+        raise ConfigError(f"{kind}: {path} is not UTF-8") from None
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # also of days that no month has
+        raise ConfigError(f"{kind}: {path} is not YAML: {' '.join(str(error).split())}") from None
+    return content
 
 
 def load_plan(path: Path) -> Plan:
     """Raises ConfigError where the file is missing or is no plan."""
     try:
-        return Plan.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"plan: {path} cannot be read ({' '.join(str(error).split())})") from None
+        return Plan.model_validate(_read_yaml("plan", path) or {})
     except ValidationError as error:
         raise ConfigError(_sentence(error).replace("config:", f"plan: {path}:", 1)) from None
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+LONGEST = 2000
+"""Letters of a sentence: it may quote what a stranger's file holds."""
+
 
 class Hf2mnnError(Exception):
     """Base of every failure that is the input's or the machine's fault. The CLI prints it bare, exit code 1."""
+
+    def __str__(self) -> str:
+        """One line of what a terminal only shows: a name in a stranger's file may hold anything."""
+        line = " ".join(super().__str__().splitlines())
+        if len(line) > LONGEST:  # what to do stands at the end
+            line = f"{line[: LONGEST * 3 // 4]} ... {line[-LONGEST // 4 :]}"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class MachineError(Hf2mnnError):

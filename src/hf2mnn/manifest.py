@@ -18,6 +18,7 @@ from typing import Any
 from hf2mnn import __version__
 from hf2mnn.errors import Hf2mnnError, ManifestError
 from hf2mnn.files import LARGE, condition, recall, sha256_of, temporary_files_in, whole_file, whole_folder
+from hf2mnn.untrusted import inside, read_json
 from hf2mnn.usage import cpu_seconds, peak_mb
 
 NAME = "manifest.json"
@@ -75,10 +76,8 @@ class Manifest:
         """
         path = Path(folder) / NAME
         try:
-            stored = json.loads(path.read_text())
-            made = cls(**stored, folder=Path(folder))
-            if not all(isinstance(e["size"], int) and isinstance(e["sha256"], str) for e in made.outputs.values()):
-                raise ValueError("its outputs have no size and sha256")
+            made = cls(**read_json(path, finite=False), folder=Path(folder))
+            made._check()
             return made
         except FileNotFoundError:
             raise ManifestError(
@@ -86,6 +85,20 @@ class Manifest:
             ) from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ManifestError(f"{path} is not a manifest ({error}); delete {folder} and make it again") from None
+
+    def _check(self) -> None:
+        """Raises ValueError where it is not laid out as one, or an output is not in the folder."""
+        maps = (self.inputs, self.settings, self.tools, self.outputs, self.results)
+        texts = (self.stage, self.hf2mnn, *self.inputs.values(), *self.tools.values())
+        numbers = (self.seconds, self.cpu_seconds, self.peak_rss_mb)
+        if not all(isinstance(found, dict) for found in maps) or not all(isinstance(found, str) for found in texts):
+            raise ValueError("its entries are of other kinds")
+        if not all(type(number) in (int, float) for number in numbers):
+            raise ValueError("its figures are no numbers")
+        for name, entry in self.outputs.items():
+            if type(entry["size"]) is not int or not isinstance(entry["sha256"], str):
+                raise ValueError("its outputs have no size and sha256")
+            inside(self.folder, name)
 
     def verify(self) -> Path:
         """The folder, once every file that the manifest names is there with its size and sha256.

@@ -27,7 +27,7 @@ from hf2mnn.mnn.bundle import CONFIG, PARTS
 from hf2mnn.mnn.convert import write_graph
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.mnn.graph import LINEAR, Graph
-from hf2mnn.onnx.initializers import stored_initializers
+from hf2mnn.onnx.initializers import load_graph, stored_initializers
 from hf2mnn.onnx.points import cut, expose, outputs_by_module, points_of
 from hf2mnn.onnx.session import causal_mask, open_session
 from hf2mnn.points import as_rows, kept_rows
@@ -168,7 +168,7 @@ class Portable:
     @classmethod
     def load(cls, folder: Path, part: str) -> Portable:
         source = folder / PARTS[part][1]
-        model = onnx.load(source, load_external_data=False)
+        model = load_graph(source)
         inside = points_of([output for node in model.graph.node for output in node.output])
         return cls(model, source, [*zip(inside, inside, strict=True), *outputs_by_module(model).items()])
 

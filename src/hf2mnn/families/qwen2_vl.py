@@ -35,12 +35,16 @@ class Qwen2VL(Family):
                 "this Qwen2-VL uses sliding window attention (use_sliding_window), which is not converted"
             )
         rope = text_config.get("rope_parameters") or text_config.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise SourceError(f"config.json of this Qwen2-VL says {rope!r} of its rotary positions; download it again")
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in ("default", "mrope"):
             raise SourceError(f"this Qwen2-VL scales its rotary positions by {kind!r}, which is not converted")
         for key in ("image_token_id", "vision_start_token_id", "vision_end_token_id", "vision_config"):
             if key not in config:
                 raise SourceError(f"config.json of this Qwen2-VL has no {key}: it is not complete")
+        if not isinstance(config["vision_config"], dict):
+            raise SourceError("config.json of this Qwen2-VL has a vision_config that is no JSON object")
 
     def tensor_names(self, parameter: str, tied: bool) -> list[str]:
         if parameter == "lm_head.weight":

@@ -13,7 +13,9 @@ from hf2mnn.errors import BundleError
 from hf2mnn.families import family_named
 from hf2mnn.mnn.bundle import MODEL_CONFIG
 from hf2mnn.mnn.engine import check_bundle, run_worker
+from hf2mnn.mnn.paths import read_config
 from hf2mnn.reference.examples import read_picture
+from hf2mnn.source.facts import check_facts
 
 
 def ask_bundle(
@@ -35,10 +37,11 @@ def ask_bundle(
         EvaluationSetError: an image is not one.
     """
     folder = check_bundle(bundle)
-    model = json.loads((folder / MODEL_CONFIG).read_text()).get("hf2mnn")
-    if model is None:
+    model = read_config(folder, MODEL_CONFIG).get("hf2mnn")
+    if not isinstance(model, dict):
         raise BundleError(f"{folder} was not made by hf2mnn: its {MODEL_CONFIG} does not say which model it is")
-    family = family_named(model["model_type"], folder)
+    check_facts(model, folder / MODEL_CONFIG)
+    family = family_named(model.get("model_type"), folder)
     with tempfile.TemporaryDirectory(prefix="hf2mnn-ask-") as scratch:
         pictures = []
         for index, image in enumerate(images):

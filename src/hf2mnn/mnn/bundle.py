@@ -22,7 +22,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx
 
 from hf2mnn.families import family_named
 from hf2mnn.mnn import graph as proof
@@ -31,7 +30,7 @@ from hf2mnn.mnn.dress import dress_decoder, dress_vision, save_dressed
 from hf2mnn.mnn.linear import hide_linear_layers, show_linear_layers
 from hf2mnn.mnn.packed import pack_decoder
 from hf2mnn.mnn.tokenizer import write_tokenizer
-from hf2mnn.onnx.initializers import initializer_values, stored_initializers
+from hf2mnn.onnx.initializers import initializer_values, load_graph, stored_initializers
 from hf2mnn.source.tensors import StoredTensor
 
 DECODER, VISION = "llm.mnn", "visual.mnn"
@@ -67,7 +66,7 @@ def _convert(part: str, onnx_folder: Path, folder: Path, weights: WeightFormat |
     """One graph of the `onnx` stage for the engine, with what can be seen in it proved; see `convert_decoder`."""
     name, source = PARTS[part]
     source, destination = onnx_folder / source, folder / name
-    model = onnx.load(source, load_external_data=False)
+    model = load_graph(source)
     DRESS[part](model)
     finish = None
     if weights is None:

@@ -33,6 +33,8 @@ CALL = (
     " _tools.mnnconvert(['mnnconvert', *sys.argv[2:]])"
 )
 TIME_LIMIT = 4 * 3600
+DUMP_LIMIT = 900
+"""Seconds; the graph of a decoder of 2 billion weights takes a few."""
 ROOM = 1 << 16
 """Bytes; a disk with less is full."""
 FUSE = "--transformerFuse"
@@ -110,27 +112,34 @@ def _last_words(said: str, lines: int = 3) -> str:
     return " / ".join(kept[-lines:]) or "none"
 
 
-def read_graph(path: Path) -> Graph:
+def read_graph(path: Path, time_limit: float = DUMP_LIMIT) -> Graph:
     """What is really inside a .mnn file, by the converter's own dump.
 
     Raises:
-        ConversionError: the file is missing or is no MNN model.
+        ConversionError: the file is missing or is no MNN model, or the converter crashed on it or took longer than
+            `time_limit` seconds.
     """
     path = Path(path).resolve()
     if not path.is_file():
         raise ConversionError(f"there is no MNN model {path}")
     with tempfile.TemporaryDirectory(prefix="hf2mnn-") as folder:
-        said = run_converter(["-f", "MNN", "--modelFile", str(path), "--JsonFile", "graph.json"], Path(folder))
+        said = run_converter(
+            ["-f", "MNN", "--modelFile", str(path), "--JsonFile", "graph.json"], Path(folder), time_limit
+        )
         dump = Path(folder, "graph.json")
         if not dump.is_file():
             raise ConversionError(f"{path} is not a model that MNN's converter can read: {_last_words(said)}")
         try:
-            return Graph(json.loads(dump.read_text()))
+            content = json.loads(dump.read_bytes())
         except ValueError:
             raise ConversionError(
                 f"MNN's converter wrote only a part of the graph of {path}: see whether a disk is full or a quota used"
                 " up, and run the same command again"
             ) from None
+        try:
+            return Graph.checked(content)
+        except (ValueError, TypeError) as error:
+            raise ConversionError(f"{path} is not a model that can be read ({error}); convert it again") from None
 
 
 def write_graph(graph: Graph, path: Path) -> None:

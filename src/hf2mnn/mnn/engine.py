@@ -16,8 +16,9 @@ from typing import Any
 
 from hf2mnn.errors import BundleError, BundleFault, EngineError, MachineError, ManifestError
 from hf2mnn.manifest import Manifest
-from hf2mnn.mnn.bundle import CONFIG
+from hf2mnn.mnn.bundle import CONFIG, MODEL_CONFIG
 from hf2mnn.mnn.child import environment
+from hf2mnn.mnn.paths import check_files
 from hf2mnn.shortage import ended_by_others
 
 WORKER = "hf2mnn.mnn.worker"
@@ -31,15 +32,17 @@ def check_bundle(bundle: Path) -> Path:
     short, swapped, or are no weights at all.
 
     Raises:
-        BundleError: naming the file.
+        BundleError: naming the file; also for one out of the folder that its configuration names.
     """
     bundle = Path(bundle).resolve()
     if not (bundle / CONFIG).is_file():
         raise BundleError(f"there is no bundle {bundle}: give the folder that holds {CONFIG} and llm.mnn")
     try:
-        return Manifest.load(bundle).verify()
+        whole = Manifest.load(bundle).verify()
     except ManifestError as error:
         raise BundleError(str(error)) from None
+    check_files(whole, (CONFIG, MODEL_CONFIG))
+    return whole
 
 
 def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:

@@ -40,11 +40,48 @@ class WeightInfo:
     size: int
 
 
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _check_op(op: Any, tensors: int) -> None:
+    if not isinstance(op, dict) or not all(isinstance(op.get(key), str) for key in ("name", "type")):
+        raise ValueError("it has an operator without name and type")
+    for indexes in (op.get("inputIndexes", []), op.setdefault("outputIndexes", [])):
+        if not isinstance(indexes, list) or not all(type(i) is int and -1 <= i < tensors for i in indexes):
+            raise ValueError(f"{op['name']} reads or gives tensors that are not there")
+    if op["type"] == "Input" and not op["outputIndexes"]:
+        raise ValueError(f"{op['name']} is an input that gives nothing")
+    main = op.get("main")
+    place = main.get("external") if isinstance(main, dict) else None
+    if place and (len(place) < 2 or not all(type(number) is int and 0 <= number < 1 << 62 for number in place)):
+        raise ValueError(f"{op['name']} has its weights at {place}, which cannot be")
+
+
 class Graph:
     """Questions about a model, and the edits that are needed."""
 
     def __init__(self, content: dict[str, Any]) -> None:
         self.content = content
+
+    @classmethod
+    def checked(cls, content: Any) -> Graph:
+        """Of a file that anyone may have made.
+
+        Raises:
+            ValueError: the operators have no names, types and tensors, or places in the weight file that can be.
+        """
+        if (
+            not isinstance(content, dict)
+            or not _texts(content.get("tensorName"))
+            or not _texts(content.get("outputName"))
+        ):
+            raise ValueError("it names no tensors")
+        if not isinstance(content.get("oplists"), list):
+            raise ValueError("it has no operators")
+        for op in content["oplists"]:
+            _check_op(op, len(content["tensorName"]))
+        return cls(content)
 
     @property
     def ops(self) -> list[dict[str, Any]]:

@@ -43,7 +43,6 @@ stays as an empty line.
 from __future__ import annotations
 
 import functools
-import json
 import re
 import struct
 import unicodedata
@@ -56,6 +55,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from hf2mnn.errors import SourceError
 from hf2mnn.files import whole_file
+from hf2mnn.untrusted import read_bytes, read_json
 
 MAGIC, PIPELINE = 430, 4
 NORMALIZER_NONE, NORMALIZER_REPLACE, NORMALIZER_SEQUENCE = 0, 3, 4
@@ -96,6 +96,8 @@ def encode_tokenizer(checkpoint: Path) -> bytes:
     config = _read_json(checkpoint / "tokenizer_config.json") or {}
     try:
         added = sorted(tokenizer.get("added_tokens") or [], key=lambda token: token["id"])
+        if _count_nfc(tokenizer.get("normalizer")) > 1:  # each is a megabyte
+            raise _unsupported(path, "normalizer", "NFC more than once")
         _refuse_post_processor(tokenizer.get("post_processor"), path)
         body = [
             _normalizer(tokenizer.get("normalizer"), path),
@@ -106,7 +108,8 @@ def encode_tokenizer(checkpoint: Path) -> bytes:
         ]
         special = [token["id"] for token in added if token["special"]]
         stop = _stop_ids(checkpoint, config, _ids(tokenizer["model"]["vocab"], added))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        ends = [_string(_token_text(config.get(key))) for key in ("eos_token", "bos_token")]
+    except (KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
         raise SourceError(f"{path} is not a tokenizer of the tokenizers library: {error!r}; save it again.") from error
     template = chat_template(checkpoint).encode()
     return b"".join(
@@ -115,9 +118,9 @@ def encode_tokenizer(checkpoint: Path) -> bytes:
             *body,
             _u32(len(template)),
             template,
-            _string(_token_text(config.get("eos_token"))),
+            ends[0],
             _u8(CLEAN_UP_SPACES if config.get("clean_up_tokenization_spaces") is True else 0),
-            _string(_token_text(config.get("bos_token"))),
+            ends[1],
         ]
     )
 
@@ -157,6 +160,12 @@ def _canonical_decompositions() -> Iterable[tuple[str, str]]:
         decomposition = unicodedata.decomposition(character)
         if decomposition and not decomposition.startswith("<"):
             yield character, "".join(chr(int(code, 16)) for code in decomposition.split())
+
+
+def _count_nfc(spec: dict[str, Any] | None) -> int:
+    if spec is None or spec["type"] != "Sequence":
+        return int(spec is not None and spec["type"] == "NFC")
+    return sum(map(_count_nfc, spec["normalizers"]))
 
 
 def _normalizer(spec: dict[str, Any] | None, path: Path) -> bytes:
@@ -296,6 +305,8 @@ def _stop_ids(checkpoint: Path, config: dict[str, Any], ids: dict[str, int]) -> 
                 f"{checkpoint / 'tokenizer_config.json'}: eos_token {text!r} is not a token; name one that exists."
             )
         stop.add(ids[text])
+    if any(type(number) is not int or not 0 <= number < 1 << 31 for number in stop):
+        raise SourceError(f"{checkpoint / 'generation_config.json'}: {listed!r} are not ids of tokens; save it again.")
     if not stop:
         raise SourceError(
             f"{checkpoint} names no end-of-text token, so the engine would never stop; set eos_token in "
@@ -311,13 +322,20 @@ def chat_template(checkpoint: Path) -> str:
         SourceError: there is none.
     """
     path = checkpoint / "chat_template.jinja"
-    if path.is_file():
-        template = path.read_text(encoding="utf-8")
-    else:
-        stored = _read_json(checkpoint / "chat_template.json") or _read_json(checkpoint / "tokenizer_config.json") or {}
-        template = stored.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    try:
+        if path.is_file():
+            template = read_bytes(path).decode()
+        else:
+            path = checkpoint / "chat_template.json"
+            stored = _read_json(path) or _read_json(path := checkpoint / "tokenizer_config.json") or {}
+            template = stored.get("chat_template")
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if not isinstance(template, str | None):
+            raise TypeError(f"it is a {type(template).__name__}")
+        template and template.encode()
+    except (KeyError, TypeError, ValueError) as error:
+        raise SourceError(f"the chat template in {path} is none ({error}); save it again.") from None
     if not template:
         raise SourceError(
             f"{checkpoint} has no chat template; put one in chat_template.jinja or tokenizer_config.json."
@@ -334,7 +352,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json(path)
     except ValueError as error:
         raise SourceError(f"{path} is not JSON: {error}; save it again.") from error
     if not isinstance(value, dict):

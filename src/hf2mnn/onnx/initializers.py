@@ -6,16 +6,39 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from hf2mnn.errors import ExportError
 from hf2mnn.source.tensors import StoredTensor
+from hf2mnn.untrusted import inside
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """An ONNX file without the data that lies outside of it.
+
+    Raises:
+        ExportError: it is none.
+    """
+    try:
+        return onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError, ValueError) as error:
+        raise ExportError(f"{path} is not an ONNX graph that can be read ({error}); make it again") from None
 
 
 def _stored(tensor: onnx.TensorProto, folder: Path) -> StoredTensor:
-    info, dtype = ExternalDataInfo(tensor), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return StoredTensor(folder / info.location, dtype, tuple(tensor.dims), int(info.offset or 0))
+    """Raises ExportError for a place that is out of the folder, or none."""
+    try:
+        info, dtype = ExternalDataInfo(tensor), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        path, offset, shape = inside(folder, info.location), int(info.offset or 0), tuple(tensor.dims)
+        if min(offset, *shape) < 0:
+            raise ValueError(f"{shape} at {offset}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(
+            f"{tensor.name} is said to lie where nothing can be read ({error}); export the graph again"
+        ) from None
+    return StoredTensor(path, dtype, shape, offset)
 
 
 def stored_initializers(graph: Path) -> dict[str, StoredTensor]:
@@ -24,7 +47,7 @@ def stored_initializers(graph: Path) -> dict[str, StoredTensor]:
     Raises:
         ExportError: a file that the graph points into is missing or too short.
     """
-    model, found = onnx.load(graph, load_external_data=False), {}
+    model, found = load_graph(graph), {}
     for tensor in filter(uses_external_data, model.graph.initializer):
         stored = found[tensor.name] = _stored(tensor, graph.parent)
         size = stored.path.stat().st_size if stored.path.is_file() else 0
@@ -71,7 +94,7 @@ class Matrices:
 
 def float_values(graph: Path) -> dict[str, np.ndarray]:
     """float32 constants and initializers that an ONNX file holds itself, by name."""
-    model = onnx.load(graph, load_external_data=False)
+    model = load_graph(graph)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer if not uses_external_data(tensor)}
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":

@@ -25,6 +25,7 @@ from numba import njit
 
 from hf2mnn.errors import QuantizationError
 
+MOST_ZEROS = 1 << 24
 SCALE_TYPES = {16: np.float16, 32: np.float32}
 
 
@@ -167,6 +168,11 @@ def _dimensions(stored: bytes, wide: bool) -> tuple[int, int, int]:
     return end, rows, inputs
 
 
+def hollow(count: int, kept: int) -> bool:
+    """Whether a few bytes ask for a weight of nothing but zeros that fills the memory; no network has such a one."""
+    return count > MOST_ZEROS and kept * 256 < count
+
+
 def damaged(stored: bytes, count: int, name: str) -> QuantizationError:
     """Why bytes are not the `count` weights of the operator `name`."""
     return QuantizationError(
@@ -229,7 +235,8 @@ def parse_sparse(stored: bytes, alpha: np.ndarray, count: int, wide: bool, name:
     bits = max(values - 1, 1).bit_length()
     places_start = table_start + 1 + values
     whole = len(stored) == places_start + (kept * bits + 7) // 8
-    if stored[:1] != b"\x02" or blocks * inputs != count or not whole or not 1 <= step_bits <= 8:
+    shaped = stored[:1] == b"\x02" and blocks * inputs == count and not hollow(count, kept)
+    if not shaped or not whole or not 1 <= step_bits <= 8:
         raise damaged(stored, count, name)
     steps = unpack(stored[start + 5 : table_start], kept, step_bits).astype(np.int64) + (1 << step_bits - 1)
     table = np.unique(np.frombuffer(stored[table_start + 1 : places_start], np.int8))

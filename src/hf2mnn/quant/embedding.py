@@ -5,7 +5,6 @@ The engine reads rows as they are asked for (`diskembedding.cpp` of MNN 3.6.1), 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from hf2mnn.errors import BundleError, QuantizationError
 from hf2mnn.mnn.bundle import DECODER, EMBEDDING, MODEL_CONFIG, ROWS_AT_ONCE, embedding_table, table_blocks
 from hf2mnn.mnn.convert import WeightFormat
+from hf2mnn.mnn.paths import read_config
 from hf2mnn.quant.blob import SCALE_TYPES, header, unpack
 from hf2mnn.quant.names import LM_HEAD
 from hf2mnn.quant.weights import Operator
@@ -53,7 +53,7 @@ def tied_settings(operator: Operator) -> dict[str, Any]:
 
 def tied_in(bundle: Path) -> dict[str, Any] | None:
     """Where lm_head is the embedding, `tied_settings` as the bundle has them."""
-    return json.loads((bundle / MODEL_CONFIG).read_text()).get(TIED)
+    return read_config(bundle, MODEL_CONFIG).get(TIED)
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:

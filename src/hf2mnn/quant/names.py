@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import onnx
-
 from hf2mnn.mnn.dress import FLAT
 from hf2mnn.mnn.graph import LINEAR
+from hf2mnn.onnx.initializers import load_graph
 from hf2mnn.onnx.points import outputs_by_module
 
 MEASURED, CANDIDATES = "measured.csv", "candidates.csv"
@@ -22,7 +21,7 @@ SLICE = re.compile(r"__\d+$")
 
 def module_names(graph: Path) -> dict[str, str]:
     """Module by the name of a graph's output, where an operator computes that output itself: "logits" is "lm_head"."""
-    model = onnx.load(graph, load_external_data=False)
+    model = load_graph(graph)
     named = {output: module for module, output in outputs_by_module(model).items()}
     return named | {f"{output}{FLAT}": module for output, module in named.items()}
 

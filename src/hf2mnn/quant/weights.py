@@ -10,7 +10,7 @@ import numpy as np
 
 from hf2mnn.errors import QuantizationError
 from hf2mnn.mnn.graph import FLOAT16, Graph, prove_size
-from hf2mnn.quant.blob import SCALE_TYPES, Levels, damaged, parse_levels, parse_sparse
+from hf2mnn.quant.blob import SCALE_TYPES, Levels, damaged, hollow, parse_levels, parse_sparse
 from hf2mnn.quant.names import module_of
 from hf2mnn.source.tensors import StoredTensor
 
@@ -44,7 +44,36 @@ class Operator:
         return self.inputs // block if block else 1
 
 
+MOST_WEIGHTS = (1 << 31) - 1
+"""Of an operator: the engine counts them in 32 bits."""
+FLOAT_MAX = float(np.finfo(np.float32).max)
+
+
 def _operator(op: dict[str, Any], outputs: dict[str, str]) -> Operator:
+    """Raises QuantizationError for a graph that anyone may have made, where its numbers cannot be."""
+    try:
+        made = _described(op, outputs)
+        stored = made.stored
+        numbers = (made.outputs, made.inputs, made.kernel)
+        right = all(type(number) is int and number > 0 for number in numbers) and made.size <= MOST_WEIGHTS
+        if stored:
+            integers = [stored[key] for key in ("type", "readType", "aMin", "aMaxOrBits")]
+            right &= all(type(number) is int and abs(number) <= MOST_WEIGHTS for number in integers)
+            right &= type(stored["quantScale"]) in (int, float) and abs(stored["quantScale"]) < FLOAT_MAX
+            right &= all(isinstance(stored[key], bool) for key in ("shapeInt32", "has_scaleInt"))
+            right &= isinstance(stored["scaleStorage"], str)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        raise _unlike(op, f"{type(error).__name__}: {error}") from None
+    if not right:
+        raise _unlike(op, f"{made.outputs} x {made.inputs} weights")
+    return made
+
+
+def _unlike(op: dict[str, Any], what: str) -> QuantizationError:
+    return QuantizationError(f"{op['name']}: the graph describes no layer ({what}); convert the model again")
+
+
+def _described(op: dict[str, Any], outputs: dict[str, str]) -> Operator:
     main = op["main"]
     common, external, stored = main["common"], main.get("external"), main.get("quanParameter")
     name = module_of(op["name"], outputs)
@@ -115,7 +144,7 @@ class WeightFile:
     def _sparse_floats(self, operator: Operator) -> np.ndarray:
         (_, values, _, places), count = operator.parts, operator.size
         numbers, indices = self._numbers(values, np.float32), self._numbers(places, np.uint32)
-        if numbers.size != indices.size or indices.max(initial=0) >= count:
+        if numbers.size != indices.size or indices.max(initial=0) >= count or hollow(count, numbers.size):
             raise QuantizationError(f"{operator.name}: {numbers.size} numbers do not fit into {count} weights")
         rows = np.zeros(count, np.float32)
         rows[indices] = numbers

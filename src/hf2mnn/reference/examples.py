@@ -12,17 +12,21 @@ where there are several. `metric`, a key of `hf2mnn.reference.tasks.METRICS`, sa
 
 from __future__ import annotations
 
-import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from hf2mnn.errors import EvaluationSetError
 from hf2mnn.reference.tasks import METRICS
+from hf2mnn.untrusted import inside, parse_json, read_bytes
 
 NAME = "examples.jsonl"
+MOST_BYTES = 1 << 28
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Of pictures. PIL knows others, among them PostScript, for which it starts an interpreter."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,22 @@ def _answers(record: dict[str, Any], where: str) -> tuple[list[str] | None, str]
     return answers, metric
 
 
-def _parse(line: str, where: str) -> Example:
+def _check_messages(example: Example, folder: Path) -> None:
+    """Raises ValueError, TypeError for what no chat template takes, and for pictures that are not in the folder."""
+    texts = (example.category, example.language)
+    if not isinstance(example.messages, list) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("messages are a list, category and language texts")
+    for message in example.messages:
+        parts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
+        if not isinstance(message["role"], str) or not all(isinstance(part.get("text", ""), str) for part in parts):
+            raise TypeError("roles and contents are texts")
+    for name in example.pictures:
+        inside(folder, name)
+
+
+def _parse(line: str, where: str, folder: Path) -> Example:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         answers, metric = _answers(record, where)
         example = Example(
             id=record["id"],
@@ -74,7 +91,7 @@ def _parse(line: str, where: str) -> Example:
             answers=answers,
             metric=metric,
         )
-        _ = example.pictures
+        _check_messages(example, folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationSetError(
             f"{where} is not an example ({type(error).__name__}: {error}); see docs/evaluation.md"
@@ -88,14 +105,16 @@ def read_examples(folder: Path) -> list[Example]:
     """Raises EvaluationSetError for a missing file, a bad line, an id used twice, or an empty set."""
     path = Path(folder) / NAME
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_bytes(path, MOST_BYTES).decode().split("\n")
     except OSError:
         raise EvaluationSetError(
             f"{folder} is not an evaluation set: it has no {NAME}; see docs/evaluation.md"
         ) from None
     except UnicodeDecodeError as error:
         raise EvaluationSetError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from None
-    examples = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    except ValueError as error:
+        raise EvaluationSetError(f"{path} cannot be read ({error}); see docs/evaluation.md") from None
+    examples = [_parse(line, f"{path}:{number}", Path(folder)) for number, line in enumerate(lines, 1) if line.strip()]
     seen: set[str] = set()
     for example in examples:
         if example.id in seen:
@@ -109,9 +128,14 @@ def read_examples(folder: Path) -> list[Example]:
 def read_picture(path: Path) -> Image.Image:
     """An RGB picture. Raises EvaluationSetError where the file is missing or no picture."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            # The library bears twice the pixels from which on it warns.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                return image.convert("RGB")
     except FileNotFoundError:
         raise EvaluationSetError(f"there is no picture {path}") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of a broken picture the library's readers raise anything
         raise EvaluationSetError(f"{path} is not a picture that can be read ({error}); give a PNG or JPEG") from None

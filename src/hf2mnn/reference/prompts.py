@@ -10,9 +10,14 @@ import numpy as np
 
 from hf2mnn.errors import EvaluationSetError, SourceError
 from hf2mnn.reference.text import AnswerDecoder
+from hf2mnn.untrusted import at_most
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+TEMPLATE_SECONDS = 10.0
+"""Honest templates take milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +37,14 @@ class Prompter:
         from transformers import AutoImageProcessor, AutoTokenizer
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.processor = AutoImageProcessor.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self.processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # of a file that is not right these libraries raise anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SourceError(f"the tokenizer or image processor of {folder} does not load: {reason}") from None
         if not self.tokenizer.chat_template:
             raise SourceError(f"{folder} has no chat template (chat_template.jinja or in tokenizer_config.json)")
-        self.facts, self.decode = facts, AnswerDecoder(folder)
+        self.folder, self.facts, self.decode = folder, facts, AnswerDecoder(folder)
 
     def picture(self, image: Image.Image) -> PictureInput:
         """Raises EvaluationSetError where the processor refuses the picture (over 200 times longer than wide)."""
@@ -65,8 +70,19 @@ class Prompter:
         return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
     def text(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt as the chat template writes it, one image token a picture."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        """The prompt as the chat template writes it, one image token a picture. A template is a program of its owner's:
+        transformers runs it in Jinja's sandbox, here for a bounded time.
+
+        Raises:
+            SourceError: it fails on these messages, or takes too long.
+        """
+        try:
+            with at_most(TEMPLATE_SECONDS):
+                return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # anything, like every program
+            raise SourceError(
+                f"the chat template of {self.folder} fails ({type(error).__name__}: {error}); correct it or the messages"
+            ) from None
 
     def input_ids(self, messages: list[dict[str, Any]], pictures: list[PictureInput]) -> np.ndarray:
         """int64 [tokens], each picture's token repeated for every merged patch.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,8 @@ from hf2mnn.source.packed import (
     parse_quantization,
 )
 from hf2mnn.source.tensors import StoredTensor, stored_tensors
+from hf2mnn.untrusted import inside
+from hf2mnn.untrusted import read_json as read_untrusted
 
 if TYPE_CHECKING:
     import torch
@@ -41,13 +42,15 @@ FILES = (
     "model.safetensors.index.json",
     "*.safetensors",
 )
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""Files of weights that are programs: to load one is to run it."""
 LFS_POINTER = b"version https://git-lfs"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Raises SourceError where the file is missing or is not a JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_untrusted(path)
     except FileNotFoundError:
         raise SourceError(f"{path.parent} has no {path.name}: it is not a complete Hugging Face checkpoint") from None
     except (OSError, ValueError) as error:
@@ -78,7 +81,10 @@ class Checkpoint:
     @cached_property
     def text_config(self) -> dict[str, Any]:
         """The decoder's settings: nested since transformers 5, flat in every checkpoint saved before."""
-        return self.config.get("text_config") or self.config
+        nested = self.config.get("text_config")
+        if nested is not None and not isinstance(nested, dict):
+            raise SourceError(f"{self.folder}/config.json has a text_config that is no JSON object; download it again")
+        return nested or self.config
 
     @cached_property
     def family(self) -> Family:
@@ -103,7 +109,12 @@ class Checkpoint:
         eos = self.text_config.get("eos_token_id") if eos is None else eos
         if eos is None:
             raise SourceError(f"{self.folder} names no eos_token_id in generation_config.json or config.json")
-        return [eos] if isinstance(eos, int) else list(eos)
+        ids = eos if isinstance(eos, list) else [eos]
+        if any(type(number) is not int for number in ids):
+            raise SourceError(
+                f"{self.folder} says eos_token_id {eos!r}, which are not ids of tokens; download it again"
+            )
+        return ids
 
     @cached_property
     def shards(self) -> dict[str, Path]:
@@ -117,24 +128,52 @@ class Checkpoint:
         else:
             names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not names:
-            raise SourceError(
-                f"{self.folder} has no *.safetensors: download the weights, or convert a pickled checkpoint with"
-                " transformers' save_pretrained first"
-            )
+            raise SourceError(f"{self.folder} has no *.safetensors: {self._unpickle()}")
         where: dict[str, Path] = {}
         for name in names:
-            path = self.folder / Path(name).name
-            if not path.exists():
+            path = self._shard(name)
+            if not path.is_file():
                 raise SourceError(f"{path} is missing though model.safetensors.index.json names it; download it again")
             with path.open("rb") as file:
                 if file.read(len(LFS_POINTER)) == LFS_POINTER:
                     raise SourceError(f"{path} is a Git LFS pointer, not the weights; run 'git lfs pull' in its folder")
             try:
                 with safe_open(path, "np") as tensors:
-                    where.update(dict.fromkeys(tensors.keys(), path))
-            except SafetensorError as error:
+                    held = tensors.keys()
+            except (SafetensorError, OSError) as error:
                 raise SourceError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+            if twice := where.keys() & held:
+                name = min(twice)
+                raise SourceError(
+                    f"{where[name]} and {path.name} both hold {name}, and programs differ in which they take; leave"
+                    " only the files of one model in the folder"
+                )
+            where.update(dict.fromkeys(held, path))
         return where
+
+    def _unpickle(self) -> str:
+        """What to do where there are no safetensors."""
+        there = min(
+            (path.name for path in self.folder.iterdir() if path.suffix in PICKLED), default="pytorch_model.bin"
+        )
+        return (
+            f"download them; pickled weights ({there}) can run code of whoever made them and are never read, so convert"
+            " those where you trust them, with transformers'"
+            " AutoModelForImageTextToText.from_pretrained(FOLDER, weights_only=True).save_pretrained(NEW)"
+        )
+
+    def _shard(self, name: str) -> Path:
+        """Raises SourceError for a file that the index names and that is none of the folder's safetensors."""
+        index = self.folder / "model.safetensors.index.json"
+        if name.endswith(PICKLED):
+            raise SourceError(f"{index} names {name}, which is no safetensors file: {self._unpickle()}")
+        try:
+            path = inside(self.folder, name)
+        except ValueError as error:
+            raise SourceError(f"{index} names a file that is not read: {error}; download it again") from None
+        if path.parent != self.folder or path.suffix != ".safetensors":
+            raise SourceError(f"{index} names {name!r}, which is no safetensors file of its folder; download it again")
+        return path
 
     @cached_property
     def quantization(self) -> Quantization | None:

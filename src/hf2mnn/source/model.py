@@ -22,12 +22,19 @@ BESIDE = 1_500_000_000
 """Bytes that a stage takes beside the weights and what it keeps: libraries, and what is being computed."""
 
 
+REFUSALS = (
+    *(StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError),
+    *(RuntimeError, ImportError),
+)
+"""What transformers raises for what it cannot read: configurations are not checked before they are used."""
+
+
 @contextmanager
 def refused_as_source(checkpoint: Checkpoint) -> Iterator[None]:
     """What transformers raises for a configuration or weights that make no model, as a SourceError."""
     try:
         yield
-    except (StrictDataclassError, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+    except (*REFUSALS, OSError) as error:
         if number(error) == errno.ENOMEM:  # the machine's failure, and said as such
             raise
         reason = " ".join(str(error).split())
@@ -43,7 +50,7 @@ def load_config(checkpoint: Checkpoint) -> transformers.PreTrainedConfig:
         SourceError: config.json does not describe a model.
     """
     with refused_as_source(checkpoint):
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     for part in (config, config.get_text_config()):
         vars(part).pop("quantization_config", None)
     return config
@@ -125,7 +132,7 @@ def load_model(checkpoint: Checkpoint, weights: str = "resident") -> torch.nn.Mo
         return _load_mapped(checkpoint).eval()
     with refused_as_source(checkpoint):
         model, report = _architecture(checkpoint).from_pretrained(
-            checkpoint.folder, dtype=torch.float32, output_loading_info=True
+            checkpoint.folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True
         )
     if report["missing_keys"]:
         name = min(report["missing_keys"])

@@ -99,6 +99,8 @@ def parse_quantization(stored: Any, where: Path) -> Quantization | None:
     says = f"{where} says {method} weights"
     keys = ("version", "format", "checkpoint_format") if method == "awq" else ("checkpoint_format", "format")
     names = [stored[key] for key in keys if stored.get(key)]
+    if not isinstance(stored, dict):
+        raise SourceError(f"{says} without bits and groups; download it again")
     if stored.get("backend") == "llm-awq":  # transformers' name for an order of MIT's own
         names = ["llm-awq"]
     layout = str(names[0]).lower() if names else FORMATS[method][0]

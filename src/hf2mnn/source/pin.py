@@ -17,9 +17,12 @@ from hf2mnn.errors import SourceError
 from hf2mnn.files import whole_file
 from hf2mnn.progress import BYTES, progress
 from hf2mnn.source.checkpoint import FILES
+from hf2mnn.untrusted import read_json
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f\ud800-\udfff]+")
+"""A file that could lie in a folder by this name."""
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 REVISION = re.compile(r"(?!.*\.\.)[\w][\w./+-]*")
 """Names of branches and tags become paths in caches."""
@@ -28,7 +31,7 @@ BLOCK = 1 << 20
 
 def needed(name: str) -> bool:
     """Whether a stage reads a file of this name; what lies in a folder of the repository, none does."""
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in FILES)
+    return NAME.fullmatch(name) is not None and any(fnmatch(name, pattern) for pattern in FILES)
 
 
 def check_names(repository: str, *revisions: str) -> None:
@@ -111,7 +114,7 @@ def load_pin(path: Path) -> Pin:
         SourceError: there is no such file, or it is something else.
     """
     try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        stored = read_json(Path(path))
         files = {name: _digest(name, digest) for name, digest in stored.pop("files").items()}
         return Pin(**stored, files=files)
     except FileNotFoundError:

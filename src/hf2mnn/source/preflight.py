@@ -5,13 +5,70 @@ No weight is read, but the small tensors of packed layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from hf2mnn.errors import SourceError
 from hf2mnn.source.checkpoint import FILES, LFS_POINTER, Checkpoint, read_json
+from hf2mnn.source.facts import model_facts
 from hf2mnn.source.packed import PACKED, WEIGHT
+from hf2mnn.untrusted import inside
 
 INDEX = "model.safetensors.index.json"
+
+
+CODE = "auto_map"
+KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+"""Keys of config.json by which transformers loads compiled code of a hub's repository, if they name one."""
+
+
+def check_links(checkpoint: Checkpoint) -> None:
+    """A repository may bring links, and what they lead to would be read and become part of bundles."""
+    for path in sorted({path for pattern in FILES for path in checkpoint.folder.glob(pattern)}):
+        try:
+            inside(checkpoint.folder, path.name)
+        except ValueError as error:
+            raise SourceError(f"{checkpoint.folder} is not read: {error}; put the file itself there") from None
+        if path.exists() and not path.is_file():
+            raise SourceError(f"{path} is not a file; put the checkpoint's own there")
+
+
+def _settings(value: Any) -> Iterator[dict[str, Any]]:
+    """A JSON object and those within it."""
+    if isinstance(value, dict):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _settings(part)
+
+
+def check_code(checkpoint: Checkpoint) -> None:
+    """Nothing of the checkpoint asks for code of a stranger's. It would not run, and without it the model is another
+    than its owner means."""
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
+        path = checkpoint.folder / name
+        for settings in _settings(read_json(path)) if path.exists() else ():
+            if settings.get(CODE):
+                raise SourceError(
+                    f"{path} asks for code of its own ({CODE}: {settings[CODE]!r}), which is never run; if the classes"
+                    f" of transformers compute the same, take {CODE} out of the file"
+                )
+            for key in KERNELS:
+                if "/" in str(settings.get(key)):
+                    raise SourceError(
+                        f"{path} asks for compiled code of a hub ({key}: {settings[key]!r}), which is never run; take"
+                        f" {key} out of the file"
+                    )
+
+
+def check_depth(checkpoint: Checkpoint) -> None:
+    """No architecture is built that is larger than the weights there are."""
+    facts = model_facts(checkpoint)
+    for key in ("num_hidden_layers", "vision_depth"):
+        if facts[key] > len(checkpoint.shards):
+            raise SourceError(
+                f"config.json of {checkpoint.folder} asks for {facts[key]} layers, and its safetensors hold"
+                f" {len(checkpoint.shards)} tensors: config and weights are not of one model"
+            )
 
 
 def check_pointers(checkpoint: Checkpoint) -> None:
@@ -28,7 +85,7 @@ def check_index(checkpoint: Checkpoint) -> None:
     path = checkpoint.folder / INDEX
     if not path.exists():
         return
-    there, index = checkpoint.shards, read_json(path)["weight_map"]
+    there, index = checkpoint.shards, read_json(path)["weight_map"]  # which `shards` has looked at
     for name, file in sorted(index.items()):
         if name not in there:
             raise SourceError(f"{path} names {name} in {file}, which does not hold it: they are not of one model")
@@ -84,9 +141,11 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
     try:
         tokens = tokens_of(read_json(path))
         largest = max(tokens)
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        if not all(isinstance(text, str) for text in tokens.values()):
+            raise TypeError("tokens that are no text")
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise SourceError(f"{path} is not a tokenizer ({type(error).__name__}: {error}); download it again") from None
-    rows = checkpoint.text_config["vocab_size"]
+    rows = model_facts(checkpoint)["vocab_size"]
     if largest >= rows:
         raise SourceError(
             f"{path} has a token {tokens[largest]!r} with id {largest}, but the model's vocabulary has {rows}:"
@@ -114,8 +173,11 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
     Raises:
         SourceError: for the first thing that is missing, not whole, or does not fit the rest.
     """
+    check_links(checkpoint)
     check_pointers(checkpoint)
     checkpoint.check()
+    check_code(checkpoint)
+    check_depth(checkpoint)
     check_index(checkpoint)
     check_tokenizer(checkpoint)
     check_weights(checkpoint)

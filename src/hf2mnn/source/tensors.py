@@ -6,16 +6,22 @@ offsets count from the end of the header (github.com/huggingface/safetensors, RE
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from hf2mnn.errors import SourceError
+from hf2mnn.untrusted import parse_json
+
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """Types in which a checkpoint's weights are read."""
+MOST_HEADER = 100_000_000
+"""Bytes of a header that the library takes."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,59 @@ def _float32(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32, copy=False)
 
 
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a type that is read, by name."""
+def _whole(numbers: Any) -> bool:
+    """Whether it is a list of whole numbers, none of them negative."""
+    return isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _described(path: Path) -> tuple[dict[str, Any], int, int]:
+    """A file's header without its metadata, where the data begins, and how many bytes there are.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    found = {}
-    for name, described in header.items():
-        if described.get("dtype") in FLOATS:
-            offset = 8 + length + described["data_offsets"][0]
-            found[name] = StoredTensor(path, FLOATS[described["dtype"]], tuple(described["shape"]), offset)
-    return found
+        if length > min(MOST_HEADER, size - 8):
+            raise ValueError(f"its header should have {length} bytes, and the file has {size}")
+        header = parse_json(file.read(length))
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+        raise ValueError("its header is no list of tensors")
+    header.pop("__metadata__", None)
+    return header, 8 + length, size - 8 - length
+
+
+def _check_places(header: dict[str, Any], size: int) -> None:
+    """Raises ValueError where a tensor is not the bytes that its shape asks for, or shares them with another."""
+    places = []
+    for name, entry in header.items():
+        shape, place = entry.get("shape"), entry.get("data_offsets")
+        if not _whole(shape) or not _whole(place) or len(place) != 2:
+            raise ValueError(f"{name} has no shape and place")
+        dtype = FLOATS.get(entry["dtype"]) if isinstance(entry.get("dtype"), str) else None
+        if not place[0] <= place[1] <= size or (dtype and prod(shape) * dtype.itemsize != place[1] - place[0]):
+            raise ValueError(f"{name} of shape {shape} is said to lie at {place} of {size} bytes")
+        places.append((*place, name))
+    places.sort()
+    for (_, end, first), (begin, _, second) in pairwise(places):
+        if begin < end:
+            raise ValueError(f"{first} and {second} share bytes")
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a type that is read, by name.
+
+    Raises:
+        SourceError: the header is not one, or does not fit the file.
+    """
+    try:
+        header, start, size = _described(path)
+        _check_places(header, size)
+    except (ValueError, OSError) as error:
+        raise SourceError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+    return {
+        name: StoredTensor(path, FLOATS[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if isinstance(entry.get("dtype"), str) and entry["dtype"] in FLOATS
+    }
