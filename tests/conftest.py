@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 from support import SHAPES_VL, TEXT, VISION, Workspace, float_bundle, make_workspace, run_cli
 
 # As the command line does it; torch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+settings.register_profile("long")
+"""That of `make fuzz`; see hostile.py."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,8 +23,8 @@ from hf2mnn.budget import parse_budget
 from hf2mnn.errors import ConfigError
 from hf2mnn.untrusted import check_shape, read_bytes, read_json
 
-MOST_YAML = 1 << 22
-"""Bytes of a configuration or a plan."""
+MOST_YAML, MOST_SETTINGS = 1 << 22, 1 << 16
+"""Bytes, and lists and mappings, of a configuration or a plan."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED = ("pytorch", "onnxruntime", "float", "base")
@@ -463,7 +463,7 @@ def _read_yaml(kind: str, path: Path) -> Any:
     """What a YAML file holds; `kind` is what it should be."""
     try:
         content = yaml.safe_load(read_bytes(Path(path), MOST_YAML).decode())
-        check_shape(content)
+        check_shape(content, MOST_SETTINGS)
     except OSError as error:
         raise ConfigError(f"{kind}: {path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

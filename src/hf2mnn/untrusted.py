@@ -22,7 +22,7 @@ MOST_BYTES = 1 << 26
 DEPTH = 64
 """Lists and objects within each other."""
 MOST_PARTS = 1 << 22
-"""Lists and objects side by side; YAML's aliases can ask for any number with a few bytes."""
+"""Lists and objects equally deep."""
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 """What a hub's cache calls a file."""
 
@@ -37,10 +37,10 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     if path.exists() and not path.is_file():
         raise ValueError("it is not a file")
     with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"it has more than {most} bytes")
-    return content
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"it has {size} bytes, more than {most}")
+        return file.read(size)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -60,16 +60,17 @@ def _finite(text: str) -> float:
     return number
 
 
-def check_shape(value: Any) -> None:
-    """Raises ValueError where lists and mappings lie deeper within each other than `DEPTH`, or are too many."""
+def check_shape(value: Any, most: int = MOST_PARTS) -> None:
+    """Raises ValueError where lists and mappings lie deeper within each other than `DEPTH`, or more than `most` side by
+    side: YAML's aliases can ask for any number with a few bytes."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(DEPTH):
         parts = (part for parent in level for part in (parent.values() if isinstance(parent, dict) else parent))
-        level = list(islice((part for part in parts if isinstance(part, dict | list)), MOST_PARTS + 1))
+        level = list(islice((part for part in parts if isinstance(part, dict | list)), most + 1))
         if not level:
             return
-        if len(level) > MOST_PARTS:
-            raise ValueError(f"it has more than {MOST_PARTS} lists")
+        if len(level) > most:
+            raise ValueError(f"it has more than {most} lists and objects")
     if level:
         raise ValueError(f"it is nested more than {DEPTH} deep")
 

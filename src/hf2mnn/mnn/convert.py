@@ -34,7 +34,7 @@ CALL = (
 )
 TIME_LIMIT = 4 * 3600
 DUMP_LIMIT = 900
-"""Seconds; the graph of a decoder of 2 billion weights takes a few."""
+"""Seconds."""
 ROOM = 1 << 16
 """Bytes; a disk with less is full."""
 FUSE = "--transformerFuse"

@@ -81,7 +81,7 @@ class Prompter:
                 return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # anything, like every program
             raise SourceError(
-                f"the chat template of {self.folder} fails ({type(error).__name__}: {error}); correct it or the messages"
+                f"the chat template of {self.folder} fails ({type(error).__name__}: {error}); correct it or them"
             ) from None
 
     def input_ids(self, messages: list[dict[str, Any]], pictures: list[PictureInput]) -> np.ndarray:

@@ -1,0 +1,437 @@
+"""Every parser of strangers' files under files that were made to hurt it.
+
+`make test` tries a few of each, always the same; `make fuzz` 100,000, others each time, and prints its seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from PIL import Image
+from safetensors.numpy import save_file
+
+from hf2mnn.config import load_config, load_plan
+from hf2mnn.manifest import Manifest
+from hf2mnn.mnn.bundle import CONFIG, MODEL_CONFIG
+from hf2mnn.mnn.graph import Graph
+from hf2mnn.mnn.paths import check_files
+from hf2mnn.mnn.tokenizer import encode_tokenizer, nfc_replacements
+from hf2mnn.onnx.initializers import float_values, stored_initializers
+from hf2mnn.quant.blob import Levels, header, pack, parse_levels, parse_sparse, scale_bytes, unpack
+from hf2mnn.quant.weights import WeightFile, operators
+from hf2mnn.reference.examples import read_examples, read_picture
+from hf2mnn.source.checkpoint import Checkpoint
+from hf2mnn.source.facts import model_facts
+from hf2mnn.source.pin import load_pin
+from hf2mnn.source.preflight import check_code, check_depth, check_index, check_links, check_tokenizer
+from hf2mnn.source.tensors import stored_tensors
+from hostile import VALUES, cases, changed, damaged, json_files, survive
+from support import REPOSITORY, SHAPES_VL
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded as Linux does it")
+
+ROWS, INPUTS, BLOCK = 4, 32, 16
+LEVELS = Levels(
+    (np.arange(ROWS * INPUTS) % 16 - 8).astype(np.int8).reshape(ROWS, INPUTS),
+    np.ones((ROWS, INPUTS // BLOCK), np.float32),
+    np.zeros((ROWS, INPUTS // BLOCK), np.float32),
+)
+BLOB = header(ROWS, INPUTS, INPUTS // BLOCK, 4)[0] + pack(LEVELS.levels, 4)
+# Two dimensions, 3 levels that are not zero, steps of 4 bits, a table of 16 values of 4 bits.
+SPARSE = (
+    b"\x02\x04\0\x20\0"
+    + (3).to_bytes(4, "little")
+    + b"\x04"
+    + pack(np.array([2, 2, 2], np.int8), 4)
+    + b"\x10"
+    + np.arange(-8, 8).astype(np.int8).tobytes()
+    + pack(np.array([1, 2, 3], np.int8), 4)
+)
+SCALES = scale_bytes(LEVELS, 16)
+QUANTIZED = {
+    "type": 1,
+    "readType": ROWS * 2,
+    "aMin": 1,
+    "aMaxOrBits": 4,
+    "quantScale": 1.0,
+    "shapeInt32": False,
+    "has_scaleInt": False,
+    "scaleStorage": "FP16",
+}
+
+
+def convolution(name: str, external: list[int], stored: dict[str, Any] | None, output: int) -> dict[str, Any]:
+    common = {"kernelX": 1, "kernelY": 1, "inputCount": INPUTS, "outputCount": ROWS, "group": 1}
+    main = {"common": common, "external": external} | ({"quanParameter": stored} if stored else {})
+    return {"name": name, "type": "Convolution", "inputIndexes": [0], "outputIndexes": [output], "main": main}
+
+
+BYTES = BLOB + SCALES + bytes(4 * ROWS)
+AFTER = len(BYTES)
+GRAPH = {
+    "tensorName": ["x", "y", "z", "w"],
+    "outputName": ["y"],
+    "oplists": [
+        {"name": "x", "type": "Input", "outputIndexes": [0], "main": {"dims": [1, 2]}},
+        convolution("quantized", [0, len(BLOB), len(SCALES), 4 * ROWS, 0], QUANTIZED, 1),
+        convolution("sparse", [AFTER, len(SPARSE), len(SCALES), 4 * ROWS, 0], QUANTIZED | {"type": 2}, 2),
+        convolution("float", [0, 4 * ROWS * INPUTS, 4 * ROWS], None, 3),
+    ],
+}
+WEIGHTS = (BYTES + SPARSE + SCALES + bytes(4 * ROWS)).ljust(4 * ROWS * (INPUTS + 1), b"\0")
+MANIFEST = {
+    "stage": "mnn",
+    "hf2mnn": "0",
+    "inputs": {"onnx": "ab"},
+    "tools": {"MNN": "3.6.1"},
+    "settings": {"a": [1]},
+    "seconds": 1.5,
+    "cpu_seconds": 2,
+    "peak_rss_mb": 3,
+    "results": {"kld": 0.1},
+    "outputs": {"config.json": {"size": 2, "sha256": "0" * 64}},
+}
+PIN = {
+    "hub": "huggingface",
+    "repository": "owner/name",
+    "revision": "a" * 40,
+    "branch": "main",
+    "files": {"config.json": {"size": 3, "blob_id": "b" * 40}, "m.safetensors": {"size": 9, "sha256": "c" * 64}},
+}
+PLAN = {
+    "decoder": {"lm_head": {"bits": 8, "block": 64}, "model.layers.0.mlp": {"method": "rtn", "symmetric": True}},
+    "vision": {"visual.merger": {"bits": 8, "scale_bits": 16}},
+}
+EXAMPLE = {
+    "id": "one",
+    "category": "count",
+    "language": "en",
+    "answer": ["2", "two"],
+    "metric": "exact",
+    "messages": [{"role": "user", "content": [{"type": "image", "image": "p.png"}, {"type": "text", "text": "How"}]}],
+}
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> None:
+    """What takes time and memory once in a process is none of a file's."""
+    import hf2mnn.source.model  # noqa: F401
+
+    unpack(pack(np.zeros(4, np.int8), 4), 4, 4)
+    nfc_replacements()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a few tensors, and an evaluation set beside it."""
+    made = tmp_path_factory.mktemp("hostile")
+    for path in SHAPES_VL.iterdir():
+        if path.suffix in (".json", ".jinja"):
+            shutil.copyfile(path, made / path.name)
+    tensors = {f"model.layers.{i}.weight": np.ones((2, 3), np.float32) for i in range(8)}
+    save_file(tensors, made / "model.safetensors")
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(made / "p.png")
+    return made
+
+
+def attacked(folder: Path, name: str) -> Path:
+    """A folder like it without one file, which the test will write; all others are links to it."""
+    made = folder.with_name(f"{folder.name}-{name}")
+    made.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.name != name and not (made / path.name).exists():
+            (made / path.name).symlink_to(path)
+    return made
+
+
+@cases()
+@given(st.binary(max_size=200) | damaged(BLOB), st.sampled_from([ROWS * INPUTS, 0, 1, 1 << 31, 1 << 60]), st.booleans())
+def test_levels(stored: bytes, count: int, wide: bool) -> None:
+    survive(parse_levels, stored, count, wide, "layer")
+
+
+@cases()
+@given(
+    st.binary(max_size=80) | damaged(SPARSE),
+    st.sampled_from([ROWS * INPUTS, 0, 1, 1 << 31, 1 << 60, 0xFFFFFFFF**2]),
+    st.booleans(),
+    st.integers(0, 20),
+)
+def test_sparse_levels(stored: bytes, count: int, wide: bool, scales: int) -> None:
+    survive(parse_sparse, stored, np.ones(scales, np.float32), count, wide, "layer")
+
+
+def read_weights(content: Any, path: Path) -> None:
+    graph = Graph.checked(content)
+    weights = WeightFile(graph, path)
+    for operator in operators(graph):
+        weights.rows(operator)
+        weights.bias(operator)
+
+
+@cases(40)
+@given(graph=changed(GRAPH), stored=st.just(WEIGHTS) | st.just(WEIGHTS) | damaged(WEIGHTS))
+def test_weight_file_under_any_graph(graph: Any, stored: bytes, folder: Path) -> None:
+    path = folder / "llm.mnn.weight"
+    path.write_bytes(stored)
+    survive(refusing_value_errors, read_weights, graph, path)
+
+
+def refusing_value_errors(parse: Any, *arguments: Any) -> None:
+    """`read_graph` makes a ConversionError of what `Graph.checked` says."""
+    from hf2mnn.errors import ConversionError
+
+    try:
+        Graph.checked(arguments[0])
+    except (ValueError, TypeError) as error:
+        raise ConversionError(f"no graph ({error})") from None
+    parse(*arguments)
+
+
+@cases()
+@given(content=json_files(MANIFEST))
+def test_manifest(content: bytes, folder: Path) -> None:
+    here = attacked(folder, "manifest.json")
+    (here / "manifest.json").write_bytes(content)
+    survive(lambda: Manifest.load(here).verify())
+
+
+@st.composite
+def tensor_files(draw: st.DrawFn) -> bytes:
+    described = {
+        "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
+        "c": {"dtype": "I64", "shape": [], "data_offsets": [32, 40]},
+        "__metadata__": {"format": "pt"},
+    }
+    text = draw(json_files(described))
+    told = draw(st.sampled_from([len(text)] * 6 + [0, len(text) + 1, 100_000_001, 1 << 60, (1 << 64) - 1]))
+    return told.to_bytes(8, "little") + text + bytes(draw(st.sampled_from([40, 40, 40, 39, 41, 0])))
+
+
+@cases(40)
+@given(content=tensor_files() | st.binary(max_size=60))
+def test_safetensors(content: bytes, folder: Path) -> None:
+    here = attacked(folder, "model.safetensors")
+    (here / "model.safetensors").write_bytes(content)
+    survive(stored_tensors, here / "model.safetensors")
+    checkpoint = Checkpoint(here)
+    survive(lambda: (checkpoint.shards, checkpoint._stored, checkpoint.shapes(), checkpoint.packed_layers.check()))
+
+
+@cases()
+@given(
+    content=json_files(
+        {
+            "metadata": {"total_size": 1},
+            "weight_map": {f"model.layers.{i}.weight": "model.safetensors" for i in range(8)},
+        }
+    )
+)
+def test_index(content: bytes, folder: Path) -> None:
+    here = attacked(folder, INDEX)
+    (here / INDEX).write_bytes(content)
+    survive(lambda: check_index(Checkpoint(here)))
+
+
+def read_checkpoint(folder: Path) -> None:
+    from hf2mnn.source.model import load_config as load_model_config
+
+    checkpoint = Checkpoint(folder)
+    check_links(checkpoint)
+    checkpoint.check()
+    check_code(checkpoint)
+    check_depth(checkpoint)
+    model_facts(checkpoint)
+    load_model_config(checkpoint)
+
+
+@cases(20)
+@given(
+    content=json_files(json.loads((SHAPES_VL / "config.json").read_text()) | {"quantization_config": {"bits": 4}})
+    | json_files(json.loads((SHAPES_VL / "config.json").read_text()))
+)
+def test_config(content: bytes, folder: Path) -> None:
+    here = attacked(folder, "config.json")
+    (here / "config.json").write_bytes(content)
+    survive(read_checkpoint, here)
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "generation_config.json"])
+@cases(10, 2000)
+@given(data=st.data())
+def test_other_settings(name: str, data: st.DataObject, folder: Path) -> None:
+    here = attacked(folder, name)
+    (here / name).write_bytes(data.draw(json_files(json.loads((SHAPES_VL / name).read_text()))))
+    survive(read_checkpoint, here)
+
+
+@cases(25, 4000)
+@given(content=json_files(json.loads((SHAPES_VL / "tokenizer.json").read_text())))
+def test_tokenizer(content: bytes, folder: Path) -> None:
+    here = attacked(folder, "tokenizer.json")
+    (here / "tokenizer.json").write_bytes(content)
+    survive(encode_tokenizer, here)
+    survive(check_tokenizer, Checkpoint(here))
+
+
+@cases(10, 2000)
+@given(
+    content=json_files(
+        {**json.loads((SHAPES_VL / "tokenizer_config.json").read_text()), "chat_template": [{"name": "default"}]}
+    )
+)
+def test_tokenizer_settings(content: bytes, folder: Path) -> None:
+    here = attacked(folder, "tokenizer_config.json")
+    (here / "chat_template.jinja").unlink(missing_ok=True)
+    (here / "tokenizer_config.json").write_bytes(content)
+    survive(encode_tokenizer, here)
+
+
+@cases()
+@given(content=json_files(PIN))
+def test_pin(content: bytes, folder: Path) -> None:
+    path = folder / "pin.json"
+    path.write_bytes(content)
+    survive(load_pin, path)
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghijk", "bcdefghijkl", strict=True)
+)
+YAML = st.sampled_from(
+    [BOMB, "a: &a [*a]", "a: 2001-99-99", "[" * 900, "? [a]\n: b", "!!python/name:os.system x", "a: 0x_"]
+)
+
+
+@st.composite
+def yaml_files(draw: st.DrawFn, document: Any) -> bytes:
+    match draw(st.integers(0, 4)):
+        case 0:
+            return draw(YAML).encode() if draw(st.booleans()) else draw(st.binary(max_size=60))
+        case 1:
+            return draw(damaged(yaml.safe_dump(document).encode()))
+        case _:
+            return json.dumps(draw(changed(document))).encode()  # which is YAML as well
+
+
+@cases(30, 4000)
+@given(content=yaml_files(PLAN))
+def test_plan(content: bytes, folder: Path) -> None:
+    path = folder / "plan.yaml"
+    path.write_bytes(content)
+    survive(load_plan, path)
+
+
+@cases(10, 2000)
+@given(content=yaml_files(yaml.safe_load((REPOSITORY / "config.yaml").read_text())))
+def test_configuration(content: bytes, folder: Path) -> None:
+    path = folder / "config.yaml"
+    path.write_bytes(content)
+    survive(load_config, path)
+
+
+@cases()
+@given(content=json_files(EXAMPLE))
+def test_examples(content: bytes, folder: Path) -> None:
+    here = attacked(folder, "examples.jsonl")
+    (here / "examples.jsonl").write_bytes(content)
+    survive(read_examples, here)
+
+
+@pytest.fixture(scope="module")
+def pictures(folder: Path) -> list[bytes]:
+    made = []
+    for kind in ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"):
+        Image.fromarray(np.arange(72, dtype=np.uint8).reshape(4, 6, 3)).save(folder / f"picture.{kind}", kind)
+        made.append((folder / f"picture.{kind}").read_bytes())
+    return made
+
+
+@cases(30, 4000)
+@given(data=st.data())
+def test_picture(data: st.DataObject, pictures: list[bytes], folder: Path) -> None:
+    path = folder / "picture"
+    path.write_bytes(data.draw(damaged(data.draw(st.sampled_from(pictures)))))
+    survive(read_picture, path)
+
+
+@cases()
+@given(
+    content=json_files(
+        {
+            "llm_model": "llm.mnn",
+            "llm_weight": "llm.mnn.weight",
+            "tokenizer_file": "t",
+            "base_dir": "",
+            "tmp_path": "tmp",
+            "mllm": {"visual_model": "visual.mnn", "thread_num": 4},
+            "precision": "low",
+        }
+    ),
+    name=st.sampled_from([CONFIG, MODEL_CONFIG]),
+)
+def test_bundle_configuration(content: bytes, name: str, folder: Path) -> None:
+    here = attacked(folder, "config.json")
+    (here / name).write_bytes(content)
+    survive(check_files, here, (name,))
+
+
+def graph_with(location: str, offset: str, dims: list[int], kind: int) -> bytes:
+    table = TensorProto(name="table", data_type=kind, dims=dims, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", location), ("offset", offset)):
+        table.external_data.add(key=key, value=value)
+    inside = helper.make_tensor("bias", TensorProto.FLOAT, [2], [1.0, 2.0])
+    graph = helper.make_graph([], "g", [], [], initializer=[table, inside])
+    return helper.make_model(graph).SerializeToString()
+
+
+PLACES = st.builds(
+    graph_with,
+    st.sampled_from(["model.safetensors", "../p.png", "/etc/passwd", "", "a\0b"]),
+    st.sampled_from(["0", "8", "-1", "x", "1e3", str(1 << 70), ""]),
+    st.lists(st.sampled_from([2, 3, 0, -1, 1 << 40, (1 << 63) - 1]), max_size=3),
+    st.sampled_from([1, 10, 16, 0, 8, 99]),
+)
+
+
+@cases()
+@given(content=PLACES | damaged(graph_with("model.safetensors", "8", [2, 2], 1)))
+def test_onnx(content: bytes, folder: Path) -> None:
+    path = folder / "x.onnx"
+    path.write_bytes(content)
+    survive(stored_initializers, path)
+    survive(float_values, path)
+
+
+def test_good_files_are_read(folder: Path) -> None:
+    """None of the files that the others begin with is refused."""
+    assert (parse_levels(BLOB, ROWS * INPUTS, False, "layer")[0] == LEVELS.levels.reshape(-1)).all()
+    here = attacked(folder, "nothing")
+    (here / "w").write_bytes(WEIGHTS)
+    read_weights(copy.deepcopy(GRAPH), here / "w")
+    read_checkpoint(here)
+    check_tokenizer(Checkpoint(here))
+    assert encode_tokenizer(here)
+    texts = {"pin.json": PIN, "plan.yaml": PLAN, "examples.jsonl": EXAMPLE}
+    for name, content in texts.items():
+        (here / name).unlink(missing_ok=True)
+        (here / name).write_text(json.dumps(content))
+    assert load_pin(here / "pin.json").repository == "owner/name"
+    assert load_plan(here / "plan.yaml").decoder
+    assert read_examples(here)[0].pictures == ["p.png"]
+    onnx.load_model_from_string(graph_with("model.safetensors", "8", [2, 2], 1))
+    assert VALUES is not None
