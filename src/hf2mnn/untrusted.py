@@ -23,6 +23,7 @@ DEPTH = 64
 """Lists and objects within each other."""
 MOST_PARTS = 1 << 22
 """Lists and objects equally deep."""
+LONGEST_NAME, LONGEST_PATH = 255, 1024
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 """What a hub's cache calls a file."""
 
@@ -108,11 +109,13 @@ def inside(folder: Path, name: Any) -> Path:
         raise ValueError(f"{str(name)[:80]!r} is no file name")
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{name[:200]!r} leads out of the folder")
+        raise ValueError(f"{name[:80]!r} leads out of the folder")
     try:
-        os.fsencode(name)
+        longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
     except UnicodeError:
-        raise ValueError(f"{name[:80]!r} is no file name") from None
+        longest = LONGEST_NAME + 1
+    if longest > LONGEST_NAME or len(name) > LONGEST_PATH:
+        raise ValueError(f"{name[:80]!r} is no file name")
     here = folder
     for part in path.parts:
         here = here / part

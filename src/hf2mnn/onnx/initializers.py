@@ -93,14 +93,21 @@ class Matrices:
 
 
 def float_values(graph: Path) -> dict[str, np.ndarray]:
-    """float32 constants and initializers that an ONNX file holds itself, by name."""
+    """float32 constants and initializers that an ONNX file holds itself, by name.
+
+    Raises:
+        ExportError: one of them is not the values of its shape.
+    """
     model = load_graph(graph)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer if not uses_external_data(tensor)}
     for node in model.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
             tensors[node.output[0]] = node.attribute[0].t
     floats = {name: tensor for name, tensor in tensors.items() if tensor.data_type == onnx.TensorProto.FLOAT}
-    return {name: numpy_helper.to_array(tensor) for name, tensor in floats.items()}
+    try:
+        return {name: numpy_helper.to_array(tensor) for name, tensor in floats.items()}
+    except (ValueError, TypeError) as error:
+        raise ExportError(f"{graph} has a constant that is none ({error}); make it again") from None
 
 
 def initializer_values(graph: Path, axes: int) -> dict[str, np.ndarray]:
