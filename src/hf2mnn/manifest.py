@@ -88,7 +88,7 @@ class Manifest:
 
     def _check(self) -> None:
         """Raises ValueError where it is not laid out as one, or an output is not in the folder."""
-        maps = (self.inputs, self.settings, self.tools, self.outputs, self.results)
+        maps = (self.inputs, self.settings, self.tools, self.outputs, self.results, self.places, self.sources)
         texts = (self.stage, self.hf2mnn, *self.inputs.values(), *self.tools.values())
         numbers = (self.seconds, self.cpu_seconds, self.peak_rss_mb)
         if not all(isinstance(found, dict) for found in maps) or not all(isinstance(found, str) for found in texts):
@@ -159,7 +159,7 @@ class Manifest:
 def _conditions(folder: Path) -> dict[str, list[int]]:
     """What MARK says; nothing where it is not there or says nothing."""
     try:
-        return dict(json.loads((folder / MARK).read_text()))
+        return dict(read_json(folder / MARK))
     except (OSError, ValueError, TypeError):
         return {}
 

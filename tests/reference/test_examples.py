@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +142,53 @@ def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
             read_picture(tmp_path / f"{name}.png")
     with pytest.raises(EvaluationSetError, match=r"there is no picture .*nowhere\.png"):
         read_picture(tmp_path / "nowhere.png")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/secret.png", "link.png", 1])
+def test_a_picture_must_be_in_the_set(name: object, tmp_path: Path) -> None:
+    """Reports show pictures, and are given away."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    content = [{"type": "image", "image": name}, {"type": "text", "text": "What?"}]
+    write(folder, {"id": "one", "messages": [{"role": "user", "content": content}]})
+    with pytest.raises(EvaluationSetError, match=r"examples\.jsonl:1 is not an example"):
+        read_examples(folder)
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A picture of one colour as its header tells it; there is hardly anything in it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    told = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", told) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(("width", "height"), [(50_000, 50_000), (12_000, 10_000), (2**31 - 1, 2**31 - 1)])
+def test_a_picture_larger_than_the_memory_is_refused_by_its_header(width: int, height: int, tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(png_of(width, height))
+    tracemalloc.start()
+    try:
+        with pytest.raises(EvaluationSetError, match="not a picture that can be read"):
+            read_picture(tmp_path / "bomb.png")
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library would start Ghostscript, if the machine has it, with a program that came as a picture."""
+    trap = tmp_path / "gs"
+    trap.write_text(f"#!/bin/sh\ntouch {tmp_path}/trapped\n")
+    trap.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    Image.new("RGB", (4, 4)).save(tmp_path / "picture.eps")
+    (tmp_path / "picture.eps").rename(tmp_path / "picture.png")
+    with pytest.raises(EvaluationSetError, match="not a picture that can be read"):
+        read_picture(tmp_path / "picture.png")
+    assert not (tmp_path / "trapped").exists()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hf2mnn.errors import EvaluationSetError, SourceError
+from hf2mnn.reference import prompts
 from hf2mnn.reference.prompts import Prompter
 from hf2mnn.source.checkpoint import Checkpoint
 from hf2mnn.source.facts import model_facts
@@ -106,3 +110,45 @@ def test_a_checkpoint_without_its_template_or_tokenizer_is_refused(prompter: Pro
         (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(SourceError, match="no chat template"):
         Prompter(tmp_path, prompter.facts)
+
+
+@pytest.fixture
+def templated(tmp_path: Path) -> Callable[[str], Prompter]:
+    """The prompter of a checkpoint with another template."""
+
+    def make(template: str) -> Prompter:
+        for path in SHAPES_VL.iterdir():
+            if path.suffix == ".json":
+                shutil.copyfile(path, tmp_path / path.name)
+        (tmp_path / "chat_template.jinja").write_text(template)
+        return Prompter(tmp_path, model_facts(Checkpoint(tmp_path)))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{% include '/etc/passwd' %}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{{ 1 // 0 }}",
+        "{% if %}",
+    ],
+)
+def test_a_template_cannot_leave_its_sandbox(template: str, templated: Callable[[str], Prompter]) -> None:
+    with pytest.raises(SourceError, match="the chat template of"):
+        templated(template).text([{"role": "user", "content": "Hello"}])
+
+
+def test_a_template_without_an_end_is_stopped(
+    templated: Callable[[str], Prompter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 0.2)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    begun = time.monotonic()
+    with pytest.raises(SourceError, match=r"TimeoutError: it took more than 0\.2 s"):
+        templated(endless).text([{"role": "user", "content": "Hello"}])
+    assert time.monotonic() - begun < 5
