@@ -1,0 +1,126 @@
+"""Find out what a path is, and let every check that fits look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf2mnn.doctor.finding import Finding, Severity
+from hf2mnn.doctor.patient import Bundle, Model, OnnxPatient
+from hf2mnn.errors import Hf2mnnError
+from hf2mnn.manifest import Manifest, ManifestError
+from hf2mnn.mnn.bundle import CONFIG, DECODER, MODEL_CONFIG, PARTS, VISION
+from hf2mnn.source.checkpoint import Checkpoint
+
+BUNDLE_CHECKS: list[Callable[[Bundle], Iterator[Finding]]] = []
+MODEL_CHECKS: list[Callable[[Model], Iterator[Finding]]] = []
+ONNX_CHECKS: list[Callable[[OnnxPatient], Iterator[Finding]]] = []
+
+ORDER = list(Severity)
+
+
+@dataclass
+class Examination:
+    """What was looked at: kind of the path, names of the checks that ran, and what they found."""
+
+    path: Path
+    kind: str
+    checks: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def _run(check: Callable[[Any], Iterator[Finding]], patient: Any, where: str) -> Iterator[Finding]:
+    """A file that cannot be read at all has a check of its own, so such a failure says nothing here. What a stranger's
+    file holds can be of any other type than it should, and a check that trips over it must not keep the others from
+    looking."""
+    try:
+        yield from check(patient)
+    except (Hf2mnnError, OSError):
+        return
+    except Exception as error:
+        yield Finding(
+            "not_examined",
+            Severity.WARNING,
+            where,
+            f"the check {check.__name__} could not make sense of what is in these files",
+            f"{type(error).__name__}: {error}",
+            "what that check looks for may be there",
+            "make the files again; if they are right, report this with the evidence",
+        )
+
+
+def _checkpoint(folder: Path | None) -> Checkpoint | None:
+    """Raises SourceError where it is not whole."""
+    if folder is None:
+        return None
+    checkpoint = Checkpoint(folder)
+    checkpoint.check()
+    return checkpoint
+
+
+def _stage(folder: Path) -> str:
+    try:
+        return Manifest.load(folder).stage
+    except ManifestError:
+        return ""
+
+
+def _patients(path: Path, checkpoint: Checkpoint | None, reference: Path | None) -> tuple[str, list[Any]]:
+    """The kind of a path, and what of it is examined.
+
+    Raises:
+        Hf2mnnError: there is nothing, or nothing that is known.
+    """
+    if path.is_file() and path.name in (CONFIG, MODEL_CONFIG):
+        path = path.parent
+    if path.is_file() and path.suffix == ".mnn":
+        return "MNN model", [Model(path, path.with_name(f"{path.name}.weight"), checkpoint=checkpoint)]
+    if path.is_file() and path.suffix == ".onnx":
+        return "ONNX model", [OnnxPatient(path)]
+    if not path.exists():
+        raise Hf2mnnError(f"there is no {path}: give a bundle's folder, a .mnn or an .onnx file")
+    graphs = sorted(path.glob("*.onnx")) if path.is_dir() else []
+    if path.is_dir() and _stage(path) == "mnn":
+        models = {part: path / name for part, (name, _) in PARTS.items() if (path / name).is_file()}
+        return "graphs of the mnn stage", [
+            Model(file, file.with_name(f"{file.name}.weight"), part, whole=False) for part, file in models.items()
+        ]
+    if path.is_dir() and (any(path.glob("*.mnn")) or (path / MODEL_CONFIG).is_file()):
+        bundle = Bundle(path, checkpoint, reference)
+        return "bundle", [bundle, *bundle.models.values()]
+    if graphs:
+        return "folder of ONNX models", [OnnxPatient(file, file.stem) for file in graphs]
+    raise Hf2mnnError(
+        f"{path} is nothing that can be examined: give the folder of a bundle (with {DECODER}, {VISION}, {CONFIG}), a"
+        " .mnn or an .onnx file, or a folder of the onnx or mnn stage; 'hf2mnn source' checks a checkpoint"
+    )
+
+
+def _checks(patient: Any) -> Iterable[Callable[[Any], Iterator[Finding]]]:
+    return {Bundle: BUNDLE_CHECKS, Model: MODEL_CHECKS, OnnxPatient: ONNX_CHECKS}[type(patient)]
+
+
+def look_at(path: Path, checkpoint: Path | None = None, reference: Path | None = None) -> Examination:
+    """Everything that can be seen in the files of `path`; findings by severity, then by file.
+
+    Raises:
+        Hf2mnnError: `path` is nothing that is known, or the checkpoint is not whole.
+    """
+    path = Path(path)
+    kind, patients = _patients(path, _checkpoint(checkpoint), reference)
+    seen = Examination(path, kind)
+    for patient in patients:
+        where = str(patient.folder if isinstance(patient, Bundle) else patient.path)
+        for check in _checks(patient):
+            if check.__name__ not in seen.checks:
+                seen.checks.append(check.__name__)
+            seen.findings += _run(check, patient, where)
+    seen.findings.sort(key=lambda finding: (ORDER.index(finding.severity), finding.where))
+    return seen
+
+
+def examine(path: Path, checkpoint: Path | None = None, reference: Path | None = None) -> list[Finding]:
+    """The findings of `look_at`."""
+    return look_at(path, checkpoint, reference).findings

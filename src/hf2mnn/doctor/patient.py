@@ -1,0 +1,152 @@
+"""What is examined: a bundle, an MNN model with its weight file, an ONNX graph. Read once, and only what is asked for;
+nothing here trusts what it reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from hf2mnn.errors import ConversionError, ExportError, ManifestError
+from hf2mnn.manifest import Manifest
+from hf2mnn.mnn.bundle import CONFIG, DECODER, MODEL_CONFIG, VISION
+from hf2mnn.mnn.convert import read_graph
+from hf2mnn.mnn.graph import Graph
+from hf2mnn.source.checkpoint import Checkpoint
+from hf2mnn.source.facts import model_facts
+
+DEFAULTS = {
+    "llm_config": MODEL_CONFIG,
+    "llm_model": DECODER,
+    "llm_weight": f"{DECODER}.weight",
+    "visual_model": VISION,
+    "embedding_file": "embeddings_bf16.bin",
+    "tokenizer_file": "tokenizer.txt",
+    "context_file": "context.json",
+}
+"""What the engine takes where config.json has no such key (`llmconfig.hpp` of MNN 3.6.1)."""
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@dataclass
+class Model:
+    """A .mnn file and the weight file that goes with it. part: "decoder", "vision", or "" for a file by itself.
+    layers: attentions that must keep a KV cache, None where it is not known. whole: whether its linear layers must have
+    weights; those of the `mnn` stage have none yet. checkpoint: as `Bundle` has it."""
+
+    path: Path
+    weights: Path
+    part: str = ""
+    layers: int | None = None
+    whole: bool = True
+    checkpoint: Checkpoint | None = None
+
+    @cached_property
+    def _read(self) -> Graph | ConversionError:
+        try:
+            return read_graph(self.path)
+        except ConversionError as error:
+            return error
+
+    @property
+    def graph(self) -> Graph:
+        """Raises ConversionError where it is no MNN model."""
+        if isinstance(self._read, ConversionError):
+            raise self._read
+        return self._read
+
+
+@dataclass
+class OnnxPatient:
+    """An ONNX file. part: "decoder", "vision", "embedding", or "" where its name does not say."""
+
+    path: Path
+    part: str = ""
+
+    @cached_property
+    def model(self) -> onnx.ModelProto:
+        """The graph, without external data. Raises ExportError where it is none."""
+        try:
+            found = onnx.load(self.path, load_external_data=False)
+        except (OSError, DecodeError, ValueError) as error:
+            raise ExportError(f"{self.path} is no ONNX model ({error}); export it again") from None
+        if not found.graph.node and not found.graph.initializer:
+            raise ExportError(f"{self.path} holds no graph; export it again")
+        return found
+
+
+@dataclass
+class Bundle:
+    """A folder that `MNN.llm` loads, whoever made it. checkpoint: the one that it was made of, where it is known;
+    reference: that stage's folder, where there is one."""
+
+    folder: Path
+    checkpoint: Checkpoint | None = None
+    reference: Path | None = None
+    models: dict[str, Model] = field(default_factory=dict)
+    """By part, of those whose .mnn file is there."""
+
+    def __post_init__(self) -> None:
+        vision = self.file("visual_model")
+        places = {
+            "decoder": (self.file("llm_model"), self.file("llm_weight")),
+            "vision": (vision, vision.with_name(f"{vision.name}.weight")),
+        }
+        for part, (path, weights) in places.items():
+            if part not in self.models and path.is_file() and self._inside(path) and self._inside(weights):
+                layers = self.model.get("layer_nums") if part == "decoder" else None
+                known = layers if isinstance(layers, int) and not isinstance(layers, bool) else None
+                self.models[part] = Model(path, weights, part, known, checkpoint=self.checkpoint)
+
+    def _inside(self, path: Path) -> bool:
+        """By name; a hub's cache consists of links."""
+        return ".." not in PurePosixPath(path.relative_to(self.folder)).parts
+
+    @cached_property
+    def runtime(self) -> dict[str, Any]:
+        """config.json, {} where it is not there; checks.config says so."""
+        return _object(self.folder / CONFIG)
+
+    @cached_property
+    def model(self) -> dict[str, Any]:
+        """llm_config.json over config.json, as the engine merges them."""
+        return self.runtime | _object(self.file("llm_config"))
+
+    @cached_property
+    def facts(self) -> dict[str, Any] | None:
+        """What hf2mnn knows of the checkpoint (`hf2mnn.source.facts.model_facts`): of `checkpoint`, else of the bundle's
+        own "hf2mnn" key."""
+        if self.checkpoint:
+            return model_facts(self.checkpoint)
+        own = self.model.get("hf2mnn")
+        return own if isinstance(own, dict) else None
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        """None where there is none, or what is there is none."""
+        try:
+            return Manifest.load(self.folder)
+        except ManifestError:
+            return None
+
+    def file(self, key: str) -> Path:
+        """The path that a key of config.json names, or the engine's default for it (llm.mnn, tokenizer.txt, ...).
+
+        llm_config.json may name files too, but for itself: the engine reads paths after it has merged the two.
+        """
+        named = (self.runtime if key == "llm_config" else self.model).get(key, DEFAULTS[key])
+        # As the engine does it: an absolute path is one below the folder, too.
+        return Path(f"{self.folder}/{named if isinstance(named, str) and named else DEFAULTS[key]}")
