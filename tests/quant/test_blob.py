@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from hf2mnn.errors import QuantizationError
 from hf2mnn.mnn.convert import WeightFormat
-from hf2mnn.quant.blob import Levels, header, pack, parse_levels, scale_bytes, size, unpack
+from hf2mnn.quant.blob import Levels, header, pack, parse_header, scale_bytes, size, unpack
 from one_layer import convert
 
 BITS = st.integers(2, 8)
@@ -37,6 +37,12 @@ def naive_pack(values: np.ndarray, bits: int) -> bytes:
 
 def blob(values: np.ndarray, bits: int, rows: int = 1) -> bytes:
     return header(rows, values.size // rows, 1, bits)[0] + pack(values, bits)
+
+
+def parse_levels(stored: bytes, count: int, wide: bool, name: str) -> tuple[np.ndarray, int]:
+    """Levels and bits of the whole bytes of a weight."""
+    head = parse_header(stored, len(stored), count, wide, name)
+    return head.levels(stored[head.size :], count, name), head.bits
 
 
 # Packing

@@ -127,8 +127,8 @@ class Bundle:
 
     @cached_property
     def facts(self) -> dict[str, Any] | None:
-        """What hf2mnn knows of the checkpoint (`hf2mnn.source.facts.model_facts`): of `checkpoint`, else of the bundle's
-        own "hf2mnn" key."""
+        """What hf2mnn knows of the checkpoint (`hf2mnn.source.facts.model_facts`): of `checkpoint`, else of what the
+        bundle says of itself under "hf2mnn"."""
         if self.checkpoint:
             return model_facts(self.checkpoint)
         own = self.model.get("hf2mnn")

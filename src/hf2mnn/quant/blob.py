@@ -44,7 +44,8 @@ class Levels:
     def dequantize(self) -> np.ndarray:
         """float32 [rows, inputs], rounded after the product and after the sum, as the engine computes it."""
         rows, blocks = self.scales.shape
-        grouped = self.levels.reshape(rows, blocks, -1).astype(np.float32) * self.scales[:, :, None]
+        block = self.levels.shape[1] // blocks
+        grouped = self.levels.reshape(rows, blocks, block).astype(np.float32) * self.scales[:, :, None]
         if self.zeros is not None:
             grouped += self.zeros[:, :, None]
         return grouped.reshape(self.levels.shape)
@@ -173,16 +174,43 @@ def hollow(count: int, kept: int) -> bool:
     return count > MOST_ZEROS and kept * 256 < count
 
 
-def damaged(stored: bytes, count: int, name: str) -> QuantizationError:
-    """Why bytes are not the `count` weights of the operator `name`."""
+def damaged(size: int, count: int, name: str) -> QuantizationError:
+    """Why `size` bytes are not the `count` weights of the operator `name`."""
     return QuantizationError(
-        f"{name}: its {len(stored)} bytes in the weight file are not {count} quantized weights; the file was cut"
+        f"{name}: its {size} bytes in the weight file are not {count} quantized weights; the file was cut"
         " short or is another model's, make it again"
     )
 
 
-def parse_levels(stored: bytes, count: int, wide: bool, name: str) -> tuple[np.ndarray, int]:
-    """(levels int8 [count], bits) of the bytes of a weight, whoever wrote them.
+HEADER = 1 + 2 * 4 + 1 + 256
+"""Bytes that a header has at most."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What stands before the levels: `size` in bytes; `table` int8, the values that the levels stand for, ascending,
+    or None where that is [-2^(bits-1), 2^(bits-1))."""
+
+    size: int
+    bits: int
+    table: np.ndarray | None
+
+    def levels(self, packed: bytes, count: int, name: str) -> np.ndarray:
+        """int8 [count] of bytes that begin with a whole level. Raises QuantizationError where one is not in the
+        table."""
+        levels = unpack(packed, count, self.bits)
+        if self.table is None:
+            return levels
+        places = levels.astype(np.int16) + (1 << self.bits - 1)
+        if places.max(initial=0) >= len(self.table):
+            raise QuantizationError(
+                f"{name}: a weight has a level beyond the {len(self.table)} of its table; make it again"
+            )
+        return self.table[places]
+
+
+def parse_header(stored: bytes, size: int, count: int, wide: bool, name: str) -> Header:
+    """The header of a weight of `size` bytes, of which `stored` has the first `HEADER`, or all.
 
     Raises:
         QuantizationError: they are not such bytes, or not of `count` weights, with `name` of the operator.
@@ -191,17 +219,12 @@ def parse_levels(stored: bytes, count: int, wide: bool, name: str) -> tuple[np.n
     values = (stored[start] or 256) if len(stored) > start else 0
     bits = max(values - 1, 1).bit_length()
     table = np.frombuffer(stored[start + 1 : start + 1 + values], np.int8)
-    packed = stored[start + 1 + values :]
-    if stored[:1] != b"\x02" or rows * inputs != count or len(table) < values or len(packed) != (count * bits + 7) // 8:
-        raise damaged(stored, count, name)
-    levels = unpack(packed, count, bits)
+    packed = size - (start + 1 + values)
+    if stored[:1] != b"\x02" or rows * inputs != count or len(table) < values or packed != (count * bits + 7) // 8:
+        raise damaged(size, count, name)
     # A table of its own: older converters wrote only the levels that are in use.
-    if (table != np.arange(values) - (1 << bits - 1)).any():
-        places = levels.astype(np.int16) + (1 << bits - 1)
-        if places.max(initial=0) >= values:
-            raise QuantizationError(f"{name}: a weight has a level beyond the {values} of its table; make it again")
-        levels = np.sort(table)[places]
-    return levels, bits
+    usual = (table == np.arange(values) - (1 << bits - 1)).all()
+    return Header(start + 1 + values, bits, None if usual else np.sort(table))
 
 
 def _zero_levels(alpha: np.ndarray, bits: int) -> np.ndarray:
@@ -225,7 +248,7 @@ def parse_sparse(stored: bytes, alpha: np.ndarray, count: int, wide: bool, name:
     floats they may say another than the converter meant; the engine reads it so.
 
     Raises:
-        QuantizationError: as `parse_levels` does.
+        QuantizationError: as `parse_header` does.
     """
     start, blocks, inputs = _dimensions(stored, wide)
     kept = int.from_bytes(stored[start : start + 4], "little")
@@ -237,12 +260,12 @@ def parse_sparse(stored: bytes, alpha: np.ndarray, count: int, wide: bool, name:
     whole = len(stored) == places_start + (kept * bits + 7) // 8
     shaped = stored[:1] == b"\x02" and blocks * inputs == count and not hollow(count, kept)
     if not shaped or not whole or not 1 <= step_bits <= 8:
-        raise damaged(stored, count, name)
+        raise damaged(len(stored), count, name)
     steps = unpack(stored[start + 5 : table_start], kept, step_bits).astype(np.int64) + (1 << step_bits - 1)
     table = np.unique(np.frombuffer(stored[table_start + 1 : places_start], np.int8))
     places = unpack(stored[places_start:], kept, bits).astype(np.int16) + (1 << bits - 1)
     if kept and (steps.sum() >= count or places.max() >= len(table)):
-        raise damaged(stored, count, name)
+        raise damaged(len(stored), count, name)
     pairs = alpha.size == 2 * blocks
     levels = np.repeat(_zero_levels(alpha, bits), inputs) if pairs else np.zeros(count, np.int8)
     levels[np.cumsum(steps)] = table[places]

@@ -10,7 +10,7 @@ import numpy as np
 
 from hf2mnn.errors import QuantizationError
 from hf2mnn.mnn.graph import FLOAT16, Graph, prove_size
-from hf2mnn.quant.blob import SCALE_TYPES, Levels, damaged, hollow, parse_levels, parse_sparse
+from hf2mnn.quant.blob import HEADER, SCALE_TYPES, Header, Levels, damaged, hollow, parse_header, parse_sparse
 from hf2mnn.quant.names import module_of
 from hf2mnn.source.tensors import StoredTensor
 
@@ -131,7 +131,7 @@ class WeightFile:
         if len(operator.parts) > 3:
             return self._sparse_floats(operator)[begin:end]
         if kind in (LEVELS, SPARSE, BYTES):
-            return self.levels(operator).dequantize()[begin:end]
+            return self.levels(operator, begin, end).dequantize()
         if kind not in (None, FLOAT16):
             raise QuantizationError(f"{operator.name}: weights of type {kind} are not read; convert the model again")
         dtype = np.dtype(np.float32 if kind is None else np.float16)
@@ -150,32 +150,64 @@ class WeightFile:
         rows[indices] = numbers
         return rows.reshape(operator.outputs, operator.inputs)
 
-    def levels(self, operator: Operator) -> Levels:
-        """The whole of a quantized weight."""
-        stored, (weight, scales, *_), name = operator.stored, operator.parts, operator.name
-        raw, wide, count = self.raw(*weight), stored["shapeInt32"], operator.size
+    def header(self, operator: Operator) -> Header:
+        """Of a weight whose levels are packed. Raises QuantizationError where there is none for it."""
+        offset, size = operator.parts[0]
+        raw = self.raw(offset, min(size, HEADER))
+        return parse_header(raw, size, operator.size, operator.stored["shapeInt32"], operator.name)
+
+    def _packed(self, operator: Operator, begin: int, end: int) -> np.ndarray:
+        """int8 [rows, inputs]; what is read are the bytes of these rows."""
+        head, (offset, _) = self.header(operator), operator.parts[0]
+        # From a multiple of eight levels on, which begins with a byte.
+        first, last = begin * operator.inputs, end * operator.inputs
+        whole = first // 8 * 8
+        raw = self.raw(offset + head.size + whole * head.bits // 8, ((last - whole) * head.bits + 7) // 8)
+        return head.levels(raw, last - whole, operator.name)[first - whole :]
+
+    def alpha(self, operator: Operator) -> np.ndarray:
+        """float32 [outputs, blocks, 1 or 2]: the scale, or zero and scale, of each block as they are stored.
+
+        Raises:
+            QuantizationError: they do not fit the weight.
+        """
+        stored, name = operator.stored, operator.name
         dtype = SCALE_TYPES[16 if stored["scaleStorage"] == "FP16" else 32]
-        alpha = self._numbers(scales, dtype).astype(np.float32)
-        if stored["type"] == SPARSE:
-            levels = parse_sparse(raw, alpha, count, wide, name)
-        elif stored["type"] == BYTES:
-            levels = np.frombuffer(raw, np.int8)
-            if levels.size != count:
-                raise damaged(raw, count, name)
-        else:
-            levels, _ = parse_levels(raw, count, wide, name)
-        old = stored["type"] == BYTES and stored["aMin"] == 0 and abs(stored["quantScale"]) < 1e-6
-        pairs = 2 if stored["readType"] or old else 1
-        if not alpha.size or alpha.size % (pairs * operator.outputs) or count % (alpha.size // pairs):
+        alpha = self._numbers(operator.parts[1], dtype).astype(np.float32)
+        pairs = 2 if stored["readType"] or _is_old(stored) else 1
+        if not alpha.size or alpha.size % (pairs * operator.outputs) or operator.size % (alpha.size // pairs):
             raise QuantizationError(f"{name}: {alpha.size} scales do not fit {operator.outputs} rows")
-        alpha = alpha.reshape(operator.outputs, -1, pairs)
-        levels, steps = levels.reshape(operator.outputs, operator.inputs), alpha[:, :, -1]
-        factor = np.float32(1 if stored["has_scaleInt"] or old else stored["quantScale"])
-        if pairs == 1:
+        return alpha.reshape(operator.outputs, -1, pairs)
+
+    def levels(self, operator: Operator, begin: int = 0, end: int | None = None) -> Levels:
+        """Rows of a quantized weight. Only of packed levels are they alone read."""
+        stored, weight, name, count = operator.stored, operator.parts[0], operator.name, operator.size
+        end = operator.outputs if end is None else end
+        if stored["type"] == LEVELS:
+            levels = self._packed(operator, begin, end)
+            alpha = self.alpha(operator)
+        else:
+            alpha = self.alpha(operator)
+            raw = self.raw(*weight)
+            if stored["type"] == SPARSE:
+                levels = parse_sparse(raw, alpha.reshape(-1), count, stored["shapeInt32"], name)
+            else:
+                levels = np.frombuffer(raw, np.int8)
+                if levels.size != count:
+                    raise damaged(len(raw), count, name)
+            levels = levels[begin * operator.inputs : end * operator.inputs]
+        levels, alpha = levels.reshape(end - begin, operator.inputs), alpha[begin:end]
+        steps = alpha[:, :, -1]
+        factor = np.float32(1 if stored["has_scaleInt"] or _is_old(stored) else stored["quantScale"])
+        if alpha.shape[2] == 1:
             return Levels(levels, steps * factor, None)
         # Where aMin is negative the stored zero is the weight at level aMin; the engine moves it to level 0.
         lowest = np.float32(min(stored["aMin"] or -128, 0))
         return Levels(levels, steps * factor, (alpha[:, :, 0] - lowest * steps) * factor)
+
+
+def _is_old(stored: dict[str, Any]) -> bool:
+    return stored["type"] == BYTES and stored["aMin"] == 0 and abs(stored["quantScale"]) < 1e-6
 
 
 class ModelWeights(WeightFile):
