@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf2mnn.doctor.checks import attention, files, formats, graph, norms, origin, weights
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Bundle, Model, OnnxPatient
 from hf2mnn.errors import Hf2mnnError
@@ -14,9 +15,39 @@ from hf2mnn.manifest import Manifest, ManifestError
 from hf2mnn.mnn.bundle import CONFIG, DECODER, MODEL_CONFIG, PARTS, VISION
 from hf2mnn.source.checkpoint import Checkpoint
 
-BUNDLE_CHECKS: list[Callable[[Bundle], Iterator[Finding]]] = []
-MODEL_CHECKS: list[Callable[[Model], Iterator[Finding]]] = []
-ONNX_CHECKS: list[Callable[[OnnxPatient], Iterator[Finding]]] = []
+BUNDLE_CHECKS: list[Callable[[Bundle], Iterator[Finding]]] = [
+    files.file_changed,
+    formats.vision_bits,
+]
+MODEL_CHECKS: list[Callable[[Model], Iterator[Finding]]] = [
+    graph.unreadable_graph,
+    graph.unknown_operators,
+    graph.engine_too_old,
+    attention.past_key_values_input,
+    attention.attention_not_fused,
+    attention.past_branch_cut,
+    attention.fused_count,
+    files.weight_file_missing,
+    files.weight_file_pointer,
+    files.weight_file_truncated,
+    files.weight_file_longer,
+    files.weights_absent,
+    norms.norm_stale,
+    norms.norm_zero,
+    norms.weights_overlap,
+    weights.weights_of_another,
+    weights.weights_constant,
+    weights.weights_not_finite,
+    weights.requantized,
+    origin.not_the_checkpoint,
+    formats.block_per_channel,
+    formats.scales_32_bit,
+]
+ONNX_CHECKS: list[Callable[[OnnxPatient], Iterator[Finding]]] = [
+    graph.unreadable_onnx,
+    attention.onnx_without_past,
+    attention.onnx_attention_chain,
+]
 
 ORDER = list(Severity)
 

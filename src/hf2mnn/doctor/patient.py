@@ -12,11 +12,12 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from hf2mnn.errors import ConversionError, ExportError, ManifestError
+from hf2mnn.errors import ConversionError, ExportError, ManifestError, QuantizationError
 from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.bundle import CONFIG, DECODER, MODEL_CONFIG, VISION
 from hf2mnn.mnn.convert import read_graph
 from hf2mnn.mnn.graph import Graph
+from hf2mnn.quant.weights import LEVELS, Operator, WeightFile, operators
 from hf2mnn.source.checkpoint import Checkpoint
 from hf2mnn.source.facts import model_facts
 
@@ -39,6 +40,11 @@ def _object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def external(graph: Graph) -> list[dict[str, Any]]:
+    """Operators that read something from the weight file."""
+    return [op for op in graph.ops if isinstance(op.get("main"), dict) and op["main"].get("external")]
 
 
 @dataclass
@@ -67,6 +73,33 @@ class Model:
         if isinstance(self._read, ConversionError):
             raise self._read
         return self._read
+
+    @cached_property
+    def operators(self) -> list[Operator]:
+        """Linear layers and patch embeddings whose weights are in the weight file."""
+        here = [op for op in self.graph.of_type("Convolution") if op["main"].get("external")]
+        found = operators(Graph({"oplists": here}))
+        return [operator for operator in found if sum(size for _, size in (*operator.parts[:2], *operator.parts[3:]))]
+
+    @cached_property
+    def file(self) -> WeightFile:
+        """Raises ConversionError where it is shorter than the graph reads, or the graph reads before its beginning."""
+        places = [op["main"]["external"] for op in external(self.graph)]
+        if any(part < 0 for place in places for part in place):
+            raise ConversionError(f"{self.path} reads its weights from a place that no file has; make it again")
+        return WeightFile(self.graph, self.weights)
+
+    @cached_property
+    def foreign(self) -> list[str]:
+        """Operators whose bytes in the weight file are no weights of their shape."""
+        found = []
+        for operator in self.operators:
+            try:
+                if operator.stored and operator.stored["type"] == LEVELS:
+                    self.file.header(operator)
+            except QuantizationError:
+                found.append(operator.name)
+        return found
 
 
 @dataclass

@@ -165,19 +165,20 @@ class WeightFile:
         raw = self.raw(offset + head.size + whole * head.bits // 8, ((last - whole) * head.bits + 7) // 8)
         return head.levels(raw, last - whole, operator.name)[first - whole :]
 
-    def alpha(self, operator: Operator) -> np.ndarray:
-        """float32 [outputs, blocks, 1 or 2]: the scale, or zero and scale, of each block as they are stored.
+    def alpha(self, operator: Operator, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """float32 [rows, blocks, 1 or 2]: the scale, or zero and scale, of each block of these rows as they are stored.
 
         Raises:
             QuantizationError: they do not fit the weight.
         """
-        stored, name = operator.stored, operator.name
-        dtype = SCALE_TYPES[16 if stored["scaleStorage"] == "FP16" else 32]
-        alpha = self._numbers(operator.parts[1], dtype).astype(np.float32)
-        pairs = 2 if stored["readType"] or _is_old(stored) else 1
-        if not alpha.size or alpha.size % (pairs * operator.outputs) or operator.size % (alpha.size // pairs):
-            raise QuantizationError(f"{name}: {alpha.size} scales do not fit {operator.outputs} rows")
-        return alpha.reshape(operator.outputs, -1, pairs)
+        stored, (offset, size), rows = operator.stored, operator.parts[1], operator.outputs
+        dtype = np.dtype(SCALE_TYPES[16 if stored["scaleStorage"] == "FP16" else 32])
+        pairs, count = 2 if stored["readType"] or _is_old(stored) else 1, size // dtype.itemsize
+        if not count or count % (pairs * rows) or operator.size % (count // pairs):
+            raise QuantizationError(f"{operator.name}: {count} scales do not fit {rows} rows")
+        end, row = rows if end is None else end, count // rows
+        part = offset + begin * row * dtype.itemsize, (end - begin) * row * dtype.itemsize
+        return self._numbers(part, dtype).astype(np.float32).reshape(end - begin, row // pairs, pairs)
 
     def levels(self, operator: Operator, begin: int = 0, end: int | None = None) -> Levels:
         """Rows of a quantized weight. Only of packed levels are they alone read."""
@@ -185,18 +186,16 @@ class WeightFile:
         end = operator.outputs if end is None else end
         if stored["type"] == LEVELS:
             levels = self._packed(operator, begin, end)
-            alpha = self.alpha(operator)
         else:
-            alpha = self.alpha(operator)
             raw = self.raw(*weight)
             if stored["type"] == SPARSE:
-                levels = parse_sparse(raw, alpha.reshape(-1), count, stored["shapeInt32"], name)
+                levels = parse_sparse(raw, self.alpha(operator).reshape(-1), count, stored["shapeInt32"], name)
             else:
                 levels = np.frombuffer(raw, np.int8)
                 if levels.size != count:
                     raise damaged(len(raw), count, name)
             levels = levels[begin * operator.inputs : end * operator.inputs]
-        levels, alpha = levels.reshape(end - begin, operator.inputs), alpha[begin:end]
+        levels, alpha = levels.reshape(end - begin, operator.inputs), self.alpha(operator, begin, end)
         steps = alpha[:, :, -1]
         factor = np.float32(1 if stored["has_scaleInt"] or _is_old(stored) else stored["quantScale"])
         if alpha.shape[2] == 1:
