@@ -437,6 +437,42 @@ def ask(
     print(ask_bundle(bundle, prompt, image or [], max_new_tokens, threads, time_limit, as_called))
 
 
+@app.command(epilog=_example("hf2mnn doctor results/shapes-vl/mnn/int4 --checkpoint results/shapes-vl/source"))
+def doctor(
+    path: Annotated[
+        Path, typer.Argument(help="A bundle's folder, a .mnn or .onnx file, or a folder of the onnx or mnn stage.")
+    ],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder of the checkpoint that it was made of: to compare with.")
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="Folder of the reference stage: for ranges of values.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="Also load the bundle in the engine and ask it something.")
+    ] = False,
+    prompt: Annotated[str, typer.Option(help="What --run asks.")] = "What is the capital of France?",
+    time_limit: Annotated[float, typer.Option(help="Seconds after which --run stops the engine.", min=1)] = 300,
+) -> None:
+    """Find out from its files why a bundle talks nonsense, crashes or is slow; whoever made it.
+
+    Exit code 0: nothing, or advice only; 3: warnings; 4: errors; 1: it could not be examined.
+    """
+    from hf2mnn.doctor.examine import by_severity, look_at
+    from hf2mnn.doctor.show import as_json as to_json
+    from hf2mnn.doctor.show import as_text, exit_code
+
+    seen = look_at(path, checkpoint, reference)
+    if run:
+        from hf2mnn.doctor.run import run_bundle
+
+        if seen.bundle is None:
+            raise Hf2mnnError(f"--run asks a bundle, and {path} is a {seen.kind}; give the bundle's folder")
+        seen.findings = by_severity([*seen.findings, *run_bundle(seen.bundle, prompt, time_limit)])
+        seen.checks.append("run_bundle")
+    print(to_json(seen) if as_json else as_text(seen))
+    raise typer.Exit(exit_code(seen.findings))
+
+
 @app.command(
     epilog=_example(
         "hf2mnn speed --bundle fp16=results/shapes-vl/mnn/fp16 --bundle int4=results/shapes-vl/mnn/int4"

@@ -10,8 +10,8 @@ from typing import Any
 from hf2mnn.doctor.checks import attention, files, formats, graph, norms, origin, weights
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Bundle, Model, OnnxPatient
-from hf2mnn.errors import Hf2mnnError
-from hf2mnn.manifest import Manifest, ManifestError
+from hf2mnn.errors import Hf2mnnError, ManifestError
+from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.bundle import CONFIG, DECODER, MODEL_CONFIG, PARTS, VISION
 from hf2mnn.source.checkpoint import Checkpoint
 
@@ -54,10 +54,11 @@ ORDER = list(Severity)
 
 @dataclass
 class Examination:
-    """What was looked at: kind of the path, names of the checks that ran, and what they found."""
+    """What was looked at: kind of the path, the bundle if it is one, names of the checks that ran, what they found."""
 
     path: Path
     kind: str
+    bundle: Bundle | None = None
     checks: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
@@ -133,6 +134,11 @@ def _checks(patient: Any) -> Iterable[Callable[[Any], Iterator[Finding]]]:
     return {Bundle: BUNDLE_CHECKS, Model: MODEL_CHECKS, OnnxPatient: ONNX_CHECKS}[type(patient)]
 
 
+def by_severity(findings: list[Finding]) -> list[Finding]:
+    """The worst first, then by file."""
+    return sorted(findings, key=lambda finding: (ORDER.index(finding.severity), finding.where))
+
+
 def look_at(path: Path, checkpoint: Path | None = None, reference: Path | None = None) -> Examination:
     """Everything that can be seen in the files of `path`; findings by severity, then by file.
 
@@ -141,14 +147,15 @@ def look_at(path: Path, checkpoint: Path | None = None, reference: Path | None =
     """
     path = Path(path)
     kind, patients = _patients(path, _checkpoint(checkpoint), reference)
-    seen = Examination(path, kind)
+    bundles = [patient for patient in patients if isinstance(patient, Bundle)]
+    seen = Examination(path, kind, *bundles)
     for patient in patients:
         where = str(patient.folder if isinstance(patient, Bundle) else patient.path)
         for check in _checks(patient):
             if check.__name__ not in seen.checks:
                 seen.checks.append(check.__name__)
             seen.findings += _run(check, patient, where)
-    seen.findings.sort(key=lambda finding: (ORDER.index(finding.severity), finding.where))
+    seen.findings = by_severity(seen.findings)
     return seen
 
 

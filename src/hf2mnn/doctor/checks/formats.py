@@ -97,7 +97,7 @@ def scales_32_bit(model: Model) -> Iterator[Finding]:
 def vision_bits(bundle: Bundle) -> Iterator[Finding]:
     """A small vision tower below 8 bits.
 
-    Measured: on small trained checkpoints, 4 bits in the tower cost the answers far more than 4 bits in the decoder, and
+    Measured on small trained checkpoints: 4 bits in the tower cost the answers far more than 4 bits in the decoder, and
     the tower of a small model is a small part of the bundle. Towers of the size of Qwen2-VL's (665 million weights) are
     shipped with 4 bits by llmexport. From which size on that is well was not measured; SMALL_TOWER lies between the
     two. Bits that a plan chose, by what they cost the answers, are not spoken of.
