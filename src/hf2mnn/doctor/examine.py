@@ -99,6 +99,10 @@ def _stage(folder: Path) -> str:
         return ""
 
 
+def _model(path: Path, part: str = "", **known: Any) -> Model:
+    return Model(path, path.with_name(f"{path.name}.weight"), part, **known)
+
+
 def _patients(path: Path, checkpoint: Checkpoint | None, reference: Path | None) -> tuple[str, list[Any]]:
     """The kind of a path, and what of it is examined.
 
@@ -108,20 +112,20 @@ def _patients(path: Path, checkpoint: Checkpoint | None, reference: Path | None)
     if path.is_file() and path.name in (CONFIG, MODEL_CONFIG):
         path = path.parent
     if path.is_file() and path.suffix == ".mnn":
-        return "MNN model", [Model(path, path.with_name(f"{path.name}.weight"), checkpoint=checkpoint)]
+        return "MNN model", [_model(path, whole=_stage(path.parent) != "mnn", checkpoint=checkpoint)]
     if path.is_file() and path.suffix == ".onnx":
         return "ONNX model", [OnnxPatient(path)]
     if not path.exists():
         raise Hf2mnnError(f"there is no {path}: give a bundle's folder, a .mnn or an .onnx file")
-    graphs = sorted(path.glob("*.onnx")) if path.is_dir() else []
-    if path.is_dir() and _stage(path) == "mnn":
-        models = {part: path / name for part, (name, _) in PARTS.items() if (path / name).is_file()}
-        return "graphs of the mnn stage", [
-            Model(file, file.with_name(f"{file.name}.weight"), part, whole=False) for part, file in models.items()
-        ]
-    if path.is_dir() and (any(path.glob("*.mnn")) or (path / MODEL_CONFIG).is_file()):
+    graphs, mnn = (sorted(path.glob(pattern)) for pattern in ("*.onnx", "*.mnn"))
+    if mnn and _stage(path) == "mnn":
+        parts = {name: part for part, (name, _) in PARTS.items()}
+        return "folder of the mnn stage", [_model(file, parts.get(file.name, ""), whole=False) for file in mnn]
+    if any((path / name).is_file() for name in (DECODER, MODEL_CONFIG)) or (mnn and (path / CONFIG).is_file()):
         bundle = Bundle(path, checkpoint, reference)
         return "bundle", [bundle, *bundle.models.values()]
+    if mnn:
+        return "folder of MNN models", [_model(file, checkpoint=checkpoint) for file in mnn]
     if graphs:
         return "folder of ONNX models", [OnnxPatient(file, file.stem) for file in graphs]
     raise Hf2mnnError(

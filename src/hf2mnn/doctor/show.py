@@ -33,5 +33,9 @@ def _block(finding: Finding) -> str:
 def as_text(seen: Examination) -> str:
     """A block for each finding, the worst first, and what was looked at."""
     counts = Counter(finding.severity for finding in seen.findings)
-    said = ", ".join(f"{counts[severity]} {severity}" for severity in Severity) if seen.findings else "no findings"
+    plural = {Severity.ERROR: "errors", Severity.WARNING: "warnings", Severity.ADVICE: "pieces of advice"}
+    said = ", ".join(
+        f"{n} {severity if n == 1 else plural[severity]}" for severity in Severity if (n := counts[severity])
+    )
+    said = said or "no findings"
     return "\n".join([*map(_block, seen.findings), f"{said}: {seen.path} ({seen.kind}, {len(seen.checks)} checks)"])

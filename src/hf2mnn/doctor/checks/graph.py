@@ -16,6 +16,9 @@ from hf2mnn.source.checkpoint import LFS_POINTER
 FETCH = "fetch the file again with its contents: 'git lfs pull' in its folder, or the hub's own client"
 AGAIN = "make it again: 'hf2mnn mnn', then 'hf2mnn quantize'; or fetch it again from where it came"
 
+NUMBER = re.compile(r"-?\d+")
+"""What the converter's dump says for a type of operator that it does not know."""
+
 
 def is_pointer(path: Path) -> bool:
     """Whether a file is what Git leaves of a large file that was not fetched."""
@@ -53,8 +56,8 @@ def unreadable_onnx(patient: OnnxPatient) -> Iterator[Finding]:
 
 
 def unknown_operators(model: Model) -> Iterator[Finding]:
-    """Operators that the installed engine has no code for: what the converter passed through, and types with a number
-    that this release's schema (`MNN.fbs`) does not have."""
+    """Operators that the installed engine has no code for: what the converter passed through, and types that this
+    release's schema (`MNN.fbs`) has no name for."""
     left = [op for op in model.graph.ops if not op.get("type") or op["type"] in UNSUPPORTED]
     if left:
         names = ", ".join(
@@ -67,7 +70,7 @@ def unknown_operators(model: Model) -> Iterator[Finding]:
             "it holds operators that the installed engine does not have",
             f"{len(left)} of {len(model.graph.ops)}: {names}; engine {tool_versions('MNN')['MNN']}, model written by"
             f" {_version(model) or 'an unknown release'}",
-            "the engine stops while it loads, or ends the process",
+            'the engine cannot compute them: it prints "Don\'t support type", and answers nothing or crashes',
             "install the MNN release that the model was made for, or convert it with the installed one",
         )
 

@@ -13,14 +13,15 @@ from hf2mnn.errors import QuantizationError
 from hf2mnn.mnn.graph import FLOAT16
 from hf2mnn.quant.weights import LEVELS, Operator
 
-ROWS = 32
+ROWS = 16
 """Rows of a weight that are looked at."""
 AT_ONCE = 1 << 22
 """Float weights that are in memory at a time."""
 LARGEST = 1e3
 """No weight of a trained model is so large; a scale with a flipped exponent is at once."""
 RUN, GAP, COARSE = 32, 3, 0.5
-"""Of this many neighbouring levels of 6 bits or more, no two are nearer than GAP in a share COARSE of all such runs."""
+"""Levels of 6 bits or more are looked at in runs of so many; no two nearer than GAP in a share COARSE of them is what
+fewer bits leave."""
 
 
 def sampled(operator: Operator) -> list[int]:
@@ -117,18 +118,25 @@ def weights_not_finite(model: Model) -> Iterator[Finding]:
         )
 
 
+def on_a_grid(levels: np.ndarray) -> bool:
+    """Whether levels, int8 [rows, inputs], lie on a grid of few values in most runs of neighbours.
+
+    Weights that were rounded once have levels next to each other in nearly every run: at 6 to 8 bits, no layer of the
+    embedded model had more than 0.4 % of runs without, whatever method and block; rounded from 4 bits to 8, all had
+    none in 100 % of runs. From 5 bits to 6 nothing can be told.
+    """
+    runs = levels[:, : levels.shape[1] // RUN * RUN].reshape(-1, RUN).astype(np.int16)
+    gaps = np.diff(np.sort(runs, axis=1), axis=1)
+    nearest = np.where(gaps > 0, gaps, np.iinfo(np.int16).max).min(axis=1)
+    several = (gaps > 0).sum(axis=1) >= 3
+    return bool((several & (nearest >= GAP)).sum() > COARSE * len(runs))
+
+
 def _coarse(model: Model, operator: Operator) -> bool:
-    """Whether levels lie on a grid of few values in most runs. Weights that were rounded once have neighbours next to
-    each other in nearly every run of 32: of two levels in 32 drawn from 256, chance leaves none nearer than three in a
-    run out of a thousand, and fewer where they crowd around zero."""
     if not operator.stored or operator.stored["type"] != LEVELS or model.file.header(operator).bits < 6:
         return False
-    rows = [model.file.levels(operator, row, row + 1).levels[0] for row in sampled(operator)]
-    runs = np.array(rows)[:, : operator.inputs // RUN * RUN].reshape(-1, RUN).astype(np.int16)
-    gaps = np.diff(np.sort(runs, axis=1), axis=1)
-    nearest = np.where(gaps > 0, gaps, np.iinfo(np.int16).max).min(axis=1, initial=np.iinfo(np.int16).max)
-    spread = (gaps > 0).sum(axis=1) >= 3
-    return bool(spread.any() and (spread & (nearest >= GAP)).sum() > COARSE * len(runs))
+    rows = [model.file.levels(operator, row, row + 1).levels for row in sampled(operator)]
+    return on_a_grid(np.concatenate(rows))
 
 
 def requantized(model: Model) -> Iterator[Finding]:
