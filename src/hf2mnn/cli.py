@@ -462,11 +462,11 @@ def doctor(
     from hf2mnn.doctor.show import as_text, exit_code
 
     seen = look_at(path, checkpoint, reference)
+    if run and seen.bundle is None:
+        raise Hf2mnnError(f"--run asks a bundle, and {path} is another thing ({seen.kind}); give the bundle's folder")
     if run:
         from hf2mnn.doctor.run import run_bundle
 
-        if seen.bundle is None:
-            raise Hf2mnnError(f"--run asks a bundle, and {path} is a {seen.kind}; give the bundle's folder")
         seen.findings = by_severity([*seen.findings, *run_bundle(seen.bundle, prompt, time_limit)])
         seen.checks.append("run_bundle")
     print(to_json(seen) if as_json else as_text(seen))

@@ -19,7 +19,6 @@ from hf2mnn.doctor.show import exit_code
 from hf2mnn.errors import Hf2mnnError
 from hf2mnn.mnn.bundle import CONFIG, DECODER, MODEL_CONFIG, VISION
 from patients import LLMEXPORT, copied, edited, errors, own
-from support import run_cli
 
 BROKEN = {
     "empty": b"",
@@ -65,21 +64,17 @@ def test_graphs_that_are_none(tmp_path: Path, content: bytes) -> None:
         assert [finding.severity for finding in look_at(tmp_path / name).findings] == [Severity.ERROR]
 
 
-def test_a_graph_that_was_cut_short(bundle: Path) -> None:
-    """The converter may read on behind its end, and find operators there that are none. The rest of the bundle is
-    examined all the same."""
+@pytest.mark.parametrize("kept", [0.5, 0.99])
+def test_a_graph_that_was_cut_short(bundle: Path, kept: float) -> None:
+    """The converter crashes on it, or reads on behind its end. The rest of the bundle is examined all the same."""
     path = own(bundle / DECODER)
-    os.truncate(path, path.stat().st_size // 2)
+    os.truncate(path, int(path.stat().st_size * kept))
     (bundle / f"{VISION}.weight").unlink()
-    said = errors(bundle)
-    assert "weight_file_missing" in said
-    assert said & {"unreadable_graph", "unknown_operators", "not_examined"}
+    assert errors(bundle) == {"unreadable_graph", "weight_file_missing"}
 
 
 @pytest.mark.parametrize("file", [CONFIG, MODEL_CONFIG])
-@pytest.mark.parametrize(
-    "content", [b"", b"[]", b"null", b"{", b"\xff\xfe", b'{"llm_model": 3, "layer_nums": "x"}', b"[" * 9999]
-)
+@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe", b'{"llm_model": 3, "layer_nums": "x"}', b"[" * 9999])
 def test_settings_that_are_none(bundle: Path, file: str, content: bytes) -> None:
     own(bundle / file).write_bytes(content)
     assert not errors(bundle)
@@ -165,12 +160,6 @@ def test_the_command_on_a_good_model(results: Path) -> None:
     code, said = told(results / "mnn" / "int4" / VISION)
     assert code == 0
     assert said == f"no findings: {results / 'mnn' / 'int4' / VISION} (MNN model, {len(MODEL_CHECKS)} checks)\n"
-
-
-def test_the_command_on_what_cannot_be_examined(tmp_path: Path) -> None:
-    done = run_cli("doctor", tmp_path)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("hf2mnn: ") and len(done.stderr.splitlines()) == 1
 
 
 def test_only_a_bundle_is_run(results: Path) -> None:

@@ -63,9 +63,13 @@ class Model:
     @cached_property
     def _read(self) -> Graph | ConversionError:
         try:
-            return read_graph(self.path)
+            graph = read_graph(self.path)
         except ConversionError as error:
             return error
+        # The converter reads on behind the end of a file that was cut short, and most of the time finds zeros there.
+        if not graph.ops or not all({"type", "outputIndexes"} <= set(op) for op in graph.ops):
+            return ConversionError(f"{self.path} holds operators without a type or an output; it was cut short")
+        return graph
 
     @property
     def graph(self) -> Graph:

@@ -16,9 +16,6 @@ from hf2mnn.source.checkpoint import LFS_POINTER
 FETCH = "fetch the file again with its contents: 'git lfs pull' in its folder, or the hub's own client"
 AGAIN = "make it again: 'hf2mnn mnn', then 'hf2mnn quantize'; or fetch it again from where it came"
 
-NUMBER = re.compile(r"-?\d+")
-"""What the converter's dump says for a type of operator that it does not know."""
-
 
 def is_pointer(path: Path) -> bool:
     """Whether a file is what Git leaves of a large file that was not fetched."""
@@ -58,11 +55,10 @@ def unreadable_onnx(patient: OnnxPatient) -> Iterator[Finding]:
 def unknown_operators(model: Model) -> Iterator[Finding]:
     """Operators that the installed engine has no code for: what the converter passed through, and types that this
     release's schema (`MNN.fbs`) has no name for."""
-    left = [op for op in model.graph.ops if not op.get("type") or op["type"] in UNSUPPORTED]
+    # The converter's dump gives a type without a name as its number.
+    left = [op for op in model.graph.ops if op["type"] in UNSUPPORTED or isinstance(op["type"], int)]
     if left:
-        names = ", ".join(
-            f"{op.get('name') or 'one without a name'} ({op.get('type') or 'no type'})" for op in left[:3]
-        )
+        names = ", ".join(f"{op.get('name', '')} ({op['type']})" for op in left[:3])
         yield Finding(
             "unknown_operators",
             Severity.ERROR,
