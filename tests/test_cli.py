@@ -49,7 +49,8 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
 def test_every_stage_is_a_command() -> None:
     stages = {"source", "evaluation", "reference", "onnx", "mnn", "quantize", "evaluate", "diagnose", "speed", "report"}
     stages |= {"activations", "sensitivity", "plan"}
-    others = {"compare", "tune", "ask", "table", "summarize", "gates", "pin", "schema", "stages", "synth", "verify"}
+    others = {"compare", "tune", "ask", "doctor", "verify", "table", "summarize", "gates", "pin", "schema", "stages"}
+    others |= {"synth"}
     assert stages | others == set(COMMANDS)
 
 

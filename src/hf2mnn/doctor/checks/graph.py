@@ -23,10 +23,10 @@ def is_pointer(path: Path) -> bool:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def _unreadable(path: Path, said: str, kind: str, cure: str) -> Finding:
+def _unreadable(check: str, path: Path, said: str, kind: str, cure: str) -> Finding:
     pointer = path.is_file() and is_pointer(path)
     return Finding(
-        "unreadable_graph",
+        check,
         Severity.ERROR,
         path.name,
         f"it is a Git LFS pointer, not the {kind}" if pointer else f"it is no {kind} that can be read",
@@ -41,7 +41,7 @@ def unreadable_graph(model: Model) -> Iterator[Finding]:
     try:
         _ = model.graph
     except ConversionError as error:
-        yield _unreadable(model.path, str(error), "MNN model", AGAIN)
+        yield _unreadable("unreadable_graph", model.path, str(error), "MNN model", AGAIN)
 
 
 def unreadable_onnx(patient: OnnxPatient) -> Iterator[Finding]:
@@ -49,7 +49,9 @@ def unreadable_onnx(patient: OnnxPatient) -> Iterator[Finding]:
     try:
         _ = patient.model
     except ExportError as error:
-        yield _unreadable(patient.path, str(error), "ONNX model", "export it again with 'hf2mnn onnx'")
+        yield _unreadable(
+            "unreadable_onnx", patient.path, str(error), "ONNX model", "export it again with 'hf2mnn onnx'"
+        )
 
 
 def unknown_operators(model: Model) -> Iterator[Finding]:
