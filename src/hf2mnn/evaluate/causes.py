@@ -7,6 +7,7 @@ come in the order in which data flows: settings, tokenizer, embedding, vision to
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,25 @@ NAMED = 3
 
 def wrong_settings(bundle: Path, facts: dict[str, Any]) -> list[Finding]:
     """Keys of llm_config.json that are not what the checkpoint says."""
-    stored, findings = json.loads((bundle / MODEL_CONFIG).read_text()), []
+    stored = json.loads((bundle / MODEL_CONFIG).read_text())
     # "hf2mnn" holds model.json: `hf2mnn ask` and the evaluation go by its ids and sizes.
     right = model_settings(facts, bundle) | {f"hf2mnn.{key}": value for key, value in facts.items()}
     given_of = stored | {f"hf2mnn.{key}": value for key, value in stored.get("hf2mnn", {}).items()}
+    return [
+        Finding("settings", key, f"{MODEL_CONFIG} says {key} {given}, the checkpoint's is {wanted}")
+        for key, given, wanted in differing(given_of, right)
+    ]
+
+
+def differing(given: dict[str, Any], right: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value, right value) of each key whose value is not the right one, or is not there; floats within 1e-6."""
+    found = []
     for key, wanted in sorted(right.items()):
-        given = given_of.get(key)
-        same = np.allclose(given, wanted, rtol=1e-6) if _numbers(given) and _numbers(wanted) else given == wanted
-        if not same:
-            findings.append(
-                Finding("settings", key, f"{MODEL_CONFIG} says {key} {given}, the checkpoint's is {wanted}")
-            )
-    return findings
+        value = given.get(key)
+        listed = _numbers(value) and _numbers(wanted) and len(value) == len(wanted)
+        if not (np.allclose(value, wanted, rtol=1e-6) if listed else value == wanted):
+            found.append((key, value, wanted))
+    return found
 
 
 def _numbers(value: Any) -> bool:
@@ -74,27 +82,32 @@ def wrong_tokens(golden: Golden, tokens: dict[str, list[int]], image_token_id: i
 
 
 def wrong_embedding(bundle: Path, onnx_folder: Path) -> list[Finding]:
-    """Rows of the bundle's embedding that are not the checkpoint's: rounded to bfloat16, or, where lm_head serves as
-    the embedding, as near as its bits allow."""
+    sentence = wrong_rows(embedding_blocks(bundle, onnx_folder), tied_in(bundle))
+    return [Finding("embedding", None, sentence)] if sentence else []
+
+
+def wrong_rows(blocks: Iterable[tuple[np.ndarray, np.ndarray]], tied: dict[str, Any] | None) -> str | None:
+    """Rows of an embedding that are not the checkpoint's, both as `quant.embedding.beside` gives them: rounded to
+    bfloat16, or, where lm_head serves as the embedding, as near as its bits allow."""
     wrong, count, shifts = 0, 0, dict.fromkeys(SHIFTS, 0)
-    tied = tied_in(bundle)
     allowed = rounding_error(tied["quant_bit"]) if tied else 0.0
-    for stored, right in embedding_blocks(bundle, onnx_folder):
-        differs = np.linalg.norm(stored - right, axis=1) > allowed * np.linalg.norm(right, axis=1)
+    for stored, right in blocks:
+        # Put so that what is no number differs.
+        differs = ~(np.linalg.norm(stored - right, axis=1) <= allowed * np.linalg.norm(right, axis=1))
         wrong, count = wrong + int(differs.sum()), count + len(right)
         for shift in SHIFTS if differs.any() else ():
             one, other = (stored[:-shift], right[shift:]) if shift > 0 else (stored[-shift:], right[:shift])
             off = np.linalg.norm(one - other, axis=1)
             shifts[shift] += int((off <= allowed * np.linalg.norm(other, axis=1)).sum())
     if not wrong:
-        return []
+        return None
     shift = max(shifts, key=shifts.get)
     how = (
         f": row i holds token {'i' + f'{shift:+d}'}'s, the ids are shifted by {abs(shift)}"
         if shifts[shift] > count / 2
         else ""
     )
-    return [Finding("embedding", None, f"{wrong} of {count} rows of the embedding are not the checkpoint's{how}")]
+    return f"{wrong} of {count} rows of the embedding are not the checkpoint's{how}"
 
 
 def unfused(graph: Graph, layers: int) -> list[Finding]:

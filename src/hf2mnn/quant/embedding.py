@@ -19,9 +19,12 @@ from hf2mnn.mnn.paths import read_config
 from hf2mnn.quant.blob import SCALE_TYPES, header, unpack
 from hf2mnn.quant.names import LM_HEAD
 from hf2mnn.quant.weights import Operator
+from hf2mnn.source.tensors import StoredTensor
 
 TIED = "tie_embeddings"
 BITS = (4, 8)
+POSITIONS = ("weight_offset", "alpha_offset", "alpha_size", "quant_bit", "quant_block", "half")
+"""What the places of a list mean; the last, whether scales are half floats, may be left out (`llmconfig.hpp`)."""
 
 
 def check_tied(model: dict[str, Any], form: WeightFormat) -> None:
@@ -51,9 +54,35 @@ def tied_settings(operator: Operator) -> dict[str, Any]:
     }
 
 
+def parse_tied(stored: Any) -> dict[str, Any] | None:
+    """The same out of llm_config.json's `tie_embeddings`, which llmexport writes as a list; None where there is none.
+
+    Raises:
+        BundleError: it is neither form.
+    """
+    if stored is None:
+        return None
+    if isinstance(stored, list):
+        stored = dict(zip(POSITIONS, stored, strict=False))
+        stored["alpha_dtype"] = "fp16" if stored.pop("half", 0) else "fp32"
+    whole = isinstance(stored, dict) and all(isinstance(stored.get(key), int) for key in POSITIONS[:-1])
+    if not whole or min(stored[key] for key in POSITIONS[:-1]) < 0:
+        raise BundleError(f"{TIED} of {MODEL_CONFIG} does not say where the embedding is; convert the checkpoint again")
+    return {"alpha_dtype": "fp32", **stored}
+
+
+def embedding_in_weights(model: dict[str, Any]) -> bool:
+    """Whether the engine reads the embedding out of the decoder's weight file; `model` is llm_config.json.
+
+    An embedding that begins at 0 is quantized, and in the embedding's own file. Raises BundleError as `parse_tied` does.
+    """
+    tied = parse_tied(model.get(TIED))
+    return tied is not None and tied["weight_offset"] != 0
+
+
 def tied_in(bundle: Path) -> dict[str, Any] | None:
     """Where lm_head is the embedding, `tied_settings` as the bundle has them."""
-    return read_config(bundle, MODEL_CONFIG).get(TIED)
+    return parse_tied(read_config(bundle, MODEL_CONFIG).get(TIED))
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:
@@ -80,21 +109,34 @@ def _tied_rows(path: Path, tied: dict[str, Any], shape: tuple[int, int]) -> Iter
         yield (values + pairs[:, :, :1] if pairs.shape[2] == 2 else values).reshape(count, hidden)
 
 
+def embedding_rows(path: Path, tied: dict[str, Any] | None, shape: tuple[int, int]) -> Iterator[np.ndarray]:
+    """float32 [rows, hidden] of an embedding of `shape`, a block at a time, as the engine reads it: bfloat16, or where
+    `tied` says, in `path`.
+
+    Raises:
+        BundleError: the embedding is not whole.
+    """
+    if tied is not None:
+        yield from _tied_rows(path, tied, shape)
+        return
+    vocabulary, hidden = shape
+    for at in range(0, vocabulary, ROWS_AT_ONCE):
+        found = _read(path, 2 * at * hidden, 2 * hidden * min(ROWS_AT_ONCE, vocabulary - at))
+        yield np.frombuffer(found, ml_dtypes.bfloat16).reshape(-1, hidden).astype(np.float32)
+
+
+def beside(rows: Iterator[np.ndarray], right: StoredTensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of an embedding with the checkpoint's rounded to bfloat16, both float32 [rows, hidden]."""
+    for block, exact in zip(rows, table_blocks(right), strict=True):
+        yield block, exact.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
 def embedding_blocks(bundle: Path, onnx_folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The bundle's embedding and the checkpoint's rounded to bfloat16, both float32 [rows, hidden], a block at a time.
+    """The bundle's embedding and the checkpoint's, as `beside` gives them.
 
     Raises:
         BundleError: the embedding is not whole.
     """
     right, tied = embedding_table(onnx_folder), tied_in(bundle)
-    vocabulary, hidden = right.shape
-    if tied is None:
-        starts = range(0, vocabulary, ROWS_AT_ONCE)
-        read = (
-            _read(bundle / EMBEDDING, 2 * at * hidden, 2 * hidden * min(ROWS_AT_ONCE, vocabulary - at)) for at in starts
-        )
-        blocks = (np.frombuffer(found, ml_dtypes.bfloat16).reshape(-1, hidden) for found in read)
-    else:
-        blocks = _tied_rows(bundle / f"{DECODER}.weight", tied, right.shape)
-    for block, exact in zip(blocks, table_blocks(right), strict=True):
-        yield block.astype(np.float32), exact.astype(ml_dtypes.bfloat16).astype(np.float32)
+    path = bundle / (f"{DECODER}.weight" if tied else EMBEDDING)
+    return beside(embedding_rows(path, tied, right.shape), right)
