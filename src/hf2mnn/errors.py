@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 LONGEST = 2000
 """Letters of a sentence: it may quote what a stranger's file holds."""
 
@@ -49,8 +51,17 @@ class EngineError(Hf2mnnError):
     """MNN's engine was stopped, or did not do what it was asked."""
 
 
+class EngineStopped(EngineError):
+    """The engine took longer than it was given, or was killed."""
+
+
 class BundleFault(EngineError):
-    """The engine refused a bundle, crashed on it, or answered garbage: that is a result, and goes into the table."""
+    """The engine refused a bundle, crashed on it, or answered garbage: that is a result, and goes into the table.
+    `words`: all that the engine printed."""
+
+    def __init__(self, message: str, words: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.words = list(words)
 
 
 class ManifestError(Hf2mnnError):

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hf2mnn.errors import BundleError, BundleFault, EngineError, MachineError, ManifestError
+from hf2mnn.errors import BundleError, BundleFault, EngineError, EngineStopped, MachineError, ManifestError
 from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.bundle import CONFIG, MODEL_CONFIG
 from hf2mnn.mnn.child import environment
@@ -52,7 +52,8 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
     Raises:
         BundleFault: it crashed, or said what is wrong; with the engine's last words.
         MachineError: the machine has no room or no memory left.
-        EngineError: a bug of ours; it took too long, or was killed (by a machine short of memory, most of the time).
+        EngineStopped: it took too long, or was killed (by a machine short of memory, most of the time).
+        EngineError: a bug of ours.
     """
     name = task.rpartition(".")[2]
     with tempfile.TemporaryDirectory(prefix="hf2mnn-engine-") as folder:
@@ -70,7 +71,7 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
                     timeout=time_limit,
                 )
             except subprocess.TimeoutExpired:
-                raise EngineError(
+                raise EngineStopped(
                     f"MNN's engine was stopped after {time_limit:.0f} s ({name}); see --time-limit"
                 ) from None
         lines = [line.strip() for line in said.read_text(errors="replace").splitlines() if line.strip()]
@@ -78,7 +79,7 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
     if done.returncode != 0:
         refused = [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]
         if refused:
-            raise BundleFault(refused[-1])
+            raise BundleFault(refused[-1], lines)
         short = [line.removeprefix("machine: ") for line in lines if line.startswith("machine: ")]
         if short:
             raise MachineError(short[-1])
@@ -88,6 +89,6 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
             raise EngineError(f"{name} failed in MNN's engine: {bug[-1]}; this is a bug, report it with the log")
         # No verdict on the bundle: nothing in it sends such a signal.
         if ended := ended_by_others(f"MNN's engine ({name})", done.returncode):
-            raise EngineError(ended)
+            raise EngineStopped(ended)
         last = " / ".join(lines[-3:]) or "none"
-        raise BundleFault(f"MNN's engine died ({how}) during {name}; its last words: {last}")
+        raise BundleFault(f"MNN's engine died ({how}) during {name}; its last words: {last}", lines)

@@ -13,10 +13,13 @@ SHARED = ("thread_num", "precision", "memory")
 def with_settings(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """A copy of config.json's content with `settings` in it, for the decoder and for the vision tower.
 
-    `set_config` of a loading engine is no way to do this: it does not reach what was under "mllm".
+    `set_config` of a loading engine is no way to do this: it does not reach what was under "mllm". Without "mllm" the
+    vision tower runs by the decoder's settings.
     """
+    if config.get("mllm") is None:
+        return {**config, **settings}
     shared = {key: value for key, value in settings.items() if key in SHARED}
-    return {**config, **settings, "mllm": {**config.get("mllm", {}), **shared}}
+    return {**config, **settings, "mllm": {**config["mllm"], **shared}}
 
 
 def engine_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -97,6 +97,9 @@ def _construct(node: nodes.Node, tested: bool, macros: set[str]) -> str | None:
             found = _filtered(node)
         case nodes.Test():
             found = f"the test '{node.name}'" if node.name not in TESTS or node.args else None
+            if node.name in ("defined", "undefined") and isinstance(node.node, nodes.Getitem):
+                # A key that is not there gives the empty string, which is defined; an attribute gives what is not.
+                found = f"['...'] before 'is {node.name}', where it runs .name"
         case nodes.For():
             found = "{% for %} with {% else %}" if node.else_ else "a recursive {% for %}" if node.recursive else None
         case nodes.Macro():
@@ -146,13 +149,15 @@ def _in_tree(node: nodes.Node, tested: bool, macros: set[str]) -> Iterator[tuple
 
 def _in_text(template: str) -> Iterator[tuple[int, str]]:
     """What the tree no longer shows."""
-    tokens = list(environment().lex(template))
+    tokens = [token for token in environment().lex(template) if token[1] != "whitespace"]
     for at, (line, kind, value) in enumerate(tokens):
-        following = tokens[at + 1][2] if at + 1 < len(tokens) else ""
+        _, next_kind, following = tokens[at + 1] if at + 1 < len(tokens) else (0, "", "")
         if kind == "raw_begin":
             yield line, "{% raw %}"
         elif kind == "string" and re.search(rf"\\[^{re.escape(ESCAPES)}]", value.replace("\\\\", "")):
             yield line, "an escape in a string"
+        elif kind == next_kind == "string":
+            yield line, "strings side by side"
         elif kind in ("block_begin", "variable_begin") and value.endswith("+"):
             yield line, f"{value} that keeps white space"
         elif kind == "name" and value in ("True", "False", "None"):

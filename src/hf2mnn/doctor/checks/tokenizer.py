@@ -156,7 +156,7 @@ def tokenizer_differs(bundle: Bundle) -> Iterator[Finding]:
         )
 
 
-def _template(bundle: Bundle) -> tuple[str, str]:
+def template_of(bundle: Bundle) -> tuple[str, str]:
     """The chat template that the engine renders, and where it stands."""
     given = bundle.model.get("jinja")
     if isinstance(given, dict) and isinstance(given.get("chat_template"), str):
@@ -165,7 +165,7 @@ def _template(bundle: Bundle) -> tuple[str, str]:
 
 
 def chat_template(bundle: Bundle) -> Iterator[Finding]:
-    template, where = _template(bundle)
+    template, where = template_of(bundle)
     if bundle.model.get("use_template") is False:
         return
     if not template:

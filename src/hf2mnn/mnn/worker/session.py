@@ -34,8 +34,8 @@ def picture_input(rgb: np.ndarray, size: tuple[int, int] | None = None) -> dict[
     return {"data": data, "height": height, "width": width}
 
 
-class Engine:
-    """One loaded bundle."""
+class Loaded:
+    """One loaded bundle, whoever made it."""
 
     def __init__(self, bundle: Path, threads: int = 0, settings: dict[str, Any] | None = None) -> None:
         """`settings` go over those of config.json; `threads` 0 keeps the bundle's own number.
@@ -48,8 +48,6 @@ class Engine:
         self.folder = overlay(bundle, changed) if changed else bundle
         self.llm = MNN.llm.create(str(self.folder / "config.json"))
         self.native = self.llm._c_obj
-        self.model = json.loads((bundle / "llm_config.json").read_text())["hf2mnn"]
-        self.family = family_named(self.model["model_type"], bundle)
         # The wrapper's own load() gives None whatever happened.
         if not self.native.load():
             raise Refused(f"MNN's engine does not load {bundle}: its files are not whole or not for this engine")
@@ -57,6 +55,40 @@ class Engine:
     def logits(self, ids: list[int]) -> np.ndarray:
         """float32 [vocabulary] after `ids`, which join the engine's cache."""
         return self._checked(self.llm.forward(ids).read()).reshape(-1)
+
+    @staticmethod
+    def _checked(logits: Any) -> np.ndarray:
+        values = np.array(logits, np.float32)
+        if not np.isfinite(values).all() or np.abs(values).max() > GARBAGE or np.ptp(values) == 0:
+            raise Refused("the bundle answers garbage (logits equal, huge or not finite): its weights are not its own")
+        return values
+
+    def as_called(self, prompt: str, pictures: list[dict[str, Any]], limit: int) -> tuple[list[int], list[int]]:
+        """The prompt's tokens, and the greedy answer, by the engine's own image processing and positions: what
+        `response` gives a caller."""
+        self.llm.reset()
+        self.llm.generate_init()
+        ids = self.llm.tokenizer_encode({"text": prompt, "images": pictures})
+        return [int(token) for token in ids], [int(token) for token in self.native.generate(ids, limit)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of an answer; the engine's binding raises on a token that is only a part of a character."""
+        pieces = []
+        for token in ids:
+            try:
+                pieces.append(self.llm.tokenizer_decode(token).encode())
+            except UnicodeDecodeError as error:
+                pieces.append(error.object)
+        return b"".join(pieces).decode(errors="replace").strip()
+
+
+class Engine(Loaded):
+    """A loaded bundle that says which model it is."""
+
+    def __init__(self, bundle: Path, threads: int = 0, settings: dict[str, Any] | None = None) -> None:
+        super().__init__(bundle, threads, settings)
+        self.model = json.loads((bundle / "llm_config.json").read_text())["hf2mnn"]
+        self.family = family_named(self.model["model_type"], bundle)
 
     def all_logits(self, ids: list[int], position: int) -> np.ndarray:
         """float32 [len(ids), vocabulary] after each of `ids`, text that joins the engine's cache at `position`."""
@@ -67,13 +99,6 @@ class Engine:
             return self._checked(self.llm.forward(ids).read()).reshape(len(ids), -1)
         finally:
             self.llm.set_config({"all_logits": False})
-
-    @staticmethod
-    def _checked(logits: Any) -> np.ndarray:
-        values = np.array(logits, np.float32)
-        if not np.isfinite(values).all() or np.abs(values).max() > GARBAGE or np.ptp(values) == 0:
-            raise Refused("the bundle answers garbage (logits equal, huge or not finite): its weights are not its own")
-        return values
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens of the cache; the engine does so with its next forward, and until then counts
@@ -146,24 +171,6 @@ class Engine:
         self.truncate(kept)
         self.native.set_context({"all_seq_len": int(example.position_ids.max()) + 1 + same})
         return np.stack(rows), chosen[:same] + self.greedy(rows[same], limit - same)
-
-    def as_called(self, prompt: str, pictures: list[dict[str, Any]], limit: int) -> tuple[list[int], list[int]]:
-        """The prompt's tokens, and the greedy answer, by the engine's own image processing and positions: what
-        `response` gives a caller."""
-        self.llm.reset()
-        self.llm.generate_init()
-        ids = self.llm.tokenizer_encode({"text": prompt, "images": pictures})
-        return [int(token) for token in ids], [int(token) for token in self.native.generate(ids, limit)]
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of an answer; the engine's binding raises on a token that is only a part of a character."""
-        pieces = []
-        for token in ids:
-            try:
-                pieces.append(self.llm.tokenizer_decode(token).encode())
-            except UnicodeDecodeError as error:
-                pieces.append(error.object)
-        return b"".join(pieces).decode(errors="replace").strip()
 
 
 def image_runs(ids: list[int], image: int) -> Iterator[tuple[int, int]]:

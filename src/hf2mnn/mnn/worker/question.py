@@ -1,0 +1,83 @@
+"""A bundle asked as a user of the engine would ask it, whoever made it: no key of ours, no positions set right."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from hf2mnn.mnn.template import environment
+from hf2mnn.mnn.worker.session import Loaded, picture_input
+
+SIDE = 84
+"""Pixels of a picture that every vision tower of the Qwen-VL families takes as it is (patches of 14, merged by two)."""
+SETTINGS = {"sampler_type": "greedy", "thread_num": 2}
+
+
+def by_jinja(template: str, chat: list[dict[str, str]], tokens: dict[str, str]) -> str | None:
+    """A chat as transformers renders it; None where the template refuses it. A stranger's template runs no code."""
+    sandbox = environment(ImmutableSandboxedEnvironment)
+
+    def refuse(message: str) -> str:
+        raise TemplateError(message)
+
+    sandbox.globals["raise_exception"] = refuse
+    try:
+        return sandbox.from_string(template).render(messages=chat, add_generation_prompt=True, **tokens)
+    except (TemplateError, TypeError, ValueError, OverflowError, ArithmeticError, LookupError, RecursionError):
+        return None
+
+
+def picture() -> np.ndarray:
+    """uint8 RGB [SIDE, SIDE, 3]: a red square on white."""
+    pixels = np.full((SIDE, SIDE, 3), 255, np.uint8)
+    pixels[SIDE // 4 : -SIDE // 4, SIDE // 4 : -SIDE // 4] = (220, 30, 30)
+    return pixels
+
+
+def answer(engine: Loaded, prompt: str, pictures: list[dict[str, Any]], limit: int) -> dict[str, Any]:
+    """ids: of the prompt; answer: ids of the answer; text; longest: of its runs of one token.
+
+    Raises:
+        Refused: the logits after the prompt are no logits.
+    """
+    engine.llm.reset()
+    engine.llm.generate_init()
+    engine.logits([int(token) for token in engine.llm.tokenizer_encode({"text": prompt, "images": pictures})])
+    ids, tokens = engine.as_called(prompt, pictures, limit)
+    longest = max((len(list(run)) for _, run in groupby(tokens)), default=0)
+    return {"ids": ids, "answer": tokens, "text": engine.decode(tokens), "longest": longest}
+
+
+def run(job: dict[str, Any]) -> None:
+    """Into job["result"] (JSON), step by step, so that what was reached is known when the engine dies: `step` (load,
+    template, text, picture, done), `template` (the chat as the engine and as Jinja render it), `text`, `picture`.
+
+    job: bundle, prompt, chat, template ("" for none), tokens (eos_token, bos_token), visual, max_new_tokens, result.
+    """
+    found: dict[str, Any] = {}
+
+    def reach(step: str) -> None:
+        found["step"] = step
+        Path(job["result"]).write_text(json.dumps(found))
+
+    reach("load")
+    engine, limit = Loaded(Path(job["bundle"]), settings=SETTINGS), job["max_new_tokens"]
+    prompt, tag = job["prompt"], "<img>image_0</img>"
+    seen = tag + prompt
+    if job["template"]:
+        reach("template")
+        right = by_jinja(job["template"], job["chat"], job["tokens"])
+        found["template"] = [engine.native.apply_chat_template(job["chat"]), right]
+        prompt, seen = engine.native.apply_chat_template(prompt), engine.native.apply_chat_template(seen)
+    reach("text")
+    found["text"] = answer(engine, prompt, [], limit)
+    if job["visual"]:
+        reach("picture")
+        found["picture"] = answer(engine, seen, [picture_input(picture())], limit)
+    reach("done")
