@@ -29,7 +29,7 @@ from hf2mnn.mnn.graph import Graph
 from hf2mnn.mnn.paths import check_files
 from hf2mnn.mnn.tokenizer import encode_tokenizer, nfc_replacements
 from hf2mnn.onnx.initializers import float_values, stored_initializers
-from hf2mnn.quant.blob import Levels, header, pack, parse_levels, parse_sparse, scale_bytes, unpack
+from hf2mnn.quant.blob import Levels, header, pack, parse_header, parse_sparse, scale_bytes, unpack
 from hf2mnn.quant.weights import WeightFile, operators
 from hf2mnn.reference.examples import read_examples, read_picture
 from hf2mnn.source.checkpoint import Checkpoint
@@ -157,10 +157,15 @@ def attacked(folder: Path, name: str) -> Path:
     return made
 
 
+def parse_levels(stored: bytes, count: int, wide: bool) -> np.ndarray:
+    head = parse_header(stored, len(stored), count, wide, "layer")
+    return head.levels(stored[head.size :], count, "layer")
+
+
 @cases()
 @given(st.binary(max_size=200) | damaged(BLOB), st.sampled_from([ROWS * INPUTS, 0, 1, 1 << 31, 1 << 60]), st.booleans())
 def test_levels(stored: bytes, count: int, wide: bool) -> None:
-    survive(parse_levels, stored, count, wide, "layer")
+    survive(parse_levels, stored, count, wide)
 
 
 @cases()
@@ -419,7 +424,7 @@ def test_onnx(content: bytes, folder: Path) -> None:
 
 def test_good_files_are_read(folder: Path) -> None:
     """None of the files that the others begin with is refused."""
-    assert (parse_levels(BLOB, ROWS * INPUTS, False, "layer")[0] == LEVELS.levels.reshape(-1)).all()
+    assert (parse_levels(BLOB, ROWS * INPUTS, False) == LEVELS.levels.reshape(-1)).all()
     here = attacked(folder, "nothing")
     (here / "w").write_bytes(WEIGHTS)
     read_weights(copy.deepcopy(GRAPH), here / "w")

@@ -17,7 +17,15 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from hf2mnn.errors import BundleError, BundleFault, EngineError, EvaluationSetError, MachineError, ManifestError
+from hf2mnn.errors import (
+    BundleError,
+    BundleFault,
+    EngineError,
+    EngineStopped,
+    EvaluationSetError,
+    MachineError,
+    ManifestError,
+)
 from hf2mnn.evaluate.run import evaluate
 from hf2mnn.manifest import Manifest
 from hf2mnn.mnn import ask
@@ -343,8 +351,8 @@ def test_an_evaluation_that_was_stopped_is_no_verdict_on_the_bundle(
 @pytest.mark.parametrize(
     ("how", "kind", "words"),
     [
-        (signal.SIGKILL, EngineError, r"\(ending\) was killed \(signal 9\).*out of memory"),
-        (signal.SIGTERM, EngineError, r"\(ending\) was stopped from outside \(signal 15\)"),
+        (signal.SIGKILL, EngineStopped, r"\(ending\) was killed \(signal 9\).*out of memory"),
+        (signal.SIGTERM, EngineStopped, r"\(ending\) was stopped from outside \(signal 15\)"),
         (signal.SIGSEGV, BundleFault, r"died \(signal 11\) during ending"),
         (signal.SIGABRT, BundleFault, r"died \(signal 6\) during ending"),
     ],

@@ -7,7 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf2mnn.doctor.checks import attention, files, formats, graph, norms, origin, weights
+from hf2mnn.doctor.checks import (
+    attention,
+    config,
+    embedding,
+    files,
+    formats,
+    graph,
+    image,
+    norms,
+    origin,
+    overflow,
+    tokenizer,
+    weights,
+)
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Bundle, Model, OnnxPatient
 from hf2mnn.errors import Hf2mnnError, ManifestError
@@ -18,6 +31,11 @@ from hf2mnn.source.checkpoint import Checkpoint
 BUNDLE_CHECKS: list[Callable[[Bundle], Iterator[Finding]]] = [
     files.file_changed,
     formats.vision_bits,
+    *config.CHECKS,
+    *image.CHECKS,
+    *embedding.CHECKS,
+    *tokenizer.CHECKS,
+    *overflow.CHECKS,
 ]
 MODEL_CHECKS: list[Callable[[Model], Iterator[Finding]]] = [
     graph.unreadable_graph,

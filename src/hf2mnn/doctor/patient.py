@@ -3,7 +3,6 @@ nothing here trusts what it reads."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -17,9 +16,11 @@ from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.bundle import CONFIG, DECODER, MODEL_CONFIG, VISION
 from hf2mnn.mnn.convert import read_graph
 from hf2mnn.mnn.graph import Graph
+from hf2mnn.mnn.tokenizer_file import TokenizerFile, read_tokenizer
 from hf2mnn.quant.weights import LEVELS, Operator, WeightFile, operators
 from hf2mnn.source.checkpoint import Checkpoint
 from hf2mnn.source.facts import model_facts
+from hf2mnn.untrusted import read_json
 
 DEFAULTS = {
     "llm_config": MODEL_CONFIG,
@@ -36,8 +37,8 @@ DEFAULTS = {
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; {} where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(path)
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -170,6 +171,11 @@ class Bundle:
             return model_facts(self.checkpoint)
         own = self.model.get("hf2mnn")
         return own if isinstance(own, dict) else None
+
+    @cached_property
+    def tokenizer(self) -> TokenizerFile:
+        """Raises BundleError where its file is not there, or is none."""
+        return read_tokenizer(self.file("tokenizer_file"))
 
     @cached_property
     def manifest(self) -> Manifest | None:

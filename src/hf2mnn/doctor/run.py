@@ -15,7 +15,6 @@ from hf2mnn.doctor.patient import Bundle
 from hf2mnn.errors import BundleError, BundleFault, EngineStopped
 from hf2mnn.mnn.bundle import CONFIG
 from hf2mnn.mnn.engine import run_worker
-from hf2mnn.mnn.tokenizer_file import read_tokenizer
 
 LIMIT = 48
 """Tokens of an answer."""
@@ -39,7 +38,7 @@ class Signature:
 SIGNATURES = (
     Signature(
         r"past_key_values.*is input but not found",
-        "the decoder was converted without --transformerFuse, so that it asks for a KV cache that the engine keeps itself",
+        "the decoder was converted without --transformerFuse: it asks for a KV cache that the engine keeps itself",
         "convert the ONNX with --transformerFuse ('hf2mnn mnn' does)",
     ),
     Signature(
@@ -58,14 +57,15 @@ SIGNATURES = (
         "take the tokenizer of the checkpoint; of a clone without Git LFS run 'git lfs pull'",
     ),
     Signature(
-        r"embedding file|Can't open file:.*embed",
-        "the embedding's file is not there",
-        "copy it into the bundle, or name it as embedding_file in config.json",
+        r"weightLength is 0|can't extract IDST|Read shape error|Can't open file:.*weight|Rebuild External Op failed"
+        r"|[Ee]xternal is nullptr|Read file Error",
+        "a weight file is not there, shorter than the graph reads, or another model's",
+        "copy it again (of a clone without Git LFS run 'git lfs pull'), or convert the checkpoint again",
     ),
     Signature(
-        r"Can't open file:|Rebuild External Op failed|[Ee]xternal is nullptr|Read file Error",
-        "a weight file is not there, or shorter than the graph reads",
-        "copy it again",
+        r"embedding file",
+        "the embedding's file is not there",
+        "copy it into the bundle, or name it as embedding_file in config.json",
     ),
     Signature(
         r"Don't support|[Cc]reate execution error|Can't create|not support|Plugin|EXTRA|Extra",
@@ -84,8 +84,8 @@ SIGNATURES = (
         "run it on a larger machine, or quantize it to fewer bits",
     ),
     Signature(
-        r"Load module failed|Invalid net|Invalidate buffer|Create module error|Error for open",
-        "the .mnn file is not whole, or not a model of this MNN",
+        r"Can't open file|Load module failed|Invalid net|Invalidate buffer|Create module error|Error for open",
+        "a .mnn file is not there, not whole, or not a model of this MNN",
         "copy it again, or convert the checkpoint with this MNN",
     ),
 )
@@ -116,6 +116,12 @@ STEPS = {
 }
 """What the engine was doing, what is most likely where it said nothing that is known, and what to do."""
 
+GARBAGE = (
+    "a weight file or the embedding is missing, cut short or another model's",
+    "copy it again (of a clone without Git LFS run 'git lfs pull'), or convert the checkpoint again",
+)
+"""The same of logits that are none."""
+
 
 def explain(words: list[str], step: str) -> tuple[str, str]:
     """The most likely cause of what the engine printed during a step, and the cure."""
@@ -132,21 +138,26 @@ def _fault(error: BundleFault, step: str) -> Finding:
     doing, *_ = STEPS[step]
     cause, cure = explain(error.words, step)
     # The engine was given links in a folder of its own.
-    said = [re.sub(r"\S*/bundle-[^/\s]+/", "", word) for word in error.words if not word.startswith("refused: ")]
+    said = [re.sub(r"/\S*?/bundle-[^/\s]+/", "", word) for word in error.words if not word.startswith("refused: ")]
     words = " / ".join(said[-WORDS:])
     last = f"its last words: {words}" if words else "it said nothing"
-    if "garbage" in str(error):
+    if "does not load" in str(error):
+        return _finding(
+            "run_load",
+            Severity.ERROR,
+            f"the engine does not load the bundle: {cause}",
+            last,
+            "there is no answer",
+            cure,
+        )
+    if "answers garbage" in str(error):
         return _finding(
             "run_garbage",
             Severity.ERROR,
-            f"the engine's logits are no logits ({doing})",
+            f"the engine's logits are no logits ({doing}): {GARBAGE[0] if cause == STEPS[step][1] else cause}",
             f"they are equal, not finite, or beyond 1e30; {last}",
             "the answer is one token over and over, or nonsense",
-            "the weight file is missing, cut short or another model's: copy it again, or convert the checkpoint again",
-        )
-    if "does not load" in str(error):
-        return _finding(
-            "run_load", Severity.ERROR, f"the engine does not load the bundle: {cause}", last, "there is no answer", cure
+            GARBAGE[1] if cause == STEPS[step][1] else cure,
         )
     how = re.search(r"\((signal \d+|exit code \d+)\)", str(error))
     return _finding(
@@ -196,8 +207,8 @@ def _answered(found: dict[str, Any]) -> list[Finding]:
                     f"the answer repeats one token ({doing})",
                     f"{answered['longest']} times in a row: {shown}",
                     "answers are of no use",
-                    "weights, positions or the attention mask are wrong, or half floats overflow: see the other findings"
-                    ' and try "precision": "high" in config.json',
+                    "weights, positions or the attention mask are wrong, or half floats overflow: see the other"
+                    ' findings, and try "precision": "high" in config.json',
                 )
             )
         elif text and text.count("\ufffd") > max(1, BROKEN * len(text)):
@@ -208,21 +219,23 @@ def _answered(found: dict[str, Any]) -> list[Finding]:
                     f"the answer is no text ({doing})",
                     f"{text.count(chr(0xFFFD))} of {len(text)} characters are no UTF-8: {shown}",
                     "answers are of no use",
-                    "the tokenizer or the weights are not this model's: see the other findings, or convert the checkpoint"
-                    " again",
+                    "the tokenizer or the weights are not this model's: see the other findings, or convert the"
+                    " checkpoint again",
                 )
             )
-        elif not text:
-            findings.append(
-                _finding(
-                    "run_empty",
-                    Severity.WARNING,
-                    f"the answer is empty ({doing})",
-                    f"tokens {answered['answer'][:8]}",
-                    "there is no answer",
-                    "see whether the chat template is the checkpoint's, and its stop ids",
-                )
+    answers = [found[step] for step in ("text", "picture") if step in found]
+    # One alone may be all that a small model has to say.
+    if answers and not any(answered["text"] for answered in answers) and not findings:
+        findings.append(
+            _finding(
+                "run_empty",
+                Severity.WARNING,
+                "the answers are empty",
+                f"tokens {', '.join(str(answered['answer'][:8]) for answered in answers)}",
+                "there is no answer",
+                "see whether the chat template is the checkpoint's, and its stop ids",
             )
+        )
     return findings
 
 
@@ -236,8 +249,7 @@ def run_bundle(bundle: Bundle, prompt: str, time_limit: float) -> list[Finding]:
     """
     try:
         template, _ = template_of(bundle)
-        tokenizer = read_tokenizer(bundle.file("tokenizer_file"))
-        tokens = {"eos_token": tokenizer.eos, "bos_token": tokenizer.bos}
+        tokens = {"eos_token": bundle.tokenizer.eos, "bos_token": bundle.tokenizer.bos}
     except BundleError:
         # What the engine does with such a tokenizer is the question.
         template, tokens = "", {"eos_token": "", "bos_token": ""}

@@ -6,7 +6,6 @@ come in the order in which data flows: settings, tokenizer, embedding, vision to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from hf2mnn.evaluate.findings import Finding, out_of_tolerance
 from hf2mnn.evaluate.layers import rounding_error
 from hf2mnn.mnn.bundle import MODEL_CONFIG, TOKENIZER, model_settings
 from hf2mnn.mnn.graph import Graph
+from hf2mnn.mnn.paths import read_config
 from hf2mnn.mnn.tokenizer import chat_template
 from hf2mnn.quant.embedding import embedding_blocks, tied_in
 from hf2mnn.reference.golden import Golden, without_repeats
@@ -30,7 +30,7 @@ NAMED = 3
 
 def wrong_settings(bundle: Path, facts: dict[str, Any]) -> list[Finding]:
     """Keys of llm_config.json that are not what the checkpoint says."""
-    stored = json.loads((bundle / MODEL_CONFIG).read_text())
+    stored = read_config(bundle, MODEL_CONFIG)
     # "hf2mnn" holds model.json: `hf2mnn ask` and the evaluation go by its ids and sizes.
     right = model_settings(facts, bundle) | {f"hf2mnn.{key}": value for key, value in facts.items()}
     given_of = stored | {f"hf2mnn.{key}": value for key, value in stored.get("hf2mnn", {}).items()}

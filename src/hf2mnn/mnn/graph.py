@@ -77,7 +77,7 @@ class Graph:
             or not _texts(content.get("outputName"))
         ):
             raise ValueError("it names no tensors")
-        if not isinstance(content.get("oplists"), list):
+        if not isinstance(content.get("oplists"), list) or not content["oplists"]:
             raise ValueError("it has no operators")
         for op in content["oplists"]:
             _check_op(op, len(content["tensorName"]))

@@ -74,7 +74,7 @@ def parse_tied(stored: Any) -> dict[str, Any] | None:
 def embedding_in_weights(model: dict[str, Any]) -> bool:
     """Whether the engine reads the embedding out of the decoder's weight file; `model` is llm_config.json.
 
-    An embedding that begins at 0 is quantized, and in the embedding's own file. Raises BundleError as `parse_tied` does.
+    An embedding that begins at 0 is quantized, in the embedding's own file. Raises BundleError as `parse_tied` does.
     """
     tied = parse_tied(model.get(TIED))
     return tied is not None and tied["weight_offset"] != 0

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf2mnn.doctor.decoder import decoder_sizes
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import DEFAULTS, Bundle
+from hf2mnn.errors import BundleError
 from hf2mnn.mnn.bundle import CONFIG, TOKENIZER
 from hf2mnn.quant.embedding import embedding_in_weights
+from hf2mnn.untrusted import read_json
 
 BACKENDS = ("cpu", "metal", "cuda", "opencl", "opengl", "vulkan", "hexagon", "npu", "auto")
 LEVELS = ("low", "normal", "high")
@@ -39,12 +42,17 @@ def place(bundle: Bundle, key: str) -> str:
 
 def _unreadable(path: Path) -> str | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except FileNotFoundError:
         return "it is not there"
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         return str(error)
     return None if isinstance(found, dict) else f"it holds no object but {type(found).__name__}"
+
+
+def _whole(bundle: Bundle) -> bool:
+    """Whether there are settings to be judged; without one of the files all are the engine's defaults."""
+    return not any(map(_unreadable, (bundle.folder / CONFIG, bundle.file("llm_config"))))
 
 
 def config_unreadable(bundle: Bundle) -> Iterator[Finding]:
@@ -68,13 +76,17 @@ def config_unreadable(bundle: Bundle) -> Iterator[Finding]:
             )
 
 
+def _outside(named: Any) -> bool:
+    path = PurePosixPath(str(named).replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or ":" in str(named)
+
+
 def path_outside(bundle: Bundle) -> Iterator[Finding]:
     for key in (*DEFAULTS, *OTHER_FILES, "base_dir"):
         named = bundle.model.get(key)
         if not isinstance(named, str) or not named:
             continue
-        path = PurePosixPath(named.replace("\\", "/"))
-        if key == "base_dir" or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+        if key == "base_dir" or _outside(named):
             yield Finding(
                 "path_outside",
                 Severity.ERROR,
@@ -90,11 +102,14 @@ def path_outside(bundle: Bundle) -> Iterator[Finding]:
 def _asked_files(bundle: Bundle) -> dict[str, str]:
     """Keys of the files that the engine opens, and what happens without one; weight files, and vision, have checks of
     their own."""
+    inside = True
     asked = {
         "llm_model": "the engine does not load the bundle",
         "tokenizer_file": "the engine does not load the bundle: it says 'tokenizer file not found'",
     }
-    if not embedding_in_weights(bundle.model):
+    with suppress(BundleError):  # checks.embedding says that it does not say where the embedding is
+        inside = embedding_in_weights(bundle.model)
+    if not inside:
         asked["embedding_file"] = "the engine says that it has loaded, and every token has the same embedding: nonsense"
     return asked
 
@@ -102,7 +117,7 @@ def _asked_files(bundle: Bundle) -> dict[str, str]:
 def file_missing(bundle: Bundle) -> Iterator[Finding]:
     for key, effect in _asked_files(bundle).items():
         path = bundle.file(key)
-        if path.is_file():
+        if path.is_file() or not _whole(bundle) or _outside(bundle.model.get(key, "")):
             continue
         cure = "copy it into the bundle, or convert the checkpoint again"
         if key == "tokenizer_file" and (bundle.folder / TOKENIZER).is_file():
@@ -121,6 +136,8 @@ def file_missing(bundle: Bundle) -> Iterator[Finding]:
 
 def vision_missing(bundle: Bundle) -> Iterator[Finding]:
     visual, path = bundle.model.get("is_visual") is True, bundle.file("visual_model")
+    if not _whole(bundle):
+        return
     if visual and not path.is_file():
         yield Finding(
             "vision_missing",
@@ -145,7 +162,7 @@ def vision_missing(bundle: Bundle) -> Iterator[Finding]:
 
 def attention_mask(bundle: Bundle) -> Iterator[Finding]:
     sizes, given = decoder_sizes(bundle), bundle.model.get("attention_mask", "int")
-    if sizes and sizes.mask and (given == "float") != (sizes.mask == "DT_FLOAT"):
+    if _whole(bundle) and sizes and sizes.mask and (given == "float") != (sizes.mask == "DT_FLOAT"):
         wanted = "float" if sizes.mask == "DT_FLOAT" else "int"
         yield Finding(
             "attention_mask",
@@ -162,7 +179,7 @@ def attention_mask(bundle: Bundle) -> Iterator[Finding]:
 
 def config_differs(bundle: Bundle) -> Iterator[Finding]:
     sizes, model = decoder_sizes(bundle), bundle.model
-    if sizes is None:
+    if sizes is None or not _whole(bundle):
         return
     shape = model.get("key_value_shape") or []
     width = shape[-1] * shape[-2] if len(shape) >= 2 and all(isinstance(side, int) for side in shape) else sizes.keys
@@ -204,7 +221,7 @@ def config_differs(bundle: Bundle) -> Iterator[Finding]:
 
 def mrope(bundle: Bundle) -> Iterator[Finding]:
     sizes, given = decoder_sizes(bundle), bundle.model.get("is_mrope", False)
-    if sizes and sizes.positions in (1, 3) and bool(given) != (sizes.positions == 3):
+    if _whole(bundle) and sizes and sizes.positions in (1, 3) and bool(given) != (sizes.positions == 3):
         yield Finding(
             "mrope",
             Severity.ERROR,
@@ -239,3 +256,15 @@ def setting_unknown(bundle: Bundle) -> Iterator[Finding]:
                 f"{instead}, and says nothing",
                 f"write one of them into {where.partition(':')[0]}",
             )
+
+
+CHECKS = (
+    config_unreadable,
+    path_outside,
+    file_missing,
+    vision_missing,
+    attention_mask,
+    config_differs,
+    mrope,
+    setting_unknown,
+)

@@ -13,6 +13,7 @@ from hf2mnn.doctor.checks.config import place
 from hf2mnn.doctor.decoder import DecoderSizes, decoder_sizes
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Bundle
+from hf2mnn.errors import BundleError
 from hf2mnn.evaluate.causes import differing, wrong_rows
 from hf2mnn.mnn.graph import FLOAT16
 from hf2mnn.quant.embedding import BITS, TIED, beside, embedding_in_weights, embedding_rows, parse_tied, tied_settings
@@ -22,6 +23,8 @@ from hf2mnn.source.checkpoint import LFS_POINTER
 PARAMETER = "model.language_model.embed_tokens.weight"
 SAMPLE = 256
 """Rows that are looked at, evenly spread."""
+NOISE = "the engine says that it has loaded, and every token is read as noise: nonsense"
+AGAIN = "convert the checkpoint again, so that config and weights are of one conversion"
 NARROW, WIDE = 4.0, 6.0
 """Standard deviation of log2 of what is not zero: weights of a layer have about 1.6 (a normal distribution) to 2.5.
 Half floats read as bfloat16 have 8 times that, because the lowest bits of their exponent become its highest."""
@@ -133,8 +136,8 @@ def embedding_values(bundle: Bundle) -> Iterator[Finding]:
             Severity.ERROR,
             path.name,
             "the embedding is in float16, where the engine reads bfloat16",
-            f"read as bfloat16 the sizes of its values spread over {spread:.1f} powers of two (standard deviation), read"
-            f" as float16 over {other:.1f}; weights have about 2",
+            f"read as bfloat16 the sizes of its values spread over {spread:.1f} powers of two (standard deviation),"
+            f" read as float16 over {other:.1f}; weights have about 2",
             "every token is read as noise: the model answers nonsense",
             "write it as bfloat16; 'hf2mnn mnn' does",
         )
@@ -162,7 +165,20 @@ def _in_head(head: Operator) -> dict[str, Any] | None:
 
 
 def tied_embedding(bundle: Bundle) -> Iterator[Finding]:
-    tied, decoder = parse_tied(bundle.model.get(TIED)), bundle.models.get("decoder")
+    decoder = bundle.models.get("decoder")
+    try:
+        tied = parse_tied(bundle.model.get(TIED))
+    except BundleError as error:
+        yield Finding(
+            "tied_embedding",
+            Severity.ERROR,
+            place(bundle, TIED),
+            "the config does not say where in the decoder's weights the embedding is",
+            str(error),
+            NOISE,
+            AGAIN,
+        )
+        return
     if tied is None or decoder is None:
         return
     head = operators(decoder.graph)[-1]
@@ -175,8 +191,7 @@ def tied_embedding(bundle: Bundle) -> Iterator[Finding]:
         "scales": tied["alpha_offset"] + tied["alpha_size"],
     }
     beyond = {what: end for what, end in ends.items() if end > size}
-    where, cure = place(bundle, TIED), "convert the checkpoint again, so that both are of one conversion"
-    nonsense = "the engine says that it has loaded, and every token is read as noise: nonsense"
+    where = place(bundle, TIED)
     if beyond:
         ends_at = ", ".join(f"{what} end at byte {end}" for what, end in beyond.items())
         yield Finding(
@@ -185,8 +200,8 @@ def tied_embedding(bundle: Bundle) -> Iterator[Finding]:
             where,
             f"the embedding is said to be where {path.name} has no bytes",
             f"{ends_at}, the file has {size}",
-            nonsense,
-            cure,
+            NOISE,
+            AGAIN,
         )
         return
     if bundle.facts and not bundle.facts["tie_word_embeddings"]:
@@ -196,7 +211,7 @@ def tied_embedding(bundle: Bundle) -> Iterator[Finding]:
             where,
             "the embedding is read out of lm_head, which in this model is another weight",
             "tie_word_embeddings of the checkpoint is false",
-            nonsense,
+            NOISE,
             "give the embedding a file of its own: 'embedding: file' in config.yaml",
         )
     if not tied["weight_offset"]:
@@ -209,7 +224,7 @@ def tied_embedding(bundle: Bundle) -> Iterator[Finding]:
             "the embedding is read out of lm_head, which is stored in a way that the engine reads no embedding of",
             f"lm_head is {head.name}, stored as {'float32' if head.stored is None else head.stored['aMaxOrBits']}"
             f" {'' if head.stored is None else 'bits; the engine reads 4, 8 and 16'}".rstrip(),
-            nonsense,
+            NOISE,
             "give the embedding a file of its own: 'embedding: file' in config.yaml",
         )
         return
@@ -223,8 +238,8 @@ def tied_embedding(bundle: Bundle) -> Iterator[Finding]:
             where,
             "the embedding is not read from where lm_head is, or not as it is stored",
             f"lm_head is {head.name}: {said}",
-            nonsense,
-            cure,
+            NOISE,
+            AGAIN,
         )
 
 
@@ -254,3 +269,6 @@ def embedding_differs(bundle: Bundle) -> Iterator[Finding]:
             "tokens are taken for others: nonsense, or an answer in other words than the model's",
             "convert this checkpoint again, or give --checkpoint the one that the bundle was made of",
         )
+
+
+CHECKS = (embedding_size, embedding_values, tied_embedding, embedding_differs)

@@ -115,3 +115,6 @@ def _tower_sizes(bundle: Bundle) -> Iterator[Finding]:
                 "pictures are cut into other patches, or patches are merged otherwise: nonsense about every picture",
                 "this engine cannot run this vision tower; see whether a later MNN does",
             )
+
+
+CHECKS = (image_normalization, vision_ids, image_sizes)

@@ -13,7 +13,7 @@ from hf2mnn.errors import BundleError, SourceError
 from hf2mnn.families import family_named
 from hf2mnn.mnn.template import unsupported
 from hf2mnn.mnn.tokenizer import encode_tokenizer
-from hf2mnn.mnn.tokenizer_file import HUGGINGFACE, TokenizerFile, parse_tokenizer, read_tokenizer
+from hf2mnn.mnn.tokenizer_file import HUGGINGFACE, TokenizerFile, parse_tokenizer
 from hf2mnn.source.checkpoint import Checkpoint
 
 COMPARED = ("pipeline", HUGGINGFACE)
@@ -22,17 +22,12 @@ NAMED = 3
 AGAIN = "take the tokenizer of the checkpoint that the bundle was made of; 'hf2mnn mnn' writes it"
 
 
-def _tokenizer(bundle: Bundle) -> TokenizerFile:
-    """Raises BundleError, which `tokenizer_unreadable` tells of."""
-    return read_tokenizer(bundle.file("tokenizer_file"))
-
-
 def tokenizer_unreadable(bundle: Bundle) -> Iterator[Finding]:
     path = bundle.file("tokenizer_file")
     if not path.is_file():
         return
     try:
-        read_tokenizer(path)
+        _ = bundle.tokenizer
     except BundleError as error:
         yield Finding(
             "tokenizer_unreadable",
@@ -47,7 +42,7 @@ def tokenizer_unreadable(bundle: Bundle) -> Iterator[Finding]:
 
 def tokenizer_ids(bundle: Bundle) -> Iterator[Finding]:
     """Rows of the embedding and of the logits are one for each id, and may be more."""
-    sizes, tokenizer = decoder_sizes(bundle), _tokenizer(bundle)
+    sizes, tokenizer = decoder_sizes(bundle), bundle.tokenizer
     numbers = {*tokenizer.known, *tokenizer.special, *tokenizer.stop}
     if sizes and sizes.vocabulary and max(numbers, default=0) >= sizes.vocabulary:
         beyond = sorted(number for number in numbers if number >= sizes.vocabulary)
@@ -76,7 +71,7 @@ def _wanted_tokens(bundle: Bundle) -> Iterator[tuple[str, int, str | None]]:
 
 
 def special_tokens(bundle: Bundle) -> Iterator[Finding]:
-    tokenizer, name = _tokenizer(bundle), bundle.file("tokenizer_file").name
+    tokenizer, name = bundle.tokenizer, bundle.file("tokenizer_file").name
     for key, number, text in _wanted_tokens(bundle):
         found = tokenizer.text(number)
         if found is None or (text is not None and found != text):
@@ -141,7 +136,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> TokenizerFile | None:
 
 def tokenizer_differs(bundle: Bundle) -> Iterator[Finding]:
     right = _of_checkpoint(bundle.checkpoint) if bundle.checkpoint else None
-    found = _tokenizer(bundle)
+    found = bundle.tokenizer
     if right is None or found.kind not in COMPARED:
         return
     if wrong := list(_differences(found, right)):
@@ -161,7 +156,7 @@ def template_of(bundle: Bundle) -> tuple[str, str]:
     given = bundle.model.get("jinja")
     if isinstance(given, dict) and isinstance(given.get("chat_template"), str):
         return given["chat_template"], place(bundle, "jinja.chat_template")
-    return _tokenizer(bundle).template, f"{bundle.file('tokenizer_file').name}: chat template"
+    return bundle.tokenizer.template, f"{bundle.file('tokenizer_file').name}: chat template"
 
 
 def chat_template(bundle: Bundle) -> Iterator[Finding]:
@@ -175,7 +170,7 @@ def chat_template(bundle: Bundle) -> Iterator[Finding]:
             where,
             "there is no chat template",
             "neither jinja.chat_template nor the tokenizer's file holds one",
-            "a model that was trained on chats gets the bare question: it goes on with the text instead of answering it",
+            "a model that was trained on chats gets the bare question, and goes on with it instead of answering",
             "write the checkpoint's chat template into llm_config.json: jinja.chat_template",
         )
         return
@@ -202,3 +197,6 @@ def chat_template(bundle: Bundle) -> Iterator[Finding]:
             "where a chat comes there, it is rendered otherwise than by transformers, without a word: worse answers",
             "write the template without it; 'hf2mnn doctor --run' renders a chat by both",
         )
+
+
+CHECKS = (tokenizer_unreadable, tokenizer_ids, special_tokens, tokenizer_differs, chat_template)

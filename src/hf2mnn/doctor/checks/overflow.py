@@ -22,7 +22,7 @@ NAMED = 3
 
 
 def _half(precision: str, backend: str) -> bool:
-    """Whether a device may compute in half floats: with "low" wherever it can, with "normal" everywhere but on a CPU."""
+    """Whether a device may compute in half floats: with "low" where it can, with "normal" everywhere but on a CPU."""
     return precision == "low" or (precision == "normal" and backend != "cpu")
 
 
@@ -64,3 +64,6 @@ def fp16_overflow(bundle: Bundle) -> Iterator[Finding]:
             " computes in float32 and does not show it",
             'write "precision": "high" into config.json',
         )
+
+
+CHECKS = (fp16_overflow,)
