@@ -168,10 +168,10 @@ class Bench:
         return Hit(blow, target, writing, wrong)
 
     def _hit(self, process: subprocess.Popen, blow: Blow) -> str:
-        if blow.target == "child":
-            return _hit_child(psutil.Process(process.pid), blow)
         if process.poll() is not None:
             return "missed"
+        if blow.target == "child":
+            return _hit_child(psutil.Process(process.pid), blow)
         if blow.target == "group":
             os.killpg(process.pid, blow.signal)
         else:

@@ -52,13 +52,12 @@ def test_full_disk_in_the_middle_of_a_stage(stage: str, share: float, chain: Pat
 
 
 @pytest.mark.parametrize("stage", ["mnn/base", "eval/int4"])
-def test_full_disk_of_temporary_files(stage: str, chain: Path, mount: Mount, tmp_path: Path) -> None:
-    """MNN's converter dumps graphs there, and the engine its logits; the first prints success either way."""
+def test_stage_needs_no_room_among_temporary_files(stage: str, chain: Path, mount: Mount, tmp_path: Path) -> None:
+    """MNN's converter dumps graphs, and the engine writes its logits: into the stage's own folder."""
     temporary = mount("temporary", "size=64k")
-    failed = run_cli(*command(chain, stage), "--out", tmp_path / "made", env={"TMPDIR": str(temporary)})
-    assert failed.returncode == 1
-    assert f"the disk at {temporary} is full" in one_sentence(failed.stderr)
-    assert not (tmp_path / "made").exists()
+    made = run_cli(*command(chain, stage), "--out", tmp_path / "made", env={"TMPDIR": str(temporary)})
+    assert made.returncode == 0, made.stderr
+    assert not list(temporary.iterdir())
 
 
 @pytest.mark.parametrize("size", [1000, 20_000, 60_000, 100_000])

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -91,7 +92,7 @@ def until_writing(workspace: Workspace, stage: str) -> None:
     assert partial.exists(), "the stage never started"
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT], ids=lambda how: how.name)
 def test_killed_run_goes_on(how: signal.Signals, chain: Path, workspace: Workspace) -> None:
     """Snakemake alone gets the signal. After SIGKILL its lock is left, and a person has to say that nobody works there:
     Snakemake names the option, and docs/faults.md does."""
@@ -103,8 +104,9 @@ def test_killed_run_goes_on(how: signal.Signals, chain: Path, workspace: Workspa
     for process in psutil.process_iter():
         # A job that Snakemake has left alone ends by itself, or with the machine; here it is in the way.
         if process.pid != run.pid and _session(process.pid) == run.pid:
-            process.terminate()
-            process.wait(60)
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+                process.wait(60)
     again = workspace.snakemake(TARGET)
     if how == signal.SIGKILL:
         assert again.returncode != 0 and "--unlock" in again.stdout + again.stderr

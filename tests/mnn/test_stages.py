@@ -9,6 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hf2mnn.manifest import Manifest
+from hf2mnn.mnn.bundle import EngineSettings
+from hf2mnn.mnn.convert import WeightFormat
+from hf2mnn.quant.stages import quantize
+from hf2mnn.quant.variant import Choice
 from support import BIN
 
 MEASURED = {"folder", "seconds", "cpu_seconds", "peak_rss_mb"}
@@ -44,3 +48,11 @@ def test_a_bundle_alone_says_which_checkpoint_it_is_of(bundle: Path, source_fold
     made, source = Manifest.load(bundle), Manifest.load(source_folder)
     assert made.sources == {"checkpoint": {"files": source.outputs}}
     assert "model.safetensors" in made.sources["checkpoint"]["files"]
+
+
+def test_one_thread_and_two_round_alike(bundle: Path, onnx_folder: Path, tmp_path: Path) -> None:
+    form = WeightFormat(4, 32, method="lsq")
+    choice = Choice(form, form, EngineSettings())
+    base = bundle.with_name("float-base")
+    made = [quantize(onnx_folder, base, tmp_path / str(threads), choice, threads) for threads in (1, 2)]
+    assert described(made[0]) == described(made[1])
