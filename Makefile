@@ -1,11 +1,12 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Python 3.11 or newer, make, and a package index.
 PYTHON ?= python3
 CORES ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
+SEED ?= $(shell $(PYTHON) -c "import secrets; print(secrets.randbelow(1 << 32))")
 BIN := .venv/bin
 SET_UP := .venv/set-up
 LLMEXPORT := .venv-llmexport/set-up
 
-.PHONY: help setup demo test test-browser test-faults test-kills lint format schema bench bench-quant bench-quant-2b train-shapes-vl clean
+.PHONY: help setup demo test fuzz test-browser test-faults test-kills lint format schema bench bench-quant bench-quant-2b train-shapes-vl clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,6 +30,9 @@ demo: $(SET_UP) ## convert and judge the embedded model
 
 test: $(SET_UP) ## all tests, the real pipeline on the embedded model among them
 	$(BIN)/pytest --numprocesses auto --dist loadfile
+
+fuzz: $(SET_UP) ## 100,000 hostile files for all parsers; SEED=n tries those of an earlier run
+	$(BIN)/pytest tests/fuzz --hypothesis-profile=long --hypothesis-seed=$(SEED)
 
 test-browser: $(SET_UP) ## the report in a real browser; needs Chromium on the PATH or in CHROMIUM
 	$(BIN)/pytest tests/browser

@@ -21,7 +21,7 @@ SECONDS = 1.0
 """Of this thread's own time, for a file of a few kilobytes."""
 
 
-def cases(short: int = 25, long: int = 6250) -> settings:
+def cases(short: int = 25, long: int = 7500) -> settings:
     """How many files a test tries: the same ones each time in `make test`, others in each `make fuzz`."""
     chosen = settings.get_current_profile_name() == "long"  # which pytest knows when it reads the tests
     return settings(max_examples=long if chosen else short, derandomize=not chosen, deadline=None, database=None)

@@ -126,7 +126,7 @@ def test_a_pipe_is_not_waited_for(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", "..", "", "a\0.safetensors"]
+    "name", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", "..", "", "a\0.safetensors", "x" * 300]
 )
 def test_an_index_names_only_safetensors_of_its_folder(name: str, checkpoint: Path) -> None:
     change(checkpoint / INDEX, weight_map={"lm_head.weight": name})
