@@ -23,6 +23,9 @@ def sound(results: Path) -> Path:
     return results / "mnn" / "int4"
 
 
+WIDE = {"hidden_size": 512}
+
+
 def only(bundle: Bundle, time_limit: float = 60) -> Any:
     (finding,) = run_bundle(bundle, PROMPT, time_limit)
     return finding
@@ -80,10 +83,11 @@ def test_a_decoder_that_asks_for_its_cache_is_explained(onnx_folder: Path, bundl
 
 
 def test_a_crash_is_told_with_what_the_engine_was_doing(sound: Path, tmp_path: Path) -> None:
-    finding = only(broken(sound, tmp_path / "text", model={"hidden_size": 512}))
-    assert finding.check == "run_crash"
-    assert "dies while it answered a text: most likely the sizes in the config are not the graph's" in finding.sentence
-    assert finding.evidence.startswith("signal 11; its last words: Broad cast error")
+    # What it reads beyond its memory may carry it through a text with garbage, and end it at the picture.
+    found = {finding.check: finding for finding in run_bundle(broken(sound, tmp_path / "text", model=WIDE), PROMPT, 60)}
+    assert found.keys() <= {"run_crash", "run_garbage", "run_repetition"}
+    assert "most likely the sizes in the config are not the graph's" in found["run_crash"].sentence
+    assert found["run_crash"].evidence.startswith("signal ")
     finding = only(broken(sound, tmp_path / "picture", files={"visual.mnn.weight": None}))
     assert "dies while it looked at a picture: most likely a weight file is not there" in finding.sentence
 

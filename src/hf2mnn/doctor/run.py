@@ -74,7 +74,7 @@ SIGNATURES = (
         "use the MNN that the bundle was made for, or convert it with this one",
     ),
     Signature(
-        r"[Cc]ompute [Ss]hape|[Rr]esize error|Broad cast error|compute size",
+        r"[Cc]ompute [Ss]hape|[Rr]esize error|Broad cast error|compute size|Error for concat size",
         "the sizes in the config are not the graph's (hidden_size, attention_mask, is_mrope)",
         "convert the checkpoint again, so that graph and config are of one conversion",
     ),

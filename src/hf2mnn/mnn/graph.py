@@ -45,6 +45,9 @@ def _texts(value: Any) -> bool:
 
 
 def _check_op(op: Any, tensors: int) -> None:
+    if isinstance(op, dict) and type(op.get("type")) is int:
+        # What the converter's dump gives for a type that has no name in its schema.
+        op["type"] = str(op["type"])
     if not isinstance(op, dict) or not all(isinstance(op.get(key), str) for key in ("name", "type")):
         raise ValueError("it has an operator without name and type")
     for indexes in (op.get("inputIndexes", []), op.setdefault("outputIndexes", [])):

@@ -106,7 +106,7 @@ def vision_bits(bundle: Bundle) -> Iterator[Finding]:
     stored = _stored(model) if model else []
     weights = sum(one.inputs * one.outputs for one in model.graph.weights()) if model else 0
     low = [one for one in stored if one.bits < 8]
-    planned = bundle.manifest is not None and "plan" in bundle.manifest.settings
+    planned = bundle.manifest is not None and "plan" in bundle.manifest.inputs
     if low and weights < SMALL_TOWER and not planned:
         more = sum(one.size * (8 - one.bits) // one.bits for one in low)
         yield Finding(

@@ -58,7 +58,7 @@ def unknown_operators(model: Model) -> Iterator[Finding]:
     """Operators that the installed engine has no code for: what the converter passed through, and types that this
     release's schema (`MNN.fbs`) has no name for."""
     # The converter's dump gives a type without a name as its number.
-    left = [op for op in model.graph.ops if op["type"] in UNSUPPORTED or isinstance(op["type"], int)]
+    left = [op for op in model.graph.ops if op["type"] in UNSUPPORTED or op["type"].isdecimal()]
     if left:
         names = ", ".join(f"{op.get('name', '')} ({op['type']})" for op in left[:3])
         yield Finding(
