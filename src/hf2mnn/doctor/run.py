@@ -15,6 +15,7 @@ from hf2mnn.doctor.patient import Bundle
 from hf2mnn.errors import BundleError, BundleFault, EngineStopped
 from hf2mnn.mnn.bundle import CONFIG
 from hf2mnn.mnn.engine import run_worker
+from hf2mnn.mnn.paths import leading_out
 
 LIMIT = 48
 """Tokens of an answer."""
@@ -241,12 +242,15 @@ def _answered(found: dict[str, Any]) -> list[Finding]:
 
 def run_bundle(bundle: Bundle, prompt: str, time_limit: float) -> list[Finding]:
     """What the engine makes of a bundle in `time_limit` seconds: it is loaded, asked `prompt`, and where it sees the
-    same about a small picture. Neither a manifest nor a key of ours is asked for.
+    same about a small picture. Neither a manifest nor a key of ours is asked for. One whose configuration leads out of
+    its folder is not run: `checks.config.path_outside` says so.
 
     Raises:
         MachineError: the machine has no room or no memory left.
         EngineError: a bug of ours.
     """
+    if any(leading_out(bundle.folder, bundle.model)):
+        return []
     try:
         template, _ = template_of(bundle)
         tokens = {"eos_token": bundle.tokenizer.eos, "bos_token": bundle.tokenizer.bos}

@@ -50,6 +50,19 @@ def _named(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _named(value)
 
 
+def leading_out(bundle: Path, config: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Key, value, and why, of each key of a bundle's configuration that makes the engine open what is not its own."""
+    for key, value in _named(config):
+        if value in ("", None):
+            continue
+        try:
+            if key == BASE:
+                raise ValueError("the engine would look for all files there")
+            inside(bundle, value)
+        except ValueError as error:
+            yield key, value, str(error)
+
+
 def check_files(bundle: Path, names: tuple[str, ...]) -> None:
     """Nothing that the configuration files `names`, of those that are there, make the engine open is elsewhere.
 
@@ -57,15 +70,8 @@ def check_files(bundle: Path, names: tuple[str, ...]) -> None:
         BundleError: naming the file and the key.
     """
     for name in names:
-        for key, value in _named(read_config(bundle, name)) if (bundle / name).exists() else ():
-            if value in ("", None):
-                continue
-            try:
-                if key == BASE:
-                    raise ValueError("the engine would look for all files there")
-                inside(bundle, value)
-            except ValueError as error:
-                raise BundleError(
-                    f"{bundle / name} says {key} {str(value)[:200]!r} ({error}); take {key} out, or put the file into"
-                    " the bundle"
-                ) from None
+        for key, value, why in leading_out(bundle, read_config(bundle, name)) if (bundle / name).exists() else ():
+            raise BundleError(
+                f"{bundle / name} says {key} {str(value)[:200]!r} ({why}); take {key} out, or put the file into the"
+                " bundle"
+            )

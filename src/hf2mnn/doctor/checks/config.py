@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from hf2mnn.doctor.decoder import decoder_sizes
@@ -14,6 +14,7 @@ from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import DEFAULTS, Bundle
 from hf2mnn.errors import BundleError
 from hf2mnn.mnn.bundle import CONFIG, TOKENIZER
+from hf2mnn.mnn.paths import BASE, leading_out
 from hf2mnn.quant.embedding import embedding_in_weights
 from hf2mnn.untrusted import read_json
 
@@ -30,8 +31,6 @@ SETTINGS = {
 """Values that the engine knows, and what it does with any other, without a word."""
 FOR_BOTH = ("backend_type", "precision", "memory", "power")
 """Settings that "mllm" has for the vision tower."""
-OTHER_FILES = ("embedding_model", "audio_model", "lm_model", "block_model", "ple_embed_file")
-"""More keys of config.json that name files."""
 
 
 def place(bundle: Bundle, key: str) -> str:
@@ -76,27 +75,17 @@ def config_unreadable(bundle: Bundle) -> Iterator[Finding]:
             )
 
 
-def _outside(named: Any) -> bool:
-    path = PurePosixPath(str(named).replace("\\", "/"))
-    return path.is_absolute() or ".." in path.parts or ":" in str(named)
-
-
 def path_outside(bundle: Bundle) -> Iterator[Finding]:
-    for key in (*DEFAULTS, *OTHER_FILES, "base_dir"):
-        named = bundle.model.get(key)
-        if not isinstance(named, str) or not named:
-            continue
-        if key == "base_dir" or _outside(named):
-            yield Finding(
-                "path_outside",
-                Severity.ERROR,
-                place(bundle, key),
-                f"{key} does not name a file in the bundle's own folder",
-                repr(named),
-                "the engine opens whatever lies there: another model's file, or none",
-                f"put the file into {bundle.folder} and write its bare name"
-                + (" (or leave base_dir out)" * (key == "base_dir")),
-            )
+    for key, named, why in leading_out(bundle.folder, bundle.model):
+        yield Finding(
+            "path_outside",
+            Severity.ERROR,
+            place(bundle, key),
+            f"{key} does not name a file in the bundle's own folder",
+            f"{str(named)[:200]!r}: {why}",
+            "the engine opens whatever lies there: another model's file, or none",
+            f"put the file into {bundle.folder} and write its bare name" + (" (or leave base_dir out)" * (key == BASE)),
+        )
 
 
 def _asked_files(bundle: Bundle) -> dict[str, str]:
@@ -115,9 +104,10 @@ def _asked_files(bundle: Bundle) -> dict[str, str]:
 
 
 def file_missing(bundle: Bundle) -> Iterator[Finding]:
+    led_out = {key for key, *_ in leading_out(bundle.folder, bundle.model)}
     for key, effect in _asked_files(bundle).items():
         path = bundle.file(key)
-        if path.is_file() or not _whole(bundle) or _outside(bundle.model.get(key, "")):
+        if path.is_file() or not _whole(bundle) or key in led_out:
             continue
         cure = "copy it into the bundle, or convert the checkpoint again"
         if key == "tokenizer_file" and (bundle.folder / TOKENIZER).is_file():
