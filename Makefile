@@ -29,7 +29,7 @@ demo: $(SET_UP) ## convert and judge the embedded model
 	$(BIN)/snakemake --cores $(CORES)
 
 test: $(SET_UP) ## all tests, the real pipeline on the embedded model among them
-	$(BIN)/pytest --numprocesses auto --dist loadfile
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 fuzz: $(SET_UP) ## 100,000 hostile files for all parsers; SEED=n tries those of an earlier run
 	$(BIN)/pytest tests/fuzz --hypothesis-profile=long --hypothesis-seed=$(SEED)

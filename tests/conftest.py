@@ -21,8 +21,17 @@ settings.register_profile("long")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Workers share the tests file by file; those on the pipeline's run take longest, so they begin first."""
-    items.sort(key=lambda item: "finished" not in item.fixturenames)
+    """Workers share the tests file by file, in this order: the pipeline's run begins first, what only reads it comes
+    last, so that no worker waits for another's run; in between, and then, files with many tests come first."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+
+    def place(path: Path) -> tuple[bool, bool, int, Path]:
+        reads = any("finished" in item.fixturenames for item in files[path])
+        return path.name != "test_pipeline.py", reads, -len(files[path]), path
+
+    items[:] = [item for path in sorted(files, key=place) for item in files[path]]
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_index_cannot_lead_out_of_the_folder(checkpoint: Path) -> None:
     shutil.copyfile(checkpoint / FIRST, checkpoint.parent / "outside.safetensors")
     for name in ("../outside.safetensors", str(checkpoint.parent / "outside.safetensors")):
         (checkpoint / INDEX).write_text(json.dumps({"weight_map": {"one": name}}))
-        assert "outside.safetensors" in refusal(checkpoint)
+        assert "leads out of the folder" in refusal(checkpoint)
 
 
 def test_tensors_are_found_by_the_files_not_by_the_index(checkpoint: Path) -> None:

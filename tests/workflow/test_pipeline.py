@@ -330,10 +330,10 @@ def test_model_that_is_not_converted_is_refused_by_name(workspace: Workspace, tm
     assert not list((workspace.folder / "results" / "shapes-vl").glob("*"))
 
 
-@pytest.mark.parametrize("stage", ["onnx", "mnn/int4"])
-def test_killed_stage_leaves_nothing_that_looks_finished(copy: Workspace, stage: str) -> None:
-    """SIGKILL to the whole process group in the middle of a stage; the next run starts it again and ends well."""
-    results = copy.folder / "results" / "shapes-vl"
+def test_killed_stage_leaves_nothing_that_looks_finished(copy: Workspace) -> None:
+    """SIGKILL to the whole process group in the middle of a stage; the next run starts it again and ends well. Every
+    stage, at many moments: tests/machine/test_kills.py."""
+    results, stage = copy.folder / "results" / "shapes-vl", "mnn/int4"
     shutil.rmtree(results / stage)
     target = f"results/shapes-vl/{stage}/manifest.json"
     command = [BIN / "snakemake", "-s", REPOSITORY / "Snakefile", "--cores", "2", target]
