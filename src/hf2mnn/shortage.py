@@ -19,6 +19,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM)
 KNOWN = (*FULL, *REFUSED, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOMEM)
 AGAIN = "then run the same command again: it goes on after the last stage that has finished"
+ROOM = 1 << 24
+"""Bytes; a disk with less is full."""
 MORE_MEMORY = f"let fewer jobs run at a time (--cores), end other programs, or take a larger machine, {AGAIN}"
 SAID = {os.strerror(code): code for code in KNOWN if code not in REFUSED}
 SAID |= dict.fromkeys(("can't allocate memory", "bad_alloc", "bad allocation"), errno.ENOMEM)
@@ -46,10 +48,11 @@ def _mounted(path: Path) -> Path:
 
 
 def full(folder: Path) -> str:
-    """Of the disks that a stage writes to, that of `folder` and that of temporary files, the one with less room."""
-    disks = [_mounted(folder), _mounted(Path(os.environ.get("TMPDIR") or tempfile.gettempdir()))]
+    """The disk of `folder`, where a stage's temporary files are too; where that has room, the one of the temporary files
+    of other commands."""
+    disks = [_mounted(folder), _mounted(Path(tempfile.gettempdir()))]
     used = {disk: shutil.disk_usage(disk) for disk in disks}
-    disk = min(disks, key=lambda disk: used[disk].free)
+    disk = disks[0] if used[disks[0]].free < ROOM else min(disks, key=lambda disk: used[disk].free)
     room = f"{amount(used[disk].free, BYTES)} of {amount(used[disk].total, BYTES)} free"
     return (
         f"the disk at {disk} is full ({room}); make room on it, or have what is written there (results, or with TMPDIR"
