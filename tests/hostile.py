@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from hf2mnn.errors import LONGEST, Hf2mnnError
 
-SECONDS = 1.0
-"""Of this thread's own time, for a file of a few kilobytes."""
+SECONDS = 3.0
+"""Of this thread's own time, for a file of a few kilobytes: a collection of garbage with transformers loaded may take
+one."""
 
 
 def cases(short: int = 25, long: int = 7500) -> settings:

@@ -48,8 +48,8 @@ def _mounted(path: Path) -> Path:
 
 
 def full(folder: Path) -> str:
-    """The disk of `folder`, where a stage's temporary files are too; where that has room, the one of the temporary files
-    of other commands."""
+    """The disk of `folder`, where a stage's temporary files are too; where it has room, that of other commands'
+    temporary files."""
     disks = [_mounted(folder), _mounted(Path(tempfile.gettempdir()))]
     used = {disk: shutil.disk_usage(disk) for disk in disks}
     disk = disks[0] if used[disks[0]].free < ROOM else min(disks, key=lambda disk: used[disk].free)

@@ -50,9 +50,9 @@ def test_a_bundle_alone_says_which_checkpoint_it_is_of(bundle: Path, source_fold
     assert "model.safetensors" in made.sources["checkpoint"]["files"]
 
 
-def test_one_thread_and_two_round_alike(bundle: Path, onnx_folder: Path, tmp_path: Path) -> None:
+def test_one_thread_and_four_round_alike(bundle: Path, onnx_folder: Path, tmp_path: Path) -> None:
     form = WeightFormat(4, 32, method="lsq")
     choice = Choice(form, form, EngineSettings())
     base = bundle.with_name("float-base")
-    made = [quantize(onnx_folder, base, tmp_path / str(threads), choice, threads) for threads in (1, 2)]
+    made = [quantize(onnx_folder, base, tmp_path / str(threads), choice, threads) for threads in (1, 4)]
     assert described(made[0]) == described(made[1])

@@ -6,6 +6,7 @@ import json
 import struct
 import tracemalloc
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,18 @@ def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(EvaluationSetError, match="not a picture that can be read"):
         read_picture(tmp_path / "picture.png")
     assert not (tmp_path / "trapped").exists()
+
+
+def test_a_chunk_takes_no_more_memory_than_there_are_bytes(tmp_path: Path) -> None:
+    """Found by `make fuzz`: of a file the library allocates the 553 MB that this PNG's pixels are said to have."""
+    path = tmp_path / "long.png"
+    Image.new("RGB", (6, 4)).save(path)
+    stored = bytearray(path.read_bytes())
+    stored[33:37] = struct.pack(">I", 0x21000015)
+    path.write_bytes(stored)
+    tracemalloc.start()
+    with suppress(EvaluationSetError):
+        read_picture(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,8 @@ def read_picture(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             # The library bears twice the pixels from which on it warns.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            # From memory: of a file the library allocates whatever length a chunk of it claims.
+            with Image.open(BytesIO(read_bytes(path, MOST_BYTES)), formats=FORMATS) as image:
                 return image.convert("RGB")
     except FileNotFoundError:
         raise EvaluationSetError(f"there is no picture {path}") from None
