@@ -33,10 +33,16 @@ TARGETS = ("group", "stage", "child")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 REPORT = ("summary.csv", "summary.parquet", "figures.csv", "figures.parquet", "report.html")
 """What the report writes beside the other stages' folders."""
-CHILD = 0.5
-"""Seconds that a process of MNN's takes, or more."""
+CHILD = {"mnn/base": 0.1, "mnn/int4": 0.05, "eval/int4": 0.5}
+"""Seconds that the first process of MNN's takes, or more, by stage."""
 PATIENCE = 60.0
 """Seconds within which a stage that was told to end has ended."""
+
+
+def undisturbed(folder: Path, right: Path) -> bool:
+    """Whether a stage's folder is what an undisturbed run has made, and every byte of it whole."""
+    verdicts = [verify_folder(one) for one in (folder, right)]
+    return all(verdict.whole for verdict in verdicts) and verdicts[0].digest == verdicts[1].digest
 
 
 @dataclass(frozen=True)
@@ -145,9 +151,11 @@ class Bench:
         """One blow, and what is wrong afterwards: at once, and when the same command has run again."""
         if not blow.again:
             self._clear()
-        process = self._start()
+        process, began = self._start(), time.monotonic()
         with suppress(subprocess.TimeoutExpired):
             process.wait(blow.share * self.duration)
+            # On a machine with other work, it had taken longer before.
+            self.duration = time.monotonic() - began
         writing, target = bool(self._half_made()), self._hit(process, blow)
         said, wrong = process.communicate(timeout=PATIENCE)[1], []
         time.sleep(0.05)  # the kernel ends the children
@@ -183,7 +191,7 @@ def _hit_child(stage: psutil.Process, blow: Blow) -> str:
     with suppress(psutil.NoSuchProcess):
         while not (children := stage.children()) and stage.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
-        time.sleep(blow.share * CHILD)
+        time.sleep(blow.share * CHILD[blow.stage])
         for child in children:
             child.send_signal(blow.signal)
             return "child"

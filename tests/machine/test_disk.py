@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from chain import command
-from hf2mnn.manifest import Manifest
+from kills import undisturbed
 from support import BIN, run_cli
 
 Mount = Callable[[str, str], Path]
@@ -47,8 +47,7 @@ def test_full_disk_in_the_middle_of_a_stage(stage: str, share: float, chain: Pat
     mount("disk", f"size={4 * needed + 10**7}")
     again = run_cli(*command(chain, stage), "--out", disk / stage)
     assert again.returncode == 0, again.stderr
-    Manifest.load(disk / stage).verify()
-    assert size(disk / stage) == needed
+    assert undisturbed(disk / stage, chain / stage)
 
 
 @pytest.mark.parametrize("stage", ["mnn/base", "eval/int4"])
@@ -80,3 +79,7 @@ def test_read_only_disk(stage: str, chain: Path, mount: Mount) -> None:
     said = one_sentence(failed.stderr)
     assert str(disk) in said and "read-only" in said
     assert not list(disk.iterdir())
+    mount("disk", "rw")
+    again = run_cli(*command(chain, stage), "--out", disk / stage)
+    assert again.returncode == 0, again.stderr
+    assert undisturbed(disk / stage, chain / stage)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from chain import command
-from hf2mnn.manifest import Manifest
+from kills import undisturbed
 from support import BIN, make_workspace, run_cli
 
 GROUPS = Path("/sys/fs/cgroup")
@@ -69,7 +69,7 @@ def test_stage_that_is_killed_leaves_nothing_and_runs_again(
     assert run(bounded(250_000_000), BIN / "hf2mnn", *arguments).returncode == -9
     assert not (tmp_path / "made").exists()
     assert run_cli(*arguments).returncode == 0
-    Manifest.load(tmp_path / "made").verify()
+    assert undisturbed(tmp_path / "made", chain / "reference")
 
 
 def test_snakemake_says_why_a_killed_stage_ended(bounded: Callable[[int], list[str]], tmp_path: Path) -> None:
