@@ -6,7 +6,7 @@ BIN := .venv/bin
 SET_UP := .venv/set-up
 LLMEXPORT := .venv-llmexport/set-up
 
-.PHONY: help setup demo test fuzz test-browser test-faults test-kills lint format schema bench bench-quant bench-quant-2b train-shapes-vl clean
+.PHONY: help setup demo test fuzz test-slow test-browser test-faults test-kills lint format schema bench bench-quant bench-quant-2b train-shapes-vl clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,6 +33,9 @@ test: $(SET_UP) ## all tests, the real pipeline on the embedded model among them
 
 fuzz: $(SET_UP) ## 100,000 hostile files for all parsers; SEED=n tries those of an earlier run
 	$(BIN)/pytest tests/fuzz --hypothesis-profile=long --hypothesis-seed=$(SEED)
+
+test-slow: $(SET_UP) ## a run that is killed, and the bench on a small model
+	$(BIN)/pytest -m slow
 
 test-browser: $(SET_UP) ## the report in a real browser; needs Chromium on the PATH or in CHROMIUM
 	$(BIN)/pytest tests/browser

@@ -184,6 +184,7 @@ def test_a_machine_too_small_is_told_before_anything_runs(
     assert ran == []
 
 
+@pytest.mark.slow
 def test_a_small_model_from_end_to_end(
     bench: ModuleType, make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -330,6 +330,7 @@ def test_model_that_is_not_converted_is_refused_by_name(workspace: Workspace, tm
     assert not list((workspace.folder / "results" / "shapes-vl").glob("*"))
 
 
+@pytest.mark.slow
 def test_killed_stage_leaves_nothing_that_looks_finished(copy: Workspace) -> None:
     """SIGKILL to the whole process group in the middle of a stage; the next run starts it again and ends well. Every
     stage, at many moments: tests/machine/test_kills.py."""
