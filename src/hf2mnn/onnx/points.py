@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 import onnx
-import onnx_ir as ir
+
+if TYPE_CHECKING:  # it takes half a second to load, and quantizing and the doctor read names alone
+    import onnx_ir as ir
 
 WEIGHT = re.compile(r"(?P<module>.+)\.weight(?:\.float)?(?:\.T)?")
 ATTENTION = re.compile(r"attention_\d+/")
