@@ -40,7 +40,7 @@ test-slow: $(SET_UP) ## a run that is killed, and the bench on a small model
 test-browser: $(SET_UP) ## the report in a real browser; needs Chromium on the PATH or in CHROMIUM
 	$(BIN)/pytest tests/browser
 
-test-faults: $(SET_UP) ## full disks, too little memory, no network; as root on Linux (about 6 minutes)
+test-faults: $(SET_UP) ## full disks, too little memory, no network, killed stages; as root on Linux (about 15 minutes)
 	$(BIN)/pytest tests/machine
 
 KILLS ?= 200

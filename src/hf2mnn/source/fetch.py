@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf2mnn.errors import SourceError
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
-from hf2mnn.source.checkpoint import FILES, Checkpoint
+from hf2mnn.source.checkpoint import Checkpoint, checkpoint_files
 from hf2mnn.source.hub import gather, hub_named, pin_repository
 from hf2mnn.source.pin import Pin, load_pin
 from hf2mnn.source.preflight import check_checkpoint
@@ -67,7 +67,7 @@ def _fetch_folder(destination: Path, path: Path, files: Path | None) -> None:
     check_room(path, destination)
     manifest = Manifest("source", places={"path": str(path)})
     with stage_folder(destination, manifest) as folder:
-        _link({found.name: found for pattern in FILES for found in path.glob(pattern)}, folder)
+        _link({found.name: found for found in map(Path, checkpoint_files(path))}, folder)
 
 
 def _fetch_pinned(destination: Path, pin: Pin, files: Path | None) -> None:

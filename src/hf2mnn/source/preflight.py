@@ -6,10 +6,11 @@ No weight is read, but the small tensors of packed layers.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from hf2mnn.errors import SourceError
-from hf2mnn.source.checkpoint import FILES, LFS_POINTER, Checkpoint, read_json
+from hf2mnn.source.checkpoint import LFS_POINTER, Checkpoint, checkpoint_files, read_json
 from hf2mnn.source.facts import model_facts
 from hf2mnn.source.packed import PACKED, WEIGHT
 from hf2mnn.untrusted import inside
@@ -24,7 +25,7 @@ KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementatio
 
 def check_links(checkpoint: Checkpoint) -> None:
     """A repository may bring links, and what they lead to would be read and become part of bundles."""
-    for path in sorted({path for pattern in FILES for path in checkpoint.folder.glob(pattern)}):
+    for path in map(Path, checkpoint_files(checkpoint.folder)):
         try:
             inside(checkpoint.folder, path.name)
         except ValueError as error:
@@ -73,7 +74,7 @@ def check_depth(checkpoint: Checkpoint) -> None:
 
 def check_pointers(checkpoint: Checkpoint) -> None:
     """A clone without LFS has small texts in place of weights and of a large tokenizer.json."""
-    for path in sorted({path for pattern in FILES for path in checkpoint.folder.glob(pattern)}):
+    for path in map(Path, checkpoint_files(checkpoint.folder)):
         with path.open("rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 what = "the weights" if path.suffix == ".safetensors" else "the file itself"
