@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -604,15 +605,35 @@ def _of_file(error: Exception) -> str | None:
     return f"{name}: {error.strerror}" if name else str(error)
 
 
+class _Stopped(SystemExit):
+    """By a signal; the code is 128 and its number."""
+
+
 def _stop(number: int, _: object) -> None:
     """End as by an exception: children are stopped, and what is half-made is removed."""
     name = signal.Signals(number).name
     os.write(2, f"hf2mnn: stopped ({name}); the same command again starts this stage from its beginning\n".encode())
-    sys.exit(128 + number)
+    raise _Stopped(128 + number)
+
+
+def _again(number: int, _: object) -> None:
+    raise _Stopped(128 + number)
+
+
+def _stop_again(lost: sys.UnraisableHookArgs) -> None:
+    """Python prints and forgets what is raised while it frees an object. A signal that comes just then (a tracing torch
+    frees a great many) must end the stage all the same."""
+    if not isinstance(lost.exc_value, _Stopped):
+        sys.__unraisablehook__(lost)
+        return
+    number = lost.exc_value.code - 128
+    signal.signal(number, _again)  # which says nothing: it has been said
+    threading.Timer(0.01, signal.pthread_kill, [threading.main_thread().ident, number]).start()
 
 
 def main() -> None:
     """Expected failures end with one line on stderr and exit code 1."""
+    sys.unraisablehook = _stop_again
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
             signal.signal(number, _stop)
