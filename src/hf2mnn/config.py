@@ -21,6 +21,7 @@ from pydantic import (
 
 from hf2mnn.budget import parse_budget
 from hf2mnn.errors import ConfigError
+from hf2mnn.families import FAMILIES
 from hf2mnn.untrusted import check_shape, read_bytes, read_json
 
 MOST_YAML, MOST_SETTINGS = 1 << 22, 1 << 16
@@ -434,16 +435,12 @@ def _check_blocks(config: Config, model: str, described: Model) -> None:
     try:
         stored = read_json(path)
         text, vision = stored.get("text_config") or stored, stored.get("vision_config") or {}
-        embed = int(vision.get("embed_dim") or 0)
-        inputs = {
-            "decoder": [int(text.get("hidden_size") or 0), int(text.get("intermediate_size") or 0)],
-            "vision": [embed, int(embed * (vision.get("mlp_ratio") or 4))],
-        }
-    except (OSError, ValueError, TypeError, AttributeError):
+        inputs = FAMILIES[stored.get("model_type")].linear_inputs(text, vision)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # the source stage says so, in its own words
     for variant in config.variants_of(model):
         for part, weights in (("decoder", config.decoder_weights(variant)), ("vision", config.vision_weights(variant))):
-            for size in inputs[part]:
+            for size in inputs.get(part, []):
                 if config.variants[variant].plan or weights.method == "checkpoint":
                     continue
                 if weights.bits < 16 and weights.block and size % weights.block:

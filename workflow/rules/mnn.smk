@@ -5,8 +5,6 @@ rule convert_graphs:
     output:
         "results/{model}/mnn/base/llm.mnn",
         "results/{model}/mnn/base/llm.mnn.weight",
-        "results/{model}/mnn/base/visual.mnn",
-        "results/{model}/mnn/base/visual.mnn.weight",
         "results/{model}/mnn/base/embeddings_bf16.bin",
         "results/{model}/mnn/base/tokenizer.mtok",
         manifest="results/{model}/mnn/base/manifest.json",

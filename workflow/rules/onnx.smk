@@ -1,10 +1,10 @@
-# The portable graphs: decoder with explicit KV cache, vision tower, embedding.
+# The portable graphs: decoder with explicit KV cache, embedding, and a vision tower where the model sees; the manifest
+# names all there is.
 rule export_onnx:
     input:
         "results/{model}/source/manifest.json",
     output:
         "results/{model}/onnx/decoder.onnx",
-        "results/{model}/onnx/vision.onnx",
         "results/{model}/onnx/embedding.onnx",
         "results/{model}/onnx/model.json",
         manifest="results/{model}/onnx/manifest.json",

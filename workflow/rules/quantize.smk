@@ -1,5 +1,5 @@
-# A bundle of a variant's weights. Its embedding may have no file of its own, so none is named here; the manifest names all
-# there is.
+# A bundle of a variant's weights. Its embedding may have no file of its own, and there may be no vision tower, so neither
+# is named here; the manifest names all there is.
 rule quantize_variant:
     input:
         unpack(choices),
@@ -10,8 +10,6 @@ rule quantize_variant:
         "results/{model}/mnn/{variant}/llm_config.json",
         "results/{model}/mnn/{variant}/llm.mnn",
         "results/{model}/mnn/{variant}/llm.mnn.weight",
-        "results/{model}/mnn/{variant}/visual.mnn",
-        "results/{model}/mnn/{variant}/visual.mnn.weight",
         "results/{model}/mnn/{variant}/tokenizer.mtok",
         manifest="results/{model}/mnn/{variant}/manifest.json",
     log:

@@ -72,8 +72,8 @@ class Bench:
 
     def logits(self, run: Run) -> dict[str, np.ndarray]:
         """Teacher-forced logits by example."""
-        parts = [run.decoder / DECODER, run.decoder / f"{DECODER}.weight", run.vision / VISION]
-        parts += [run.vision / f"{VISION}.weight", *run.embedding.glob(EMBEDDING)]
+        parts = [run.decoder / DECODER, run.decoder / f"{DECODER}.weight", *run.embedding.glob(EMBEDDING)]
+        parts += sorted(run.vision.glob(f"{VISION}*"))
         rest = [run.rest / MODEL_CONFIG, run.rest / TOKENIZER]
         key = (*map(_digest, parts + rest), run.precision, run.memory, run.resize)
         if key not in self._done:

@@ -62,7 +62,7 @@ def wrong_template(bundle: Path, onnx_folder: Path) -> list[Finding]:
     return [Finding("tokenizer", None, f"the chat template in {TOKENIZER} is not the checkpoint's")]
 
 
-def wrong_tokens(golden: Golden, tokens: dict[str, list[int]], image_token_id: int) -> list[Finding]:
+def wrong_tokens(golden: Golden, tokens: dict[str, list[int]], image_token_id: int | None) -> list[Finding]:
     """Prompts that the bundle's tokenizer turns into other ids than transformers'. `tokens` by example, a picture being
     one image token."""
     wrong, shifted, first = 0, set(), ""

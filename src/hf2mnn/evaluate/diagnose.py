@@ -16,7 +16,7 @@ from hf2mnn.evaluate import budget, causes, layers
 from hf2mnn.evaluate.findings import Finding
 from hf2mnn.evaluate.names import BUDGET, FINDINGS, LAYERS
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
-from hf2mnn.mnn.bundle import DECODER, VISION, EngineSettings
+from hf2mnn.mnn.bundle import PARTS, EngineSettings, parts_in
 from hf2mnn.mnn.convert import WeightFormat, read_graph
 from hf2mnn.onnx.initializers import float_values
 from hf2mnn.quant.stages import quantize
@@ -58,7 +58,7 @@ def diagnose(
     digests, tools = {name: m.digest() for name, m in inputs.items()}, tool_versions("MNN", "onnxruntime", "numpy")
     manifest = Manifest("diagnose", digests, {"threads": threads}, tools)
     with stage_folder(destination, manifest) as folder:
-        graphs = {"decoder": read_graph(bundle / DECODER), "vision": read_graph(bundle / VISION)}
+        graphs = {part: read_graph(bundle / PARTS[part][0]) for part in parts_in(onnx_folder)}
         for part, graph in graphs.items():
             # What is run to look inside is built from the dump, and must compute what the bundle computes.
             graph.sharpen_constants(float_values(onnx_folder / f"{part}.onnx"))
@@ -72,7 +72,7 @@ def diagnose(
             with exact_bundle(onnx_folder, base, threads) as exact:
                 bench = budget.Bench(golden, exact, onnx_folder, threads, time_limit)
                 sources = budget.budget(bench, bundle)
-                found += causes.wrong_tokens(golden, bench.tokens(bundle), facts["image_token_id"])
+                found += causes.wrong_tokens(golden, bench.tokens(bundle), facts.get("image_token_id"))
         except BundleFault as error:
             found.append(Finding("engine", None, str(error)))
         compared.to_parquet(folder / LAYERS, index=False)

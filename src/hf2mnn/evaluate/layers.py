@@ -27,6 +27,7 @@ from hf2mnn.mnn.bundle import CONFIG, PARTS
 from hf2mnn.mnn.convert import write_graph
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.mnn.graph import LINEAR, Graph
+from hf2mnn.onnx.deepstack import DEEPSTACK
 from hf2mnn.onnx.initializers import load_graph, stored_initializers
 from hf2mnn.onnx.points import cut, expose, outputs_by_module, points_of
 from hf2mnn.onnx.session import causal_mask, open_session
@@ -68,9 +69,10 @@ def parts_of(probe: GoldenProbe, golden: Golden, facts: dict[str, Any]) -> list[
     parts = []
     if len(probe.pictures) == 1:
         picture, family = golden.picture(probe.pictures[0]), family_named(facts["model_type"], golden.folder)
-        inputs = family.vision_inputs(picture.pixel_values, picture.grid_thw, facts["merge_size"])
+        inputs = family.vision_inputs(picture.pixel_values, picture.grid_thw, facts)
         parts.append(Part(probe.kind, "vision", inputs, inputs))
-    shared = {
+    added = {} if probe.deepstack_embeds is None else {DEEPSTACK: probe.deepstack_embeds}
+    shared = added | {
         "attention_mask": causal_mask(0, len(probe.inputs_embeds)),
         "position_ids": probe.position_ids.astype(np.int32),
         "logits_index": np.array([0], np.int32),

@@ -14,7 +14,7 @@ from hf2mnn.reference.golden import Golden, GoldenProbe
 
 
 def _parity(model: OnnxModel, golden: Golden, probe: GoldenProbe) -> dict[str, np.ndarray]:
-    read, ids = probe.after_pictures(model.facts["image_token_id"])
+    read, ids = probe.after_pictures(model.facts.get("image_token_id"))
     pictures = [golden.picture(name) for name in probe.pictures]
     cache = model.new_cache()
 
@@ -36,7 +36,7 @@ def run_onnxruntime(onnx_folder: Path, golden: Golden, max_new_tokens: int, thre
     model, outcome = OnnxModel(onnx_folder, threads), Outcome()
     pictures = {name: golden.picture(name) for name in golden.picture_names()}
     for name, picture in steps("ONNX Runtime sees", pictures.items(), "pictures"):
-        outcome.embeds[name] = model.see((picture.pixel_values, picture.grid_thw))
+        outcome.embeds[name] = model.family.as_rows(model.see((picture.pixel_values, picture.grid_thw)))
     for example in steps("ONNX Runtime answers", golden.examples(), "examples", len(golden.records)):
         cache = model.new_cache()
         fed = [(pictures[name].pixel_values, pictures[name].grid_thw) for name in example.pictures]

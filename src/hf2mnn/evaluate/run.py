@@ -83,9 +83,9 @@ def evaluate(
             except BundleFault as error:
                 fault = str(error)
         if fault is None:
-            scores = score(golden, outcome, decode, facts["image_token_id"])
+            scores = score(golden, outcome, decode, facts.get("image_token_id"))
         else:
-            scores = score_fault(golden, decode, facts["image_token_id"])
+            scores = score_fault(golden, decode, facts.get("image_token_id"))
         for name, frame in scores.tables().items():
             frame.to_parquet(folder / name, index=False)
         save_file({name: answer.logits.astype(np.float32) for name, answer in outcome.answers.items()}, folder / LOGITS)

@@ -69,7 +69,7 @@ def _position_rows(example: GoldenExample, logits: np.ndarray) -> list[tuple]:
     ]
 
 
-def _answer_row(example: GoldenExample, answer: Answer, decode: AnswerDecoder, image: int) -> dict[str, Any]:
+def _answer_row(example: GoldenExample, answer: Answer, decode: AnswerDecoder, image: int | None) -> dict[str, Any]:
     """One row of the table of answers; scores are None where there is no label, and what only an engine has where there
     is no engine."""
     text, called = decode(answer.greedy_ids), answer.as_called_ids
@@ -129,7 +129,7 @@ def summarize(table: pd.DataFrame, parity: pd.DataFrame) -> dict[str, float | No
     return summary | {"cache_parity": float(parity["max_kld"].max()) if len(parity) else None}
 
 
-def score(golden: Golden, outcome: Outcome, decode: AnswerDecoder, image_token_id: int) -> Scores:
+def score(golden: Golden, outcome: Outcome, decode: AnswerDecoder, image_token_id: int | None) -> Scores:
     """Compare an outcome with the reference.
 
     Raises:
@@ -147,7 +147,7 @@ def score(golden: Golden, outcome: Outcome, decode: AnswerDecoder, image_token_i
     return Scores(position_table, answer_table, picture_table, parity, table, summarize(table, parity))
 
 
-def score_fault(golden: Golden, decode: AnswerDecoder, image_token_id: int) -> Scores:
+def score_fault(golden: Golden, decode: AnswerDecoder, image_token_id: int | None) -> Scores:
     """The tables of a bundle that does not run: no answers, nothing measured."""
     rows = [_answer_row(example, Answer(example.logits, []), decode, image_token_id) for example in golden.examples()]
     answers, empty = pd.DataFrame(rows), dict.fromkeys(COMPARED)

@@ -165,12 +165,12 @@ class Tuner:
         return Trial(group, str(label), settings, self.kld(settings))
 
     def time(self, trials: Sequence[Trial]) -> None:
-        """Time them in turns; a request is one picture, the prompt and the answer."""
+        """Time them in turns; a request is one picture, where the model sees, the prompt and the answer."""
         for _, index in turns(range(len(trials)), self.repeats):
             trial = trials[index]
             changed = self._changed(trial.settings)
             found = measure(self.bundle, changed, **self.request, lengths=(), time_limit=self.time_limit)["measures"]
-            trial.seconds.append(found["picture_s"] + found["first_token_s"] + found["decode_s"])
+            trial.seconds.append(found.get("picture_s", 0.0) + found["first_token_s"] + found["decode_s"])
             trial.decode_tokens_per_s.append(found["decode_tokens_per_s"])
             trial.peak_mb += [found["peak_mb"]] if "peak_mb" in found else []
 

@@ -6,9 +6,19 @@ from pathlib import Path
 
 from hf2mnn.errors import SourceError
 from hf2mnn.families.base import Family
+from hf2mnn.families.llama import Llama, Mistral
+from hf2mnn.families.qwen2 import Qwen2
+from hf2mnn.families.qwen2_5_vl import Qwen25VL
 from hf2mnn.families.qwen2_vl import Qwen2VL
+from hf2mnn.families.qwen3 import Qwen3
+from hf2mnn.families.qwen3_vl import Qwen3VL
+from hf2mnn.families.vision import VisionFamily
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (Qwen2VL(),)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen2(), Qwen3(), Llama(), Mistral())
+}
+NOT_CONVERTED = {"moe": "a mixture of experts", "next": "linear attention", "mamba": "a state space model"}
+"""What a part of a model type says of why it is none of them."""
 
 
 def family_named(model_type: str | None, where: Path) -> Family:
@@ -18,10 +28,14 @@ def family_named(model_type: str | None, where: Path) -> Family:
         SourceError: for a type that is not converted; the sentence names those that are.
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        parts = str(model_type).split("_")
+        kinds = [kind for part, kind in NOT_CONVERTED.items() if part in parts]
+        why = f" ({kinds[0]})" if kinds else ""
         raise SourceError(
-            f"{where} says model_type {model_type!r}, which is not converted; these are: {', '.join(sorted(FAMILIES))}"
+            f"{where} says model_type {model_type!r}{why}, which is not converted; these are:"
+            f" {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[model_type]
 
 
-__all__ = ["FAMILIES", "Family", "family_named"]
+__all__ = ["FAMILIES", "Family", "VisionFamily", "family_named"]

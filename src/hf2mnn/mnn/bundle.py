@@ -3,7 +3,7 @@
 config.json          run time: file names, threads, precision, memory
 llm_config.json      the model: sizes, ids, image mean and norm
 llm.mnn(.weight)     decoder with lm_head
-visual.mnn(.weight)  vision tower with projector
+visual.mnn(.weight)  vision tower with projector, of a model that sees
 embeddings_bf16.bin  little-endian bfloat16 [vocabulary, hidden]
 tokenizer.mtok       tokenizer and chat template
 
@@ -31,16 +31,22 @@ from hf2mnn.mnn.linear import hide_linear_layers, show_linear_layers
 from hf2mnn.mnn.packed import pack_decoder
 from hf2mnn.mnn.tokenizer import write_tokenizer
 from hf2mnn.onnx.initializers import initializer_values, load_graph, stored_initializers
+from hf2mnn.source.facts import sees
 from hf2mnn.source.tensors import StoredTensor
 
 DECODER, VISION = "llm.mnn", "visual.mnn"
 EMBEDDING, TOKENIZER = "embeddings_bf16.bin", "tokenizer.mtok"
 PARTS = {"decoder": (DECODER, "decoder.onnx"), "vision": (VISION, "vision.onnx")}
-"""Each graph of a bundle, and the ONNX graph that it is made of."""
+"""Each graph of a bundle, and the ONNX graph that it is made of. A model of text alone has no vision tower."""
 DRESS = {"decoder": dress_decoder, "vision": dress_vision}
 CONFIG, MODEL_CONFIG = "config.json", "llm_config.json"
 TOOLS = ("MNN", "onnx")
 ROWS_AT_ONCE = 4096
+
+
+def parts_in(onnx_folder: Path) -> list[str]:
+    """Those of PARTS that a model has."""
+    return [part for part, (_, source) in PARTS.items() if (onnx_folder / source).exists()]
 
 
 @dataclass(frozen=True)
@@ -144,9 +150,10 @@ def write_configs(
         "llm_weight": f"{DECODER}.weight",
         "tokenizer_file": TOKENIZER,
         "embedding_file": EMBEDDING,
-        "visual_model": VISION,
         "llm_config": MODEL_CONFIG,
     }
+    if sees(model):
+        runtime["visual_model"] = VISION
     engine = {
         "backend_type": "cpu",
         "thread_num": settings.threads,
@@ -176,8 +183,9 @@ def make_base(onnx_folder: Path, folder: Path) -> None:
     model = json.loads((onnx_folder / "model.json").read_text())
     print("decoder: converting", flush=True)
     convert_decoder(onnx_folder, folder, model["num_hidden_layers"])
-    print("vision: converting", flush=True)
-    convert_vision(onnx_folder, folder)
+    if "vision" in parts_in(onnx_folder):
+        print("vision: converting", flush=True)
+        convert_vision(onnx_folder, folder)
     write_embedding(onnx_folder, folder)
     write_tokenizer(onnx_folder, folder / TOKENIZER)
 

@@ -56,7 +56,8 @@ def dress_decoder(model: onnx.ModelProto) -> None:
 
 
 def dress_vision(model: onnx.ModelProto) -> None:
-    """`image_embeds` [image tokens, hidden] becomes [image tokens, 1, hidden], as `omni.cpp` joins it with text."""
+    """`image_embeds` [image tokens, hidden] becomes [image tokens, 1, hidden], as `omni.cpp` joins it with text; what
+    deepstack adds keeps its form."""
     output = model.graph.output[0]
     dims = output.type.tensor_type.shape.dim
     shape = [dims[0].dim_param, 1, dims[1].dim_value]

@@ -6,10 +6,13 @@ decoder.onnx
     position_ids     int32   [3, tokens] with M-RoPE, else [1, tokens]
     logits_index     int32   [1]   first row of which logits are wanted: 0 for all, -1 for the last
     past_key_values  float32 [layers, 2, 1, past, kv heads, head size]   past may be 0
+    deepstack_embeds float32 [layers, tokens or 1, hidden]   of a model with deepstack; zeros for text
     logits           float32 [1, rows, vocabulary]
     presents         float32 [layers, 2, 1, past + tokens, kv heads, head size]
-vision.onnx
-    inputs of the family (`Family.vision_inputs`), one picture a call; image_embeds float32 [image tokens, hidden]
+vision.onnx, of a model that sees
+    inputs of the family (`VisionFamily.vision_inputs`), one picture a call
+    image_embeds      float32 [image tokens, hidden]
+    deepstack_feature float32 [layers, image tokens, hidden]   of a model with deepstack
 embedding.onnx
     input_ids int64 [1, tokens]; inputs_embeds float32 [1, tokens, hidden]
 model.json
@@ -21,6 +24,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +32,9 @@ import onnx_ir as ir
 from onnx.external_data_helper import uses_external_data
 
 from hf2mnn.errors import ExportError
+from hf2mnn.families import VisionFamily
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.onnx.deepstack import add_deepstack
 from hf2mnn.onnx.graph import OPSET, build_fake, trace_decoder, trace_vision
 from hf2mnn.onnx.points import name_points
 from hf2mnn.onnx.weights import attach_weights, link_shards, save
@@ -37,15 +43,14 @@ from hf2mnn.source.facts import model_facts
 from hf2mnn.source.model import load_config, refused_as_source
 
 TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
-EMBEDDING = "model.language_model.embed_tokens.weight"
 # A picture of odd shape, so that no dimension is taken for another while tracing.
 SAMPLE_GRID = np.array([1, 4, 6])
 
 
-def embedding_graph(vocabulary: int, hidden: int) -> ir.Model:
-    """A Gather over the embedding matrix, its initializer named as transformers names it and without a value."""
+def embedding_graph(name: str, vocabulary: int, hidden: int) -> ir.Model:
+    """A Gather over the embedding matrix, its initializer called `name` and without a value."""
     ids = ir.Value(name="input_ids", shape=ir.Shape([1, "tokens"]), type=ir.TensorType(ir.DataType.INT64))
-    table = ir.Value(name=EMBEDDING, shape=ir.Shape([vocabulary, hidden]), type=ir.TensorType(ir.DataType.FLOAT))
+    table = ir.Value(name=name, shape=ir.Shape([vocabulary, hidden]), type=ir.TensorType(ir.DataType.FLOAT))
     node = ir.node("Gather", [table, ids], {"axis": 0}, name="embedding")
     embeds = node.outputs[0]
     embeds.name, embeds.type, embeds.shape = "inputs_embeds", table.type, ir.Shape([1, "tokens", hidden])
@@ -80,6 +85,12 @@ def check_graph(path: Path) -> None:
         raise ExportError(f"{path.name} uses ops outside the ONNX standard: {', '.join(foreign)}")
 
 
+def sample_inputs(family: VisionFamily, facts: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Inputs of the vision graph for an empty picture."""
+    patch = 3 * facts["temporal_patch_size"] * facts["patch_size"] ** 2
+    return family.vision_inputs(np.zeros((int(SAMPLE_GRID.prod()), patch), np.float32), SAMPLE_GRID, facts)
+
+
 def export_onnx(source: Path, destination: Path) -> Path:
     """Write the graphs, model.json and the tokenizer's files to `destination`.
 
@@ -95,15 +106,12 @@ def export_onnx(source: Path, destination: Path) -> Path:
     family, facts = checkpoint.family, model_facts(checkpoint)
     with refused_as_source(checkpoint):
         build_fake(config, family)
-    patch = 3 * facts["temporal_patch_size"] * facts["patch_size"] ** 2
-    pixels = np.zeros((int(SAMPLE_GRID.prod()), patch), np.float32)
-    sample = family.vision_inputs(pixels, SAMPLE_GRID, facts["merge_size"])
-    rows = family.position_ids(np.array([0]), [], facts["image_token_id"], facts["merge_size"]).shape[0]
     graphs = {
-        "decoder": lambda: trace_decoder(config, family, rows),
-        "vision": lambda: trace_vision(config, family, sample),
-        "embedding": lambda: embedding_graph(facts["vocab_size"], facts["hidden_size"]),
+        "decoder": lambda: trace_decoder(config, family),
+        "embedding": lambda: embedding_graph(family.embedding, facts["vocab_size"], facts["hidden_size"]),
     }
+    if isinstance(family, VisionFamily):
+        graphs["vision"] = lambda: trace_vision(config, family, sample_inputs(family, facts))
     manifest = Manifest("onnx", {"source": upstream.digest()}, {"opset": OPSET}, tool_versions(*TOOLS))
     manifest.sources = {"checkpoint": {**upstream.settings, "files": upstream.outputs}}
     with stage_folder(destination, manifest) as folder:
@@ -112,6 +120,8 @@ def export_onnx(source: Path, destination: Path) -> Path:
             model = trace()
             attach_weights(model, checkpoint)
             name_points(model)
+            if name == "decoder" and family.deepstack:
+                add_deepstack(model, f"{family.decoder}.layers", family.deepstack, facts["hidden_size"])
             link_shards(model, checkpoint, folder)
             save(model, folder / f"{name}.onnx")
             check_graph(folder / f"{name}.onnx")

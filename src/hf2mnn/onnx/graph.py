@@ -21,12 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf2mnn.errors import ExportError
-from hf2mnn.families import Family
+from hf2mnn.families import Family, VisionFamily
 from hf2mnn.onnx.attention import cached_attention, full_attention, write_out_attention
 from hf2mnn.onnx.repeat import TRACED, layers_of, repeat_layers, shorten
 
 OPSET = 18
 ATTENTION = "hf2mnn_cached"
+# What is called flash is given all patches at once by transformers; others get them cut by picture or window.
+VISION_ATTENTION = "hf2mnn_flash_full"
 # Folding stops here: shapes and scalars are folded, weights are left to be read from the checkpoint.
 FOLD_LIMIT = 4096
 PAST, PRESENT = "past_", "present_"
@@ -53,7 +55,12 @@ def _attend(module, query, key, value, attention_mask, scaling, store: _Cache, *
     return context, None
 
 
+def _see(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_: object):
+    return full_attention(query, key, value, cu_seq_lens_q, scaling), None
+
+
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+ALL_ATTENTION_FUNCTIONS.register(VISION_ATTENTION, _see)
 
 
 class Decoder(torch.nn.Module):
@@ -68,9 +75,9 @@ class Decoder(torch.nn.Module):
         store = _Cache(pasts)
         hidden = self.language_model(
             inputs_embeds=inputs_embeds,
-            # A ready mask by type of layer: transformers then makes none of its own.
-            attention_mask={"full_attention": attention_mask},
-            position_ids=position_ids[:, None],
+            # A ready mask: transformers then makes none of its own.
+            attention_mask=attention_mask,
+            position_ids=position_ids[:, None] if len(position_ids) > 1 else position_ids,
             past_key_values=store,
             use_cache=True,
             store=store,
@@ -81,6 +88,21 @@ class Decoder(torch.nn.Module):
             "Slice", (hidden, logits_index, last, axis), dtype=hidden.dtype, shape=hidden.shape
         )
         return self.lm_head(wanted), [store.presents[layer] for layer in sorted(store.presents)]
+
+
+class Tower(torch.nn.Module):
+    """The graph of the vision tower: float32 [image tokens, hidden], and with deepstack [layers, image tokens, hidden]
+    of what is added to the decoder's first layers."""
+
+    def __init__(self, visual: torch.nn.Module, family: VisionFamily, names: list[str]) -> None:
+        """`names` are those of the inputs, in order."""
+        super().__init__()
+        self.visual, self.family, self.names = visual, family, names
+        visual.config._attn_implementation = VISION_ATTENTION
+
+    def forward(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        seen = self.visual(**self.family.tower_arguments(dict(zip(self.names, inputs, strict=True))))
+        return [seen.pooler_output, *([torch.stack(seen.deepstack_features)] if self.family.deepstack else [])]
 
 
 @contextmanager
@@ -105,6 +127,7 @@ def build_fake(config: transformers.PreTrainedConfig, family: Family) -> tuple[t
         for name, child in list(module.named_children()):
             if type(child).__name__.endswith("RotaryEmbedding"):
                 setattr(module, name, type(child)(child.config))
+    family.prepare(model)
     return model, mode
 
 
@@ -153,7 +176,7 @@ def _declare(value: ir.Value, shape: list[int | str]) -> None:
     value.shape = ir.Shape(shape)
 
 
-def _trace_decoder(config: transformers.PreTrainedConfig, family: Family, rows: int, repeat: bool) -> ir.Model | None:
+def _trace_decoder(config: transformers.PreTrainedConfig, family: Family, repeat: bool) -> ir.Model | None:
     """The decoder with one cache for each layer; None where it cannot be made of a few layers."""
     text = config.get_text_config()
     model, mode = build_fake(config, family)
@@ -163,7 +186,7 @@ def _trace_decoder(config: transformers.PreTrainedConfig, family: Family, rows: 
     found = layers_of(part) if repeat else None
     if repeat and found is None:
         return None
-    prefix, traced = _prefix(model, part), TRACED if found else layers
+    prefix, traced = f"{family.decoder}.", TRACED if found else layers
     if found:
         shorten(part, *found)
     tokens, past = 5, 3
@@ -174,7 +197,7 @@ def _trace_decoder(config: transformers.PreTrainedConfig, family: Family, rows: 
         {
             "inputs_embeds": ((1, tokens, text.hidden_size), torch.float32),
             "attention_mask": ((1, 1, tokens, past + tokens), torch.float32),
-            "position_ids": ((rows, tokens), torch.int32),
+            "position_ids": ((family.rows, tokens), torch.int32),
             "logits_index": ((1,), torch.int32),
             "pasts": pasts,
         },
@@ -224,12 +247,10 @@ def _join_caches(graph: ir.Graph, layers: int, kv_heads: int, size: int) -> None
     graph.outputs.append(joined)
 
 
-def trace_decoder(config: transformers.PreTrainedConfig, family: Family, rows: int) -> ir.Model:
-    """The decoder's graph; initializers are named as the parameters of the transformers model and have no values.
-
-    `rows` is how many rows of positions the family has (3 with M-RoPE).
-    """
-    graph = _trace_decoder(config, family, rows, repeat=True) or _trace_decoder(config, family, rows, repeat=False)
+def trace_decoder(config: transformers.PreTrainedConfig, family: Family) -> ir.Model:
+    """The decoder's graph, but for what deepstack adds; initializers are named as the parameters of the transformers
+    model and have no values."""
+    graph = _trace_decoder(config, family, repeat=True) or _trace_decoder(config, family, repeat=False)
     text = config.get_text_config()
     layers, kv_heads = text.num_hidden_layers, text.num_key_value_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -243,34 +264,36 @@ def trace_decoder(config: transformers.PreTrainedConfig, family: Family, rows: i
     return graph
 
 
-def _trace_vision(config: transformers.PreTrainedConfig, family: Family, sample: dict, repeat: bool) -> ir.Model | None:
+def _trace_vision(
+    config: transformers.PreTrainedConfig, family: VisionFamily, sample: dict, repeat: bool
+) -> ir.Model | None:
     model, mode = build_fake(config, family)
-    tower = family.vision_tower(model, full_attention)
-    found = layers_of(tower.visual) if repeat else None
+    visual = family.tower(model)
+    found = layers_of(visual) if repeat else None
     if repeat and found is None:
         return None
-    prefix = _prefix(model, tower.visual)
     if found:
         count = len(found[1])
-        shorten(tower.visual, *found)
+        shorten(visual, *found)
     inputs = {name: (array.shape, getattr(torch, array.dtype.name)) for name, array in sample.items()}
-    graph = _trace(tower, mode, inputs, ["image_embeds"], family.vision_axes())
-    _name_parameters(graph, "visual.", prefix)
-    if found and not repeat_layers(graph, f"{prefix}{found[0]}.", count):
+    graph = _trace(
+        Tower(visual, family, list(sample)), mode, {"inputs": inputs}, family.vision_outputs, family.vision_axes()
+    )
+    _name_parameters(graph, "visual.", f"{family.vision}.")
+    if found and not repeat_layers(graph, f"{family.vision}.{found[0]}.", count):
         return None
     return graph
 
 
-def trace_vision(config: transformers.PreTrainedConfig, family: Family, sample: dict) -> ir.Model:
+def trace_vision(config: transformers.PreTrainedConfig, family: VisionFamily, sample: dict) -> ir.Model:
     """The vision graph; `sample` gives the shapes and dtypes of its inputs (numpy arrays by name)."""
-    graph = _trace_vision(config, family, sample, repeat=True) or _trace_vision(config, family, sample, repeat=False)
+    graph = _trace_vision(config, family, sample, repeat=True) if family.blocks_alike else None
+    graph = graph or _trace_vision(config, family, sample, repeat=False)
     write_out_attention(graph)
-    _declare(graph.graph.outputs[0], ["image tokens", config.get_text_config().hidden_size])
+    shape = ["image tokens", config.get_text_config().hidden_size]
+    for value, of in zip(graph.graph.outputs, (shape, [family.deepstack, *shape]), strict=False):
+        _declare(value, of)
     return graph
-
-
-def _prefix(model: torch.nn.Module, part: torch.nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is part) + "."
 
 
 def _name_parameters(model: ir.Model, inside: str, outside: str) -> None:

@@ -54,7 +54,7 @@ def name_points(model: ir.Model) -> list[str]:
     for node in list(graph):
         for value in node.inputs:
             found = WEIGHT.fullmatch(value.name or "") if value is not None else None
-            if found is None or node.op_type in ("Cast", "Transpose"):
+            if found is None or node.op_type in ("Cast", "Transpose", "Gather"):
                 continue
             module = found["module"]
             output = _module_output(node, module)

@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime
 
 from hf2mnn.families import family_named
+from hf2mnn.onnx.deepstack import DEEPSTACK
 
 Picture = tuple[np.ndarray, np.ndarray]
 """pixel_values float32 [patches, patch values], grid_thw int64 [3]."""
@@ -71,42 +72,45 @@ class KVCache:
 
 
 class OnnxModel:
-    """The three graphs of one model and what is needed to feed them."""
+    """The graphs of one model and what is needed to feed them."""
 
     def __init__(self, folder: Path | str, threads: int = 0, embedding: np.ndarray | None = None) -> None:
         """`threads` 0 lets ONNX Runtime choose; `embedding` (float32 [vocabulary, hidden]) replaces the graph's."""
         self.folder = Path(folder)
         self.facts = json.loads((self.folder / "model.json").read_text())
         self.family = family_named(self.facts["model_type"], self.folder / "model.json")
-        self._decoder, self._vision, self._embedding = (
-            open_session(self.folder / f"{name}.onnx", threads) for name in ("decoder", "vision", "embedding")
-        )
+        names = ("decoder", "embedding", *(["vision"] if self.family.sees else []))
+        self._graphs = {name: open_session(self.folder / f"{name}.onnx", threads) for name in names}
         self._table = embedding
-        self._rows = self._decoder.get_inputs()[2].shape[0]
 
     def new_cache(self) -> KVCache:
         facts = self.facts
-        return KVCache(facts["num_hidden_layers"], facts["num_key_value_heads"], facts["head_dim"], self._rows)
+        return KVCache(facts["num_hidden_layers"], facts["num_key_value_heads"], facts["head_dim"], self.family.rows)
 
-    def see(self, picture: Picture) -> np.ndarray:
-        """Image embeddings float32 [image tokens, hidden] of one picture."""
-        return self._vision.run(None, self.family.vision_inputs(*picture, self.facts["merge_size"]))[0]
+    def see(self, picture: Picture) -> list[np.ndarray]:
+        """Image embeddings float32 [image tokens, hidden] of one picture, and with deepstack what is added to the first
+        layers, [layers, image tokens, hidden]."""
+        return self._graphs["vision"].run(None, self.family.vision_inputs(*picture, self.facts))
 
-    def embed(self, input_ids: np.ndarray, pictures: list[Picture]) -> np.ndarray:
-        """Embeddings float32 [1, tokens, hidden] of int64 ids, image tokens replaced by what the vision tower sees."""
+    def embed(self, input_ids: np.ndarray, pictures: list[Picture]) -> dict[str, np.ndarray]:
+        """The decoder's inputs for int64 ids, image tokens replaced by what the vision tower sees: `inputs_embeds`
+        float32 [1, tokens, hidden], and with deepstack `deepstack_embeds`."""
         ids = np.asarray(input_ids, np.int64)
-        embeds = (
-            self._embedding.run(None, {"input_ids": ids[None]})[0] if self._table is None else self._table[ids][None]
-        )
-        places = np.asarray(input_ids) == self.facts["image_token_id"]
+        run = self._graphs["embedding"].run
+        embeds = run(None, {"input_ids": ids[None]})[0] if self._table is None else self._table[ids][None]
+        places = ids == self.facts["image_token_id"] if self.family.sees else np.zeros(len(ids), bool)
+        added = np.zeros((self.family.deepstack, *embeds.shape[1:]), np.float32)
         if pictures:
-            seen = np.concatenate([self.see(picture) for picture in pictures])
-            if len(seen) != places.sum():
-                raise ValueError(f"the prompt has {places.sum()} image tokens, the pictures give {len(seen)}")
-            embeds[0, places] = seen
+            seen = [self.see(picture) for picture in pictures]
+            count = sum(len(image[0]) for image in seen)
+            if count != places.sum():
+                raise ValueError(f"the prompt has {places.sum()} image tokens, the pictures give {count}")
+            embeds[0, places] = np.concatenate([image[0] for image in seen])
+            if self.family.deepstack:
+                added[:, places] = np.concatenate([image[1] for image in seen], axis=1)
         elif places.any() and len(places) > 1:  # alone, it is what a bad answer goes on with
             raise ValueError(f"the prompt has {places.sum()} image tokens and no picture")
-        return embeds
+        return {"inputs_embeds": embeds, **({DEEPSTACK: added} if self.family.deepstack else {})}
 
     def prefill(
         self, cache: KVCache, input_ids: np.ndarray, pictures: list[Picture] | None = None, all_logits: bool = False
@@ -119,12 +123,12 @@ class OnnxModel:
         pictures = pictures or []
         input_ids, past = np.asarray(input_ids, np.int64), len(cache)
         grids = [grid for _, grid in pictures]
-        positions = self.family.position_ids(input_ids, grids, self.facts["image_token_id"], self.facts["merge_size"])
+        positions = self.family.position_ids(input_ids, grids, self.facts)
         positions = positions + cache.next_position
-        logits, presents = self._decoder.run(
+        logits, presents = self._graphs["decoder"].run(
             ["logits", "presents"],
             {
-                "inputs_embeds": self.embed(input_ids, pictures),
+                **self.embed(input_ids, pictures),
                 "attention_mask": causal_mask(past, len(input_ids)),
                 "position_ids": positions.astype(np.int32),
                 "logits_index": np.array([0 if all_logits else -1], np.int32),

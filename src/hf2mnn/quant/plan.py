@@ -19,7 +19,7 @@ from hf2mnn.budget import Budget
 from hf2mnn.errors import QuantizationError
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.mnn.bundle import EMBEDDING as EMBEDDING_FILE
-from hf2mnn.mnn.bundle import PARTS
+from hf2mnn.mnn.bundle import parts_in
 from hf2mnn.mnn.convert import WeightFormat
 from hf2mnn.quant.embedding import BITS
 from hf2mnn.quant.formats import stored_size
@@ -157,7 +157,7 @@ def make_plan(
     digests = {name: upstream.digest() for name, upstream in inputs.items()}
     manifest = Manifest("plan", digests, settings, tool_versions("scipy"))
     with stage_folder(destination, manifest) as folder:
-        layers = {name: Part(name, onnx_folder, base).operators for name in PARTS}
+        layers = {name: Part(name, onnx_folder, base).operators for name in parts_in(onnx_folder)}
         tied = embedding == LM_HEAD
         measured, candidates = (pd.read_csv(sensitivity / name) for name in (MEASURED, CANDIDATES))
         table = options(measured, with_bytes(candidates, layers), tied)

@@ -89,13 +89,14 @@ class Bench:
     def _embeds(self, example: GoldenExample) -> tuple[torch.Tensor, torch.Tensor]:
         """What the decoder is fed, float32 [1, tokens, hidden], and its positions."""
         inside = self.reference.inside(*prompt_and_answer(self.golden, example))
-        return inside["inputs_embeds"][None], inside["position_ids"][:, None]
+        positions = inside["position_ids"]
+        return inside["inputs_embeds"][None], positions[:, None] if len(positions) > 1 else positions
 
     @torch.inference_mode()
     def _predict(self, index: int, whole: bool) -> np.ndarray:
         """Logits [answer tokens, vocabulary]; `whole` goes through embedding and vision tower again."""
         example, kept = self.examples[index], len(self.examples[index].answer_ids)
-        if whole:
+        if whole or self.reference.family.deepstack:  # which adds to more than the embeddings
             made = self.reference.read(*prompt_and_answer(self.golden, example), logits_to_keep=kept)
         else:
             embeds, positions = self.embeds[index]

@@ -14,7 +14,7 @@ from hf2mnn.errors import ConversionError
 from hf2mnn.families import family_named
 from hf2mnn.files import link_or_copy
 from hf2mnn.mnn import graph as proof
-from hf2mnn.mnn.bundle import EMBEDDING, PARTS, TOKENIZER, EngineSettings, write_configs
+from hf2mnn.mnn.bundle import EMBEDDING, PARTS, TOKENIZER, EngineSettings, parts_in, write_configs
 from hf2mnn.mnn.convert import WeightFormat, read_graph, write_graph
 from hf2mnn.onnx.initializers import float_values, stored_initializers
 from hf2mnn.quant.awq import search_scales
@@ -103,7 +103,7 @@ def make_variant(
     """
     model = json.loads((onnx_folder / "model.json").read_text())
     shared, tables, tied = [TOKENIZER], [], None
-    for name in PARTS:
+    for name in parts_in(onnx_folder):
         part = Part(name, onnx_folder, base)
         formats = part.formats(choice, methods)
         if name == "decoder" and choice.embedding == LM_HEAD:

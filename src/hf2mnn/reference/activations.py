@@ -28,20 +28,25 @@ class _Recorder:
     def __init__(self, model: torch.nn.Module) -> None:
         self.names = {module: name for name, module in model.named_modules()}
         self.values: dict[str, np.ndarray] = {}
+        self.pieces: dict[str, list[np.ndarray]] = {}
 
-    def keep(self, name: str, value: Any) -> None:
-        rows = as_rows(_array(value))
+    def keep(self, name: str, rows: np.ndarray) -> None:
         self.values[name] = np.ascontiguousarray(rows[kept_rows(len(rows))])
 
     def attend(self, module: torch.nn.Module, query, key, value, attention_mask, **options: Any):
         """transformers' own sdpa, after a note of what it is given: query and key [1, heads, rows, head size]."""
         output = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
         name = self.names[module]
-        self.keep(f"{name}.query", query.transpose(1, 2))
         # A decoder's keys include none of earlier calls here: there is no cache.
-        self.keep(f"{name}.key", key.transpose(1, 2))
-        self.keep(f"{name}.context", output[0])
+        parts = {"query": query.transpose(1, 2), "key": key.transpose(1, 2), "context": output[0]}
+        for part, value in parts.items():
+            self.pieces.setdefault(f"{name}.{part}", []).append(as_rows(_array(value)))
         return output
+
+    def join(self) -> None:
+        """A vision tower attends picture by picture, or window by window: one call after another."""
+        for name, pieces in self.pieces.items():
+            self.keep(name, np.concatenate(pieces))
 
 
 def _is_point(name: str, module: torch.nn.Module) -> bool:
@@ -58,7 +63,7 @@ def recorded(model: torch.nn.Module) -> Iterator[dict[str, np.ndarray]]:
     """While the block runs, every forward of `model` leaves its points here: float32 [kept rows, values] by name."""
     recorder = _Recorder(model)
     hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: recorder.keep(name, output))
+        module.register_forward_hook(lambda _, __, output, name=name: recorder.keep(name, as_rows(_array(output))))
         for name, module in model.named_modules()
         if _is_point(name, module)
     ]
@@ -74,3 +79,4 @@ def recorded(model: torch.nn.Module) -> Iterator[dict[str, np.ndarray]]:
             config._attn_implementation = implementation
         for hook in hooks:
             hook.remove()
+        recorder.join()

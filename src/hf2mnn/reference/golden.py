@@ -14,6 +14,8 @@ from safetensors import safe_open
 
 from hf2mnn.points import kept_rows
 
+PROBED = ("ids", "inputs_embeds", "position_ids", "deepstack_embeds")
+"""What a probe holds beside its points."""
 EXAMPLES, TENSORS, ACTIVATIONS = "examples.json", "golden.safetensors", "activations.safetensors"
 
 
@@ -42,8 +44,8 @@ class GoldenExample:
 
 @dataclass(frozen=True)
 class GoldenPicture:
-    """pixel_values float32 [patches, values]; grid_thw int64 [3]; embeds float32 [image tokens, hidden];
-    original and resized uint8 RGB [height, width, 3]."""
+    """pixel_values float32 [patches, values]; grid_thw int64 [3]; embeds float32 [rows, hidden] as
+    `VisionFamily.as_rows` has them; original and resized uint8 RGB [height, width, 3]."""
 
     name: str
     pixel_values: np.ndarray
@@ -58,7 +60,8 @@ class GoldenProbe:
     """One example looked at layer by layer: prompt and answer read at once.
 
     ids int64 [tokens]; inputs_embeds float32 [tokens, hidden], image embeddings among them; position_ids int64 [rows,
-    tokens]; points: float32 [kept rows, values] by name (`hf2mnn.points`).
+    tokens]; deepstack_embeds float32 [layers, tokens, hidden] of a model that has them; points: float32 [kept rows,
+    values] by name (`hf2mnn.points`).
     """
 
     kind: str
@@ -68,19 +71,20 @@ class GoldenProbe:
     inputs_embeds: np.ndarray
     position_ids: np.ndarray
     points: dict[str, np.ndarray]
+    deepstack_embeds: np.ndarray | None = None
 
-    def after_pictures(self, image_token_id: int) -> tuple[list[int], list[int]]:
+    def after_pictures(self, image_token_id: int | None) -> tuple[list[int], list[int]]:
         """The tokens up to the end of the last picture, and those after it."""
-        images = np.flatnonzero(self.ids == image_token_id)
+        images = np.flatnonzero(self.ids == (-1 if image_token_id is None else image_token_id))
         begin = int(images[-1]) + 1 if len(images) else 0
         return self.ids[:begin].tolist(), self.ids[begin:].tolist()
 
 
-def without_repeats(ids: np.ndarray, token: int) -> np.ndarray:
+def without_repeats(ids: np.ndarray, token: int | None) -> np.ndarray:
     """`ids` with each run of `token` as one: how many tokens a picture makes is not the tokenizer's doing."""
     follows = np.zeros(len(ids), bool)
     follows[1:] = ids[1:] == ids[:-1]
-    return ids[(ids != token) | ~follows]
+    return ids if token is None else ids[(ids != token) | ~follows]
 
 
 def spread_examples(records: list[dict[str, Any]], count: int) -> list[str]:
@@ -122,5 +126,5 @@ class Golden:
             for kind, example in sorted(file.metadata().items()):
                 names = [name for name in sorted(file.keys()) if name.startswith(f"{kind}/")]
                 inside = {name.partition("/")[2]: file.get_tensor(name) for name in names}
-                fed = {name: inside.pop(name) for name in ("ids", "inputs_embeds", "position_ids")}
+                fed = {name: inside.pop(name) for name in PROBED if name in inside}
                 yield GoldenProbe(kind, example, pictures[example], **fed, points=inside)

@@ -10,6 +10,7 @@ import numpy as np
 
 from hf2mnn.errors import EvaluationSetError, SourceError
 from hf2mnn.reference.text import AnswerDecoder
+from hf2mnn.source.facts import sees
 from hf2mnn.untrusted import at_most
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class Prompter:
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            self.processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+            if sees(facts):
+                self.processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # of a file that is not right these libraries raise anything
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SourceError(f"the tokenizer or image processor of {folder} does not load: {reason}") from None
@@ -90,8 +92,10 @@ class Prompter:
         Raises:
             EvaluationSetError: the template wrote another number of pictures than there are.
         """
-        image, merged = self.facts["image_token_id"], self.facts["merge_size"] ** 2
         ids = self.tokenizer(self.text(messages), add_special_tokens=False).input_ids
+        if not sees(self.facts):
+            return np.array(ids, np.int64)
+        image, merged = self.facts["image_token_id"], self.facts["merge_size"] ** 2
         if ids.count(image) != len(pictures):
             raise EvaluationSetError(
                 f"the chat template wrote {ids.count(image)} pictures for {len(pictures)} in the messages"

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from hf2mnn.errors import EvaluationSetError
 from hf2mnn.files import sha256
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.progress import steps
@@ -40,7 +41,8 @@ class Reference:
         self.weights, why = place_weights(checkpoint, weights, kept)
         print(f"PyTorch's weights are {self.weights}: {why}", file=sys.stderr, flush=True)
         self.model = load_model(checkpoint, self.weights)
-        self.decoder = checkpoint.family.language_model(self.model)
+        self.family = checkpoint.family
+        self.decoder = self.family.language_model(self.model)
         stop = self.facts["stop_ids"]
         # A config of our own: checkpoints often ship one that samples.
         self.generation = GenerationConfig(
@@ -59,18 +61,22 @@ class Reference:
         if pictures:
             grids = torch.from_numpy(np.stack([picture.grid_thw for picture in pictures]))
             pixels = torch.from_numpy(np.concatenate([picture.pixel_values for picture in pictures]))
-            inputs |= {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": self._kinds(ids)}
+            inputs |= {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": self._kinds(ids, grids)}
         return inputs
 
-    def _kinds(self, ids: torch.Tensor) -> torch.Tensor:
-        return (ids == self.facts["image_token_id"]).int()
+    def _kinds(self, ids: torch.Tensor, grids: torch.Tensor | None) -> torch.Tensor:
+        """1 for image tokens of pictures, 0 for text, an image token in an answer among it."""
+        count = 0 if grids is None else int(grids.prod(dim=-1).sum()) // self.facts["merge_size"] ** 2
+        images = (ids == self.facts["image_token_id"]).int()
+        return images * (images.cumsum(dim=-1) <= count)
 
     def _positions(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """int64 [rows, tokens], as transformers counts them."""
         ids = inputs["input_ids"]
-        positions, _ = self.model.model.get_rope_index(
-            ids, self._kinds(ids), image_grid_thw=inputs.get("image_grid_thw")
-        )
+        if not self.family.sees:
+            return torch.arange(ids.shape[1])[None]
+        grids = inputs.get("image_grid_thw")
+        positions, _ = self.model.model.get_rope_index(ids, self._kinds(ids, grids), image_grid_thw=grids)
         return positions[:, 0].contiguous()
 
     @torch.inference_mode()
@@ -97,7 +103,14 @@ class Reference:
         fed = {}
 
         def note(_: torch.nn.Module, __: tuple, given: dict) -> None:
-            fed["inputs_embeds"] = given["inputs_embeds"][0].contiguous()
+            embeds = given.get("inputs_embeds")
+            # A model that does not see leaves it to its decoder.
+            embeds = self.decoder.embed_tokens(given["input_ids"]) if embeds is None else embeds
+            embeds = fed["inputs_embeds"] = embeds[0].contiguous()
+            if self.family.deepstack:
+                fed["deepstack_embeds"] = added = torch.zeros(self.family.deepstack, *embeds.shape)
+                if given.get("deepstack_visual_embeds") is not None:
+                    added[:, given["visual_pos_masks"][0]] = torch.stack(given["deepstack_visual_embeds"])
 
         hook = self.decoder.register_forward_pre_hook(note, with_kwargs=True)
         try:
@@ -110,9 +123,11 @@ class Reference:
 
     @torch.inference_mode()
     def see(self, picture: PictureInput) -> torch.Tensor:
-        """Image embeddings float32 [image tokens, hidden]."""
+        """float32 [rows, hidden] (`VisionFamily.as_rows`)."""
         grid = torch.from_numpy(picture.grid_thw)[None]
-        return self.model.model.get_image_features(torch.from_numpy(picture.pixel_values), grid).pooler_output[0]
+        seen = self.model.model.get_image_features(torch.from_numpy(picture.pixel_values), grid)
+        added = [features[0] for features in seen.deepstack_features] if self.family.deepstack else []
+        return torch.cat([seen.pooler_output[0], *added])
 
 
 def prompt_and_answer(golden: Golden, example: GoldenExample) -> tuple[torch.Tensor, list[PictureInput]]:
@@ -147,6 +162,23 @@ def _probes(records: list[dict], lengths: dict[str, int]) -> dict[str, str]:
     return {kind: record["id"] for kind, record in short.items()}
 
 
+def _suitable(examples: list[Example], checkpoint: Checkpoint, evaluation: Path) -> list[Example]:
+    """The examples that a model can be asked: those without pictures, where it does not see.
+
+    Raises:
+        EvaluationSetError: there are none.
+    """
+    found = [example for example in examples if checkpoint.family.sees or not example.pictures]
+    if not found:
+        raise EvaluationSetError(
+            f"every example of {evaluation} has pictures, and this {checkpoint.family.model_type} does not see; give it"
+            " texts"
+        )
+    if left := len(examples) - len(found):
+        print(f"{left} of {len(examples)} examples have pictures and are left out: this model does not see")
+    return found
+
+
 def run_reference(
     source: Path, evaluation: Path, destination: Path, max_new_tokens: int, threads: int, weights: str = "auto"
 ) -> Path:
@@ -160,7 +192,7 @@ def run_reference(
     """
     upstream = Manifest.load(source)
     checkpoint = Checkpoint(upstream.verify())
-    examples = read_examples(evaluation)
+    examples = _suitable(read_examples(evaluation), checkpoint, evaluation)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     images = {name: read_picture(evaluation / name) for name in sorted({n for e in examples for n in e.pictures})}

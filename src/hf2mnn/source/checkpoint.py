@@ -94,6 +94,9 @@ class Checkpoint:
 
     @cached_property
     def image_settings(self) -> dict[str, Any]:
+        """Settings of the image processor; none of a model that does not see."""
+        if not self.family.sees:
+            return {}
         return read_json(self.folder / "preprocessor_config.json")
 
     @cached_property

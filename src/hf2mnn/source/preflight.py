@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf2mnn.errors import SourceError
+from hf2mnn.families.vision import ENGINE, VisionFamily
 from hf2mnn.source.checkpoint import LFS_POINTER, Checkpoint, checkpoint_files, read_json
 from hf2mnn.source.facts import model_facts
 from hf2mnn.source.packed import PACKED, WEIGHT
@@ -65,10 +66,34 @@ def check_depth(checkpoint: Checkpoint) -> None:
     """No architecture is built that is larger than the weights there are."""
     facts = model_facts(checkpoint)
     for key in ("num_hidden_layers", "vision_depth"):
-        if facts[key] > len(checkpoint.shards):
+        if facts.get(key, 0) > len(checkpoint.shards):
             raise SourceError(
                 f"config.json of {checkpoint.folder} asks for {facts[key]} layers, and its safetensors hold"
                 f" {len(checkpoint.shards)} tensors: config and weights are not of one model"
+            )
+
+
+def check_pictures(checkpoint: Checkpoint) -> None:
+    """Pictures are cut as the engine cuts them: nothing can tell it to cut them otherwise."""
+    family = checkpoint.family
+    if not isinstance(family, VisionFamily):
+        return
+    facts, vision = model_facts(checkpoint), checkpoint.config["vision_config"]
+    there = {
+        "patch_size": "patch_size",
+        "temporal_patch_size": "temporal_patch_size",
+        "merge_size": "spatial_merge_size",
+    }
+    for key, value in {**ENGINE, "patch_size": family.patch_size}.items():
+        if facts[key] != value:
+            raise SourceError(
+                f"{checkpoint.folder} has a {key} of {facts[key]}; {value} is built into MNN's engine for"
+                f" {family.model_type}, so it cannot run this vision tower"
+            )
+        if vision.get(there[key], value) != value:
+            raise SourceError(
+                f"config.json of {checkpoint.folder} says {there[key]} {vision[there[key]]!r}, its"
+                f" preprocessor_config.json {key} {value}: they are not of one model"
             )
 
 
@@ -179,6 +204,7 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
     checkpoint.check()
     check_code(checkpoint)
     check_depth(checkpoint)
+    check_pictures(checkpoint)
     check_index(checkpoint)
     check_tokenizer(checkpoint)
     check_weights(checkpoint)

@@ -20,7 +20,6 @@ from hf2mnn.quant.embedding import BITS, TIED, beside, embedding_in_weights, emb
 from hf2mnn.quant.weights import Operator, operators
 from hf2mnn.source.checkpoint import LFS_POINTER
 
-PARAMETER = "model.language_model.embed_tokens.weight"
 SAMPLE = 256
 """Rows that are looked at, evenly spread."""
 NOISE = "the engine says that it has loaded, and every token is read as noise: nonsense"
@@ -245,7 +244,7 @@ def tied_embedding(bundle: Bundle) -> Iterator[Finding]:
 
 def embedding_differs(bundle: Bundle) -> Iterator[Finding]:
     """Only with the checkpoint; the whole embedding is read."""
-    right = bundle.checkpoint.stored(PARAMETER) if bundle.checkpoint else None
+    right = bundle.checkpoint.stored(bundle.checkpoint.family.embedding) if bundle.checkpoint else None
     tied, decoder = parse_tied(bundle.model.get(TIED)), bundle.models.get("decoder")
     if right is None or decoder is None or (tied and tied["quant_bit"] not in BITS):
         return

@@ -24,12 +24,12 @@ EXPORTED = re.compile(r"/(?P<layer>layers\.\d+)/(?P<part>\w+)/(?P<name>\w+)/Line
 """llmexport's names of the decoder's linear layers."""
 
 
-def _parameter(name: str) -> str | None:
-    """The parameter of the transformers model, where the name says it."""
+def _parameter(name: str, decoder: str) -> str | None:
+    """The parameter of the transformers model, where the name says it; `decoder` is the name of its decoder."""
     if name in ("logits", "/lm/lm_head/Linear", LM_HEAD):
         return f"{LM_HEAD}.weight"
     if found := EXPORTED.fullmatch(name):
-        return f"model.language_model.{found['layer']}.{found['part']}.{found['name']}.weight"
+        return f"{decoder}.{found['layer']}.{found['part']}.{found['name']}.weight"
     return f"{name}.weight" if name.startswith("model.") else None
 
 
@@ -64,7 +64,7 @@ def not_the_checkpoint(model: Model) -> Iterator[Finding]:
         return
     off, compared = {}, 0
     for operator in model.operators:
-        parameter = _parameter(operator.name)
+        parameter = _parameter(operator.name, model.checkpoint.family.decoder)
         if parameter is None or operator.kernel != 1:
             continue
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf2mnn.mnn.worker.session import Engine, picture_input
+from hf2mnn.mnn.worker.session import Engine, picture_grid, picture_input
 
 
 def run(job: dict[str, Any]) -> None:
@@ -21,9 +21,8 @@ def run(job: dict[str, Any]) -> None:
     if job["as_called"]:
         _, answer = engine.as_called(prompt, pictures, limit)
     else:
-        patch, merge = engine.model["patch_size"], engine.model["merge_size"]
         ids = engine.llm.tokenizer_encode({"text": prompt, "images": pictures})
-        grids = [np.array([1, rgb.shape[0] // patch, rgb.shape[1] // patch]) for rgb in arrays]
-        positions = engine.family.position_ids(np.array(ids), grids, engine.model["image_token_id"], merge)
+        grids = [picture_grid(rgb, engine.model) for rgb in arrays]
+        positions = engine.family.position_ids(np.array(ids), grids, engine.model)
         answer = engine.greedy(engine.prefill(ids, positions, pictures), limit)
     Path(job["result"]).write_text(json.dumps({"text": engine.decode(answer)}))

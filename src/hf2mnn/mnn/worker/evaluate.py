@@ -18,7 +18,7 @@ from hf2mnn.reference.golden import Golden, GoldenProbe
 
 def _parity(engine: Engine, golden: Golden, probe: GoldenProbe) -> dict[str, np.ndarray]:
     """Logits of a probe's text after its pictures, by the way it came into the cache."""
-    read, ids = probe.after_pictures(engine.model["image_token_id"])
+    read, ids = probe.after_pictures(engine.model.get("image_token_id"))
     pictures = [picture_input(golden.picture(name).resized) for name in probe.pictures]
     first, fed = int(probe.position_ids[0, len(read)]), 0
     # The engine forgets only with its next forward, and until then counts what it is to forget: so it is counted here.
@@ -54,14 +54,13 @@ def run(job: dict[str, Any]) -> None:
         rows, greedy = engine.judge(example, [picture_input(picture.resized) for picture in pictures], limit)
         tensors[f"examples/{example.id}/logits"] = rows
         tensors[f"examples/{example.id}/greedy_ids"] = np.array(greedy, np.int64)
-        prompt = tag_pictures(example.prompt, engine.family.image_text)
+        prompt = tag_pictures(example.prompt, engine.family.image_text) if pictures else example.prompt
         asked, answered = engine.as_called(prompt, [picture_input(picture.original) for picture in pictures], limit)
         called[example.id] = {"prompt": asked, "answer": answered}
     for probe in golden.probes():
         for way, rows in _parity(engine, golden, probe).items():
             tensors[f"parity/{probe.kind}/{way}"] = rows
-    merge = engine.model["merge_size"]
-    for name, embeds in vision_embeds(bundle, golden, engine.family, merge, job["threads"]):
+    for name, embeds in vision_embeds(bundle, golden, engine.family, engine.model, job["threads"]):
         tensors[f"pictures/{name}/embeds"] = embeds
     save_file(tensors, job["result"])
     Path(job["called"]).write_text(json.dumps(called))

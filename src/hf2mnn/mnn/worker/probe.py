@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf2mnn.mnn.worker.session import Engine, picture_input
+from hf2mnn.mnn.worker.session import Engine, picture_grid, picture_input
 
 
 def coloured_fields(engine: Engine, side: int) -> np.ndarray:
@@ -29,14 +29,15 @@ def run(job: dict[str, Any]) -> None:
     engine = Engine(bundle, settings=job["settings"])
     answers = json.loads(path.read_text()) if path.exists() else []
     known, rows = bool(answers), []
-    model, rgb = engine.model, coloured_fields(engine, job["picture_side"])
-    picture, grid = picture_input(rgb), np.array([1, *(side // model["patch_size"] for side in rgb.shape[:2])])
-    for index, (text, with_picture) in enumerate(job["prompts"]):
-        pictures = [picture] if with_picture else []
+    prompts = [(text, pictured and engine.family.sees) for text, pictured in job["prompts"]]
+    if engine.family.sees:
+        rgb = coloured_fields(engine, job["picture_side"])
+        picture, grid = picture_input(rgb), picture_grid(rgb, engine.model)
+    for index, (text, pictured) in enumerate(prompts):
+        pictures = [picture] if pictured else []
         prompt = engine.native.apply_chat_template("<img>image_0</img>" * len(pictures) + text)
         ids = engine.llm.tokenizer_encode({"text": prompt, "images": pictures})
-        grids = [grid] * len(pictures)
-        positions = engine.family.position_ids(np.array(ids), grids, model["image_token_id"], model["merge_size"])
+        positions = engine.family.position_ids(np.array(ids), [grid] * len(pictures), engine.model)
         if not known:
             answers.append(engine.greedy(engine.prefill(ids, positions, pictures), job["limit"]))
         rows.append(engine.prefill(ids, positions, pictures))

@@ -34,6 +34,11 @@ def picture_input(rgb: np.ndarray, size: tuple[int, int] | None = None) -> dict[
     return {"data": data, "height": height, "width": width}
 
 
+def picture_grid(rgb: np.ndarray, model: dict[str, Any]) -> np.ndarray:
+    """grid_thw int64 [3] of a picture that has its right size; `model` is model.json."""
+    return np.array([1, *(side // model["patch_size"] for side in rgb.shape[:2])])
+
+
 class Loaded:
     """One loaded bundle, whoever made it."""
 
@@ -96,7 +101,12 @@ class Engine(Loaded):
         try:
             self._leave_pictures()
             self.move(position)
-            return self._checked(self.llm.forward(ids).read()).reshape(len(ids), -1)
+            first, rows = self._leave_deepstack(ids), []
+            for part in (first, ids[len(first) :]):
+                if part:
+                    rows.append(self._checked(self.llm.forward(part).read()).reshape(len(part), -1))
+                    self.move(position + len(part))
+            return np.concatenate(rows)
         finally:
             self.llm.set_config({"all_logits": False})
 
@@ -115,9 +125,20 @@ class Engine(Loaded):
         """Encoding an empty prompt makes the engine forget a picture's positions; then it counts from the context."""
         self.llm.tokenizer_encode("")
 
+    def _leave_deepstack(self, ids: list[int]) -> list[int]:
+        """What must be read alone before the rest of a text: of a model with deepstack the first token, for the engine
+        adds what it has seen to any longer text that comes next (`Omni::embedding`)."""
+        return ids[:1] if self.family.deepstack else []
+
     def text(self, ids: list[int], position: int) -> np.ndarray:
+        """Logits [vocabulary] after a text that joins the cache at `position`."""
         self._leave_pictures()
         self.move(position)
+        first = self._leave_deepstack(ids)
+        if first and len(ids) > 1:
+            self.logits(first)
+            self.move(position + 1)
+            ids = ids[1:]
         return self.logits(ids)
 
     def prefill(self, ids: list[int], positions: np.ndarray, pictures: list[dict[str, Any]]) -> np.ndarray:
@@ -132,7 +153,7 @@ class Engine(Loaded):
         """Empty the cache and read a prompt up to the end of its last picture; gives how many tokens those are."""
         self.llm.reset()
         start, left = 0, iter(pictures)
-        for begin, end in image_runs(ids, self.model["image_token_id"]):
+        for begin, end in image_runs(ids, self.model.get("image_token_id")):
             # Text up to the token before the picture (vision_start), then that token with the picture.
             if begin - 1 > start:
                 self.text(ids[start : begin - 1], int(positions[0, start]))
@@ -173,7 +194,7 @@ class Engine(Loaded):
         return np.stack(rows), chosen[:same] + self.greedy(rows[same], limit - same)
 
 
-def image_runs(ids: list[int], image: int) -> Iterator[tuple[int, int]]:
+def image_runs(ids: list[int], image: int | None) -> Iterator[tuple[int, int]]:
     """Begin and end of each run of image tokens."""
     begin = None
     for index, token in enumerate([*ids, -1]):

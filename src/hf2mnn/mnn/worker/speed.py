@@ -131,9 +131,13 @@ def tower_seconds(engine: Engine, width: int, height: int) -> float:
     grid = np.array([1, height // patch, width // patch])
     shape = (int(grid.prod()), 3 * model["temporal_patch_size"] * patch**2)
     pixels = np.random.default_rng(0).standard_normal(shape, np.float32)
-    inputs = engine.family.vision_inputs(pixels, grid, model["merge_size"])
+    inputs = engine.family.vision_inputs(pixels, grid, model)
     module = Module(
-        engine.folder / "visual.mnn", list(inputs), ["image_embeds"], runtime_settings(engine.folder, "vision"), 0
+        engine.folder / "visual.mnn",
+        list(inputs),
+        engine.family.vision_outputs,
+        runtime_settings(engine.folder, "vision"),
+        0,
     )
     arrays = [np.ascontiguousarray(array) for array in inputs.values()]
     return median(rounds(lambda: seconds(lambda: module(arrays))))
@@ -155,10 +159,13 @@ def run(job: dict[str, Any]) -> None:
     ids = plain_tokens(engine, max([request, *(length + 1 for length in job["lengths"])]))
     measures |= text_measures(clocked, ids[:request], job["prompt_tokens"])
     cache = [clocked.cache_worth(ids[: length + 1]) for length in job["lengths"]]
-    width, height = engine.family.picture_size(job["picture_side"], job["picture_side"], engine.model)
-    measures["picture_s"] = picture_seconds(engine, width, height)
+    picture, seeing = None, engine.family.sees
+    if seeing:
+        picture = engine.family.picture_size(job["picture_side"], job["picture_side"], engine.model)
+        measures["picture_s"] = picture_seconds(engine, *picture)
     peak = resident_mb("VmHWM")
-    measures["vision_s"] = tower_seconds(engine, width, height)
+    if seeing:
+        measures["vision_s"] = tower_seconds(engine, *picture)
     if peak is not None:
         measures |= {"base_mb": base, "peak_mb": peak, "bundle_mb": peak - base}
     config = json.loads((engine.folder / "config.json").read_text())
@@ -166,6 +173,6 @@ def run(job: dict[str, Any]) -> None:
         "measures": measures,
         "cache": cache,
         "engine": {"decoder": engine_settings(config), "vision": vision_settings(config)},
-        "picture": [width, height],
+        "picture": picture,
     }
     Path(job["result"]).write_text(json.dumps(result))

@@ -1,0 +1,139 @@
+"""Small checkpoints of every family's true architecture, with random weights and shapes-vl's tokenizer.
+
+Sizes differ from each other wherever they may, so that none is taken for another: heads times head size is not the
+hidden size, there are one, two or eight queries to a key, embeddings tied or not, biases or none, several kinds of
+rotary positions.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from support import SHAPES_VL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+MROPE = {"rope_type": "default", "rope_theta": 1e6}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Settings of a configuration by transformers' names; `images` are those of the image processor."""
+
+    model_type: str
+    text: dict[str, Any]
+    vision: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
+    tied: bool = False
+    seed: int = 0
+
+
+def _text(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, head_dim: int | None, **more: Any) -> dict:
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": mlp}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 512}
+    return sizes | ({"head_dim": head_dim} if head_dim else {}) | more
+
+
+SHAPES = {
+    "qwen2-vl": Shape(
+        "qwen2_vl",
+        _text(3, 192, 320, 6, 3, None, rope_parameters={**MROPE, "mrope_section": [4, 6, 6]}),
+        {"depth": 2, "embed_dim": 96, "num_heads": 3, "hidden_size": 192},
+    ),
+    # Windows of 8 x 8 patches in two blocks of three; yarn stretches the rotary positions.
+    "qwen2.5-vl": Shape(
+        "qwen2_5_vl",
+        _text(4, 256, 448, 8, 1, None, rope_parameters={**YARN, "mrope_section": [4, 6, 6]}),
+        {
+            "depth": 3,
+            "hidden_size": 96,
+            "intermediate_size": 176,
+            "num_heads": 3,
+            "out_hidden_size": 256,
+            "fullatt_block_indexes": [1],
+        },
+        tied=True,
+        seed=1,
+    ),
+    # Deepstack of three blocks; eight heads of 32 in a hidden size of 192.
+    "qwen3-vl": Shape(
+        "qwen3_vl",
+        _text(5, 192, 288, 8, 4, 32, rope_parameters={**MROPE, "mrope_section": [6, 5, 5]}),
+        {
+            "depth": 4,
+            "hidden_size": 96,
+            "intermediate_size": 160,
+            "num_heads": 3,
+            "out_hidden_size": 192,
+            "num_position_embeddings": 49,
+            "deepstack_visual_indexes": [0, 2, 3],
+        },
+        {"patch_size": 16, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
+    ),
+    "qwen2": Shape(
+        "qwen2", _text(4, 160, 288, 5, 5, None, rope_parameters={"rope_type": "default", "rope_theta": 1e4}), tied=True
+    ),
+    "qwen3": Shape("qwen3", _text(5, 128, 352, 8, 4, 48, rope_parameters=YARN)),
+    # Biases everywhere, as Llama may have them.
+    "llama": Shape(
+        "llama", _text(4, 256, 416, 8, 1, 32, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3), tied=True
+    ),
+    "mistral": Shape(
+        "mistral",
+        _text(4, 128, 224, 6, 2, 32, sliding_window=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    ),
+}
+
+
+def configuration(shape: Shape) -> PreTrainedConfig:
+    """transformers' configuration, with shapes-vl's vocabulary and special tokens."""
+    from transformers import AutoConfig
+
+    stored = json.loads((SHAPES_VL / "config.json").read_text())
+    text = {key: stored["text_config"][key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    text |= shape.text
+    if not shape.vision:
+        return AutoConfig.for_model(shape.model_type, tie_word_embeddings=shape.tied, **text)
+    tied = {"tie_word_embeddings": shape.tied}
+    parts = {"text_config": text | tied, "vision_config": shape.vision}
+    return AutoConfig.for_model(shape.model_type, **parts, **tied, **{key: stored[key] for key in IDS if key in stored})
+
+
+def make_small(shape: Shape, folder: Path) -> Path:
+    """Write a checkpoint of bfloat16 weights, large enough that its answers differ from prompt to prompt."""
+    import torch
+    import transformers
+
+    from hf2mnn.families import FAMILIES
+
+    torch.manual_seed(shape.seed)
+    model = getattr(transformers, FAMILIES[shape.model_type].architecture)(configuration(shape))
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.6 / parameter[0].numel() ** 0.5)
+        else:
+            torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for name in COPIED:
+        shutil.copyfile(SHAPES_VL / name, folder / name)
+    if shape.vision:
+        images = json.loads((SHAPES_VL / "preprocessor_config.json").read_text()) | shape.images
+        (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    return folder
