@@ -63,11 +63,22 @@ def source(
         Path | None,
         typer.Option(help="Folder with files put in place by hand: those that match are taken, not downloaded."),
     ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder with a LoRA adapter (PEFT) to merge.")] = None,
+    adapter_repository: Annotated[str | None, typer.Option(help="owner/name of an adapter on a hub, instead.")] = None,
+    adapter_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the adapter.")] = None,
+    adapter_hub: Annotated[
+        Literal["huggingface", "modelscope"], typer.Option(help="The hub that has the adapter.")
+    ] = "huggingface",
 ) -> None:
-    """Check a checkpoint and put its files where the other stages look."""
-    from hf2mnn.source.fetch import fetch_source
+    """Check a checkpoint and put its files where the other stages look, with an adapter merged into them if one is
+    given."""
+    from hf2mnn.source.fetch import AdapterPlace, fetch_source
 
-    fetch_source(out, path, repository, revision, hub, pin, files)
+    if adapter is None and adapter_repository is None:
+        place = None
+    else:
+        place = AdapterPlace(adapter, adapter_repository, adapter_revision, adapter_hub)
+    fetch_source(out, path, repository, revision, hub, pin, files, place)
 
 
 @app.command(epilog=_example("hf2mnn pin Qwen/Qwen2-VL-2B-Instruct --revision main --out qwen2-vl-2b.json"))

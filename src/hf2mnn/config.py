@@ -221,6 +221,20 @@ class TableRows(RootModel[list[TableRow]]):
     """The rows in their order."""
 
 
+class AdapterRepository(_Strict):
+    """A LoRA adapter on a hub."""
+
+    hub: Literal["huggingface", "modelscope"] = Field("huggingface", description="The hub that has the repository.")
+    repository: str = Field(description="owner/name on the hub.")
+    revision: str | None = Field(
+        None, description="Commit (best), tag or branch of the repository; left out, main, or master of modelscope."
+    )
+
+
+def _adapter_kind(value: Any) -> str:
+    return "[repository]" if isinstance(value, dict | AdapterRepository) else "[folder]"
+
+
 class Source(_Strict):
     """Where a checkpoint comes from: a folder here, a repository of a hub, or a pin of one."""
 
@@ -236,6 +250,15 @@ class Source(_Strict):
     files: str | None = Field(
         None, description="Folder with files put in place by hand: those that match are taken, not downloaded."
     )
+    adapter: (
+        Annotated[
+            Annotated[str, Tag("[folder]")] | Annotated[AdapterRepository, Tag("[repository]")],
+            Discriminator(_adapter_kind),
+        ]
+        | None
+    ) = Field(
+        None, description="LoRA adapter (PEFT) to merge into the checkpoint: a folder here, or a repository of a hub."
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Source:
@@ -243,7 +266,7 @@ class Source(_Strict):
             raise ValueError(
                 "give either path (a local folder) or repository (owner/name on the hub) or pin (a file), one of them"
             )
-        for key in self.model_fields_set - {"path", "pin", "repository"}:
+        for key in self.model_fields_set - {"path", "pin", "repository", "adapter"}:
             if self.path is not None or (self.pin is not None and key != "files"):
                 raise ValueError(f"{key} goes with repository{' or pin' if key == 'files' else ''}: take it out")
         return self

@@ -17,7 +17,7 @@ from hf2mnn.errors import Hf2mnnError
 from hf2mnn.fingerprint import fingerprint
 from hf2mnn.footprint import STAGES
 from hf2mnn.report.needs import print_needs
-from hf2mnn.source.checkpoint import checkpoint_files
+from hf2mnn.source.checkpoint import ADAPTER_FILES, checkpoint_files
 from hf2mnn.source.size import model_size
 
 try:
@@ -37,14 +37,18 @@ wildcard_constraints:
 
 
 def source_files(wildcards):
-    """Files of a local checkpoint, or a pin, so that a changed one is noticed; a hub's revision stands in the params."""
+    """Files of a local checkpoint and adapter, or a pin, so that a changed one is noticed; a hub's revision stands in
+    the params."""
     source = CONFIG.models[wildcards.model].source
-    return [source.pin] if source.pin else checkpoint_files(source.path)
+    files = [source.pin] if source.pin else checkpoint_files(source.path)
+    return files + (checkpoint_files(source.adapter, ADAPTER_FILES) if isinstance(source.adapter, str) else [])
 
 
 def source_options(wildcards):
     source = CONFIG.models[wildcards.model].source
     given = source.model_dump(exclude_none=True, exclude_unset=True)
+    if isinstance(given.get("adapter"), dict):
+        given |= {f"adapter-{name}": value for name, value in given.pop("adapter").items()}
     return shlex.join(word for name, value in given.items() for word in (f"--{name}", value))
 
 

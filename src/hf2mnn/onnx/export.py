@@ -113,7 +113,7 @@ def export_onnx(source: Path, destination: Path) -> Path:
     if isinstance(family, VisionFamily):
         graphs["vision"] = lambda: trace_vision(config, family, sample_inputs(family, facts))
     manifest = Manifest("onnx", {"source": upstream.digest()}, {"opset": OPSET}, tool_versions(*TOOLS))
-    manifest.sources = {"checkpoint": {**upstream.settings, "files": upstream.outputs}}
+    manifest.sources = {"checkpoint": {**upstream.settings, "files": upstream.outputs}, **upstream.sources}
     with stage_folder(destination, manifest) as folder:
         for name, trace in graphs.items():
             print(f"{name}: tracing", flush=True)

@@ -42,6 +42,8 @@ FILES = (
     "model.safetensors.index.json",
     "*.safetensors",
 )
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""Those of a LoRA adapter, in a folder of its own."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Files of weights that are programs: to load one is to run it."""
 LFS_POINTER = b"version https://git-lfs"
@@ -60,10 +62,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def checkpoint_files(folder: str | Path | None) -> list[str]:
+def checkpoint_files(folder: str | Path | None, patterns: Sequence[str] = FILES) -> list[str]:
     """Files of a local checkpoint that a stage reads; none for a hub's, or for a folder that is not there."""
     where = Path(folder) if folder else None
-    return sorted({str(path) for pattern in FILES for path in where.glob(pattern)}) if where else []
+    return sorted({str(path) for pattern in patterns for path in where.glob(pattern)}) if where else []
 
 
 class Checkpoint:
@@ -76,6 +78,11 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         if not self.folder.is_dir():
             raise SourceError(f"there is no checkpoint folder {self.folder}: give the folder that holds config.json")
+        if not (self.folder / "config.json").exists() and (self.folder / ADAPTER_FILES[0]).exists():
+            raise SourceError(
+                f"{self.folder} holds an adapter, not a model: give the model that it was trained on as the source, and"
+                " the adapter beside it (adapter in config.yaml, --adapter)"
+            )
         return read_json(self.folder / "config.json")
 
     @cached_property

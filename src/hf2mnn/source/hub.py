@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from hf2mnn.errors import SourceError
 from hf2mnn.progress import BYTES, Progress, progress
+from hf2mnn.source.checkpoint import FILES
 from hf2mnn.source.pin import Pin, check_names
 from hf2mnn.source.room import check_disk
 
@@ -52,10 +53,10 @@ class Hub(Protocol):
     def cache(self) -> Path:
         """Folder in which the client keeps what it has downloaded."""
 
-    def find(self, repository: str, revision: str) -> Pin:
-        """What a revision holds now."""
+    def find(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin:
+        """What a revision holds now of files whose names fit one of the patterns."""
 
-    def remembered(self, repository: str, revision: str) -> Pin | None:
+    def remembered(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin | None:
         """What a revision held when it was downloaded, without a network; None where that is not known."""
 
     def cached(self, pin: Pin, name: str) -> Path | None:
@@ -119,7 +120,9 @@ def persist(act: Callable[[], Result]) -> Result:
     return act()
 
 
-def pin_repository(repository: str, revision: str | None = None, hub: str = "huggingface") -> Pin:
+def pin_repository(
+    repository: str, revision: str | None = None, hub: str = "huggingface", patterns: Sequence[str] = FILES
+) -> Pin:
     """The commit that a branch or tag is now, with the files that stages read; `revision` None is the default branch.
     Where the hub cannot be reached, it is by what was downloaded before.
 
@@ -130,9 +133,9 @@ def pin_repository(repository: str, revision: str | None = None, hub: str = "hug
     revision = asked.default if revision is None else revision
     check_names(repository, revision)
     try:
-        return persist(lambda: asked.find(repository, revision))
+        return persist(lambda: asked.find(repository, revision, patterns))
     except PassingError as error:
-        pin = asked.remembered(repository, revision)
+        pin = asked.remembered(repository, revision, patterns)
         if pin is None:
             raise
         say(f"{error}; taking what was downloaded before, commit {pin.revision}")

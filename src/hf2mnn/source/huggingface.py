@@ -7,7 +7,7 @@ fetched by the function beneath it, which goes on where a part ends.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from hf2mnn.errors import SourceError
-from hf2mnn.source.checkpoint import read_json
+from hf2mnn.source.checkpoint import FILES, read_json
 from hf2mnn.source.hub import AGAIN, BY_HAND, CorruptedError, PassingError, Position
 from hf2mnn.source.pin import COMMIT, SHA256, Digest, Pin, needed
 
@@ -127,14 +127,14 @@ class HuggingFace:
     def _folder(self, repository: str) -> Path:
         return self.cache / "--".join(["models", *repository.split("/")])
 
-    def find(self, repository: str, revision: str) -> Pin:
+    def find(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin:
         with _told(repository, revision):
             info = HfApi().model_info(
                 repository, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
             )
         files = {}
         for entry in info.siblings or []:
-            if not needed(entry.rfilename):
+            if not needed(entry.rfilename, patterns):
                 continue
             if entry.size is None or not (entry.lfs or entry.blob_id):
                 raise SourceError(
@@ -147,7 +147,7 @@ class HuggingFace:
                 files[entry.rfilename] = Digest(entry.size, blob_id=entry.blob_id)
         return Pin("huggingface", repository, info.sha, revision, files)
 
-    def remembered(self, repository: str, revision: str) -> Pin | None:
+    def remembered(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin | None:
         """By the client's cache: its files are named by their hashes, and hang on commits."""
         folder, commit = self._folder(repository), revision
         if not COMMIT.fullmatch(revision):
@@ -155,13 +155,13 @@ class HuggingFace:
             commit = known.read_text().strip() if known.is_file() else ""
         files = {}
         for link in (folder / "snapshots" / commit).glob("*") if commit else []:
-            if needed(link.name) and link.exists():
+            if needed(link.name, patterns) and link.exists():
                 hashed = link.resolve().name
                 kind = "sha256" if SHA256.fullmatch(hashed) else "blob_id" if COMMIT.fullmatch(hashed) else None
                 if kind is None:
                     return None
                 files[link.name] = Digest(link.stat().st_size, **{kind: hashed})
-        wanted = set(WHOLE)
+        wanted = set(WHOLE if patterns is FILES else patterns)
         if "model.safetensors.index.json" in files:
             index = read_json(folder / "snapshots" / commit / "model.safetensors.index.json")
             wanted |= set(index.get("weight_map", {}).values())

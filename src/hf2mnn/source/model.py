@@ -60,6 +60,17 @@ def _architecture(checkpoint: Checkpoint) -> type[transformers.PreTrainedModel]:
     return getattr(transformers, checkpoint.family.architecture)
 
 
+def outline(checkpoint: Checkpoint) -> torch.nn.Module:
+    """The model as its config.json describes it, without numbers: its parameters are on the device "meta".
+
+    Raises:
+        SourceError: config.json does not describe a model.
+    """
+    config = load_config(checkpoint)
+    with refused_as_source(checkpoint), torch.device("meta"):
+        return _architecture(checkpoint)(config)
+
+
 def _without_weights(checkpoint: Checkpoint) -> torch.nn.Module:
     """The model as its config.json describes it, in float32, with weights of chance."""
     config = load_config(checkpoint)

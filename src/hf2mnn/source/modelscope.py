@@ -6,7 +6,7 @@ same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from modelscope_hub.errors import (
 from tqdm import tqdm
 
 from hf2mnn.errors import SourceError
+from hf2mnn.source.checkpoint import FILES
 from hf2mnn.source.hub import AGAIN, BY_HAND, CorruptedError, PassingError, Position
 from hf2mnn.source.pin import SHA256, Digest, Pin, needed
 
@@ -96,7 +97,7 @@ class ModelScope:
     def cache(self) -> Path:
         return HubConfig().cache_dir
 
-    def find(self, repository: str, revision: str) -> Pin:
+    def find(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin:
         with _told(self._endpoint, repository, revision):
             # Not the client's typed listing, which leaves out the commits.
             entries = self._api.legacy.list_repo_files(repository, "model", revision)
@@ -104,14 +105,14 @@ class ModelScope:
         files = {}
         for entry in entries:
             name, sha256 = entry.get("Path", ""), str(entry.get("Sha256", "")).lower()
-            if needed(name):
+            if needed(name, patterns):
                 if not SHA256.fullmatch(sha256):
                     raise SourceError(f"ModelScope lists {name} of {repository} without sha256; it cannot be checked")
                 files[name] = Digest(int(entry["Size"]), sha256=sha256)
         newest = max(entries, key=lambda entry: entry.get("CommittedDate") or 0, default={})
         return Pin("modelscope", repository, newest.get("Revision") or revision, revision, files)
 
-    def remembered(self, repository: str, revision: str) -> Pin | None:
+    def remembered(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin | None:
         """Its cache keeps no hashes; a pin file does."""
         return None
 

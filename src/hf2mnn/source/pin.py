@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,9 +30,9 @@ REVISION = re.compile(r"(?!.*\.\.)[\w][\w./+-]*")
 BLOCK = 1 << 20
 
 
-def needed(name: str) -> bool:
+def needed(name: str, patterns: Sequence[str] = FILES) -> bool:
     """Whether a stage reads a file of this name; what lies in a folder of the repository, none does."""
-    return NAME.fullmatch(name) is not None and any(fnmatch(name, pattern) for pattern in FILES)
+    return NAME.fullmatch(name) is not None and any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def check_names(repository: str, *revisions: str) -> None:

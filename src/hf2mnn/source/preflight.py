@@ -125,15 +125,9 @@ def check_index(checkpoint: Checkpoint) -> None:
 def check_weights(checkpoint: Checkpoint) -> None:
     """Every parameter of the architecture is there in its shape, and no weight that it has no place for."""
     # Loaded here: they take seconds, and most faults are found without them.
-    import torch
-    import transformers
+    from hf2mnn.source.model import outline
 
-    from hf2mnn.source.model import load_config, refused_as_source
-
-    config = load_config(checkpoint)
-    with refused_as_source(checkpoint), torch.device("meta"):
-        model = getattr(transformers, checkpoint.family.architecture)(config)
-    parameters = model.state_dict()
+    parameters = outline(checkpoint).state_dict()
     for parameter, value in parameters.items():
         checkpoint.check_shape(parameter, value.shape)
     used = {checkpoint.find(parameter) for parameter in parameters}

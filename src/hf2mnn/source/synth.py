@@ -27,6 +27,7 @@ from hf2mnn.files import sha256
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.progress import progress
 from hf2mnn.source.checkpoint import FILES, Checkpoint
+from hf2mnn.source.tensors import file_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -204,24 +205,10 @@ def split(shapes: dict[str, tuple[int, ...]], shards: int) -> list[list[Tensor]]
     return [file for file in files if file]
 
 
-def header(tensors: list[Tensor]) -> bytes:
-    """What a safetensors file begins with: its length in 8 bytes, then JSON, padded so that the data lie aligned.
-
-    The library's own writers want all tensors of a file in memory.
-    """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for tensor in tensors:
-        offsets = [tensor.start, tensor.start + tensor.size]
-        entries[tensor.name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": offsets}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def write_shard(path: Path, tensors: list[Tensor], seed: int) -> Iterator[int]:
     """Write a safetensors file chunk by chunk, in threads; yields the bytes of each chunk. The chunks in work are all
     that is in memory."""
-    head = header(tensors)
+    head = file_header((tensor.name, "BF16", tensor.shape, tensor.size) for tensor in tensors)
     with path.open("wb") as file, ThreadPoolExecutor(THREADS) as pool:
         file.write(head)
         file.flush()

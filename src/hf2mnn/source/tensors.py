@@ -6,6 +6,8 @@ offsets count from the end of the header (github.com/huggingface/safetensors, RE
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -56,6 +58,17 @@ def _float32(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32, copy=False)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """A tensor of any type as a file has it: `dtype` as the format writes it, `offset` from the beginning of the file
+    and `size` in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
 def _whole(numbers: Any) -> bool:
     """Whether it is a list of whole numbers, none of them negative."""
     return isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
@@ -86,7 +99,9 @@ def _check_places(header: dict[str, Any], size: int) -> None:
         shape, place = entry.get("shape"), entry.get("data_offsets")
         if not _whole(shape) or not _whole(place) or len(place) != 2:
             raise ValueError(f"{name} has no shape and place")
-        dtype = FLOATS.get(entry["dtype"]) if isinstance(entry.get("dtype"), str) else None
+        if not isinstance(entry.get("dtype"), str):
+            raise ValueError(f"{name} has no type")
+        dtype = FLOATS.get(entry["dtype"])
         if not place[0] <= place[1] <= size or (dtype and prod(shape) * dtype.itemsize != place[1] - place[0]):
             raise ValueError(f"{name} of shape {shape} is said to lie at {place} of {size} bytes")
         places.append((*place, name))
@@ -96,8 +111,8 @@ def _check_places(header: dict[str, Any], size: int) -> None:
             raise ValueError(f"{first} and {second} share bytes")
 
 
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a type that is read, by name.
+def layout(path: Path) -> dict[str, Layout]:
+    """Every tensor of a file by name.
 
     Raises:
         SourceError: the header is not one, or does not fit the file.
@@ -108,7 +123,33 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     except (ValueError, OSError) as error:
         raise SourceError(f"{path} is not a whole safetensors file ({error}); download it again") from None
     return {
-        name: StoredTensor(path, FLOATS[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        name: Layout(entry["dtype"], tuple(entry["shape"]), start + begin, end - begin)
         for name, entry in header.items()
-        if isinstance(entry.get("dtype"), str) and entry["dtype"] in FLOATS
+        for begin, end in [entry["data_offsets"]]
     }
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a type that is read, by name.
+
+    Raises:
+        SourceError: the header is not one, or does not fit the file.
+    """
+    return {
+        name: StoredTensor(path, FLOATS[tensor.dtype], tensor.shape, tensor.offset)
+        for name, tensor in layout(path).items()
+        if tensor.dtype in FLOATS
+    }
+
+
+def file_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """What a file of these tensors, (name, type, shape, bytes) in their order, begins with. It is padded so that the
+    data lie aligned. The library's own writers want all tensors of a file in memory."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, dtype, shape, size in tensors:
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
