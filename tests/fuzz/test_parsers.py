@@ -32,7 +32,8 @@ from hf2mnn.onnx.initializers import float_values, stored_initializers
 from hf2mnn.quant.blob import Levels, header, pack, parse_header, parse_sparse, scale_bytes, unpack
 from hf2mnn.quant.weights import WeightFile, operators
 from hf2mnn.reference.examples import read_examples, read_picture
-from hf2mnn.source.checkpoint import Checkpoint
+from hf2mnn.source.adapter import Adapter
+from hf2mnn.source.checkpoint import ADAPTER_FILES, Checkpoint
 from hf2mnn.source.facts import model_facts
 from hf2mnn.source.pin import load_pin
 from hf2mnn.source.preflight import check_code, check_depth, check_index, check_links, check_tokenizer
@@ -114,6 +115,21 @@ PLAN = {
     "decoder": {"lm_head": {"bits": 8, "block": 64}, "model.layers.0.mlp": {"method": "rtn", "symmetric": True}},
     "vision": {"visual.merger": {"bits": 8, "scale_bits": 16}},
 }
+LORA = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 4,
+    "rank_pattern": {"k_proj": 3},
+    "alpha_pattern": {"model.*proj": 8},
+    "use_rslora": True,
+    "use_dora": False,
+    "modules_to_save": ["lm_head"],
+    "bias": "none",
+    "init_lora_weights": True,
+    "base_model_name_or_path": "owner/name",
+    "lora_bias": False,
+}
+QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
 EXAMPLE = {
     "id": "one",
     "category": "count",
@@ -306,6 +322,27 @@ def test_tokenizer_settings(content: bytes, folder: Path) -> None:
     survive(encode_tokenizer, here)
 
 
+@pytest.fixture(scope="module")
+def base() -> Checkpoint:
+    return Checkpoint(SHAPES_VL)
+
+
+@cases(20, 2000)
+@given(
+    settings=st.just(json.dumps(LORA).encode()) | json_files(LORA),
+    tensors=st.fixed_dictionaries(
+        {"lora_A.weight": st.sampled_from([(2, 256), (2,), (0, 256), ()]), "lora_B.weight": st.just((256, 2))},
+        optional={name: st.just((2, 2)) for name in ("lora_B.bias", "base_layer.weight", "weight", "lora_embedding_A")},
+    ),
+)
+def test_adapter(settings: bytes, tensors: dict[str, tuple[int, ...]], folder: Path, base: Checkpoint) -> None:
+    here = attacked(folder, "adapter")
+    held = {f"{QUERY}.{name}": np.ones(shape, np.float32) for name, shape in tensors.items()}
+    save_file(held | {"base_model.model.lm_head.weight": np.ones((640, 256), np.float32)}, here / ADAPTER_FILES[1])
+    (here / ADAPTER_FILES[0]).write_bytes(settings)
+    survive(lambda: Adapter(here).changes(base))
+
+
 @cases()
 @given(content=json_files(PIN))
 def test_pin(content: bytes, folder: Path) -> None:
@@ -438,5 +475,10 @@ def test_good_files_are_read(folder: Path) -> None:
     assert load_pin(here / "pin.json").repository == "owner/name"
     assert load_plan(here / "plan.yaml").decoder
     assert read_examples(here)[0].pictures == ["p.png"]
+    held = {f"{QUERY}.lora_A.weight": np.ones((2, 256)), f"{QUERY}.lora_B.weight": np.ones((256, 2))}
+    held["base_model.model.lm_head.weight"] = np.ones((640, 256))
+    save_file({name: value.astype(np.float32) for name, value in held.items()}, here / ADAPTER_FILES[1])
+    (here / ADAPTER_FILES[0]).write_text(json.dumps(LORA))
+    assert len(Adapter(here).changes(Checkpoint(SHAPES_VL))) == 2
     onnx.load_model_from_string(graph_with("model.safetensors", "8", [2, 2], 1))
     assert VALUES is not None

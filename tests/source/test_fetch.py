@@ -17,13 +17,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from hf2mnn.errors import SourceError
 from hf2mnn.manifest import MARK, Manifest
 from hf2mnn.progress import Progress
 from hf2mnn.source import hub as hubs
-from hf2mnn.source.fetch import fetch_source
+from hf2mnn.source.fetch import AdapterPlace, fetch_source
 from hf2mnn.source.hub import pin_repository
 from hf2mnn.source.synth import Shape, make_checkpoint_like
 from hub_server import COMMIT, Served
@@ -182,6 +184,37 @@ def test_what_is_no_revision_is_refused(revision: str, hub: Served, caches: None
 
 
 # Hubs ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HUBS)
+def test_adapter_of_a_hub(
+    name: str, checkpoint: Path, hub: Served, caches: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only its two files are fetched; the manifest says by which commit."""
+    module = "base_model.model.model.layers.0.mlp.up_proj"
+    lora = {f"{module}.lora_A.weight": np.ones((2, 128)), f"{module}.lora_B.weight": np.ones((256, 2))}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "owner/other"}
+    hub.files = {
+        "adapter_config.json": json.dumps(settings).encode(),
+        "adapter_model.safetensors": save({key: value.astype(np.float32) for key, value in lora.items()}),
+        "adapter_model.bin": b"\x80\x04.",
+        "tokenizer.json": b"{}",
+    }
+    place = AdapterPlace(repository="owner/name", hub=name)
+    manifest = Manifest.load(fetch_source(tmp_path / "source", checkpoint, adapter=place))
+    manifest.verify()
+    assert manifest.settings["adapter"] == {
+        "hub": name,
+        "repository": "owner/name",
+        "revision": "main" if name == "huggingface" else "master",
+        "commit": COMMIT,
+    }
+    assert set(manifest.sources["adapter"]["files"]) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert not any("tokenizer" in asked or ".bin" in asked for asked in hub.asked)
+    if name == "huggingface":  # whose cache knows what a branch was
+        to(NOWHERE, monkeypatch)
+        again = Manifest.load(fetch_source(tmp_path / "again", checkpoint, adapter=place))
+        assert again.digest() == manifest.digest()
 
 
 @pytest.mark.parametrize("name", HUBS)

@@ -22,6 +22,17 @@ SOURCES = {
         ["--hub", "modelscope", "--repository", "owner/name", "--files", "a folder; ls"],
     ),
     "pin": ("{pin: 'a pin.json', files: by-hand}", ["--pin", "a pin.json", "--files", "by-hand"]),
+    "adapter": (
+        "{path: models/shapes-vl, adapter: 'my adapter'}",
+        ["--path", "models/shapes-vl", "--adapter", "my adapter"],
+    ),
+    "adapter of a hub": (
+        "{repository: a/b, adapter: {hub: modelscope, repository: c/d, revision: v1}}",
+        [
+            *("--repository", "a/b", "--adapter-hub", "modelscope"),
+            *("--adapter-repository", "c/d", "--adapter-revision", "v1"),
+        ],
+    ),
 }
 
 
@@ -53,3 +64,14 @@ def test_changed_pin_is_noticed(workspace: Workspace) -> None:
     workspace.config("source: {path: models/shapes-vl}", "source: {pin: pin.json}")
     said = workspace.snakemake("-n", "results/shapes-vl/source/manifest.json", check=True).stdout
     assert re.search(r"input: .*pin\.json", said)
+
+
+def test_changed_adapter_is_noticed(workspace: Workspace) -> None:
+    """Its two files are inputs; what else PEFT has saved there is none."""
+    (workspace.folder / "mine").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        (workspace.folder / "mine" / name).touch()
+    workspace.config("source: {path: models/shapes-vl}", "source: {path: models/shapes-vl, adapter: mine}")
+    said = workspace.snakemake("-n", "results/shapes-vl/source/manifest.json", check=True).stdout
+    assert re.search(r"input: .*mine/adapter_config\.json, mine/adapter_model\.safetensors", said)
+    assert "mine/README.md" not in said

@@ -44,7 +44,13 @@ def _source(root: str, manifest: Manifest) -> list[str]:
     where = ["--path", _portable(path)] if path else _options(settings, "hub", "repository")
     # ModelScope does not give files by commit.
     revision = settings.get("revision" if settings.get("hub") == "modelscope" else "commit", settings.get("revision"))
-    return ["source", *where, *(["--revision", revision] if revision else [])]
+    adapter, folder = settings.get("adapter", {}), manifest.places.get("adapter")
+    merged = ["--adapter", _portable(folder)] if folder else []
+    for name in ("hub", "repository"):
+        merged += [f"--adapter-{name}", adapter[name]] if name in adapter else []
+    if adapter:
+        merged += ["--adapter-revision", adapter["revision" if adapter["hub"] == "modelscope" else "commit"]]
+    return ["source", *where, *(["--revision", revision] if revision else []), *merged]
 
 
 def _reference(root: str, manifest: Manifest) -> list[str]:
@@ -145,11 +151,18 @@ def checkpoint(evidence: Evidence) -> str:
     if "source" not in evidence.manifests:
         return "Where the checkpoint came from is not known: its manifest is not there."
     settings, places = evidence.manifests["source"].settings, evidence.manifests["source"].places
-    if "path" in places:
-        return f"The checkpoint is the local folder {_portable(places['path'])}."
+    told = f"The checkpoint is {_origin(settings, places.get('path'))}."
+    if "adapter" in settings or "adapter" in places:
+        told += f" Merged into it is the adapter {_origin(settings.get('adapter', {}), places.get('adapter'))}."
+    return told
+
+
+def _origin(settings: dict[str, Any], path: str | None) -> str:
+    if path:
+        return f"the local folder {_portable(path)}"
     hub = "ModelScope" if settings.get("hub") == "modelscope" else "the Hugging Face hub"
-    told = f"The checkpoint is {settings['repository']} on {hub}, revision {settings['revision']}"
-    return told + (f", commit {settings['commit']}." if "commit" in settings else ".")
+    told = f"{settings['repository']} on {hub}, revision {settings['revision']}"
+    return told + (f", commit {settings['commit']}" if "commit" in settings else "")
 
 
 def missing(evidence: Evidence) -> list[str]:

@@ -227,6 +227,7 @@ class Adapter:
         from hf2mnn.source.model import outline  # loads torch, and most faults are found without it
 
         model = outline(checkpoint)
+        modules = dict(model.named_modules())
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         known = {old: name for name in shapes for old in reversed(checkpoint.family.tensor_names(name, False))}
         known |= {name: name for name in shapes}
@@ -243,10 +244,14 @@ class Adapter:
             for one, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
                 if one in whole and whole[one].wrapped:
                     whole.setdefault(other, whole[one])
-        loras = {
-            parameter: self._lora(held, model.get_submodule(parameter.removesuffix(".weight")), shapes[parameter])
-            for parameter, held in parts.items()
-        }
+        try:
+            with at_most(LONGEST_SEARCH):
+                loras = {
+                    parameter: self._lora(held, modules[parameter.removesuffix(".weight")], shapes[parameter])
+                    for parameter, held in parts.items()
+                }
+        except (re.error, TimeoutError, RecursionError, OverflowError) as error:
+            raise self._refuse(f"has a rank_pattern or alpha_pattern that cannot be read ({error})") from None
         return {
             parameter: Change(whole[parameter].tensor if parameter in whole else None, loras.get(parameter))
             for parameter in shapes
@@ -307,12 +312,8 @@ class Adapter:
     def _scaling(self, module: str, a: StoredTensor) -> tuple[int, float]:
         """(rank, factor of B A) of a module that is called so, by its A."""
         settings = self.settings
-        try:
-            with at_most(LONGEST_SEARCH):
-                ranks = _fitting(settings.ranks, module, settings.rank)
-                alphas = _fitting(settings.alphas, module, settings.alpha)
-        except (re.error, TimeoutError, RecursionError, OverflowError) as error:
-            raise self._refuse(f"has a rank_pattern or alpha_pattern that cannot be read ({error})") from None
+        ranks = _fitting(settings.ranks, module, settings.rank)
+        alphas = _fitting(settings.alphas, module, settings.alpha)
         if a.shape[:1] not in {(rank,) for rank in ranks}:
             raise self._refuse(
                 f"holds an A of {module} as {list(a.shape)}, and says that its rank is {min(ranks)}",
