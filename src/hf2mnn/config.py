@@ -417,10 +417,16 @@ class Config(_Strict):
         return self.onnxruntime.required if row == "onnxruntime" else self.variants[row].required
 
 
+TAGS = ("[key]", "[folder]", "[labelled]", "[repository]")
+"""Parts of a place in pydantic's words that no person has written."""
+
+
 def _sentence(error: ValidationError) -> str:
     """The first error as one sentence with the path of its key."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("[key]", "[folder]", "[labelled]"))
+    where = ".".join(
+        str(part) for part in first["loc"] if part not in ("[key]", "[folder]", "[labelled]", "[repository]")
+    )
     what = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         what = "there is no such key; see docs/configuration.md for those there are"

@@ -258,6 +258,7 @@ def refusal(base: Path, adapter: Path) -> str:
         ({"r": 5}, "says that its rank is 5"),
         ({"lora_alpha": "8"}, "says lora_alpha '8'"),
         ({"lora_alpha": None}, "says lora_alpha None"),
+        ({"lora_alpha": 10**400}, "says lora_alpha 1000"),
         ({"rank_pattern": {"q_proj": 4.0}}, "says rank_pattern"),
         ({"rank_pattern": {"q_proj": 3}}, "says that its rank is 3"),
         ({"alpha_pattern": {"(": 3}}, "cannot be read"),

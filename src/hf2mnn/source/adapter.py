@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG, WEIGHTS = ADAPTER_FILES
-EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-"""The two parameters that are one in a tied model."""
+HEAD = "lm_head.weight"
 
 PREFIX, BASE = "base_model.model.", ".base_layer."
 ANOTHER = "give the model that it was trained on"
@@ -44,6 +43,8 @@ TRAINING = {
 """Settings that say how the tensors came about, and nothing of what they are for. Any other that is on is refused."""
 BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """How A and B may have begun: ways that leave the base model's weights as they are."""
+LARGEST = 1e9
+"""Of a rank or an alpha."""
 LONGEST_SEARCH = 5.0
 """Seconds for the patterns of an adapter, which are regular expressions of a stranger's."""
 
@@ -83,14 +84,15 @@ class Lora:
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of a parameter: another takes its place, or it is changed, or first the one and then the other."""
+    """What becomes of a parameter: another takes its place, or it is changed, or first the one and then the other, or
+    neither: then it is written as it is."""
 
     replaced: StoredTensor | None = None
     lora: Lora | None = None
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    return type(value) in (int, float) and 0 < value < LARGEST
 
 
 def _patterns(value: Any, kinds: tuple[type, ...]) -> bool:
@@ -213,7 +215,8 @@ class Adapter:
         return found
 
     def changes(self, checkpoint: Checkpoint) -> dict[str, Change]:
-        """What becomes of the parameters of the transformers model that the adapter changes, by name.
+        """What becomes of the parameters of the transformers model that the adapter changes, by name. Where it changes
+        the embedding of a tied model, lm_head is named as well, for it is the embedding no longer.
 
         Raises:
             SourceError: the checkpoint is packed, or a tensor or a setting has no place in its model.
@@ -239,11 +242,11 @@ class Adapter:
         for module in settings.saved:
             if not any(f".{module}." in f".{found.name}" for found in whole.values()):
                 raise self._refuse(f"names {module!r} in modules_to_save and holds no weights of it", "save it again")
-        if checkpoint.tied:
-            # Below its wrapper the two are still one tensor, and PEFT loads into that.
-            for one, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
-                if one in whole and whole[one].wrapped:
-                    whole.setdefault(other, whole[one])
+        ends = {name for name in shapes if checkpoint.tied and checkpoint.find(name) == checkpoint.find(HEAD)}
+        for end in sorted(ends & whole.keys()):
+            if whole[end].wrapped:  # below its wrapper the two are still one tensor, and PEFT loads into that
+                for other in ends:
+                    whole.setdefault(other, whole[end])
         try:
             with at_most(LONGEST_SEARCH):
                 loras = {
@@ -252,10 +255,11 @@ class Adapter:
                 }
         except (re.error, TimeoutError, RecursionError, OverflowError) as error:
             raise self._refuse(f"has a rank_pattern or alpha_pattern that cannot be read ({error})") from None
+        changed = whole.keys() | loras.keys()
         return {
             parameter: Change(whole[parameter].tensor if parameter in whole else None, loras.get(parameter))
             for parameter in shapes
-            if parameter in whole or parameter in loras
+            if parameter in changed or (parameter == HEAD and ends & changed)
         }
 
     def _sorted(

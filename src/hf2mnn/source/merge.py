@@ -22,7 +22,7 @@ from numba import njit
 from hf2mnn.errors import SourceError
 from hf2mnn.files import whole_file
 from hf2mnn.progress import BYTES, Progress, progress
-from hf2mnn.source.adapter import EMBEDDING, HEAD, Change, Lora
+from hf2mnn.source.adapter import HEAD, Change, Lora
 from hf2mnn.source.checkpoint import Checkpoint, read_json
 from hf2mnn.source.preflight import INDEX
 from hf2mnn.source.room import check_disk
@@ -189,9 +189,6 @@ def merge(checkpoint: Checkpoint, changes: dict[str, Change], folder: Path) -> d
     Raises:
         SourceError: the disk is too small, or a changed weight is not finite.
     """
-    untied = checkpoint.tied and bool(changes.keys() & {EMBEDDING, HEAD})
-    if untied:
-        changes = {EMBEDDING: Change(), HEAD: Change(), **changes}
     old = {path.name: path.resolve() for path in checkpoint.shards.values()}
     shards = {}
     for shard, changed in _changed(checkpoint, changes).items():
@@ -204,7 +201,7 @@ def merge(checkpoint: Checkpoint, changes: dict[str, Change], folder: Path) -> d
         for shard, tensors in sorted(shards.items()):
             _write(folder / shard, old[shard], tensors, shown)
     made_of = {shard: old[shard] for shard in sorted(shards)}
-    if untied:
+    if checkpoint.tied and HEAD in changes:
         made_of["config.json"] = (checkpoint.folder / "config.json").resolve()
         _untie(folder, next(shard for shard, tensors in shards.items() if any(t.name == HEAD for t in tensors)))
     return made_of
