@@ -424,9 +424,7 @@ TAGS = ("[key]", "[folder]", "[labelled]", "[repository]")
 def _sentence(error: ValidationError) -> str:
     """The first error as one sentence with the path of its key."""
     first = error.errors()[0]
-    where = ".".join(
-        str(part) for part in first["loc"] if part not in ("[key]", "[folder]", "[labelled]", "[repository]")
-    )
+    where = ".".join(str(part) for part in first["loc"] if part not in TAGS)
     what = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         what = "there is no such key; see docs/configuration.md for those there are"
