@@ -8,7 +8,7 @@ from typing import Any
 
 import MNN.llm
 
-from hf2mnn.mnn.worker.question import by_jinja
+from hf2mnn.mnn.template import render
 
 
 def run(job: dict[str, Any]) -> None:
@@ -19,5 +19,5 @@ def run(job: dict[str, Any]) -> None:
     for template in job["templates"]:
         engine.set_config({"jinja": {"chat_template": template, "eos": "<E>"}})
         made = engine._c_obj.apply_chat_template(job["chat"])
-        rendered.append([made, by_jinja(template, job["chat"], {"eos_token": "<E>"})])
+        rendered.append([made, render(template, job["chat"], {"eos_token": "<E>"})])
     Path(job["result"]).write_text(json.dumps(rendered))

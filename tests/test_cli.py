@@ -133,6 +133,11 @@ REPORT = ("report", "m", "nowhere")
         (("gates", "a-file"), "a-file"),
         (("ask", "nowhere", "What is this?"), "there is no bundle"),
         (("ask", "a-file", "What is this?"), "there is no bundle"),
+        (("ask", "a-file"), "either a prompt or --conversation"),
+        (("ask", "a-file", "What is this?", "--conversation", "a-file"), "either a prompt or --conversation"),
+        (("ask", "a-file", "--conversation", "a-file", "--system", "Be brief."), "leave out --image and --system"),
+        (("ask", "a-file", "--conversation", "a-file"), "a-file is not a conversation"),
+        (("ask", "a-file", "--conversation", "nowhere.json"), "there is no conversation nowhere.json"),
     ],
     ids=lambda value: " ".join(map(str, value))[:60] if isinstance(value, tuple) else "",
 )

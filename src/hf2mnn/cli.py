@@ -434,19 +434,31 @@ def verify(
 @app.command(epilog=_example('hf2mnn ask results/shapes-vl/mnn/int4 --image cat.png "What is this?"'))
 def ask(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to ask.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="A picture to ask about; give it again for more.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    conversation: Annotated[
+        Path | None, typer.Option(help="A JSON file of messages, in place of a prompt; its last one is answered.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
     threads: Annotated[int, typer.Option(help="Threads; 0 for the bundle's own number.", min=0)] = 0,
     time_limit: Annotated[float, typer.Option(help="Seconds after which the engine is stopped.", min=1)] = 600,
     as_called: Annotated[
-        bool, typer.Option("--as-called", help="Leave image size and positions to the engine.")
+        bool, typer.Option("--as-called", help="Leave template, image size and positions to the engine.")
     ] = False,
 ) -> None:
     """Ask a finished bundle something, in MNN's engine."""
-    from hf2mnn.mnn.ask import ask_bundle
+    from hf2mnn.mnn.ask import ask_bundle, continue_conversation, read_conversation
 
-    print(ask_bundle(bundle, prompt, image or [], max_new_tokens, threads, time_limit, as_called))
+    if (prompt is None) == (conversation is None):
+        raise Hf2mnnError("give either a prompt or --conversation FILE")
+    if conversation and (image or system):
+        raise Hf2mnnError("a conversation brings its pictures and system prompt along; leave out --image and --system")
+    options = {"threads": threads, "time_limit": time_limit, "as_called": as_called}
+    if conversation:
+        print(continue_conversation(bundle, *read_conversation(conversation), max_new_tokens, **options))
+    else:
+        print(ask_bundle(bundle, prompt, image or [], max_new_tokens, system, **options))
 
 
 @app.command(epilog=_example("hf2mnn doctor results/shapes-vl/mnn/int4 --checkpoint results/shapes-vl/source"))

@@ -133,6 +133,10 @@ def _check_link(folder: Path, link: Path) -> None:
     raise ValueError(f"{link.name!r} is a link to {target}, a file of another name out of the folder")
 
 
+TEMPLATE_SECONDS = 10.0
+"""Of a chat template. Honest ones take milliseconds."""
+
+
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
     """Raises TimeoutError in a block of Python code that takes longer. Only the main thread can be interrupted; in

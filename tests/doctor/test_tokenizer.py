@@ -83,6 +83,23 @@ def test_another_tokenizer_is_found(change: str, evidence: str, bundle: Path, tm
     assert evidence in finding.evidence
 
 
+def test_words_that_the_engine_cannot_read_whole_are_named(bundle: Path, tmp_path: Path) -> None:
+    """As of Llama 3: by `ignore_merges` a token that no merges lead to is read whole, but not by the engine."""
+    other_tokenizer(tmp_path / "other", "merges")
+    path = tmp_path / "other" / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    merge = stored["model"]["merges"].pop()
+    word = ("".join(merge) if isinstance(merge, list) else merge.replace(" ", "")).replace("Ġ", " ")
+    for ignored in (False, True):
+        stored["model"]["ignore_merges"] = ignored
+        path.write_text(json.dumps(stored))
+        files = {FILE: encode_tokenizer(path.parent)}
+        changed = broken(bundle, tmp_path / f"broken-{ignored}", files=files, checkpoint=path.parent)
+        findings = found(CHECKS, changed)
+        assert [finding.check for finding in findings] == ["tokenizer_merges"] * ignored
+    assert f"1 tokens that no merges lead to ({word!r})" in findings[0].evidence
+
+
 def test_the_old_text_format_is_compared_too(content: bytes, bundle: Path, tmp_path: Path) -> None:
     stored = json.loads((SHAPES_VL / "tokenizer.json").read_text())
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in stored["model"]["merges"]]

@@ -161,6 +161,60 @@ def test_ask_takes_two_pictures_and_can_leave_all_to_the_engine(bundle: Path, pi
         assert isinstance(ask_bundle(bundle, "Which?", images, 3, threads=1, as_called=as_called), str)
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_conversation_is_continued_as_by_pytorch(
+    judged: Judged, bundle: Path, pictures: Path, name: str, tmp_path: Path
+) -> None:
+    """Several turns and pictures, from a file beside the pictures."""
+    for picture in pictures.glob("*.png"):
+        (tmp_path / picture.name).hardlink_to(picture)
+    (tmp_path / "chat.json").write_text(json.dumps(EXAMPLES[name]))
+    wanted = next(record for record in judged.golden.records if record["id"] == name)
+    messages, images = ask.read_conversation(tmp_path / "chat.json")
+    assert ask.continue_conversation(bundle, messages, images, LENGTH, threads=1) == wanted["answer"]
+
+
+def test_a_system_prompt_is_the_first_message(bundle: Path) -> None:
+    question = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"}]
+    wanted = ask.continue_conversation(bundle, question, [], 6, threads=1)
+    assert ask_bundle(bundle, "Which?", [], 6, system="Be brief.", threads=1) == wanted
+    assert ask_bundle(bundle, "Which?", [], 6, threads=1) != wanted
+
+
+IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a <img>x.png</img> tag", "takes '<img>x.png</img>' for a file"),
+        (f"What is {IMAGE_TEXT}?", "wrote 1 pictures for 0"),
+        (5, "refuses these messages"),
+    ],
+)
+def test_a_prompt_that_the_engine_would_misread_is_refused(bundle: Path, content: Any, said: str) -> None:
+    with pytest.raises(EvaluationSetError, match=said):
+        ask.continue_conversation(bundle, [{"role": "user", "content": content}], [])
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        ("[", "is not a conversation"),
+        ('{"messages": []}', "messages are a list"),
+        ("[]", "holds no messages"),
+        ('[{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]', "has no input for"),
+        ('[{"role": "user", "content": [{"type": "image", "image": "../a.png"}]}]', "is not a conversation"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(stored: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "chat.json").write_text(stored)
+    with pytest.raises(EvaluationSetError, match=said):
+        ask.read_conversation(tmp_path / "chat.json")
+    with pytest.raises(EvaluationSetError, match="there is no conversation"):
+        ask.read_conversation(tmp_path / "nowhere.json")
+
+
 # Broken bundles
 
 

@@ -43,6 +43,7 @@ OTHERWISE = {
     "{{ 'a' if nothing }}b": "an 'if' expression without 'else'",
     "{{ nothing or 'b' }}": "the value of 'or'",
     "{{ 'x' and 'b' }}": "the value of 'and'",
+    "{% if 3 % 2 == 0 %}{{ raise_exception('no') }}{% else %}y{% endif %}": "the operator %",
     "{% set a, b = 1, 2 %}{{ a }}": "a tuple",
     "{% set x %}abc{% endset %}": "{% set %} with a block",
     "{% macro f(a, b='z') %}{{ a }}{{ b }}{% endmacro %}{{ f('q') }}": "defaults of a macro's arguments",
@@ -78,6 +79,7 @@ ALIKE = (
     "{% if messages[0].tools is defined %}y{% endif %}{% if x is none %}z{% endif %}n",
     "{{ {'a': [1, true, none]}|tojson(indent=2) }}{{ 'a b'|capitalize }}{{ nothing|default('') }}",
     "{% generation %}x{% endgeneration %}{{ eos_token }}{% for i in range(3) %}{{ i }}{% endfor %}",
+    "{% if 3 % 2 == 0 %}{{ raise_exception('no') }}{% endif %}{{ messages[0].role }}",
     "{{ 'a\\nb\\'c' }}{% if true %}x{% endif %}\n",
 )
 

@@ -1,8 +1,4 @@
-"""tokenizer.mtok as written, and as MNN's engine understands it, against transformers.
-
-The engine does not need a model to tokenize: its load fails at the empty model file, but after reading the tokenizer.
-It runs in a child process, because it crashes rather than raises.
-"""
+"""tokenizer.mtok as written, and as MNN's engine understands it, against transformers."""
 
 from __future__ import annotations
 
@@ -10,9 +6,7 @@ import importlib
 import json
 import random
 import struct
-import subprocess
 import sys
-import threading
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf2mnn.errors import SourceError
 from hf2mnn.mnn.tokenizer import nfc_replacements, write_tokenizer
+from tokenizing import Engine
 
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -47,58 +42,6 @@ You are a helpful assistant.<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}
 """
-
-ENGINE = """
-import json, os, sys
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # the engine prints to standard output
-import MNN.llm
-engine = MNN.llm.create("config.json")
-engine._c_obj.load()
-for line in sys.stdin:
-    method, arguments = json.loads(line)
-    print(json.dumps([getattr(engine, method)(argument) for argument in arguments]), file=answers, flush=True)
-"""
-
-
-class Engine:
-    """MNN's engine with a tokenizer and no model, in a child process that ends with the context."""
-
-    def __init__(self, checkpoint: Path, folder: Path) -> None:
-        folder.mkdir()
-        write_tokenizer(checkpoint, folder / "tokenizer.mtok")
-        (folder / "config.json").write_text('{"tokenizer_file": "tokenizer.mtok"}')
-        (folder / "llm_config.json").write_text('{"hidden_size": 8, "layer_nums": 1}')
-        (folder / "llm.mnn").touch()
-        (folder / "llm.mnn.weight").touch()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", ENGINE],
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def __call__(self, method: str, arguments: list[Any]) -> list[Any]:
-        assert self.process.stdin and self.process.stdout
-        watchdog = threading.Timer(30, self.process.kill)
-        watchdog.start()
-        try:
-            self.process.stdin.write(json.dumps([method, arguments]) + "\n")
-            self.process.stdin.flush()
-            answer = self.process.stdout.readline()
-        finally:
-            watchdog.cancel()
-        assert answer, f"the engine died in {method} with code {self.process.wait(5)}"
-        return json.loads(answer)
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 def specification(merging: bool = True) -> dict[str, Any]:
@@ -436,7 +379,7 @@ def test_what_the_file_cannot_hold_is_named(small: Any, tmp_path: Path, part: st
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
-        (lambda t: t["model"].update(ignore_merges=True), "BPE with ignore_merges"),
+        (lambda t: t["model"].update(end_of_word_suffix="</w>"), "BPE with end_of_word_suffix"),
         (lambda t: t["model"]["vocab"].pop("A"), "BPE that is not byte-level"),
         (lambda t: t["model"]["merges"].append(["A", "B"]), "merge 0 names a token"),
         (lambda t: t["added_tokens"].pop(0), "ids of tokens and added tokens"),

@@ -91,6 +91,29 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, bad: Any) -> Non
         read_examples(write(tmp_path, GOOD, "", bad))
 
 
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ({"type": "video", "video": "a.mp4"}, "a video, which MNN's engine 3.6.1 has no input for"),
+        ({"video": ["0.png", "1.png"]}, "a video"),
+        ({"type": "audio", "audio": "a.wav"}, "a sound"),
+        ({"type": "image_url", "image_url": {"url": "a.png"}}, "an image_url"),
+    ],
+)
+def test_what_the_engine_cannot_be_given_is_refused_by_name(part: dict[str, Any], named: str, tmp_path: Path) -> None:
+    """Before anything is computed; a template would write its mark and no model would see it."""
+    content = [part, {"type": "text", "text": "What happens?"}]
+    with pytest.raises(EvaluationSetError, match=rf"examples\.jsonl:2 is not an example \(ValueError: .*{named}"):
+        read_examples(write(tmp_path, GOOD, {"id": "x", "messages": [{"role": "user", "content": content}]}))
+
+
+def test_a_picture_without_a_type_counts(tmp_path: Path) -> None:
+    """Templates know it by its key."""
+    content = [{"image": "a.png"}, {"type": "text", "text": "and"}, {"type": "image", "image": "b.png"}]
+    (example,) = read_examples(write(tmp_path, {"id": "x", "messages": [{"role": "user", "content": content}]}))
+    assert example.pictures == ["a.png", "b.png"]
+
+
 def test_an_id_used_twice_is_refused(tmp_path: Path) -> None:
     """Results are kept by id: the second would silently take the place of the first."""
     with pytest.raises(EvaluationSetError, match=r"examples\.jsonl uses the id one twice"):

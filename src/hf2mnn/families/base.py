@@ -54,6 +54,8 @@ class Family:
     """Whether it is a `VisionFamily`."""
     special_tokens: ClassVar[dict[str, str]] = {}
     """Keys of config.json that hold ids, and the tokens whose ids they must be."""
+    image_text = ""
+    """What the chat template writes for a picture, where the model sees."""
     decoder = "model"
     """Module of the decoder without lm_head, by its name in the transformers model."""
     older: ClassVar[tuple[tuple[str, str], ...]] = ()

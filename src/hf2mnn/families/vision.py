@@ -32,7 +32,6 @@ class VisionFamily(Family):
 
     sees = True
     image_text = "<|vision_start|><|image_pad|><|vision_end|>"
-    """What the chat template writes for a picture."""
     special_tokens: ClassVar = {
         "image_token_id": "<|image_pad|>",
         "vision_start_token_id": "<|vision_start|>",

@@ -29,7 +29,7 @@ from hf2mnn.mnn.convert import WeightFormat, convert_onnx
 from hf2mnn.mnn.dress import dress_decoder, dress_vision, save_dressed
 from hf2mnn.mnn.linear import hide_linear_layers, show_linear_layers
 from hf2mnn.mnn.packed import pack_decoder
-from hf2mnn.mnn.tokenizer import write_tokenizer
+from hf2mnn.mnn.tokenizer import departures, write_tokenizer
 from hf2mnn.onnx.initializers import initializer_values, load_graph, stored_initializers
 from hf2mnn.source.facts import sees
 from hf2mnn.source.tensors import StoredTensor
@@ -188,6 +188,8 @@ def make_base(onnx_folder: Path, folder: Path) -> None:
         convert_vision(onnx_folder, folder)
     write_embedding(onnx_folder, folder)
     write_tokenizer(onnx_folder, folder / TOKENIZER)
+    for departure in departures(onnx_folder):
+        print(f"tokenizer: {departure}", flush=True)
 
 
 def describe(decoder: WeightFormat, vision: WeightFormat, settings: EngineSettings) -> dict[str, Any]:

@@ -7,14 +7,19 @@ here was rendered by both (tests/mnn/test_template.py).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError, nodes
+from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hf2mnn.errors import BundleError
+from hf2mnn.untrusted import TEMPLATE_SECONDS, at_most
 
 FUNCTIONS = {"range", "namespace", "strftime_now"}
 PASSED_OVER = {"raise_exception"}
@@ -56,9 +61,39 @@ class Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+def _refuse(message: str) -> str:
+    raise TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, **options: Any) -> str:
+    """Without Jinja's escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
 def environment(kind: type[Environment] = Environment) -> Environment:
     """Jinja as transformers sets it up for chat templates."""
-    return kind(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, Generation])
+    made = kind(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, Generation])
+    made.filters["tojson"] = _tojson
+    made.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+    return made
+
+
+def render(template: str, chat: list[dict[str, Any]], tokens: dict[str, str]) -> str | None:
+    """A chat as transformers renders it; None where the template refuses it. A stranger's template runs no code, and no
+    longer than TEMPLATE_SECONDS.
+
+    `tokens` are eos_token and bos_token, those that there are.
+    """
+    sandbox = environment(ImmutableSandboxedEnvironment)
+    try:
+        with at_most(TEMPLATE_SECONDS):
+            return sandbox.from_string(template).render(messages=chat, add_generation_prompt=True, **tokens)
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError, TimeoutError):
+        return None
 
 
 def _called(node: nodes.Call, macros: set[str]) -> str | None:
@@ -139,7 +174,19 @@ def _children(node: nodes.Node, tested: bool) -> Iterator[tuple[nodes.Node, bool
             yield child, inside or (field == "test" and isinstance(node, (nodes.If, nodes.CondExpr, nodes.For)))
 
 
+def _only_refuses(node: nodes.Node) -> bool:
+    """An {% if %} around nothing but raise_exception, which a right conversation passes by, whatever its condition."""
+    if not isinstance(node, nodes.If) or node.elif_ or node.else_:
+        return False
+    parts = [part for output in node.body for part in getattr(output, "nodes", [output])]
+    shown = [part for part in parts if not (isinstance(part, nodes.TemplateData) and not part.data.strip())]
+    calls = [part.node for part in shown if isinstance(part, nodes.Call)]
+    return bool(shown) and [getattr(call, "name", "") for call in calls] == ["raise_exception"] * len(shown)
+
+
 def _in_tree(node: nodes.Node, tested: bool, macros: set[str]) -> Iterator[tuple[int, str]]:
+    if _only_refuses(node):
+        return
     found = _construct(node, tested, macros)
     if found:
         yield node.lineno, found
@@ -188,3 +235,9 @@ def unsupported(template: str) -> list[str]:
     for line, what in sorted(found):
         first.setdefault(what, line)
     return [f"{what} (line {line})" for what, line in first.items()]
+
+
+def engine_messages(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Messages as the engine's binding takes them whole: it passes on nothing but texts under `role` and `content`, and
+    the engine puts what a message of the role `json` holds in its place."""
+    return [{"role": "json", "content": json.dumps(message, ensure_ascii=False)} for message in messages]

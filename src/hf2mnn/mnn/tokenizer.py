@@ -5,8 +5,19 @@ engine's reader, `PipelineTokenizer::load_vocab_binary`. A text header (`430 4`;
 the ids) is followed by a little-endian body: normalizer, pre-tokenizer, model, decoder, added tokens, chat template,
 end-of-text token, flags, begin-of-text token. A string is a u16 byte count and UTF-8.
 
-What is written is what Qwen2-VL needs: byte-level BPE, split by a pattern, normalized by NFC or not at all. Everything
+What is written: byte-level BPE, split by a pattern, normalized by NFC or not at all (the Qwen families, Llama 3), and
+BPE over characters that falls back to bytes, with words that begin with a meta space (Llama 2, Mistral). Everything
 else is refused by name rather than written as something that tokenizes differently.
+
+Ids are those of a rendered chat, `tokenizer(text, add_special_tokens=False)` of transformers: what a post-processor
+adds to bare text, such as a begin-of-text token, the chat template writes itself; the file has no prefix tokens.
+
+Meta spaces stay spaces until the text is split into words, and become U+2581 only then, so that merging, which takes
+the engine quadratic time, stays within a word where no merge crosses from one into the next.
+
+The engine knows no `ignore_merges`, with which a whole word that is a token is that token, whatever its merges
+(Llama 3). It comes to the same for tokens that their merges reach; `unreached_words` lists the others, which the engine
+reads as two or more tokens of the same text.
 
 The engine has no NFC. Its normalization table works on single code points, cannot compose, and turns the joiner of
 emoji sequences and most control characters into spaces. So NFC becomes a sequence of string replacements, which the
@@ -22,7 +33,9 @@ character of Unicode 14 is split alike except as said here. They differ for
 * letters and numbers that came with Unicode 15.1 or later, such as U+13853, which only one of the two knows;
 * U+017F after an apostrophe, which tokenizers takes for the `s` of a contraction;
 * marks that NFC would only put in another order, or compose across a mark that stays in between;
-* text after U+0000, which the Python binding drops.
+* text after U+0000, which the Python binding drops;
+* white space outside ASCII beside an added token that takes the white space beside it (`lstrip`, `rstrip`);
+* `<img>...</img>` and `<audio>...</audio>` in a text, which the engine of a model with pictures takes for files.
 
 The replacements cost the engine 0.3 ms per short text, 2 ms per 10 kB of English and 95 ms per 10 kB of Korean.
 Merging takes it quadratic time within one piece of a split: 3300 Chinese characters without punctuation took 4 s, 9900
@@ -32,38 +45,50 @@ Special tokens decode to nothing, which is what transformers does with `skip_spe
 `prompt_cache` counts decoded bytes and therefore must stay off. Added tokens that are not special decode to their text.
 A token that holds part of a character cannot be decoded alone through the Python binding (UnicodeDecodeError).
 
-The engine's Jinja renders the chat templates of Qwen2-VL as transformers does for messages whose content is a string
-(a message of the role `json` is parsed and replaced by what its content holds). Elsewhere it differs and does not say
-so: no `raw` and no `for ... else`; filters it does not know pass the value on (`default`, `join`, `first`, `last`,
-`selectattr`, `list`); `raise_exception` does nothing; no slices of strings, `//`, `**`, `loop.revindex`, escapes like
-\\x41, defaults of macro arguments, or `if` expression without `else`; True prints as `true`; the line of a comment
-stays as an empty line.
+The engine's Jinja renders chats as transformers does for templates of the constructs of Qwen2 to Qwen3-VL, Llama 2 and
+3, and Mistral (tests/mnn/test_prompts.py), but for white space: `trim` and `strip` take none but space, tab, newline
+and carriage return. Elsewhere it differs and does not say so: no `raw` and no `for ... else`; filters it does not know
+pass the value on (`default`, `join`, `first`, `last`, `selectattr`, `list`); `raise_exception` does nothing; no slices
+of strings, `//`, `**`, `loop.revindex`, escapes like \\x41, defaults of macro arguments, or `if` expression without
+`else`; True prints as `true`; the line of a comment stays as an empty line.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import re
 import struct
 import unicodedata
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel
 
-from hf2mnn.errors import SourceError
+from hf2mnn.errors import BundleError, SourceError
 from hf2mnn.files import whole_file
+from hf2mnn.mnn.template import render, unsupported
 from hf2mnn.untrusted import read_bytes, read_json
 
 MAGIC, PIPELINE = 430, 4
-NORMALIZER_NONE, NORMALIZER_REPLACE, NORMALIZER_SEQUENCE = 0, 3, 4
-SPLITTER_NONE, SPLITTER_BYTE_LEVEL, SPLITTER_PATTERN, SPLITTER_SEQUENCE = 0, 1, 4, 6
+NORMALIZER_NONE, NORMALIZER_PREPEND, NORMALIZER_REPLACE, NORMALIZER_SEQUENCE = 0, 2, 3, 4
+SPLITTER_NONE, SPLITTER_BYTE_LEVEL, SPLITTER_META_SPACE, SPLITTER_PATTERN, SPLITTER_SEQUENCE = 0, 1, 3, 4, 6
 SPLIT_BEHAVIOURS = {"Isolated": 0, "Removed": 1}
 MODEL_BPE = 0
-DECODER_BYTE_LEVEL = 0
+DECODER_BYTE_LEVEL, DECODER_BYTE_FALLBACK, DECODER_META_SPACE, DECODER_FUSE = 0, 1, 2, 4
+DECODER_REPLACE, DECODER_STRIP, DECODER_SEQUENCE = 5, 6, 7
 CLEAN_UP_SPACES = 1
+
+META_SPACE = "\u2581"
+NAMED = 3
+BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+"""Tokens of single bytes, of BPE that falls back to them."""
+# Where words with meta spaces, here still spaces, may be cut: before each run of them, or before each one.
+RUNS, EACH = " *[^ ]+| +", " [^ ]*|[^ ]+"
 
 # The regular expressions that the engine's own matcher runs as tokenizers does. Not among them although it accepts
 # them: \d and \w (other sets of characters), \p{Lu} (read as \p{L}), lazy quantifiers (taken as greedy), characters
@@ -95,15 +120,24 @@ def encode_tokenizer(checkpoint: Path) -> bytes:
         raise SourceError(f"{path} is missing; save the checkpoint with its fast tokenizer (tokenizer.json).")
     config = _read_json(checkpoint / "tokenizer_config.json") or {}
     try:
+        tokenizer = _as_loaded(tokenizer, config)
         added = sorted(tokenizer.get("added_tokens") or [], key=lambda token: token["id"])
         if _count_nfc(tokenizer.get("normalizer")) > 1:  # each is a megabyte
             raise _unsupported(path, "normalizer", "NFC more than once")
         _refuse_post_processor(tokenizer.get("post_processor"), path)
+        _refuse_changed(added, tokenizer.get("normalizer"), path)
+        words = _meta_words(tokenizer)
+        if words is None:
+            cutting = _normalizer(tokenizer.get("normalizer"), path)
+            cutting += _pre_tokenizer(tokenizer.get("pre_tokenizer"), path)
+        else:
+            if words.prepend == "first":
+                _refuse_first(chat_template(checkpoint), config, added, path)
+            cutting = words.written(tokenizer["model"]["merges"])
         body = [
-            _normalizer(tokenizer.get("normalizer"), path),
-            _pre_tokenizer(tokenizer.get("pre_tokenizer"), path),
-            _model(tokenizer, added, path),
-            _decoder(tokenizer.get("decoder"), path),
+            cutting,
+            _model(tokenizer, added, words is None, path),
+            _bytes_or_words(tokenizer.get("decoder"), words is None, path),
             _added_tokens(added, path),
         ]
         special = [token["id"] for token in added if token["special"]]
@@ -162,6 +196,116 @@ def _canonical_decompositions() -> Iterable[tuple[str, str]]:
             yield character, "".join(chr(int(code, 16)) for code in decomposition.split())
 
 
+def _as_loaded(tokenizer: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """As transformers 5 takes the file: of its class LlamaTokenizer only vocabulary, merges and added tokens are read,
+    and `legacy` and `add_prefix_space` of the configuration say where a meta space is put."""
+    if config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        return tokenizer
+    scheme = "never" if config.get("add_prefix_space") is False else "always" if config.get("legacy") else "first"
+    splitter = {"type": "Metaspace", "replacement": META_SPACE, "prepend_scheme": scheme, "split": False}
+    return tokenizer | {"normalizer": None, "pre_tokenizer": splitter}
+
+
+@dataclass(frozen=True)
+class _MetaWords:
+    """How text becomes words that begin with a meta space.
+
+    prepend: "text" puts one before each text between added tokens, "always" before one that has none there, "first" so
+    before a prompt, "never" nowhere. each: text is cut before each meta space, also of a run of them.
+    """
+
+    prepend: str
+    each: bool
+
+    def written(self, merges: list[Any]) -> bytes:
+        """Normalizer and pre-tokenizer."""
+        steps = [_u8(NORMALIZER_REPLACE) + _string(META_SPACE) + _string(" ")]
+        if self.prepend == "text":
+            steps.append(_u8(NORMALIZER_PREPEND) + _string(" "))
+        cuts = []
+        if self.prepend == "always":
+            cuts.append(_u8(SPLITTER_META_SPACE) + _string(" ") + _u8(True))
+        if self.each or not any(_crosses(merge) for merge in merges):
+            pattern = EACH if self.each else RUNS
+            cuts.append(_u8(SPLITTER_PATTERN) + _string(pattern) + _u8(False) + _u8(SPLIT_BEHAVIOURS["Isolated"]))
+        cuts.append(_u8(SPLITTER_META_SPACE) + _string(META_SPACE) + _u8(False))
+        return b"".join(
+            [_u8(NORMALIZER_SEQUENCE), _u32(len(steps)), *steps, _u8(SPLITTER_SEQUENCE), _u32(len(cuts)), *cuts]
+        )
+
+
+def _crosses(merge: str | list[str]) -> bool:
+    """Whether it joins the end of a word and the beginning of the next."""
+    return META_SPACE in "".join(merge.split(" ") if isinstance(merge, str) else merge).lstrip(META_SPACE)
+
+
+def _meta_words(tokenizer: dict[str, Any]) -> _MetaWords | None:
+    """None where the file does not say so in one of the two usual ways: by a normalizer, or by a pre-tokenizer."""
+    normalizer, splitter = tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")
+    if splitter is None and normalizer is not None:
+        replaced = {"type": "Replace", "pattern": {"String": " "}, "content": META_SPACE}
+        steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+        if steps == [{"type": "Prepend", "prepend": META_SPACE}, replaced]:
+            return _MetaWords("text", each=False)
+        return _MetaWords("never", each=False) if steps == [replaced] else None
+    if normalizer is None and splitter is not None and splitter["type"] == "Metaspace":
+        scheme = splitter.get("prepend_scheme") or ("always" if splitter.get("add_prefix_space", True) else "never")
+        if splitter["replacement"] == META_SPACE and scheme in ("always", "first", "never"):
+            return _MetaWords(scheme, splitter.get("split") is not False)
+    return None
+
+
+def _refuse_first(template: str, config: dict[str, Any], added: list[dict[str, Any]], path: Path) -> None:
+    """The engine does not know where in a prompt a text stands. Behind an added token it is not the first one."""
+    tokens = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token") if config.get(key)}
+    prompt = render(template, [{"role": "user", "content": "a"}], tokens)
+    if prompt is None or not prompt.startswith(tuple(token["content"] for token in added)):
+        raise _unsupported(path, "pre-tokenizer", "Metaspace before the first text, which a chat begins with,")
+
+
+def unreached_words(checkpoint: Path) -> list[str]:
+    """Texts of tokens that `ignore_merges` reads whole although no merges lead to them, which the engine cannot do.
+
+    Raises:
+        SourceError: the checkpoint's tokenizer.json is no tokenizer.
+    """
+    path = checkpoint / "tokenizer.json"
+    stored = _read_json(path) or {}
+    try:
+        if not stored["model"].get("ignore_merges"):
+            return []
+        whole = Tokenizer.from_str(json.dumps(stored))
+        merging = Tokenizer.from_str(json.dumps(stored | {"model": stored["model"] | {"ignore_merges": False}}))
+        unreached = []
+        for token, number in stored["model"]["vocab"].items():
+            if [made.id for made in merging.model.tokenize(token)] != [number]:
+                text = whole.decoder.decode([token])
+                if [piece for piece, _ in whole.pre_tokenizer.pre_tokenize_str(text)] == [token]:
+                    unreached.append(text)
+    except Exception as error:  # the library raises it as it is
+        raise SourceError(f"{path} is not a tokenizer of the tokenizers library: {error!r}; save it again.") from error
+    return unreached
+
+
+def departures(checkpoint: Path) -> list[str]:
+    """What the engine makes otherwise of a checkpoint's prompts, whatever is written for it: a sentence each.
+
+    Raises:
+        SourceError: the chat template or the tokenizer is none.
+    """
+    found = []
+    if words := unreached_words(checkpoint):
+        named = ", ".join(map(repr, words[:NAMED]))
+        found.append(f"{len(words)} words that are one token are read as several, which spell the same ({named})")
+    try:
+        constructs = unsupported(chat_template(checkpoint))
+    except BundleError as error:
+        raise SourceError(f"{checkpoint}: {error}") from None
+    if constructs:
+        found.append(f"the chat template holds what the engine's Jinja does not run: {'; '.join(constructs)}")
+    return found
+
+
 def _count_nfc(spec: dict[str, Any] | None) -> int:
     if spec is None or spec["type"] != "Sequence":
         return int(spec is not None and spec["type"] == "NFC")
@@ -207,24 +351,48 @@ def _pre_tokenizer(spec: dict[str, Any] | None, path: Path) -> bytes:
             raise _unsupported(path, "pre-tokenizer", kind)
 
 
-def _decoder(spec: dict[str, Any] | None, path: Path) -> bytes:
-    if spec is None or spec["type"] != "ByteLevel":
+def _bytes_or_words(spec: dict[str, Any] | None, byte_level: bool, path: Path) -> bytes:
+    if spec is None or byte_level != (spec["type"] == "ByteLevel"):
         raise _unsupported(path, "decoder", spec and spec["type"])
-    return _u8(DECODER_BYTE_LEVEL)
+    return _decoder(spec, path)
 
 
-def _model(tokenizer: dict[str, Any], added: list[dict[str, Any]], path: Path) -> bytes:
+def _decoder(spec: dict[str, Any], path: Path) -> bytes:
+    match spec["type"]:
+        case "ByteLevel":
+            return _u8(DECODER_BYTE_LEVEL)
+        case "ByteFallback":
+            return _u8(DECODER_BYTE_FALLBACK)
+        case "Fuse":
+            return _u8(DECODER_FUSE)
+        case "Replace" if "String" in spec["pattern"]:
+            return _u8(DECODER_REPLACE) + _string(spec["pattern"]["String"]) + _string(spec["content"])
+        case "Strip":
+            return _u8(DECODER_STRIP) + _string(spec["content"]) + _u32(spec["start"]) + _u32(spec["stop"])
+        case "Metaspace":
+            prepended = spec.get("prepend_scheme", "always") != "never"
+            return _u8(DECODER_META_SPACE) + _string(spec["replacement"]) + _u8(prepended)
+        case "Sequence":
+            parts = [_decoder(part, path) for part in spec["decoders"]]
+            return _u8(DECODER_SEQUENCE) + _u32(len(parts)) + b"".join(parts)
+        case kind:
+            raise _unsupported(path, "decoder", kind)
+
+
+def _model(tokenizer: dict[str, Any], added: list[dict[str, Any]], byte_level: bool, path: Path) -> bytes:
     """Vocabulary sorted by bytes, merges sorted by the ids of their halves: the engine looks both up by bisection."""
     model = tokenizer["model"]
     # Files of old releases do not name the type; only BPE has merges.
     if model.get("type", "BPE" if "merges" in model else None) != "BPE":
         raise _unsupported(path, "model", model.get("type"))
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             raise _unsupported(path, "model", f"BPE with {option}")
     vocab: dict[str, int] = model["vocab"]
-    if not _byte_level(tokenizer.get("pre_tokenizer")) or not vocab.keys() >= set(ByteLevel.alphabet()):
+    if byte_level and not (_byte_level(tokenizer.get("pre_tokenizer")) and vocab.keys() >= set(ByteLevel.alphabet())):
         raise _unsupported(path, "model", "BPE that is not byte-level")
+    if not byte_level and not (model.get("byte_fallback") and vocab.keys() >= BYTES):
+        raise _unsupported(path, "model", "BPE that does not fall back to bytes")
 
     # The engine's table has as many rows as there are entries and writes past its end for a greater id; and tokenizers
     # renumbers added tokens that leave a gap.
@@ -235,7 +403,7 @@ def _model(tokenizer: dict[str, Any], added: list[dict[str, Any]], path: Path) -
     for token in added:
         # Added tokens are found before the model sees the text; here they stand to be decoded, which reads the byte
         # alphabet back. No text looks up the empty string.
-        encoded = _byte_alphabet(token["content"])
+        encoded = _byte_alphabet(token["content"]) if byte_level else token["content"]
         unambiguous = vocab.get(encoded, token["id"]) == token["id"]
         texts[token["id"]] = encoded if unambiguous and not token["special"] else ""
 
@@ -277,9 +445,6 @@ def _ids(vocab: dict[str, int], added: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _added_tokens(added: list[dict[str, Any]], path: Path) -> bytes:
-    for token in added:
-        if token["single_word"]:
-            raise _unsupported(path, "added token", f"{token['content']!r} with single_word")
     parts = [
         _u32(token["id"]) + bytes([token["special"], token["lstrip"], token["rstrip"]]) + _string(token["content"])
         for token in added
@@ -287,13 +452,25 @@ def _added_tokens(added: list[dict[str, Any]], path: Path) -> bytes:
     return _u32(len(parts)) + b"".join(parts)
 
 
+def _refuse_changed(added: list[dict[str, Any]], normalizer: dict[str, Any] | None, path: Path) -> None:
+    """The engine looks for added tokens in the text as it is, wherever they stand."""
+    words = normalizer and not _count_nfc(normalizer)
+    for token in added:
+        if token["single_word"]:
+            raise _unsupported(path, "added token", f"{token['content']!r} with single_word")
+        if words and token.get("normalized"):
+            raise _unsupported(path, "added token", f"{token['content']!r} with normalized")
+
+
 def _refuse_post_processor(spec: dict[str, Any] | None, path: Path) -> None:
-    """Let pass what adds no tokens; Qwen2 has one that only moves offsets."""
-    if spec is None or spec["type"] == "ByteLevel":
+    """Let pass what adds nothing to a chat's ids: what only moves offsets, and templates, which transformers leaves out
+    for text that a chat template wrote."""
+    if spec is None or spec["type"] in ("ByteLevel", "TemplateProcessing"):
         return
-    if spec["type"] == "TemplateProcessing" and not spec["special_tokens"]:
-        return
-    raise _unsupported(path, "post-processor", spec["type"])
+    if spec["type"] != "Sequence":
+        raise _unsupported(path, "post-processor", spec["type"])
+    for part in spec["processors"]:
+        _refuse_post_processor(part, path)
 
 
 def _stop_ids(checkpoint: Path, config: dict[str, Any], ids: dict[str, int]) -> list[int]:
@@ -363,7 +540,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _unsupported(path: Path, part: str, kind: str | None) -> SourceError:
     return SourceError(
         f"{path}: {part} {kind or 'none'} cannot be written for MNN's tokenizer; "
-        "only byte-level BPE as in Qwen2-VL is converted."
+        "byte-level BPE as of Qwen and Llama 3 and BPE with byte fallback as of Llama 2 and Mistral are converted."
     )
 
 

@@ -30,6 +30,14 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Of pictures. PIL knows others, among them PostScript, for which it starts an interpreter."""
 
 
+NOT_TAKEN = {
+    "video": "a video, which MNN's engine 3.6.1 has no input for; give frames of it as images",
+    "audio": "a sound, which no family here takes; leave it out",
+    "image_url": "an image_url; name a file of the set as {'type': 'image', 'image': FILE}",
+}
+"""Kinds of parts that chat templates know and no example may have."""
+
+
 @dataclass(frozen=True)
 class Example:
     id: str
@@ -42,10 +50,18 @@ class Example:
     @property
     def pictures(self) -> list[str]:
         """File names of the pictures, in the order of the prompt."""
-        parts = [
-            part for message in self.messages if isinstance(message["content"], list) for part in message["content"]
-        ]
-        return [part["image"] for part in parts if part.get("type") == "image"]
+        return picture_names(self.messages)
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def picture_names(messages: list[dict[str, Any]]) -> list[str]:
+    """File names of the pictures of a conversation, in its order. Templates know a picture by the key alone, too."""
+    parts = [part for message in messages for part in _parts(message)]
+    return [part["image"] for part in parts if part.get("type") == "image" or "image" in part]
 
 
 def _answers(record: dict[str, Any], where: str) -> tuple[list[str] | None, str]:
@@ -67,16 +83,21 @@ def _answers(record: dict[str, Any], where: str) -> tuple[list[str] | None, str]
     return answers, metric
 
 
-def _check_messages(example: Example, folder: Path) -> None:
-    """Raises ValueError, TypeError for what no chat template takes, and for pictures that are not in the folder."""
-    texts = (example.category, example.language)
-    if not isinstance(example.messages, list) or not all(isinstance(text, str) for text in texts):
-        raise TypeError("messages are a list, category and language texts")
-    for message in example.messages:
-        parts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
+def check_messages(messages: list[dict[str, Any]], folder: Path) -> None:
+    """Raises ValueError, TypeError, KeyError or AttributeError for what no chat template takes, for what MNN's engine
+    cannot be given, and for pictures that are not in the folder."""
+    if not isinstance(messages, list):
+        raise TypeError("messages are a list")
+    for message in messages:
+        parts = _parts(message)
         if not isinstance(message["role"], str) or not all(isinstance(part.get("text", ""), str) for part in parts):
             raise TypeError("roles and contents are texts")
-    for name in example.pictures:
+        for part in parts:
+            kind = part.get("type", "text")
+            if other := ({kind} | part.keys()) & NOT_TAKEN.keys():
+                name = min(other)
+                raise ValueError(f"a part of it is {NOT_TAKEN[name]}")
+    for name in picture_names(messages):
         inside(folder, name)
 
 
@@ -92,7 +113,9 @@ def _parse(line: str, where: str, folder: Path) -> Example:
             answers=answers,
             metric=metric,
         )
-        _check_messages(example, folder)
+        if not isinstance(example.category, str) or not isinstance(example.language, str):
+            raise TypeError("category and language are texts")
+        check_messages(example.messages, folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationSetError(
             f"{where} is not an example ({type(error).__name__}: {error}); see docs/evaluation.md"

@@ -11,14 +11,10 @@ import numpy as np
 from hf2mnn.errors import EvaluationSetError, SourceError
 from hf2mnn.reference.text import AnswerDecoder
 from hf2mnn.source.facts import sees
-from hf2mnn.untrusted import at_most
+from hf2mnn.untrusted import TEMPLATE_SECONDS, at_most
 
 if TYPE_CHECKING:
     from PIL import Image
-
-
-TEMPLATE_SECONDS = 10.0
-"""Honest templates take milliseconds."""
 
 
 @dataclass(frozen=True)

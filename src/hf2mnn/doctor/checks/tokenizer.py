@@ -12,7 +12,7 @@ from hf2mnn.doctor.patient import Bundle
 from hf2mnn.errors import BundleError, SourceError
 from hf2mnn.families import family_named
 from hf2mnn.mnn.template import unsupported
-from hf2mnn.mnn.tokenizer import encode_tokenizer
+from hf2mnn.mnn.tokenizer import encode_tokenizer, unreached_words
 from hf2mnn.mnn.tokenizer_file import HUGGINGFACE, TokenizerFile, parse_tokenizer
 from hf2mnn.source.checkpoint import Checkpoint
 
@@ -151,6 +151,26 @@ def tokenizer_differs(bundle: Bundle) -> Iterator[Finding]:
         )
 
 
+def tokenizer_merges(bundle: Bundle) -> Iterator[Finding]:
+    if bundle.checkpoint is None or bundle.tokenizer.kind not in COMPARED:
+        return
+    try:
+        words = unreached_words(bundle.checkpoint.folder)
+    except SourceError:
+        return
+    if words:
+        yield Finding(
+            "tokenizer_merges",
+            Severity.WARNING,
+            bundle.file("tokenizer_file").name,
+            "some words that are one token are read as several",
+            f"{len(words)} tokens that no merges lead to ({', '.join(map(repr, words[:NAMED]))}); the checkpoint's"
+            " tokenizer has ignore_merges, which the engine does not know",
+            "the model reads these words, rare ones most of the time, in a spelling that it saw less often",
+            "feed the engine the ids of the checkpoint's tokenizer where that matters",
+        )
+
+
 def template_of(bundle: Bundle) -> tuple[str, str]:
     """The chat template that the engine renders, and where it stands."""
     given = bundle.model.get("jinja")
@@ -199,4 +219,4 @@ def chat_template(bundle: Bundle) -> Iterator[Finding]:
         )
 
 
-CHECKS = (tokenizer_unreadable, tokenizer_ids, special_tokens, tokenizer_differs, chat_template)
+CHECKS = (tokenizer_unreadable, tokenizer_ids, special_tokens, tokenizer_differs, tokenizer_merges, chat_template)

@@ -1,4 +1,4 @@
-"""One prompt."""
+"""One conversation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hf2mnn.mnn.worker.session import Engine, picture_grid, picture_input
+from hf2mnn.mnn.template import engine_messages
+from hf2mnn.mnn.worker.session import Engine, picture_grid, picture_input, tag_pictures
 
 
 def run(job: dict[str, Any]) -> None:
@@ -16,11 +17,11 @@ def run(job: dict[str, Any]) -> None:
     engine, limit = Engine(Path(job["bundle"]), job["threads"]), job["max_new_tokens"]
     arrays = [np.load(path) for path in job["pictures"]]
     pictures = [picture_input(rgb) for rgb in arrays]
-    tags = "".join(f"<img>image_{index}</img>" for index in range(len(pictures)))
-    prompt = engine.native.apply_chat_template(tags + job["prompt"])
     if job["as_called"]:
-        _, answer = engine.as_called(prompt, pictures, limit)
+        prompt = engine.native.apply_chat_template(engine_messages(job["messages"]))
+        _, answer = engine.as_called(tag_pictures(prompt, engine.family.image_text), pictures, limit)
     else:
+        prompt = tag_pictures(job["prompt"], engine.family.image_text)
         ids = engine.llm.tokenizer_encode({"text": prompt, "images": pictures})
         grids = [picture_grid(rgb, engine.model) for rgb in arrays]
         positions = engine.family.position_ids(np.array(ids), grids, engine.model)

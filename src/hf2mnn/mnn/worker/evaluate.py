@@ -54,7 +54,7 @@ def run(job: dict[str, Any]) -> None:
         rows, greedy = engine.judge(example, [picture_input(picture.resized) for picture in pictures], limit)
         tensors[f"examples/{example.id}/logits"] = rows
         tensors[f"examples/{example.id}/greedy_ids"] = np.array(greedy, np.int64)
-        prompt = tag_pictures(example.prompt, engine.family.image_text) if pictures else example.prompt
+        prompt = tag_pictures(example.prompt, engine.family.image_text)
         asked, answered = engine.as_called(prompt, [picture_input(picture.original) for picture in pictures], limit)
         called[example.id] = {"prompt": asked, "answer": answered}
     for probe in golden.probes():

@@ -8,29 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from hf2mnn.mnn.template import environment
+from hf2mnn.mnn.template import render
 from hf2mnn.mnn.worker.session import Loaded, picture_input
 
 SIDE = 84
 """Pixels of a picture that every vision tower of the Qwen-VL families takes as it is (patches of 14, merged by two)."""
 SETTINGS = {"sampler_type": "greedy", "thread_num": 2}
-
-
-def by_jinja(template: str, chat: list[dict[str, str]], tokens: dict[str, str]) -> str | None:
-    """A chat as transformers renders it; None where the template refuses it. A stranger's template runs no code."""
-    sandbox = environment(ImmutableSandboxedEnvironment)
-
-    def refuse(message: str) -> str:
-        raise TemplateError(message)
-
-    sandbox.globals["raise_exception"] = refuse
-    try:
-        return sandbox.from_string(template).render(messages=chat, add_generation_prompt=True, **tokens)
-    except (TemplateError, TypeError, ValueError, OverflowError, ArithmeticError, LookupError, RecursionError):
-        return None
 
 
 def picture() -> np.ndarray:
@@ -72,7 +56,7 @@ def run(job: dict[str, Any]) -> None:
     seen = tag + prompt
     if job["template"]:
         reach("template")
-        right = by_jinja(job["template"], job["chat"], job["tokens"])
+        right = render(job["template"], job["chat"], job["tokens"])
         found["template"] = [engine.native.apply_chat_template(job["chat"]), right]
         prompt, seen = engine.native.apply_chat_template(prompt), engine.native.apply_chat_template(seen)
     reach("text")

@@ -207,5 +207,5 @@ def image_runs(ids: list[int], image: int | None) -> Iterator[tuple[int, int]]:
 
 def tag_pictures(prompt: str, image_text: str) -> str:
     """The template's picture (start, pad, end) as the tag that the engine looks for, numbered in order."""
-    parts = prompt.split(image_text)
+    parts = prompt.split(image_text) if image_text else [prompt]
     return parts[0] + "".join(f"<img>image_{i}</img>{part}" for i, part in enumerate(parts[1:]))
