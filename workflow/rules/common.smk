@@ -3,7 +3,6 @@ import json
 import os
 import shlex
 import sys
-from functools import cache
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -157,18 +156,18 @@ def rows(wildcards):
     return json.dumps(described, sort_keys=True)
 
 
-@cache
 def weights_of(model):
-    """How many weights a model has, or a typical one before it is known."""
+    """How many weights a model has. That of a hub is taken for a typical one until it is fetched: Snakemake asks again
+    for each job that can start."""
     source = CONFIG.models[model].source
-    return model_size(source.path, source.pin).weights
+    return model_size(source.path or f"results/{model}/source", source.pin).weights
 
 
 def by_size(figure):
-    """A resource that grows with the model."""
+    """A resource that grows with the model, and with each attempt: a scheduler stops what is over it."""
 
-    def of(wildcards):
-        return figure(weights_of(wildcards.model))
+    def of(wildcards, attempt):
+        return figure(weights_of(wildcards.model)) * attempt
 
     return of
 

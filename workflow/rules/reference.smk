@@ -10,6 +10,8 @@ rule fetch_evaluation:
         "benchmarks/fetch_evaluation/{model}.tsv"
     wildcard_constraints:
         model=names(model for model in CONFIG.models if labelled(model)),
+    retries: 0
+    localrule: True
     conda:
         "../../envs/torch.yaml"
     threads: 1

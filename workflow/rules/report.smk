@@ -37,6 +37,8 @@ rule join_tables:
         "logs/join_tables/all.log",
     benchmark:
         "benchmarks/join_tables/all.tsv"
+    retries: 0
+    localrule: True
     conda:
         "../../envs/report.yaml"
     threads: 1
@@ -59,6 +61,8 @@ rule check_gates:
         "logs/check_gates/all.log",
     benchmark:
         "benchmarks/check_gates/all.tsv"
+    retries: 0
+    localrule: True
     conda:
         "../../envs/report.yaml"
     threads: 1

@@ -8,6 +8,8 @@ rule fetch_source:
         "logs/fetch_source/{model}.log",
     benchmark:
         "benchmarks/fetch_source/{model}.tsv"
+    retries: 0
+    localrule: True
     conda:
         "../../envs/torch.yaml"
     threads: 1
