@@ -6,7 +6,7 @@ BIN := .venv/bin
 SET_UP := .venv/set-up
 LLMEXPORT := .venv-llmexport/set-up
 
-.PHONY: help setup demo test fuzz test-slow test-browser test-faults test-kills lint format schema bench bench-quant bench-quant-2b train-shapes-vl clean
+.PHONY: help setup demo test fuzz test-slow test-browser test-cluster test-faults test-kills lint format schema bench bench-quant bench-quant-2b train-shapes-vl clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -39,6 +39,9 @@ test-slow: $(SET_UP) ## a run that is killed, and the bench on a small model
 
 test-browser: $(SET_UP) ## the report in a real browser; needs Chromium on the PATH or in CHROMIUM
 	$(BIN)/pytest tests/browser
+
+test-cluster: $(SET_UP) ## the pipeline on a SLURM of one node, started here; as root on Linux with slurm-wlm and munge (about N minutes)
+	$(BIN)/pytest tests/cluster
 
 test-faults: $(SET_UP) ## full disks, too little memory, no network, killed stages; as root on Linux (about 15 minutes)
 	$(BIN)/pytest tests/machine

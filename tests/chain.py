@@ -8,9 +8,9 @@ from pathlib import Path
 from support import SHAPES_VL, run_cli
 
 
-def few_examples(folder: Path, count: int) -> None:
-    """The first examples of the embedded model's evaluation set."""
-    whole = SHAPES_VL / "evaluation"
+def few_examples(folder: Path, count: int, chosen: str = "evaluation") -> None:
+    """The first examples of the embedded model's evaluation or calibration set."""
+    whole = SHAPES_VL / chosen
     folder.mkdir()
     lines = (whole / "examples.jsonl").read_text().splitlines()[:count]
     (folder / "examples.jsonl").write_text("\n".join(lines))

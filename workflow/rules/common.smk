@@ -7,8 +7,9 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-# The tools stand beside the Python that runs Snakemake, whether or not its environment is active; `logged` is ours.
-TOOLS = [str(Path(sys.executable).parent), str(Path(workflow.basedir, "workflow"))]
+# `logged` and `hf2mnn` are those in this folder; the latter runs in a stage's environment, or with the Python that runs
+# Snakemake, whether or not that one's environment is active.
+TOOLS = [str(Path(workflow.basedir, "workflow")), str(Path(sys.executable).parent)]
 os.environ.update(PATH=os.pathsep.join([*TOOLS, os.environ.get("PATH", os.defpath)]))
 
 from hf2mnn.config import parse_config
@@ -24,10 +25,20 @@ try:
 except Hf2mnnError as error:
     raise WorkflowError(str(error)) from None
 
+if workflow.storage_settings.default_storage_provider:
+    raise WorkflowError(
+        "stages read and write folders, which object storage does not have: take --default-storage-provider away, and let"
+        " the run's folder lie on a file system that all nodes mount (docs/cluster.md)"
+    )
+
 
 def names(values):
     """A wildcard constraint that takes these names and nothing else."""
     return "|".join(name.replace(".", r"\.") for name in values) or "(?!)"
+
+
+# That a run on this machine was given; a scheduler's job has its own number, which says nothing of the run.
+CORES = None if workflow.remote_exec else workflow.resource_settings.cores
 
 
 wildcard_constraints:
@@ -172,9 +183,17 @@ def by_size(figure):
     return of
 
 
+SNAKEMAKE_MB = 400
+"""A scheduler's job holds Snakemake twice beside its stage: the one that it starts, and the one that srun starts."""
+
+
 def memory(stage):
     """mem_mb of a stage."""
-    return by_size(STAGES[stage].memory_mb)
+
+    def figure(weights):
+        return STAGES[stage].memory_mb(weights) + (SNAKEMAKE_MB if workflow.non_local_exec else 0)
+
+    return by_size(figure)
 
 
 def runtime(stage):

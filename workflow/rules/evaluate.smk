@@ -121,7 +121,7 @@ rule measure_speed:
         "benchmarks/measure_speed/{model}.tsv"
     conda:
         "../../envs/mnn.yaml"
-    threads: workflow.resource_settings.cores or CONFIG.speed.threads or CONFIG.threads
+    threads: CORES or CONFIG.speed.threads or CONFIG.threads
     resources:
         mem_mb=memory("engine"),
         runtime=runtime("engine"),

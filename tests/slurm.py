@@ -14,12 +14,21 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+from hub_server import Served
+from support import BIN, REPOSITORY
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "sinfo", "ip", "nsenter")
 HOST, NODE = "10.213.77.1", "10.213.77.2"
 PATIENCE = 20.0
 """Seconds within which a daemon answers."""
+PROFILE = [
+    *("--workflow-profile", REPOSITORY / "profiles" / "slurm"),
+    # A site asks less often; its stages take longer.
+    *("--slurm-init-seconds-before-status-checks", "5"),
+]
 CONFIG = """\
 ClusterName=hf2mnn
 SlurmctldHost={host}({address})
@@ -138,6 +147,7 @@ def one_node(folder: Path, cpus: int = 4) -> Iterator[dict[str, str]]:
     Raises:
         RuntimeError: the daemons do not answer, with what they have logged.
     """
+    Path("/etc/slurm").mkdir(exist_ok=True)
     for name in ("munge", "etc", "state", "spool"):
         (folder / name).mkdir(parents=True, mode=0o755)
     host = socket.gethostname().split(".")[0]
@@ -151,17 +161,57 @@ def one_node(folder: Path, cpus: int = 4) -> Iterator[dict[str, str]]:
         )
     )
     environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "etc" / "slurm.conf")}
-    munge = [f"--{name}={folder}/munge/{name.split('-')[0]}" for name in ("socket", "key-file", "pid-file", "seed-file")]
+    munge = [
+        f"--{name}={folder}/munge/{name.split('-')[0]}" for name in ("socket", "key-file", "pid-file", "seed-file")
+    ]
     with ExitStack() as stack:
         on_node = stack.enter_context(_network())
-        stack.enter_context(
-            _daemon(["munged", "--foreground", "--force", *munge], folder / "munged.log")
-        )
+        stack.enter_context(_daemon(["munged", "--foreground", "--force", *munge], folder / "munged.log"))
         conf = {"SLURM_CONF": environment["SLURM_CONF"]}
         _await(["munge", "--socket", f"{folder}/munge/socket", "--no-input"], "MUNGE:", folder, environment)
         stack.enter_context(_daemon(["slurmctld", "-D", "-i"], folder / "slurmctld.log", **conf))
         # A job's srun is given no SLURM_CONF by the plugin, so on the node the file is where it is looked for.
-        place = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/slurm && exec slurmd -D -N node', folder / "etc"]
+        place = [
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            'mount --bind "$0" /etc/slurm && exec slurmd -D -N node',
+            folder / "etc",
+        ]
         stack.enter_context(_daemon([*on_node, *place], folder / "slurmd.log", **conf))
         _await(["sinfo", "--noheader", "--format=%T"], "idle", folder, environment)
         yield environment
+
+
+@dataclass(frozen=True)
+class Site:
+    """environment: in which the commands of SLURM reach the node, and Snakemake's jobs the hub if they could."""
+
+    environment: dict[str, str]
+    hub: Served
+
+    def ask(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """A command of SLURM's."""
+        return subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
+
+    def queue(self, state: str = "all") -> list[str]:
+        """Ids of the jobs in a state; by default of those that wait or run."""
+        states = ["--states", state] if state != "all" else []
+        return self.ask("squeue", "--noheader", "--format=%i", *states).stdout.split()
+
+    def start(
+        self, *arguments: object, cwd: Path, profile: list[object] = PROFILE, **environment: str
+    ) -> subprocess.Popen[str]:
+        # Whoever runs the tests in the background has them ignore Ctrl-C, and their children with them.
+        words = ["env", "--default-signal=INT", BIN / "snakemake", "-s", REPOSITORY / "Snakefile", *profile, *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(
+            [*map(str, words)], cwd=cwd, env=self.environment | environment, start_new_session=True, **pipes
+        )
+
+    def snakemake(self, *arguments: object, cwd: Path, **others: object) -> tuple[int, str]:
+        """Exit code, and what it said."""
+        process = self.start(*arguments, cwd=cwd, **others)
+        said = process.communicate(timeout=900)[0]
+        return process.returncode, said
