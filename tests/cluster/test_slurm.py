@@ -83,7 +83,8 @@ def test_job_over_its_memory_is_told_and_gets_more(site: Site, copy: Workspace) 
 def test_cancelled_run_leaves_nothing_and_goes_on(site: Site, copy: Workspace, at_home: Workspace) -> None:
     """Ctrl-C, while a job runs that needs a while: its job ends with it, and the same command makes the rest."""
     results = copy.folder / "results" / "shapes-vl"
-    shutil.rmtree(results / "onnx")
+    for folder in ("onnx", "mnn"):
+        shutil.rmtree(results / folder)
     target = "results/shapes-vl/mnn/base/manifest.json"
     process = site.start(target, cwd=copy.folder)
     until(lambda: half_made(copy))

@@ -85,8 +85,10 @@ def continue_conversation(
         raise BundleError(f"{folder} was not made by hf2mnn: its {MODEL_CONFIG} does not say which model it is")
     check_facts(model, folder / MODEL_CONFIG)
     family = family_named(model.get("model_type"), folder)
+    if images and not family.sees:
+        raise EvaluationSetError(f"{folder} is a {family.model_type}, which does not see; ask it without pictures")
     prompt = _prompt(folder, messages)
-    if prompt.count(family.image_text) != len(images):
+    if images and prompt.count(family.image_text) != len(images):
         raise EvaluationSetError(
             f"the chat template wrote {prompt.count(family.image_text)} pictures for {len(images)} in the messages"
         )
