@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 import shutil
@@ -120,4 +121,5 @@ def test_run_from_elsewhere_with_the_sites_temporary_folder(site: Site, copy: Wo
     assert code == 0, said
     assert (results / "reference" / "manifest.json").exists()
     assert list(elsewhere.iterdir()) == []
-    assert list(scratch.iterdir()) == []
+    # PyTorch makes an empty folder for what it would compile.
+    assert [path for path in scratch.rglob("*") if path.name != f"torchinductor_{getpass.getuser()}"] == []
