@@ -40,7 +40,7 @@ test-slow: $(SET_UP) ## a run that is killed, and the bench on a small model
 test-browser: $(SET_UP) ## the report in a real browser; needs Chromium on the PATH or in CHROMIUM
 	$(BIN)/pytest tests/browser
 
-test-cluster: $(SET_UP) ## the pipeline on a SLURM of one node, started here; as root on Linux with slurm-wlm and munge (about 10 minutes)
+test-cluster: $(SET_UP) ## the pipeline on a SLURM of one node, started here; as root on Linux with slurm-wlm and munge (10 to 20 minutes)
 	$(BIN)/pytest tests/cluster
 
 test-faults: $(SET_UP) ## full disks, too little memory, no network, killed stages; as root on Linux (about 15 minutes)
