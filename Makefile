@@ -6,7 +6,7 @@ BIN := .venv/bin
 SET_UP := .venv/set-up
 LLMEXPORT := .venv-llmexport/set-up
 
-.PHONY: help setup demo test fuzz test-slow test-browser test-cluster test-faults test-kills lint format schema bench bench-quant bench-quant-2b train-shapes-vl clean
+.PHONY: help setup demo test fuzz test-families test-slow test-browser test-cluster test-faults test-kills lint format schema bench bench-quant bench-quant-2b train-shapes-vl clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,8 +34,11 @@ test: $(SET_UP) ## all tests, the real pipeline on the embedded model among them
 fuzz: $(SET_UP) ## 100,000 hostile files for all parsers; SEED=n tries those of an earlier run
 	$(BIN)/pytest tests/fuzz --hypothesis-profile=long --hypothesis-seed=$(SEED)
 
+test-families: $(SET_UP) ## every family of models from a checkpoint to answers (about 3 minutes on 2 cores)
+	$(BIN)/pytest tests/families -m "slow or not slow" --numprocesses auto --dist loadgroup
+
 test-slow: $(SET_UP) ## a run that is killed, and the bench on a small model
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --ignore tests/families
 
 test-browser: $(SET_UP) ## the report in a real browser; needs Chromium on the PATH or in CHROMIUM
 	$(BIN)/pytest tests/browser

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf2mnn.source.synth import Shape
 from support import SHAPES_VL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+TEXT_IDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 MROPE = {"rope_type": "default", "rope_theta": 1e6}
 LLAMA3 = {
@@ -29,18 +31,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Settings of a configuration by transformers' names; `images` are those of the image processor."""
+class Small(Shape):
+    """`images` are settings of the image processor."""
 
-    model_type: str
-    text: dict[str, Any]
-    vision: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Any] = field(default_factory=dict)
-    tied: bool = False
     seed: int = 0
 
 
@@ -51,13 +50,14 @@ def _text(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, head_di
 
 
 SHAPES = {
-    "qwen2-vl": Shape(
+    "qwen2-vl": Small(
         "qwen2_vl",
         _text(3, 192, 320, 6, 3, None, rope_parameters={**MROPE, "mrope_section": [4, 6, 6]}),
         {"depth": 2, "embed_dim": 96, "num_heads": 3, "hidden_size": 192},
+        tied=False,
     ),
     # Windows of 8 x 8 patches in two blocks of three; yarn stretches the rotary positions.
-    "qwen2.5-vl": Shape(
+    "qwen2.5-vl": Small(
         "qwen2_5_vl",
         _text(4, 256, 448, 8, 1, None, rope_parameters={**YARN, "mrope_section": [4, 6, 6]}),
         {
@@ -72,7 +72,7 @@ SHAPES = {
         seed=1,
     ),
     # Deepstack of three blocks; eight heads of 32 in a hidden size of 192.
-    "qwen3-vl": Shape(
+    "qwen3-vl": Small(
         "qwen3_vl",
         _text(5, 192, 288, 8, 4, 32, rope_parameters={**MROPE, "mrope_section": [6, 5, 5]}),
         {
@@ -84,46 +84,46 @@ SHAPES = {
             "num_position_embeddings": 49,
             "deepstack_visual_indexes": [0, 2, 3],
         },
-        {"patch_size": 16, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
+        tied=False,
+        images={"patch_size": 16, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
     ),
-    "qwen2": Shape(
-        "qwen2", _text(4, 160, 288, 5, 5, None, rope_parameters={"rope_type": "default", "rope_theta": 1e4}), tied=True
+    "qwen2": Small(
+        "qwen2", _text(4, 160, 288, 5, 5, None, rope_parameters={**MROPE, "rope_theta": 1e4}), {}, tied=True
     ),
-    "qwen3": Shape("qwen3", _text(5, 128, 352, 8, 4, 48, rope_parameters=YARN)),
+    "qwen3": Small("qwen3", _text(5, 128, 352, 8, 4, 48, rope_parameters=YARN), {}, tied=False),
     # Biases everywhere, as Llama may have them.
-    "llama": Shape(
-        "llama", _text(4, 256, 416, 8, 1, 32, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3), tied=True
+    "llama": Small(
+        "llama",
+        _text(4, 256, 416, 8, 1, 32, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3),
+        {},
+        tied=True,
     ),
-    "mistral": Shape(
-        "mistral",
-        _text(4, 128, 224, 6, 2, 32, sliding_window=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "smollm3": Small(
+        "smollm3", _text(4, 128, 224, 6, 2, 32, no_rope_layers=[1, 1, 1, 0], rope_parameters=MROPE), {}, tied=True
+    ),
+    "mistral": Small(
+        "mistral", _text(4, 128, 224, 6, 2, 32, sliding_window=None, rope_parameters=LINEAR), {}, tied=False
     ),
 }
 
 
 def configuration(shape: Shape) -> PreTrainedConfig:
     """transformers' configuration, with shapes-vl's vocabulary and special tokens."""
-    from transformers import AutoConfig
-
     stored = json.loads((SHAPES_VL / "config.json").read_text())
-    text = {key: stored["text_config"][key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
-    text |= shape.text
-    if not shape.vision:
-        return AutoConfig.for_model(shape.model_type, tie_word_embeddings=shape.tied, **text)
-    tied = {"tie_word_embeddings": shape.tied}
-    parts = {"text_config": text | tied, "vision_config": shape.vision}
-    return AutoConfig.for_model(shape.model_type, **parts, **tied, **{key: stored[key] for key in IDS if key in stored})
+    config = replace(shape, text={key: stored["text_config"][key] for key in TEXT_IDS} | shape.text).config()
+    for key in IDS if shape.vision else ():
+        setattr(config, key, stored[key])
+    return config
 
 
-def make_small(shape: Shape, folder: Path) -> Path:
+def make_small(shape: Small, folder: Path) -> Path:
     """Write a checkpoint of bfloat16 weights, large enough that its answers differ from prompt to prompt."""
     import torch
     import transformers
 
-    from hf2mnn.families import FAMILIES
-
+    config = configuration(shape)
     torch.manual_seed(shape.seed)
-    model = getattr(transformers, FAMILIES[shape.model_type].architecture)(configuration(shape))
+    model = getattr(transformers, config.architectures[0])(config)
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=0.6 / parameter[0].numel() ** 0.5)

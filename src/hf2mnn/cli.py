@@ -583,7 +583,12 @@ def tune(
 @app.command(epilog=_example("hf2mnn synth --like qwen2-vl-2b --tokenizer models/shapes-vl --out /data/synthetic-2b"))
 def synth(
     out: Out,
-    like: Annotated[str, typer.Option(help="Shape: qwen2-vl-2b or qwen2-vl-7b.")],
+    like: Annotated[
+        str,
+        typer.Option(
+            help="Shape of a real model: qwen2-vl-2b, qwen2.5-vl-3b, qwen3-vl-2b, qwen3-0.6b, llama-3.2-1b, ..."
+        ),
+    ],
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder whose tokenizer, template and processor settings are taken.")
     ] = None,

@@ -64,9 +64,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("qwen2-vl-2b", 2_208_985_600), ("qwen2-vl-7b", 8_291_375_616)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("qwen2-vl-2b", 2_208_985_600),
+        ("qwen2-vl-7b", 8_291_375_616),
+        ("qwen2.5-vl-3b", 3_754_622_976),
+        ("qwen3-vl-2b", 2_127_532_032),
+        ("qwen3-0.6b", 596_049_920),
+        ("llama-3.2-1b", 1_235_814_400),
+    ],
+)
 def test_shapes_have_as_many_parameters_as_the_real_models(name: str, parameters: int) -> None:
-    """The numbers that the hub shows for Qwen2-VL-2B-Instruct and -7B-Instruct."""
+    """The numbers that the hub shows for the -Instruct models of these names."""
     assert sum(map(prod, tensors_of(SHAPES[name].config()).values())) == parameters
 
 

@@ -12,10 +12,12 @@ from hf2mnn.families.qwen2_5_vl import Qwen25VL
 from hf2mnn.families.qwen2_vl import Qwen2VL
 from hf2mnn.families.qwen3 import Qwen3
 from hf2mnn.families.qwen3_vl import Qwen3VL
+from hf2mnn.families.smollm3 import SmolLM3
 from hf2mnn.families.vision import VisionFamily
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen2(), Qwen3(), Llama(), Mistral())
+    family.model_type: family
+    for family in (Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen2(), Qwen3(), Llama(), Mistral(), SmolLM3())
 }
 NOT_CONVERTED = {"moe": "a mixture of experts", "next": "linear attention", "mamba": "a state space model"}
 """What a part of a model type says of why it is none of them."""

@@ -61,31 +61,37 @@ class Shape:
         """transformers' configuration, with the special token ids of the family."""
         from transformers import AutoConfig
 
-        config = AutoConfig.for_model(
-            self.model_type, text_config=self.text, vision_config=self.vision, tie_word_embeddings=self.tied
-        )
-        config.architectures = [FAMILIES[self.model_type].architecture]
+        family, tied = FAMILIES[self.model_type], {"tie_word_embeddings": self.tied}
+        text = {**self.text, **tied}
+        parts = {"text_config": text, "vision_config": self.vision, **tied} if family.sees else text
+        config = AutoConfig.for_model(self.model_type, **parts)
+        config.architectures = [family.architecture]
         config.dtype = "bfloat16"
         return config
 
 
+def _text(
+    layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, head_dim: int, rope: dict[str, Any], **more: Any
+) -> dict[str, Any]:
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": mlp, "head_dim": head_dim}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 32768}
+    return {
+        "vocab_size": 151936,
+        **sizes,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **rope},
+        **more,
+    }
+
+
+QWEN_IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643}
+
+
 def _qwen2_vl(hidden: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, tied: bool) -> Shape:
     """What the 2B and the 7B have in common: 28 layers, the vision tower but for its last width."""
-    text = {
-        "hidden_size": hidden,
-        "num_hidden_layers": 28,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": mlp,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 32768,
-        "max_window_layers": 28,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "pad_token_id": 151643,
-    }
+    rope = {"mrope_section": [16, 24, 24]}
+    own = {"vocab_size": vocabulary, "max_window_layers": 28, "rms_norm_eps": 1e-6, **QWEN_IDS}
+    text = _text(28, hidden, mlp, heads, kv_heads, hidden // heads, rope, **own)
+    del text["head_dim"]
     vision = {
         "depth": 32,
         "embed_dim": 1280,
@@ -99,9 +105,46 @@ def _qwen2_vl(hidden: int, heads: int, kv_heads: int, mlp: int, vocabulary: int,
     return Shape("qwen2_vl", text, vision, tied)
 
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+
 SHAPES = {
     "qwen2-vl-2b": _qwen2_vl(hidden=1536, heads=12, kv_heads=2, mlp=8960, vocabulary=151936, tied=True),
     "qwen2-vl-7b": _qwen2_vl(hidden=3584, heads=28, kv_heads=4, mlp=18944, vocabulary=152064, tied=False),
+    "qwen2.5-vl-3b": Shape(
+        "qwen2_5_vl",
+        _text(36, 2048, 11008, 16, 2, 128, {"mrope_section": [16, 24, 24]}, rms_norm_eps=1e-6, **QWEN_IDS),
+        {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 2048,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        tied=True,
+    ),
+    "qwen3-vl-2b": Shape(
+        "qwen3_vl",
+        _text(28, 2048, 6144, 16, 8, 128, {"rope_theta": 5e6, "mrope_section": [24, 20, 20]}, **QWEN_IDS),
+        {
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_heads": 16,
+            "out_hidden_size": 2048,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+        tied=True,
+    ),
+    "qwen3-0.6b": Shape("qwen3", _text(28, 1024, 3072, 16, 8, 128, {}, **QWEN_IDS), {}, tied=True),
+    "llama-3.2-1b": Shape(
+        "llama",
+        _text(16, 2048, 8192, 32, 8, 64, LLAMA3, vocab_size=128256, bos_token_id=128000, eos_token_id=128009),
+        {},
+        tied=True,
+    ),
 }
 
 
@@ -231,14 +274,15 @@ def copy_tokenizer(tokenizer: Path, folder: Path, config: PreTrainedConfig) -> N
     Raises:
         SourceError: a file that the `source` stage asks for is missing, or an id is outside the vocabulary.
     """
-    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+    sees = FAMILIES[config.model_type].sees
+    for name in ("config.json", "tokenizer.json", *(["preprocessor_config.json"] if sees else [])):
         if not (tokenizer / name).is_file():
             raise SourceError(f"{tokenizer} has no {name}: give the folder of a model that has the wanted tokenizer")
     for name in COPIED:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
     model, text = Checkpoint(tokenizer), config.get_text_config()
-    for part, names, stored in ((config, IDS, model.config), (text, TEXT_IDS, model.text_config)):
+    for part, names, stored in ((config, IDS if sees else (), model.config), (text, TEXT_IDS, model.text_config)):
         for name in names:
             ids = stored.get(name)
             largest = max(ids) if isinstance(ids, list) else ids

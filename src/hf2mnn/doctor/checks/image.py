@@ -73,7 +73,7 @@ def image_sizes(bundle: Bundle) -> Iterator[Finding]:
     own = bundle.model.get("hf2mnn")
     if bundle.checkpoint and isinstance(own, dict):
         right = model_facts(bundle.checkpoint)
-        for key, value, wanted in differing(own, {key: right[key] for key in NOTED}):
+        for key, value, wanted in differing(own, {key: right[key] for key in NOTED if key in right}):
             yield Finding(
                 "image_sizes",
                 Severity.ERROR,

@@ -100,12 +100,11 @@ class Engine(Loaded):
         self.llm.set_config({"all_logits": True})
         try:
             self._leave_pictures()
-            self.move(position)
-            first, rows = self._leave_deepstack(ids), []
-            for part in (first, ids[len(first) :]):
-                if part:
-                    rows.append(self._checked(self.llm.forward(part).read()).reshape(len(part), -1))
-                    self.move(position + len(part))
+            rows, read = [], 0
+            for part in self._parts(ids):
+                self.move(position + read)
+                rows.append(self._checked(self.llm.forward(part).read()).reshape(len(part), -1))
+                read += len(part)
             return np.concatenate(rows)
         finally:
             self.llm.set_config({"all_logits": False})
@@ -125,21 +124,20 @@ class Engine(Loaded):
         """Encoding an empty prompt makes the engine forget a picture's positions; then it counts from the context."""
         self.llm.tokenizer_encode("")
 
-    def _leave_deepstack(self, ids: list[int]) -> list[int]:
-        """What must be read alone before the rest of a text: of a model with deepstack the first token, for the engine
-        adds what it has seen to any longer text that comes next (`Omni::embedding`)."""
-        return ids[:1] if self.family.deepstack else []
+    def _parts(self, ids: list[int]) -> list[list[int]]:
+        """A text as it must be read: of a model with deepstack the first token by itself, for the engine adds what it
+        has seen of a picture to whatever longer text comes next (`Omni::embedding`)."""
+        return [ids[:1], ids[1:]] if self.family.deepstack and len(ids) > 1 else [ids]
 
     def text(self, ids: list[int], position: int) -> np.ndarray:
         """Logits [vocabulary] after a text that joins the cache at `position`."""
         self._leave_pictures()
-        self.move(position)
-        first = self._leave_deepstack(ids)
-        if first and len(ids) > 1:
-            self.logits(first)
-            self.move(position + 1)
-            ids = ids[1:]
-        return self.logits(ids)
+        read = 0
+        for part in self._parts(ids):
+            self.move(position + read)
+            row = self.logits(part)
+            read += len(part)
+        return row
 
     def prefill(self, ids: list[int], positions: np.ndarray, pictures: list[dict[str, Any]]) -> np.ndarray:
         """Logits [vocabulary] after a prompt, every token at its right position [rows, tokens].
