@@ -3,6 +3,7 @@ configfile: "config.yaml"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/toolchain.smk"
 include: "workflow/rules/source.smk"
 include: "workflow/rules/reference.smk"
 include: "workflow/rules/onnx.smk"
@@ -25,6 +26,7 @@ rule all:
     input:
         "results/summary.csv",
         "results/gates.txt",
+        comparisons,
 
 
 onstart:

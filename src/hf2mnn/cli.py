@@ -346,12 +346,17 @@ def compare(
     speed: Annotated[
         bool, typer.Option("--speed", help="Time the bundles of both against each other now, in turns.")
     ] = False,
+    toolchain: Annotated[
+        Path | None,
+        typer.Option(help="Folder of 'hf2mnn toolchain' with which the other version was made, for --speed."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for changes.csv and changes.md.")] = None,
 ) -> None:
     """Say what is better, worse and slower in another version of a model, and which layer changed first; or, with
     --layers, where each variant leaves PyTorch."""
+    from hf2mnn.report.changes import write_changes
     from hf2mnn.report.console import print_layers, print_table, print_versions
-    from hf2mnn.report.report import read_report
-    from hf2mnn.report.versions import compare_versions, time_both
+    from hf2mnn.report.versions import compare_versions, read_report, time_both
 
     found = [read_report(folder, variant) for folder in (one, other) if folder]
     for evidence, table in found:
@@ -359,8 +364,28 @@ def compare(
         if layers:
             print_layers(evidence)
     if len(found) == 2:
-        both = [evidence for evidence, _ in found]
-        print_versions(compare_versions(*both, speeds=time_both(*both) if speed else None))
+        both, tables = zip(*found, strict=True)
+        python = toolchain.resolve() / "bin" / "python" if toolchain else None
+        speeds = time_both(*both, python) if speed else None
+        versions = compare_versions(*both, speeds=speeds)
+        print_versions(versions)
+        if out:
+            write_changes(out, versions, tables, speeds or ({}, {}))
+
+
+@app.command(epilog=_example("""hf2mnn toolchain '{"pins": {"MNN": "3.6.0"}}' --out .toolchains/mnn-3.6.0"""))
+def toolchain(
+    asked: Annotated[str, typer.Argument(help="What config.yaml has under toolchains.NAME, JSON: pins, others.")],
+    out: Out,
+    requirements: Annotated[Path, typer.Option(help="Pins of the packages that are not asked for.")] = Path(
+        "requirements.txt"
+    ),
+) -> None:
+    """Make an environment with other releases of the tools; its bin/hf2mnn runs every stage with them."""
+    from hf2mnn.config import Toolchain, parse_json
+    from hf2mnn.toolchain import make_toolchain
+
+    make_toolchain(out, requirements, Toolchain(**parse_json(Toolchain, asked, "TOOLCHAIN")))
 
 
 @app.command(epilog=_example("hf2mnn summarize results/*/summary.csv --out results/summary.csv"))
@@ -377,6 +402,7 @@ def summarize(
 @app.command(epilog=_example("hf2mnn table results/summary.csv"))
 def table(path: Annotated[Path, typer.Argument(help="A summary.csv.")]) -> None:
     """Print a comparison, and say where the pages lie."""
+    from hf2mnn.report.changes import PAGE
     from hf2mnn.report.console import print_table
     from hf2mnn.report.table import read_table
 
@@ -386,6 +412,8 @@ def table(path: Annotated[Path, typer.Argument(help="A summary.csv.")]) -> None:
         page = path.parent / model / "report.html"
         if page.exists():
             print(f"report: {page}")
+        if (changes := page.with_name(PAGE)).exists():
+            print(f"\n{changes.read_text(encoding='utf-8')}")
 
 
 @app.command(epilog=_example("hf2mnn stages results"))

@@ -28,6 +28,7 @@ MOST_YAML, MOST_SETTINGS = 1 << 22, 1 << 16
 """Bytes, and lists and mappings, of a configuration or a plan."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+RELEASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 RESERVED = ("pytorch", "onnxruntime", "float", "base")
 """Names of rows of the table and of folders that are not variants."""
 
@@ -41,6 +42,12 @@ def _name(value: str) -> str:
 def _block(value: int) -> int:
     if value % 16:
         raise ValueError(f"block {value} is not a multiple of 16, which the engine needs; use 32, 64 or 128, or 0")
+    return value
+
+
+def _release(value: str) -> str:
+    if not RELEASE.fullmatch(value):
+        raise ValueError(f"{value!r} is not one release: give it whole, like '3.5.0'")
     return value
 
 
@@ -235,8 +242,8 @@ def _adapter_kind(value: Any) -> str:
     return "[repository]" if isinstance(value, dict | AdapterRepository) else "[folder]"
 
 
-class Source(_Strict):
-    """Where a checkpoint comes from: a folder here, a repository of a hub, or a pin of one."""
+class PartialSource(_Strict):
+    """Keys of a source: what one revision has otherwise than the others."""
 
     path: str | None = Field(None, description="Folder with config.json, relative to where Snakemake runs.")
     hub: Literal["huggingface", "modelscope"] = Field("huggingface", description="The hub that has the repository.")
@@ -259,6 +266,10 @@ class Source(_Strict):
     ) = Field(
         None, description="LoRA adapter (PEFT) to merge into the checkpoint: a folder here, or a repository of a hub."
     )
+
+
+class Source(PartialSource):
+    """Where a checkpoint comes from: a folder here, a repository of a hub, or a pin of one."""
 
     @model_validator(mode="after")
     def _one(self) -> Source:
@@ -289,7 +300,14 @@ def _evaluation_kind(value: Any) -> str:
 class Model(_Strict):
     """A checkpoint to convert."""
 
-    source: Source = Field(description="Where the checkpoint comes from.")
+    source: Source | None = Field(
+        None, description="Where the checkpoint comes from; with revisions, what they have in common."
+    )
+    revisions: Annotated[dict[Name, PartialSource], Field(min_length=1)] | None = Field(
+        None,
+        description="Several checkpoints of the model, the oldest first, by the name each will have: the keys of source"
+        " that are its own.",
+    )
     evaluation: Annotated[
         Annotated[str, Tag("[folder]")] | Annotated[LabelledSet, Tag("[labelled]")], Discriminator(_evaluation_kind)
     ] = Field(
@@ -304,6 +322,46 @@ class Model(_Strict):
     variants: Annotated[list[Name], Field(min_length=1)] | None = Field(
         None, description="Variants to make of this model; left out, all."
     )
+    toolchains: list[Name] | None = Field(
+        None, description="Toolchains to try with this model beside the pinned one; left out, all."
+    )
+
+    def source_of(self, revision: str | None) -> Source:
+        """Raises pydantic's ValidationError where the keys of both places are no source together."""
+        own = self.revisions[revision] if revision else PartialSource()
+        shared = self.source or PartialSource()
+        return Source(**shared.model_dump(exclude_unset=True) | own.model_dump(exclude_unset=True))
+
+
+class Toolchain(_Strict):
+    """Other releases of the tools, in an environment of their own."""
+
+    pins: dict[Name, Annotated[str, AfterValidator(_release)]] = Field(
+        {}, description="Release by package, in place of that of requirements.txt."
+    )
+    others: Literal["pinned", "newest"] = Field(
+        "pinned",
+        description="All other packages: pinned, as in requirements.txt, or the newest that pip finds and that fit.",
+    )
+
+    def release(self, package: str) -> str | None:
+        """Which release of a package is asked for; None for that of requirements.txt."""
+        pins = {canonical(name): release for name, release in self.pins.items()}
+        return pins.get(canonical(package), None if self.others == "pinned" else self.others)
+
+
+class Instance(Model):
+    """One of a model's versions in a run: a revision, made by a toolchain (None: the pinned one). Its results are
+    compared with those of the instance `before`."""
+
+    source: Source
+    toolchain: str | None = None
+    before: str | None = None
+
+
+def canonical(package: str) -> str:
+    """A package's name as an index spells it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 class Speed(_Strict):
@@ -335,6 +393,9 @@ class Config(_Strict):
     onnxruntime: Row = Field(Row(), description="The ONNX graphs in ONNX Runtime, a row of the table as well.")
     speed: Speed = Field(Speed(), description="How bundles are timed against each other.")
     calibration: Calibration = Field(Calibration(), description="For awq, gptq and bits: auto.")
+    toolchains: dict[Name, Toolchain] = Field(
+        {}, description="Other releases of the tools, by the name each will have, to compare with the pinned ones."
+    )
     threads: int = Field(2, ge=1, description="Threads of a job that computes; Snakemake lowers it to --cores.")
     time_limit: int = Field(7200, ge=1, description="Seconds after which an evaluation in the engine is stopped.")
 
@@ -344,6 +405,13 @@ class Config(_Strict):
             if name in RESERVED:
                 raise ValueError(f"variants.{name}: this name is taken by a row of the table; choose another")
         for model, described in self.models.items():
+            self._check_sources(model, described)
+            for name in described.toolchains or []:
+                if name not in self.toolchains:
+                    raise ValueError(
+                        f"models.{model}.toolchains: there is no toolchain {name}; there are"
+                        f" {', '.join(self.toolchains) or 'none'}"
+                    )
             for name in described.variants or []:
                 if described.variants.count(name) > 1:
                     raise ValueError(f"models.{model}.variants: {name} is named twice")
@@ -352,6 +420,42 @@ class Config(_Strict):
                         f"models.{model}.variants: there is no variant {name}; there are {', '.join(self.variants)}"
                     )
         return self
+
+    @staticmethod
+    def _check_sources(model: str, described: Model) -> None:
+        if described.source is None and described.revisions is None:
+            raise ValueError(f"models.{model}.source: this key is missing")
+        for revision in described.revisions or []:
+            try:
+                described.source_of(revision)
+            except ValidationError as error:
+                what = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"models.{model}.revisions.{revision}: {what}") from None
+
+    def expanded(self) -> Config:
+        """The same with an instance for each revision of a model and each toolchain, by its name:
+        MODEL@REVISION+TOOLCHAIN, without what there is only one of.
+
+        A revision is compared with the one before it, and what another toolchain makes with what the pinned one makes.
+        """
+        instances = {}
+        for model, described in self.models.items():
+            chosen = self.toolchains if described.toolchains is None else dict.fromkeys(described.toolchains)
+            before = None
+            for revision in described.revisions or [None]:
+                name = f"{model}@{revision}" if revision else model
+                shared = dict(described) | {"source": described.source_of(revision)}
+                instances[name] = Instance.model_construct(**shared, before=before)
+                for toolchain in chosen:
+                    instances[f"{name}+{toolchain}"] = Instance.model_construct(
+                        **shared, toolchain=toolchain, before=name
+                    )
+                before = name
+        return self.model_copy(update={"models": instances})
+
+    def toolchain_of(self, model: str) -> Toolchain:
+        """The releases that an instance asks for; none where it has the pinned ones."""
+        return self.toolchains.get(self.models[model].toolchain, Toolchain())
 
     def variants_of(self, model: str) -> list[str]:
         return self.models[model].variants or list(self.variants)
@@ -440,13 +544,13 @@ def _sentence(error: ValidationError) -> str:
 
 
 def parse_config(content: Any) -> Config:
-    """Check a mapping against the schema and against what can be seen of local checkpoints.
+    """Check a mapping against the schema and against what can be seen of local checkpoints; gives it `expanded`.
 
     Raises:
         ConfigError: one sentence with the path of the key.
     """
     try:
-        config = Config.model_validate(content)
+        config = Config.model_validate(content).expanded()
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from None
     for model, described in config.models.items():

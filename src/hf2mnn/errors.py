@@ -27,6 +27,10 @@ class ConfigError(Hf2mnnError):
     """config.yaml asks for something that cannot be."""
 
 
+class ToolchainError(Hf2mnnError):
+    """An environment with other releases of the tools cannot be made."""
+
+
 class SourceError(Hf2mnnError):
     """A checkpoint is missing, incomplete, or of a kind that is not converted."""
 

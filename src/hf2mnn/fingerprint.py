@@ -12,6 +12,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from hf2mnn.config import Toolchain
+
 PACKAGE = "hf2mnn"
 ROOT = Path(__file__).parent
 STAGES = {
@@ -28,6 +30,7 @@ STAGES = {
     "speed": "hf2mnn.evaluate.speed",
     "diagnose": "hf2mnn.evaluate.diagnose",
     "report": "hf2mnn.report.report",
+    "compare": "hf2mnn.report.changes",
 }
 # Packages whose release changes results, by the name under which they are imported.
 TOOLS = {
@@ -45,6 +48,9 @@ TOOLS = {
     "numba": "numba",
     "scipy": "scipy",
 }
+
+
+PINNED = Toolchain()
 
 
 def _file(module: str) -> Path | None:
@@ -97,8 +103,9 @@ def modules_of(stage: str) -> tuple[list[str], list[str]]:
     return sorted(ours), sorted(tools)
 
 
-def fingerprint(stage: str) -> str:
-    """16 hex digits over the code and the tool versions of a stage."""
+def fingerprint(stage: str, toolchain: Toolchain = PINNED) -> str:
+    """16 hex digits over the code and the tool versions of a stage: those that `toolchain` asks for, else those that
+    are installed here."""
     ours, tools = modules_of(stage)
     digest = hashlib.sha256()
     for module in ours:
@@ -108,7 +115,7 @@ def fingerprint(stage: str) -> str:
         digest.update(template.read_bytes())
     for package in tools:
         try:
-            digest.update(f"{package}=={version(package)}".encode())
+            digest.update(f"{package}=={toolchain.release(package) or version(package)}".encode())
         except PackageNotFoundError:
             digest.update(f"{package} not installed".encode())
     return digest.hexdigest()[:16]

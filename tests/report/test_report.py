@@ -23,8 +23,9 @@ from evidence import (
 from hf2mnn.errors import Hf2mnnError, ManifestError
 from hf2mnn.evaluate.figures import COLUMNS as FIGURE_COLUMNS
 from hf2mnn.report import report
-from hf2mnn.report.report import make_report, read_report
+from hf2mnn.report.report import make_report
 from hf2mnn.report.table import RowSpec, read_table
+from hf2mnn.report.versions import read_report
 
 SPECS = [RowSpec("onnxruntime", True, {}), RowSpec("fp32", True, {}), RowSpec("int4", True, {"findings": 0})]
 FILES = {"summary.csv", "summary.parquet", "figures.csv", "figures.parquet", "report.html"}

@@ -3,6 +3,7 @@ rule answer_calibration:
     input:
         source="results/{model}/source/manifest.json",
         calibration=calibration_files,
+        toolchain=toolchain_files,
     output:
         "results/{model}/calibration/examples.json",
         "results/{model}/calibration/golden.safetensors",
@@ -22,9 +23,9 @@ rule answer_calibration:
         calibration=lookup("{model}", within={m: v.calibration for m, v in CONFIG.models.items()}),
         max_new_tokens=lookup("{model}", within={m: v.max_new_tokens for m, v in CONFIG.models.items()}),
         out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("reference"),
+        fingerprint=stage_fingerprint("reference"),
     shell:
-        "logged {log:q} hf2mnn reference"
+        "logged {log:q} {input.toolchain:q} hf2mnn reference"
         " {params.source:q} --evaluation {params.calibration:q} --max-new-tokens {params.max_new_tokens}"
         " --threads {threads} --out {params.out:q}"
 
@@ -35,6 +36,7 @@ rule record_activations:
         source="results/{model}/source/manifest.json",
         calibration="results/{model}/calibration/manifest.json",
         evaluation="results/{model}/reference/manifest.json",
+        toolchain=toolchain_files,
     output:
         "results/{model}/activations/activations.safetensors",
         manifest="results/{model}/activations/manifest.json",
@@ -54,9 +56,9 @@ rule record_activations:
         evaluation=subpath(input.evaluation, parent=True),
         rows=CONFIG.calibration.rows,
         out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("activations"),
+        fingerprint=stage_fingerprint("activations"),
     shell:
-        "logged {log:q}"
+        "logged {log:q} {input.toolchain:q}"
         " hf2mnn activations {params.source:q} --calibration {params.calibration:q} --evaluation {params.evaluation:q}"
         " --rows {params.rows:q} --threads {threads} --out {params.out:q}"
 
@@ -66,6 +68,7 @@ rule measure_sensitivity:
     input:
         source="results/{model}/source/manifest.json",
         calibration="results/{model}/calibration/manifest.json",
+        toolchain=toolchain_files,
     output:
         "results/{model}/sensitivity/measured.csv",
         "results/{model}/sensitivity/candidates.csv",
@@ -86,9 +89,9 @@ rule measure_sensitivity:
         options=shlex.join(f"--bits={bits}" for bits in CONFIG.calibration.bits),
         examples=CONFIG.calibration.examples,
         out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("sensitivity"),
+        fingerprint=stage_fingerprint("sensitivity"),
     shell:
-        "logged {log:q} hf2mnn sensitivity {params.source:q} --calibration {params.calibration:q} {params.options}"
+        "logged {log:q} {input.toolchain:q} hf2mnn sensitivity {params.source:q} --calibration {params.calibration:q} {params.options}"
         " --examples {params.examples:q} --threads {threads} --out {params.out:q}"
 
 
@@ -97,6 +100,7 @@ rule choose_plan:
         sensitivity="results/{model}/sensitivity/manifest.json",
         onnx="results/{model}/onnx/manifest.json",
         base="results/{model}/mnn/base/manifest.json",
+        toolchain=toolchain_files,
     output:
         "results/{model}/plans/{variant}/plan.yaml",
         manifest="results/{model}/plans/{variant}/manifest.json",
@@ -119,8 +123,8 @@ rule choose_plan:
         budget=lookup("{variant}", within={v: c.budget for v, c in CONFIG.variants.items()}),
         embedding=lookup("{variant}", within={v: c.embedding for v, c in CONFIG.variants.items()}),
         out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("plan"),
+        fingerprint=stage_fingerprint("plan"),
     shell:
-        "logged {log:q}"
+        "logged {log:q} {input.toolchain:q}"
         " hf2mnn plan {params.sensitivity:q} --onnx {params.onnx:q} --base {params.base:q} --budget {params.budget:q}"
         " --embedding {params.embedding:q} --out {params.out:q}"

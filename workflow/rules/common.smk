@@ -1,6 +1,7 @@
 # Shared by all stages: the checked configuration, the names that a wildcard may take, and what a stage depends on.
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ if workflow.storage_settings.default_storage_provider:
 
 def names(values):
     """A wildcard constraint that takes these names and nothing else."""
-    return "|".join(name.replace(".", r"\.") for name in values) or "(?!)"
+    return "|".join(re.escape(name) for name in values) or "(?!)"
 
 
 # That a run on this machine was given; a scheduler's job has its own number, which says nothing of the run.
@@ -44,6 +45,26 @@ CORES = None if workflow.remote_exec else workflow.resource_settings.cores
 wildcard_constraints:
     model=names(CONFIG.models),
     variant=names(CONFIG.variants),
+    toolchain=names(CONFIG.toolchains),
+
+
+def toolchain_files(wildcards):
+    """The environment in which an instance's stages run, where it is another than ours."""
+    name = CONFIG.models[wildcards.model].toolchain
+    return f".toolchains/{name}/toolchain.json" if name else []
+
+
+def toolchain_json(wildcards):
+    return CONFIG.toolchains[wildcards.toolchain].model_dump_json()
+
+
+def stage_fingerprint(stage):
+    """That of a stage with the tools of an instance's toolchain."""
+
+    def of(wildcards):
+        return fingerprint(stage, CONFIG.toolchain_of(wildcards.model))
+
+    return of
 
 
 def source_files(wildcards):
@@ -156,6 +177,22 @@ def evidence(wildcards):
     evaluations = [f"{model}/eval/{row}/manifest.json" for row in rows_of(wildcards.model)]
     diagnoses = [f"{model}/diagnosis/{variant}/manifest.json" for variant in variants]
     return [*evaluations, *diagnoses, f"{model}/speed/manifest.json"]
+
+
+def both_versions(wildcards):
+    """The finished tables of an instance and of the one before it."""
+    before = CONFIG.models[wildcards.model].before
+    return {"before": f"results/{before}/summary.csv", "after": f"results/{wildcards.model}/summary.csv"}
+
+
+def comparisons(wildcards):
+    return [f"results/{model}/changes.csv" for model, made in CONFIG.models.items() if made.before]
+
+
+def engine_options(wildcards):
+    """Whose engine an instance's bundles are timed in."""
+    toolchain = CONFIG.models[wildcards.model].toolchain
+    return shlex.join(["--toolchain", f".toolchains/{toolchain}"] if toolchain else [])
 
 
 def rows(wildcards):

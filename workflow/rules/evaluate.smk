@@ -3,6 +3,7 @@ rule evaluate_onnxruntime:
     input:
         reference="results/{model}/reference/manifest.json",
         onnx="results/{model}/onnx/manifest.json",
+        toolchain=toolchain_files,
     output:
         "results/{model}/eval/onnxruntime/summary.json",
         "results/{model}/eval/onnxruntime/answers.parquet",
@@ -26,9 +27,9 @@ rule evaluate_onnxruntime:
         reference=subpath(input.reference, parent=True),
         onnx=subpath(input.onnx, parent=True),
         out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("evaluate"),
+        fingerprint=stage_fingerprint("evaluate"),
     shell:
-        "logged {log:q} hf2mnn evaluate"
+        "logged {log:q} {input.toolchain:q} hf2mnn evaluate"
         " --reference {params.reference:q} --onnx {params.onnx:q} --threads {threads} --out {params.out:q}"
 
 
@@ -37,6 +38,7 @@ rule evaluate_variant:
         reference="results/{model}/reference/manifest.json",
         onnx="results/{model}/onnx/manifest.json",
         bundle="results/{model}/mnn/{variant}/manifest.json",
+        toolchain=toolchain_files,
     output:
         "results/{model}/eval/{variant}/summary.json",
         "results/{model}/eval/{variant}/answers.parquet",
@@ -62,9 +64,9 @@ rule evaluate_variant:
         bundle=subpath(input.bundle, parent=True),
         time_limit=CONFIG.time_limit,
         out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("evaluate"),
+        fingerprint=stage_fingerprint("evaluate"),
     shell:
-        "logged {log:q}"
+        "logged {log:q} {input.toolchain:q}"
         " hf2mnn evaluate --reference {params.reference:q} --onnx {params.onnx:q} --bundle {params.bundle:q}"
         " --time-limit {params.time_limit} --threads {threads} --out {params.out:q}"
 
@@ -76,6 +78,7 @@ rule diagnose_variant:
         onnx="results/{model}/onnx/manifest.json",
         base="results/{model}/mnn/base/manifest.json",
         bundle="results/{model}/mnn/{variant}/manifest.json",
+        toolchain=toolchain_files,
     output:
         "results/{model}/diagnosis/{variant}/layers.parquet",
         "results/{model}/diagnosis/{variant}/budget.parquet",
@@ -98,9 +101,9 @@ rule diagnose_variant:
         bundle=subpath(input.bundle, parent=True),
         time_limit=CONFIG.time_limit,
         out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("diagnose"),
+        fingerprint=stage_fingerprint("diagnose"),
     shell:
-        "logged {log:q}"
+        "logged {log:q} {input.toolchain:q}"
         " hf2mnn diagnose --reference {params.reference:q} --onnx {params.onnx:q} --base {params.base:q}"
         " --bundle {params.bundle:q} --time-limit {params.time_limit} --threads {threads} --out {params.out:q}"
 
@@ -109,6 +112,7 @@ rule diagnose_variant:
 rule measure_speed:
     input:
         bundles,
+        toolchain=toolchain_files,
     output:
         "results/{model}/speed/speed.parquet",
         "results/{model}/speed/speed.csv",
@@ -133,9 +137,9 @@ rule measure_speed:
         picture_side=CONFIG.speed.picture_side,
         time_limit=CONFIG.time_limit,
         out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("speed"),
+        fingerprint=stage_fingerprint("speed"),
     shell:
-        "logged {log:q}"
+        "logged {log:q} {input.toolchain:q}"
         " hf2mnn speed {params.options} --repeats {params.repeats:q} --prompt-tokens {params.prompt_tokens:q}"
         " --answer-tokens {params.answer_tokens:q} --picture-side {params.picture_side:q}"
         f" --threads {CONFIG.speed.threads or '{threads}'}"

@@ -2,6 +2,7 @@
 rule convert_graphs:
     input:
         "results/{model}/onnx/manifest.json",
+        toolchain=toolchain_files,
     output:
         "results/{model}/mnn/base/llm.mnn",
         "results/{model}/mnn/base/llm.mnn.weight",
@@ -21,6 +22,6 @@ rule convert_graphs:
     params:
         onnx=subpath(input[0], parent=True),
         out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("mnn"),
+        fingerprint=stage_fingerprint("mnn"),
     shell:
-        "logged {log:q} hf2mnn mnn {params.onnx:q} --out {params.out:q}"
+        "logged {log:q} {input.toolchain:q} hf2mnn mnn {params.onnx:q} --out {params.out:q}"

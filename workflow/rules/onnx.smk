@@ -3,6 +3,7 @@
 rule export_onnx:
     input:
         "results/{model}/source/manifest.json",
+        toolchain=toolchain_files,
     output:
         "results/{model}/onnx/decoder.onnx",
         "results/{model}/onnx/embedding.onnx",
@@ -21,6 +22,6 @@ rule export_onnx:
     params:
         source=subpath(input[0], parent=True),
         out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("onnx"),
+        fingerprint=stage_fingerprint("onnx"),
     shell:
-        "logged {log:q} hf2mnn onnx {params.source:q} --out {params.out:q}"
+        "logged {log:q} {input.toolchain:q} hf2mnn onnx {params.source:q} --out {params.out:q}"

@@ -5,6 +5,7 @@ rule quantize_variant:
         unpack(choices),
         onnx="results/{model}/onnx/manifest.json",
         base="results/{model}/mnn/base/manifest.json",
+        toolchain=toolchain_files,
     output:
         "results/{model}/mnn/{variant}/config.json",
         "results/{model}/mnn/{variant}/llm_config.json",
@@ -30,8 +31,8 @@ rule quantize_variant:
         engine=engine,
         options=choice_options,
         out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("quantize"),
+        fingerprint=stage_fingerprint("quantize"),
     shell:
-        "logged {log:q}"
+        "logged {log:q} {input.toolchain:q}"
         " hf2mnn quantize {params.onnx:q} {params.base:q} --decoder {params.decoder:q} --vision {params.vision:q}"
         " --engine {params.engine:q} {params.options} --threads {threads} --out {params.out:q}"

@@ -2,6 +2,7 @@
 rule fetch_evaluation:
     input:
         labelled_files,
+        toolchain=toolchain_files,
     output:
         manifest="results/{model}/evaluation/manifest.json",
     log:
@@ -21,9 +22,9 @@ rule fetch_evaluation:
     params:
         options=labelled_options,
         out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("evaluation"),
+        fingerprint=stage_fingerprint("evaluation"),
     shell:
-        "logged {log:q} hf2mnn evaluation {params.options} --out {params.out:q}"
+        "logged {log:q} {input.toolchain:q} hf2mnn evaluation {params.options} --out {params.out:q}"
 
 
 # PyTorch's own answers in float32, once per model.
@@ -31,6 +32,7 @@ rule answer_reference:
     input:
         source="results/{model}/source/manifest.json",
         evaluation=evaluation_files,
+        toolchain=toolchain_files,
     output:
         "results/{model}/reference/examples.json",
         "results/{model}/reference/golden.safetensors",
@@ -50,8 +52,8 @@ rule answer_reference:
         evaluation=evaluation_folder,
         max_new_tokens=lookup("{model}", within={m: v.max_new_tokens for m, v in CONFIG.models.items()}),
         out=subpath(output.manifest, parent=True),
-        fingerprint=fingerprint("reference"),
+        fingerprint=stage_fingerprint("reference"),
     shell:
-        "logged {log:q} hf2mnn reference"
+        "logged {log:q} {input.toolchain:q} hf2mnn reference"
         " {params.source:q} --evaluation {params.evaluation:q} --max-new-tokens {params.max_new_tokens}"
         " --threads {threads} --out {params.out:q}"

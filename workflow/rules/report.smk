@@ -27,6 +27,37 @@ rule report_model:
         "logged {log:q} hf2mnn report {wildcards.model:q} {params.folder:q} --rows {params.rows:q}"
 
 
+# What is better, worse and slower than in the instance before. All cores, since bundles of both are timed in turns.
+rule compare_versions:
+    input:
+        unpack(both_versions),
+        toolchain=toolchain_files,
+    output:
+        table="results/{model}/changes.csv",
+        page=report("results/{model}/changes.md", caption="../report/changes.rst", category="{model}"),
+    log:
+        "logs/compare_versions/{model}.log",
+    benchmark:
+        "benchmarks/compare_versions/{model}.tsv"
+    wildcard_constraints:
+        model=names(model for model, made in CONFIG.models.items() if made.before),
+    conda:
+        "../../envs/mnn.yaml"
+    threads: workflow.resource_settings.cores or CONFIG.speed.threads or CONFIG.threads
+    resources:
+        mem_mb=memory("engine"),
+        runtime=runtime("engine"),
+    params:
+        before=subpath(input.before, parent=True),
+        after=subpath(input.after, parent=True),
+        options=engine_options,
+        out=subpath(output.table, parent=True),
+        fingerprint=stage_fingerprint("compare"),
+    shell:
+        "logged {log:q}"
+        " hf2mnn compare {params.before:q} {params.after:q} --speed {params.options} --out {params.out:q}"
+
+
 rule join_tables:
     input:
         expand("results/{model}/summary.csv", model=CONFIG.models),

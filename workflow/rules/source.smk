@@ -2,6 +2,7 @@
 rule fetch_source:
     input:
         source_files,
+        toolchain=toolchain_files,
     output:
         "results/{model}/source/manifest.json",
     log:
@@ -19,6 +20,6 @@ rule fetch_source:
     params:
         options=source_options,
         out=subpath(output[0], parent=True),
-        fingerprint=fingerprint("source"),
+        fingerprint=stage_fingerprint("source"),
     shell:
-        "logged {log:q} hf2mnn source {params.options} --out {params.out:q}"
+        "logged {log:q} {input.toolchain:q} hf2mnn source {params.options} --out {params.out:q}"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -74,8 +75,10 @@ def measure(
     picture_side: int,
     lengths: Sequence[int],
     time_limit: float,
+    python: Path | None = None,
 ) -> dict[str, Any]:
-    """One measurement of `bundle` under `settings` (over config.json's), in a process of its own.
+    """One measurement of `bundle` under `settings` (over config.json's), in a process of its own; `python` is that of
+    a toolchain, whose engine is measured.
 
     Raises:
         BundleFault, EngineError: naming the bundle.
@@ -92,7 +95,7 @@ def measure(
             "result": str(result),
         }
         try:
-            run_worker("hf2mnn.mnn.worker.speed", job, time_limit)
+            run_worker("hf2mnn.mnn.worker.speed", job, time_limit, python)
         except EngineError as error:
             raise type(error)(f"{bundle} cannot be timed: {error}") from None
         return json.loads(result.read_text())
@@ -161,7 +164,12 @@ def _describe(
 
 
 def time_in_turns(
-    folders: dict[Any, Path], settings: dict[str, Any], options: dict[str, Any], repeats: int, time_limit: float
+    folders: dict[Any, Path],
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    repeats: int,
+    time_limit: float,
+    pythons: Mapping[Any, Path | None] = MappingProxyType({}),
 ) -> tuple[pd.DataFrame, list[dict[str, Any]], dict[Any, dict[str, Any]], dict[Any, str]]:
     """(rows of speed.parquet, rows of cache.parquet, what each process said of its engine, and what is wrong with the
     bundles that do not run: the evaluation says so too, and the others are timed all the same)."""
@@ -170,7 +178,7 @@ def time_in_turns(
         if name in broken:
             continue
         try:
-            found = measure(folders[name], settings, **options, time_limit=time_limit)
+            found = measure(folders[name], settings, **options, time_limit=time_limit, python=pythons.get(name))
         except BundleFault as error:
             broken[name] = str(error)
             continue
@@ -187,10 +195,12 @@ def time_in_turns(
     return pd.DataFrame(rows), cache, said, broken
 
 
-def time_versions(one: dict[str, Path], other: dict[str, Path], settings: dict[str, Any]) -> list[dict[str, Any]]:
+def time_versions(
+    one: dict[str, Path], other: dict[str, Path], settings: dict[str, Any], python: Path | None = None
+) -> list[dict[str, Any]]:
     """The bundles of two versions of a model timed against each other, in turns; `settings` is the speed.json whose
-    prompt, answer, picture, threads and repeats are taken. Gives "measures" by bundle for each version, as speed.json's
-    "bundles".
+    prompt, answer, picture, threads and repeats are taken, and `python` that of the toolchain in whose engine the other
+    version runs. Gives "measures" by bundle for each version, as speed.json's "bundles".
 
     Raises:
         BundleError, EngineError: a bundle is not whole, the engine was stopped, or it runs none of them.
@@ -199,7 +209,9 @@ def time_versions(one: dict[str, Path], other: dict[str, Path], settings: dict[s
     folders = {f"{side}/{name}": check_bundle(path) for side, named in sides.items() for name, path in named.items()}
     options = {key: settings[key] for key in ("prompt_tokens", "answer_tokens", "picture_side")}
     threads = {"thread_num": settings["threads"]}
-    frame, *_ = time_in_turns(folders, threads, {**options, "lengths": []}, settings["repeats"], TIME_LIMIT)
+    pythons = {f"other/{name}": python for name in other}
+    options["lengths"] = []
+    frame, *_ = time_in_turns(folders, threads, options, settings["repeats"], TIME_LIMIT, pythons)
     described = _measures(summarize(frame, frame["bundle"].iloc[0]))
     return [
         {name: {"measures": described[f"{side}/{name}"]} for name in named if f"{side}/{name}" in described}

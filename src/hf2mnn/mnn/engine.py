@@ -45,9 +45,9 @@ def check_bundle(bundle: Path) -> Path:
     return whole
 
 
-def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
+def run_worker(task: str, arguments: dict[str, Any], time_limit: float, python: Path | None = None) -> None:
     """Run the module `task` of `hf2mnn.mnn.worker` with `arguments` (paths absolute); it writes its results where
-    they say.
+    they say. `python` is that of a toolchain, whose engine it then is.
 
     Raises:
         BundleFault: it crashed, or said what is wrong; with the engine's last words.
@@ -63,9 +63,9 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float) -> None:
             try:
                 # Progress goes to our own stderr; what the engine prints is kept for the case that it dies.
                 done = subprocess.run(
-                    [sys.executable, "-m", WORKER, task, str(job), str(os.getpid())],
+                    [python or sys.executable, "-m", WORKER, task, str(job), str(os.getpid())],
                     cwd=folder,
-                    env=environment(),
+                    env=environment() if python is None else None,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     timeout=time_limit,

@@ -150,7 +150,7 @@ def print_versions(versions: Versions, file: IO[str] | None = None) -> None:
         console.print(made)
     else:
         console.print(f"{title}: nothing", markup=False)
-    for sentence in versions.first_changed:
+    for sentence in [*versions.made_of, *versions.first_changed]:
         console.print(sentence, markup=False)
     for folder, names in versions.only.items():
         if names:

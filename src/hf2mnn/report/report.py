@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from hf2mnn.errors import Hf2mnnError, ManifestError
+from hf2mnn.errors import ManifestError
 from hf2mnn.evaluate.figures import COLUMNS
 from hf2mnn.files import whole_file
 from hf2mnn.report.evidence import Evidence, read_evidence
 from hf2mnn.report.page import render_page
-from hf2mnn.report.table import RowSpec, make_table, read_table, write_table
+from hf2mnn.report.table import SUMMARY, RowSpec, make_table, write_table
 
-SUMMARY, FIGURES, PAGE = "summary.csv", "figures.csv", "report.html"
+FIGURES, PAGE = "figures.csv", "report.html"
 
 
 def check_upstream(evidence: Evidence) -> None:
@@ -57,19 +57,3 @@ def make_report(model: str, folder: Path, specs: list[RowSpec]) -> pd.DataFrame:
     with whole_file(folder / PAGE) as path:
         path.write_text(render_page(evidence, table), encoding="utf-8")
     return table
-
-
-def read_report(folder: Path, names: list[str] | None = None) -> tuple[Evidence, pd.DataFrame]:
-    """The evidence and the summary of a finished model's folder; only the rows `names` where they are given.
-
-    Raises:
-        Hf2mnnError: there is no such folder, or no such row in it.
-        ManifestError: a stage's files are not what its manifest says.
-    """
-    table = read_table(folder / SUMMARY)
-    rows = [name for name in table["variant"] if name != "pytorch"]
-    unknown = [name for name in names or [] if name not in rows]
-    if unknown:
-        raise Hf2mnnError(f"{folder} has no {', '.join(unknown)}; it has {', '.join(rows)}")
-    kept = table[table["variant"].isin(["pytorch", *(names or rows)])]
-    return read_evidence(str(table["model"].iloc[0]), folder, names or rows), kept

@@ -18,6 +18,7 @@ FIGURES = [*COMPARED, "mean_kld_low", "mean_kld_high", "cache_parity"]
 SPEEDS = ["load_s", "first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s", "vision_s", "bundle_mb"]
 """Medians of `hf2mnn.evaluate.speed`."""
 COLUMNS = ["model", "variant", *FIGURES, "bytes", *SPEEDS, "findings", "verdict", "required", "reason", "cause"]
+SUMMARY = "summary.csv"
 NAMES = ("model", "variant", "verdict", "reason", "cause")
 PASS, FAIL, REFERENCE = "pass", "FAIL", "reference"
 # Gates on figures that must not be lower; of all others, the value must not be higher.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ import pandas as pd
 
 from hf2mnn.errors import Hf2mnnError
 from hf2mnn.evaluate.speed import time_versions
+from hf2mnn.manifest import Manifest
 from hf2mnn.metrics import relative_error
 from hf2mnn.reference.golden import Golden
-from hf2mnn.report.evidence import BUNDLES, SPEED, Evidence, Row
+from hf2mnn.report.evidence import BUNDLES, SPEED, Evidence, Row, read_evidence
+from hf2mnn.report.table import SUMMARY, read_table
 
 LESS_IS_BETTER = ("mean_kld", "median_kld", "p99_kld", "rms_probability_change", "degenerate", "vision_error")
 MORE_IS_BETTER = ("top1_agreement", "top5_overlap", "greedy_match", "task_accuracy", "as_called_accuracy")
@@ -33,13 +36,15 @@ COLUMNS = ["variant", "figure", "one", "other", "change"]
 @dataclass(frozen=True)
 class Versions:
     """changes: a table with COLUMNS, of what changed beyond its uncertainty; first_changed: a sentence each for the
-    reference and for every variant that both have."""
+    reference and for every variant that both have; made_of: a sentence each for what was put in, tools and checkpoint.
+    """
 
     one: str
     other: str
     changes: pd.DataFrame
     first_changed: list[str]
     only: dict[str, list[str]]
+    made_of: list[str]
 
 
 def _verdict(one: float, other: float, more: bool) -> str:
@@ -140,6 +145,49 @@ def timed_apart(one: Evidence, other: Evidence) -> str | None:
     return None
 
 
+def read_report(folder: Path, names: list[str] | None = None) -> tuple[Evidence, pd.DataFrame]:
+    """The evidence and the summary of a finished model's folder; only the rows `names` where they are given.
+
+    Raises:
+        Hf2mnnError: there is no such folder, or no such row in it.
+        ManifestError: a stage's files are not what its manifest says.
+    """
+    table = read_table(folder / SUMMARY)
+    rows = [name for name in table["variant"] if name != "pytorch"]
+    unknown = [name for name in names or [] if name not in rows]
+    if unknown:
+        raise Hf2mnnError(f"{folder} has no {', '.join(unknown)}; it has {', '.join(rows)}")
+    kept = table[table["variant"].isin(["pytorch", *(names or rows)])]
+    return read_evidence(str(table["model"].iloc[0]), folder, names or rows), kept
+
+
+def _tools(evidence: Evidence) -> dict[str, str]:
+    """Releases by package, of all stages; what two stages were made by in two releases has both."""
+    found: dict[str, dict[str, None]] = {}
+    manifests = [*evidence.manifests.values(), *(made for row in evidence.rows for made in row.manifests.values())]
+    for manifest in manifests:
+        for package, release in manifest.tools.items():
+            found.setdefault(package, {})[release] = None
+    return {package: " and ".join(sorted(releases)) for package, releases in found.items()}
+
+
+def _files(evidence: Evidence) -> dict[str, str]:
+    """sha256 of each file of the checkpoint."""
+    return {name: entry["sha256"] for name, entry in evidence.manifests.get("source", Manifest("")).outputs.items()}
+
+
+def changed_inputs(one: Evidence, other: Evidence) -> list[str]:
+    """What the two were made of: releases of the tools that differ, and files of the checkpoint."""
+    tools, files = [_tools(evidence) for evidence in (one, other)], [_files(evidence) for evidence in (one, other)]
+    shared = sorted(tools[0].keys() & tools[1].keys(), key=str.lower)
+    said = [f"{name} {tools[0][name]} to {tools[1][name]}" for name in shared if tools[0][name] != tools[1][name]]
+    changed = sorted(name for name in files[0].keys() | files[1].keys() if files[0].get(name) != files[1].get(name))
+    return [
+        f"tools: {', '.join(said) or 'the same'}",
+        f"checkpoint: {f'{len(changed)} other files: ' + ', '.join(changed) if changed else 'the same'}",
+    ]
+
+
 def compare_versions(one: Evidence, other: Evidence, speeds: Speeds | None = None) -> Versions:
     """Compare the conversions that both have by name. `speeds` are those of both versions timed against each other;
     without them the times of two runs are taken, which are worth less: machines are not always equally busy."""
@@ -160,11 +208,12 @@ def compare_versions(one: Evidence, other: Evidence, speeds: Speeds | None = Non
         for evidence, mine, theirs in ((one, *rows), (other, *rows[::-1]))
     }
     frame = pd.DataFrame(changes, columns=COLUMNS)
-    return Versions(str(one.folder), str(other.folder), frame, sentences, only)
+    return Versions(str(one.folder), str(other.folder), frame, sentences, only, changed_inputs(one, other))
 
 
-def time_both(one: Evidence, other: Evidence) -> Speeds:
-    """The bundles that both have by name, timed against each other as the first version's were.
+def time_both(one: Evidence, other: Evidence, python: Path | None = None) -> Speeds:
+    """The bundles that both have by name, timed against each other as the first version's were; the other's in the
+    engine of `python`, a toolchain's.
 
     Raises:
         Hf2mnnError: the first version was never timed, so there is nothing that says how.
@@ -175,4 +224,5 @@ def time_both(one: Evidence, other: Evidence) -> Speeds:
     shared = [name for name in names if any(row.name == name and "bundle" in row.manifests for row in other.rows)]
     if not shared:
         raise Hf2mnnError(f"{one.folder} and {other.folder} have no bundle of one name that could be timed")
-    return time_versions(*({name: side.folder / BUNDLES / name for name in shared} for side in (one, other)), one.speed)
+    folders = ({name: side.folder / BUNDLES / name for name in shared} for side in (one, other))
+    return time_versions(*folders, one.speed, python)
