@@ -6,7 +6,7 @@ BIN := .venv/bin
 SET_UP := .venv/set-up
 LLMEXPORT := .venv-llmexport/set-up
 
-.PHONY: help setup demo test fuzz test-families test-slow test-browser test-cluster test-faults test-kills lint format schema bench bench-quant bench-quant-2b train-shapes-vl clean
+.PHONY: help setup demo test fuzz test-families test-slow test-browser test-cluster test-faults test-kills lint format schema bench bench-quant bench-quant-2b newest train-shapes-vl clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -76,8 +76,12 @@ bench-quant: $(SET_UP) ## methods of quantization beside the converter's (about 
 bench-quant-2b: $(SET_UP) ## the same on a decoder of 1.5 B parameters (35 GB of disk, 20 to 30 minutes)
 	$(BIN)/python bench/quant.py qwen2-vl-2b
 
+newest: $(SET_UP) ## the embedded model with the newest releases of the tools beside the pinned ones (about 10 minutes)
+	mkdir -p .newest
+	$(BIN)/snakemake --cores $(CORES) --directory .newest --configfile workflow/newest.yaml --keep-going --forcerun make_toolchain
+
 train-shapes-vl: $(SET_UP) ## train the embedded model again (about an hour on 2 cores)
 	$(BIN)/python models/shapes-vl/training/train.py --out models/shapes-vl
 
 clean: ## remove what runs made, but not .venv
-	rm -rf results/*/ results/*.csv results/*.txt logs benchmarks .snakemake
+	rm -rf results/*/ results/*.csv results/*.txt logs benchmarks .snakemake .toolchains .newest

@@ -51,7 +51,7 @@ def test_every_stage_is_a_command() -> None:
     stages = {"source", "evaluation", "reference", "onnx", "mnn", "quantize", "evaluate", "diagnose", "speed", "report"}
     stages |= {"activations", "sensitivity", "plan"}
     others = {"compare", "tune", "ask", "doctor", "verify", "table", "summarize", "gates", "pin", "schema", "stages"}
-    others |= {"synth"}
+    others |= {"synth", "toolchain"}
     assert stages | others == set(COMMANDS)
 
 

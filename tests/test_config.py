@@ -53,6 +53,66 @@ def put(tree: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return tree
 
 
+def test_revisions_and_toolchains_become_instances_with_what_each_is_compared_with() -> None:
+    """One run, one graph of jobs: a version is a model of its own, named so that no other can have its folder."""
+    tree = content()
+    tree["toolchains"] = {"old": {"pins": {"MNN": "3.6.0"}}, "new": {"others": "newest"}}
+    tree["models"] = {
+        "plain": {"source": {"path": "a"}, "toolchains": ["old"]},
+        "hub": {
+            "source": {"repository": "owner/name"},
+            "revisions": {"v1": {"revision": "1"}, "v2": {"revision": "2"}},
+            "toolchains": [],
+            "max_new_tokens": 7,
+        },
+        "local": {"revisions": {"v1": {"path": "b"}, "v2": {"path": "c"}}},
+    }
+    made = parse_config(tree).models
+    wanted = {
+        "plain": None,
+        "plain+old": "plain",
+        "hub@v1": None,
+        "hub@v2": "hub@v1",
+        "local@v1": None,
+        "local@v1+old": "local@v1",
+        "local@v1+new": "local@v1",
+        "local@v2": "local@v1",
+        "local@v2+old": "local@v2",
+        "local@v2+new": "local@v2",
+    }
+    assert {name: one.before for name, one in made.items()} == wanted
+    assert [one.toolchain or "" for one in made.values()] == [name.partition("+")[2] for name in made]
+    sources = {name: one.source.model_dump(exclude_unset=True) for name, one in made.items()}
+    assert sources["plain+old"] == sources["plain"] == {"path": "a"}
+    assert sources["hub@v2"] == {"repository": "owner/name", "revision": "2"}
+    assert sources["local@v2+new"] == {"path": "c"}
+    assert made["hub@v2"].max_new_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({}, "models.m.source: this key is missing"),
+        ({"revisions": {}}, "models.m.revisions: "),
+        ({"revisions": {"v": {}}}, "models.m.revisions.v: give either path"),
+        ({"source": {"path": "a"}, "revisions": {"v": {"revision": "1"}}}, "models.m.revisions.v: revision goes with"),
+        ({"source": {"path": "a"}, "revisions": {"v+": {}}}, "models.m.revisions.v+: 'v+' is not a name"),
+        (
+            {"source": {"path": "a"}, "toolchains": ["x"]},
+            "models.m.toolchains: there is no toolchain x; there are none",
+        ),
+    ],
+)
+def test_revisions_that_are_no_sources_are_refused(model: dict, said: str) -> None:
+    assert f"config: {said}" in refusal(content() | {"models": {"m": model}})
+
+
+@pytest.mark.parametrize("release", [3.5, ">=3.5", "3.5 --pre", ""])
+def test_a_toolchain_names_one_release_of_a_package(release: object) -> None:
+    """It goes to pip as NAME==RELEASE."""
+    assert "toolchains.t.pins.MNN: " in refusal(content() | {"toolchains": {"t": {"pins": {"MNN": release}}}})
+
+
 def refusal(tree: Any) -> str:
     with pytest.raises(ConfigError) as refused:
         parse_config(tree)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from hf2mnn import fingerprint as fp
+from hf2mnn.config import Toolchain
 from hf2mnn.fingerprint import STAGES, fingerprint, modules_of
 
 
@@ -111,6 +112,15 @@ def test_tools_whose_release_changes_results(stage: str, tools: set[str]) -> Non
     assert tools - set(modules_of(stage)[1]) == set()
 
 
+def test_releases_that_a_toolchain_asks_for_count_in_place_of_those_here() -> None:
+    """However they are spelt; the stages that another release does not touch are those that would run again."""
+    other = Toolchain(pins={"mnn": "3.6.0", "ONNX_IR": "1.0.0"})
+    changed = {stage for stage in STAGES if fingerprint(stage, other) != fingerprint(stage)}
+    assert changed == {stage for stage in STAGES if {"MNN", "onnx-ir"} & set(modules_of(stage)[1])}
+    newest = Toolchain(others="newest")
+    assert all(fingerprint(stage, newest) != fingerprint(stage) for stage in STAGES if modules_of(stage)[1])
+
+
 def test_onnx_does_not_depend_on_mnn() -> None:
     """An upgrade of the engine leaves the portable graphs alone."""
     assert not {"MNN", "onnxruntime"} & set(modules_of("onnx")[1])
@@ -119,20 +129,20 @@ def test_onnx_does_not_depend_on_mnn() -> None:
 @pytest.mark.parametrize(
     ("edited", "changed"),
     [
-        ("mnn/graph.py", {"mnn", "sensitivity", "plan", "quantize", "evaluate", "diagnose", "speed"}),
+        ("mnn/graph.py", {"mnn", "sensitivity", "plan", "quantize", "evaluate", "diagnose", "speed", "compare"}),
         ("quant/rounding.py", {"sensitivity", "plan", "quantize", "diagnose"}),
         ("quant/plan.py", {"plan"}),
         ("onnx/export.py", {"onnx"}),
         ("onnx/session.py", {"evaluate", "diagnose"}),
-        ("mnn/worker/session.py", {"evaluate", "diagnose", "speed"}),
+        ("mnn/worker/session.py", {"evaluate", "diagnose", "speed", "compare"}),
         ("mnn/worker/layers.py", {"diagnose"}),
         ("evaluate/causes.py", {"diagnose"}),
         ("evaluate/score.py", {"evaluate"}),
-        ("evaluate/speed.py", {"speed"}),
+        ("evaluate/speed.py", {"speed", "compare"}),
         ("evaluate/tune.py", set()),
-        ("report/table.py", {"report"}),
-        ("report/versions.py", set()),
-        ("mnn/worker/speed.py", {"speed"}),
+        ("report/table.py", {"report", "compare"}),
+        ("report/versions.py", {"compare"}),
+        ("mnn/worker/speed.py", {"speed", "compare"}),
         ("report/page.html.jinja", {"report"}),
         ("errors.py", set(STAGES)),
         ("cli.py", set()),

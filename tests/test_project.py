@@ -103,6 +103,8 @@ def test_there_are_rules() -> None:
         "diagnose_variant",
         "measure_speed",
         "report_model",
+        "make_toolchain",
+        "compare_versions",
     }
     assert stages <= set(RULES)
 
@@ -144,6 +146,8 @@ STARTS = {
     "report": ["m", "nowhere", "--rows", "[]"],
     "summarize": ["nowhere.csv", "--out", "x.csv"],
     "gates": ["nowhere.csv"],
+    "compare": ["nowhere", "nowhere"],
+    "toolchain": ["{", "--out", "x"],
 }
 START = """
 import contextlib, io, json, sys

@@ -10,6 +10,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -45,8 +46,10 @@ def _block(value: int) -> int:
     return value
 
 
-def _release(value: str) -> str:
-    if not RELEASE.fullmatch(value):
+def _release(value: Any) -> Any:
+    if isinstance(value, float):
+        raise ValueError("this is a number, of which YAML drops zeros at the end: put the release in quotes")
+    if not isinstance(value, str) or not RELEASE.fullmatch(value):
         raise ValueError(f"{value!r} is not one release: give it whole, like '3.5.0'")
     return value
 
@@ -336,7 +339,7 @@ class Model(_Strict):
 class Toolchain(_Strict):
     """Other releases of the tools, in an environment of their own."""
 
-    pins: dict[Name, Annotated[str, AfterValidator(_release)]] = Field(
+    pins: dict[Name, Annotated[str, BeforeValidator(_release)]] = Field(
         {}, description="Release by package, in place of that of requirements.txt."
     )
     others: Literal["pinned", "newest"] = Field(

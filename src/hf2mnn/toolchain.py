@@ -7,12 +7,15 @@ The folder is a virtual environment. `toolchain.json` says what was asked for an
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import sysconfig
 import venv
 from importlib.metadata import distributions, requires
+from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 
 from hf2mnn.config import Toolchain, canonical
@@ -25,6 +28,11 @@ CONFIGURATION = "pyvenv.cfg"
 """Every virtual environment has it."""
 OUTSIDE = {"snakemake"}
 """What this package needs, and no stage: the rules are run from outside."""
+CONFLICT = "The conflict is caused by:"
+CALL = (
+    "import os, sys; from hf2mnn.mnn.child import end_with; end_with(int(sys.argv[1]));"
+    " os.execv(sys.argv[2], sys.argv[2:])"
+)
 SCRIPT = """#!/bin/sh
 exec "$(dirname "$0")/python" -P -c "import sys; from hf2mnn.cli import main; sys.argv[0] = 'hf2mnn'; main()" "$@"
 """
@@ -50,23 +58,40 @@ def wanted(asked: Toolchain, needed: list[str], pinned: dict[str, str]) -> tuple
     releases = (pinned if asked.others == "pinned" else {}) | own
     lines = {name: f"{name}=={release}" for name, release in releases.items()}
     installed = dict.fromkeys([*map(canonical, needed), *own])
-    return [lines.get(name, name) for name in installed], list(lines.values())
+    return [lines.get(name, name) for name in installed], [lines[name] for name in lines if name not in installed]
+
+
+def _reason(said: list[str]) -> str:
+    """Why pip failed, of what it printed: which packages do not fit each other, or its last error."""
+    errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
+    if CONFLICT in said:
+        at = said.index(CONFLICT) + 1
+        return ", ".join(line.strip() for line in takewhile(str.strip, said[at:]))
+    return errors[-1] if errors else " ".join(said[-1:])
 
 
 def _install(python: Path, asked: Toolchain, requirements: Path, name: str) -> None:
     """Raises ToolchainError with pip's own words where it finds no such set of packages, or cannot fetch it."""
+    ours = find_spec("pip")
+    if ours is None:
+        raise ToolchainError(f"the toolchain {name} needs pip, which {sys.executable} does not have: install it there")
     install, constraints = wanted(asked, needed_packages(), read_pins(requirements))
     path = python.parent.parent / "constraints.txt"
     path.write_text("\n".join(constraints) + "\n")
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--disable-pip-version-check"]
-    pip += ["--no-input", "--progress-bar", "off", "--constraint", str(path)]
-    done = subprocess.run([*pip, *install], stdout=sys.stderr, stderr=subprocess.PIPE, text=True, errors="replace")
-    sys.stderr.write(done.stderr)
-    if done.returncode:
-        # The releases that there are come first, a line long; what was missing, or what does not fit, last.
-        errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-        said = errors[-1] if errors else f"exit code {done.returncode}"
-        raise ToolchainError(f"the toolchain {name} cannot be made: pip says: {said}; look at its pins in config.yaml")
+    # Our pip, run by the new environment's Python, ends with this process.
+    pip = [sys.executable, "-c", CALL, str(os.getpid()), str(python), str(Path(ours.origin).parent)]
+    pip += ["install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--constraint", str(path)]
+    said = []
+    with subprocess.Popen(
+        [*pip, *install], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as running:
+        for line in running.stdout:
+            said.append(line.rstrip())
+            print(said[-1], file=sys.stderr, flush=True)
+    if running.returncode:
+        raise ToolchainError(
+            f"the toolchain {name} cannot be made: pip says: {_reason(said)}; look at its pins in config.yaml"
+        )
 
 
 def installed_releases(site: Path) -> dict[str, str]:

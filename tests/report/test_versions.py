@@ -188,7 +188,7 @@ def test_times_of_both_in_turns_come_before_those_of_two_runs(compared, monkeypa
     """As many threads and tokens as the first was timed with; only bundles that both have."""
     asked = []
 
-    def timed(one: dict, other: dict, settings: dict) -> list[dict]:
+    def timed(one: dict, other: dict, settings: dict, python: Path | None) -> list[dict]:
         asked.append((list(one), list(other), settings["threads"]))
         return [{"int4": make_speed(load_s=(seen, seen, seen))} for seen in (1.0, 2.0)]
 

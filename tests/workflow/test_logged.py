@@ -41,6 +41,17 @@ def test_job_that_fails_ends_with_its_last_lines(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "8\n9\nhf2mnn: what, where\n")
 
 
+def test_the_command_of_a_toolchain_comes_before_ours(tmp_path: Path) -> None:
+    """A relative place, as the rules give it, is found by a command that changes its folder, too."""
+    program = tmp_path / "a toolchain" / "bin" / "told"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho its own\n")
+    program.chmod(0o755)
+    words = ["log", "a toolchain/toolchain.json", "sh", "-c", "cd /; told"]
+    done = subprocess.run([REPOSITORY / "workflow" / "logged", *words], cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "log").read_text() == "its own\n"
+
+
 @pytest.mark.parametrize("signal", ["KILL", "TERM"])
 def test_only_a_job_that_is_killed_is_put_down_to_want_of_memory(signal: str, tmp_path: Path) -> None:
     done = logged(tmp_path / "log", f"echo working; kill -{signal} $$")

@@ -237,6 +237,15 @@ def test_second_model_is_a_second_block(copy: Workspace) -> None:
     assert "model=shapes-vl" not in said
 
 
+def test_a_toolchain_leaves_what_is_there_alone(copy: Workspace) -> None:
+    """The pinned tools' results stay as they are, to be compared with."""
+    copy.config("models:\n", "toolchains:\n  old: {pins: {MNN: 3.6.0}}\nmodels:\n")
+    planned = copy.snakemake("-n", check=True)
+    said = planned.stdout + planned.stderr
+    assert jobs(said)["make_toolchain"] == jobs(said)["compare_versions"] == jobs(said)["answer_reference"] == 1
+    assert "model=shapes-vl+old" in said and not re.search(r"model=shapes-vl(,|$)", said, re.MULTILINE)
+
+
 def test_changed_gate_rewrites_only_the_table(copy: Workspace) -> None:
     copy.config("mean_kld: 0.1", "mean_kld: 0.2")
     planned = copy.snakemake("-n", check=True)
@@ -279,7 +288,7 @@ def test_optional_variant_that_misses_a_gate_does_not(copy: Workspace) -> None:
 def test_a_model_against_itself_has_not_changed(finished: Workspace) -> None:
     done = run_cli("compare", "results/shapes-vl", "results/shapes-vl", "--layers", cwd=finished.folder)
     assert "what changed beyond its uncertainty: nothing\n" in done.stdout, done.stderr
-    assert "pytorch: every layer is the same\n" in done.stdout
+    assert "tools: the same\ncheckpoint: the same\npytorch: every layer is the same\n" in done.stdout
     for variant in VARIANTS:
         assert f"{variant}: every operator stays within its tolerance\n" in done.stdout
 
