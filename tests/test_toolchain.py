@@ -15,7 +15,7 @@ from hf2mnn.errors import Hf2mnnError, ToolchainError
 from hf2mnn.toolchain import make_toolchain, needed_packages, read_pins, wanted
 from support import REPOSITORY
 
-PINNED = "# pins\nTool==1.0\nhelper==1.0\n"
+PINNED = "# pins\nTool==1.0\nidna==1.0\n"
 
 
 def write_wheel(folder: Path, name: str, release: str, needs: str = "") -> None:
@@ -32,14 +32,15 @@ def write_wheel(folder: Path, name: str, release: str, needs: str = "") -> None:
 
 @pytest.fixture
 def requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Pins of two packages, of which `tool` is what the stages need; pip sees their wheels, and no network."""
+    """Pins of two packages, of which `tool` is what the stages need; pip sees their wheels, and no network. The other
+    is named like one that is installed here, and must not be taken for that."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
-    write_wheel(wheels, "tool", "1.0", "helper")
-    write_wheel(wheels, "tool", "2.0", "helper>=1.5")
-    write_wheel(wheels, "helper", "1.0")
-    write_wheel(wheels, "helper", "1.5")
-    write_wheel(wheels, "helper", "2.0")
+    write_wheel(wheels, "tool", "1.0", "idna")
+    write_wheel(wheels, "tool", "2.0", "idna>=1.5")
+    write_wheel(wheels, "idna", "1.0")
+    write_wheel(wheels, "idna", "1.5")
+    write_wheel(wheels, "idna", "2.0")
     for key, value in {"NO_INDEX": "1", "FIND_LINKS": str(wheels), "CONFIG_FILE": "/dev/null"}.items():
         monkeypatch.setenv(f"PIP_{key}", value)
     monkeypatch.setattr(toolchain, "needed_packages", lambda: ["tool"])
@@ -50,16 +51,16 @@ def requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def releases(made: Path) -> dict[str, str]:
     """What an environment's own Python imports."""
-    code = "import json, tool, helper; print(json.dumps([tool.release, helper.release]))"
+    code = "import json, tool, idna; print(json.dumps([tool.release, idna.release]))"
     printed = subprocess.run([made / "bin" / "python", "-P", "-c", code], capture_output=True, text=True, check=True)
-    return dict(zip(("tool", "helper"), json.loads(printed.stdout), strict=True))
+    return dict(zip(("tool", "idna"), json.loads(printed.stdout), strict=True))
 
 
 @pytest.mark.parametrize(
     ("asked", "found"),
     [
-        (Toolchain(pins={"TOOL": "2.0", "helper": "1.5"}), {"tool": "2.0", "helper": "1.5"}),
-        (Toolchain(others="newest", pins={"helper": "1.5"}), {"tool": "2.0", "helper": "1.5"}),
+        (Toolchain(pins={"TOOL": "2.0", "idna": "1.5"}), {"tool": "2.0", "idna": "1.5"}),
+        (Toolchain(others="newest", pins={"idna": "1.5"}), {"tool": "2.0", "idna": "1.5"}),
     ],
 )
 def test_an_environment_has_what_was_asked_for_and_else_what_is_pinned(
@@ -88,7 +89,7 @@ def test_its_command_runs_our_source_with_its_packages_from_anywhere(requirement
         (Toolchain(pins={"tool": "9.9"}), "No matching distribution found for tool==9.9"),
         (
             Toolchain(pins={"tool": "2.0"}),
-            "tool 2.0 depends on helper>=1.5, The user requested (constraint) helper==1.0;",
+            "tool 2.0 depends on idna>=1.5, The user requested (constraint) idna==1.0;",
         ),
     ],
 )
@@ -103,9 +104,9 @@ def test_what_cannot_be_is_one_sentence_with_pips_words_and_leaves_nothing(
 
 def test_a_toolchain_is_replaced_as_a_whole_and_nothing_else_is(requirements: Path, tmp_path: Path) -> None:
     made = make_toolchain(tmp_path / "made", requirements, Toolchain())
-    assert releases(made) == {"tool": "1.0", "helper": "1.0"}
+    assert releases(made) == {"tool": "1.0", "idna": "1.0"}
     (made / "toolchain.json").unlink()  # as Snakemake does before it runs a rule again
-    assert releases(make_toolchain(made, requirements, Toolchain(pins={"helper": "1.5"})))["helper"] == "1.5"
+    assert releases(make_toolchain(made, requirements, Toolchain(pins={"idna": "1.5"})))["idna"] == "1.5"
     with pytest.raises(Hf2mnnError, match="is no environment"):
         make_toolchain(tmp_path / "wheels", requirements, Toolchain())
     assert len(list((tmp_path / "wheels").iterdir())) == 5

@@ -28,6 +28,8 @@ CONFIGURATION = "pyvenv.cfg"
 """Every virtual environment has it."""
 OUTSIDE = {"snakemake"}
 """What this package needs, and no stage: the rules are run from outside."""
+RUNNER = "__pip-runner__.py"
+"""By which `pip --python` runs itself in another environment, whose packages alone it then sees."""
 CONFLICT = "The conflict is caused by:"
 CALL = (
     "import os, sys; from hf2mnn.mnn.child import end_with; end_with(int(sys.argv[1]));"
@@ -73,13 +75,14 @@ def _reason(said: list[str]) -> str:
 def _install(python: Path, asked: Toolchain, requirements: Path, name: str) -> None:
     """Raises ToolchainError with pip's own words where it finds no such set of packages, or cannot fetch it."""
     ours = find_spec("pip")
-    if ours is None:
-        raise ToolchainError(f"the toolchain {name} needs pip, which {sys.executable} does not have: install it there")
+    runner = Path(ours.origin).with_name(RUNNER) if ours else None
+    if runner is None or not runner.is_file():
+        raise ToolchainError(f"the toolchain {name} needs pip 22.3 or newer, which {sys.executable} lacks: upgrade it")
     install, constraints = wanted(asked, needed_packages(), read_pins(requirements))
     path = python.parent.parent / "constraints.txt"
     path.write_text("\n".join(constraints) + "\n")
     # Our pip, run by the new environment's Python, ends with this process.
-    pip = [sys.executable, "-c", CALL, str(os.getpid()), str(python), str(Path(ours.origin).parent)]
+    pip = [sys.executable, "-c", CALL, str(os.getpid()), str(python), str(runner)]
     pip += ["install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--constraint", str(path)]
     said = []
     with subprocess.Popen(

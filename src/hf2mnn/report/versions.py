@@ -28,6 +28,8 @@ SETTINGS = ("threads", "prompt_tokens", "answer_tokens", "picture_side")
 """Of `hf2mnn.evaluate.speed`; times under others say nothing of each other."""
 CHANGED = 1e-5
 """Relative error above which a layer of PyTorch's has changed; the same weights on the same machine give 0."""
+SMALLEST = 0.02
+"""Share of a measure of speed below which no change is told: memory of the same bundle differs by 0.7 % between runs."""
 Speeds = Sequence[dict[str, Any]]
 """For each version, "bundles" of a speed.json."""
 COLUMNS = ["variant", "figure", "one", "other", "change"]
@@ -69,12 +71,14 @@ def _changed_figures(one: Row, other: Row) -> list[tuple]:
 
 
 def _changed_speed(speeds: Speeds, name: str) -> list[tuple]:
-    """Measures whose quartiles do not meet."""
+    """Measures whose quartiles do not meet, and that differ by more than SMALLEST."""
     both, rows = [side.get(name, {}).get("measures", {}) for side in speeds], []
     for measure, more in SPEEDS.items():
         if not all(measure in measures for measures in both):
             continue
         a, b = (measures[measure] for measures in both)
+        if abs(b["median"] - a["median"]) <= SMALLEST * a["median"]:
+            continue
         if a["third_quartile"] < b["first_quartile"] or b["third_quartile"] < a["first_quartile"]:
             better = _verdict(a["median"], b["median"], more) == "better"
             kind = ("smaller", "larger") if measure == "bundle_mb" else ("faster", "slower")
