@@ -13,7 +13,7 @@ import pytest
 from hf2mnn.mnn import bundle as bundles
 from hf2mnn.mnn.convert import read_graph
 from hf2mnn.mnn.engine import run_worker
-from hf2mnn.mnn.packed import pack_decoder
+from hf2mnn.mnn.packed import pack_decoder, runs_packed
 from hf2mnn.onnx.export import export_onnx
 from hf2mnn.source.fetch import fetch_source
 from support import TEXT, VISION, float_bundle
@@ -25,14 +25,14 @@ LAYERS, TOKENS = 2, [0, 1, 31, 32, 300, 511]
 def both(
     request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """Bundles of one model, packed and as `show_linear_layers` leaves it; with 2, 4 and 1 heads for keys and values."""
+    """Bundles of one model, packed and as an older release of MNN gets it, by `show_linear_layers` alone; with 2, 4 and 1 heads for keys and values."""
     heads = {"grouped": 2, "single": 4, "one for all": 1}[request.param]
     folder = tmp_path_factory.mktemp("packed")
     checkpoint = make_checkpoint(TEXT | {"num_key_value_heads": heads}, VISION, tied=heads == 4)
     onnx = export_onnx(fetch_source(folder / "source", checkpoint), folder / "onnx")
     packed = float_bundle(onnx, folder / "packed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bundles, "pack_decoder", lambda _: False)
+        patch.setattr(bundles, "tool_versions", lambda *_: {"MNN": "3.6.0"})
         plain = float_bundle(onnx, folder / "plain")
     return packed, plain
 
@@ -45,6 +45,13 @@ def test_a_layer_has_twelve_operators(both: tuple[Path, Path]) -> None:
     assert len(silu) == LAYERS
     assert len(packed.of_type("ConvertTensor")) == len(packed.of_type("Reshape")) == 2
     assert len(packed.ops) < len(plain.ops) - 40 * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("release", "known"), [("3.5.0", False), ("3.6.0", False), ("3.6.1", True), ("3.6.1.post1", True), ("3.10.0", True)]
+)
+def test_only_releases_that_have_the_operators_get_them(release: str, known: bool) -> None:
+    assert runs_packed(release) == known
 
 
 def test_every_token_is_answered_as_before(both: tuple[Path, Path], tmp_path: Path) -> None:

@@ -24,11 +24,12 @@ import ml_dtypes
 import numpy as np
 
 from hf2mnn.families import family_named
+from hf2mnn.manifest import tool_versions
 from hf2mnn.mnn import graph as proof
 from hf2mnn.mnn.convert import WeightFormat, convert_onnx
 from hf2mnn.mnn.dress import dress_decoder, dress_vision, save_dressed
 from hf2mnn.mnn.linear import hide_linear_layers, show_linear_layers
-from hf2mnn.mnn.packed import pack_decoder
+from hf2mnn.mnn.packed import pack_decoder, runs_packed
 from hf2mnn.mnn.tokenizer import departures, write_tokenizer
 from hf2mnn.onnx.initializers import initializer_values, load_graph, stored_initializers
 from hf2mnn.source.facts import sees
@@ -64,7 +65,7 @@ class EngineSettings:
 
 def _finish(graph: proof.Graph, weights: Path, part: str, biases: dict[str, np.ndarray]) -> None:
     show_linear_layers(graph, weights, biases)
-    if part == "decoder":
+    if part == "decoder" and runs_packed(tool_versions("MNN")["MNN"]):
         pack_decoder(graph)
 
 

@@ -24,6 +24,8 @@ LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD = "logits"
+SINCE = (3, 6, 1)
+"""MNN's first release with all of these operators."""
 FORMS = ("Reshape", "Permute", "ConvertTensor", "Const")
 """Operators that change the form of values, and no value."""
 STEPS = {
@@ -208,6 +210,11 @@ def _replaced(dropped: list[Op], layers: int) -> bool:
     rotation of queries and keys, and the gate, in each layer; the rest only changes the form of values."""
     computing = Counter((op["type"], (op.get("main") or {}).get("opType")) for op in dropped if op["type"] not in FORMS)
     return computing == Counter({step: each * layers for step, each in STEPS.items()})
+
+
+def runs_packed(release: str) -> bool:
+    """Whether a release of MNN ("3.6.1") has these operators; an older converter crashes on the rotation."""
+    return tuple(int(part) for part in re.findall(r"\d+", release)[:3]) >= SINCE
 
 
 def pack_decoder(graph: Graph) -> bool:

@@ -29,7 +29,7 @@ SETTINGS = ("threads", "prompt_tokens", "answer_tokens", "picture_side")
 CHANGED = 1e-5
 """Relative error above which a layer of PyTorch's has changed; the same weights on the same machine give 0."""
 SMALLEST = 0.02
-"""Share of a measure of speed below which no change is told: memory of the same bundle differs by 0.7 % between runs."""
+"""Share of a measure of speed below which no change is told; memory of one bundle differs by 0.7 % from run to run."""
 Speeds = Sequence[dict[str, Any]]
 """For each version, "bundles" of a speed.json."""
 COLUMNS = ["variant", "figure", "one", "other", "change"]
