@@ -25,7 +25,8 @@ LAYERS, TOKENS = 2, [0, 1, 31, 32, 300, 511]
 def both(
     request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """Bundles of one model, packed and as an older release of MNN gets it, by `show_linear_layers` alone; with 2, 4 and 1 heads for keys and values."""
+    """Bundles of one model, packed and as older releases of MNN get it, by `show_linear_layers` alone; with 2, 4 and 1
+    heads for keys and values."""
     heads = {"grouped": 2, "single": 4, "one for all": 1}[request.param]
     folder = tmp_path_factory.mktemp("packed")
     checkpoint = make_checkpoint(TEXT | {"num_key_value_heads": heads}, VISION, tied=heads == 4)
