@@ -40,7 +40,7 @@ def test_what_two_versions_were_made_of_is_told(tmp_path: Path) -> None:
     assert changed_inputs(one, one) == ["tools: the same", "checkpoint: the same"]
     assert changed_inputs(one, other) == [
         "tools: MNN 3.6.1 to 3.6.0",
-        "checkpoint: 1 other files: model.safetensors",
+        "checkpoint: other files: model.safetensors",
     ]
 
 

@@ -188,7 +188,7 @@ def changed_inputs(one: Evidence, other: Evidence) -> list[str]:
     changed = sorted(name for name in files[0].keys() | files[1].keys() if files[0].get(name) != files[1].get(name))
     return [
         f"tools: {', '.join(said) or 'the same'}",
-        f"checkpoint: {f'{len(changed)} other files: ' + ', '.join(changed) if changed else 'the same'}",
+        f"checkpoint: {'other files: ' + ', '.join(changed) if changed else 'the same'}",
     ]
 
 
