@@ -1,7 +1,7 @@
 """Whole conversations: MNN's engine, with the template and tokenizer that are written for it, makes the text and the
 ids that transformers makes of them, for tokenizers and chat templates of every family's style.
 
-No real tokenizer can be had here, so each is trained on this repository's documents with its family's own settings. The
+No real tokenizer can be had here, so each is trained on this repository's examples with its family's own settings. The
 templates are ours, of the constructs that the families' own are made of.
 """
 
@@ -44,7 +44,7 @@ UNREACHED = " Việt"
 
 @functools.cache
 def corpus() -> list[str]:
-    return [path.read_text() for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])]
+    return [path.read_text() for path in sorted(ROOT.glob("evaluation/*/examples.jsonl"))]
 
 
 def merges_of(splitter: pre_tokenizers.PreTokenizer, alphabet: list[str], size: int) -> tuple[list[str], list[Any]]:
@@ -311,8 +311,8 @@ def test_words_that_no_merges_lead_to_are_named(pair: Pair) -> None:
     chats = [[user(f"Tiếng{UNREACHED}")], [user(f"{UNREACHED[1:]}nam")]]
     assert [chat for chat, _, _ in pair.differences(chats)] == chats[:1]
     ids = pair.engine("tokenizer_encode", [UNREACHED])[0]
-    assert "".join(pair.engine("tokenizer_decode", ids[:3])) == " Vi"
     assert len(ids) > 1
+    assert pair.reference.decode(ids) == UNREACHED
     assert UNREACHED in unreached_words(pair.checkpoint)
     assert len(unreached_words(pair.checkpoint)) == 1
     assert departures(pair.checkpoint) == [

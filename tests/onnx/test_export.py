@@ -218,7 +218,7 @@ def test_a_picture_is_embedded_as_transformers_does(model: Exported) -> None:
         ((_, ((pixels, shape),)),) = make_prompt([grid], seed=3).pieces
         with torch.inference_mode():
             seen = model.torch.model.get_image_features(torch.from_numpy(pixels), torch.from_numpy(shape)[None])
-        ours = model.runtime.see((pixels, shape))
+        (ours,) = model.runtime.see((pixels, shape))
         np.testing.assert_allclose(ours, seen.pooler_output[0].numpy(), atol=CLOSE, rtol=0)
 
 
@@ -384,7 +384,7 @@ def test_weights_of_another_shape_are_refused(exports: Callable[[str], Exported]
     checkpoint = Checkpoint(exports("2to1").checkpoint)
     sentence = r"embed_tokens\.weight as \[640, 384\], its config\.json asks for \[700, 384\]: .* not of one model"
     with pytest.raises(SourceError, match=sentence):
-        attach_weights(embedding_graph(700, 384), checkpoint)
+        attach_weights(embedding_graph(checkpoint.family.embedding, 700, 384), checkpoint)
 
 
 def test_a_weight_that_is_not_there_is_named_and_nothing_is_left_behind(

@@ -84,7 +84,7 @@ def make_twin(checkpoint: Path, folder: Path) -> Twin:
             "logits_index": np.array([0], np.int32),
             "past_key_values": np.zeros((2, 2, 1, 0, heads, size), np.float32),
         },
-        "vision": family_named("qwen2_vl", folder).vision_inputs(pixels, GRID, 2),
+        "vision": family_named("qwen2_vl", folder).vision_inputs(pixels, GRID, {"merge_size": 2}),
     }
     # onnx reads no weights through hard links.
     return Twin(model, Path(shutil.copytree(exported, folder / "copy")), dict(points), inputs)

@@ -76,7 +76,7 @@ def test_both_graphs_compute_the_same(repeated: Path, traced: Path) -> None:
         cache = model.new_cache()
         first = model.prefill(cache, ids[:7], all_logits=True)
         second = model.prefill(cache, ids[7:], all_logits=True)
-        answers.append([first, second, cache.past, model.see((patches, grid))])
+        answers.append([first, second, cache.past, *model.see((patches, grid))])
     for one, other in zip(*answers, strict=True):
         np.testing.assert_array_equal(one, other)
 

@@ -85,7 +85,7 @@ def run_part(bundle: Path, onnx_folder: Path, name: str, points: list[str]) -> d
         given["logits_index"] = np.array([0], np.int32)
     else:
         pixels = random.standard_normal((16, 3 * 2 * 14 * 14)).astype(np.float32)
-        given = family_named(model["model_type"], bundle).vision_inputs(pixels, np.array([1, 4, 4]), 2)
+        given = family_named(model["model_type"], bundle).vision_inputs(pixels, np.array([1, 4, 4]), model)
     graph = read_graph(bundle / PARTS[name][0])
     (values,) = _run_mnn(bundle, [Inputs("", name, {}, given)], {name: graph}, {name: points}, 1, 60)
     return values

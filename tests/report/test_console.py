@@ -134,7 +134,7 @@ def test_rows_without_a_diagnosis_have_no_layers() -> None:
 def versions(*changes: tuple) -> Versions:
     only = {"results/a": [], "results/b": ["int3", "int2"]}
     frame = pd.DataFrame(changes, columns=COLUMNS)
-    return Versions("results/a", "results/b", frame, ["pytorch: every layer is the same"], only)
+    return Versions("results/a", "results/b", frame, ["pytorch: every layer is the same"], only, [])
 
 
 def test_changes_between_versions_are_listed() -> None:

@@ -329,13 +329,13 @@ def test_bad_config_is_refused_before_any_job(workspace: Workspace, old: str, ne
 
 def test_model_that_is_not_converted_is_refused_by_name(workspace: Workspace, tmp_path: Path) -> None:
     """The sentence reaches the terminal, and nothing is left that a later run would take for whole."""
-    folder = tmp_path / "llama"
+    folder = tmp_path / "gemma"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma"}))
     workspace.config("path: models/shapes-vl}", f"path: {folder}}}")
     done = workspace.snakemake()
     said = done.stdout + done.stderr
-    assert done.returncode != 0 and "model_type 'llama', which is not converted" in said and "Traceback" not in said
+    assert done.returncode != 0 and "model_type 'gemma', which is not converted" in said and "Traceback" not in said
     assert not list((workspace.folder / "results" / "shapes-vl").glob("*"))
 
 

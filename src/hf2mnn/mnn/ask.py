@@ -88,7 +88,7 @@ def continue_conversation(
     if images and not family.sees:
         raise EvaluationSetError(f"{folder} is a {family.model_type}, which does not see; ask it without pictures")
     prompt = _prompt(folder, messages)
-    if images and prompt.count(family.image_text) != len(images):
+    if family.sees and prompt.count(family.image_text) != len(images):
         raise EvaluationSetError(
             f"the chat template wrote {prompt.count(family.image_text)} pictures for {len(images)} in the messages"
         )
