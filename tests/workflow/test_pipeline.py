@@ -140,6 +140,7 @@ def test_a_calibrated_variant_of_the_same_size_is_closer(results: Path) -> None:
     assert frame.loc["int4-gptq", "mean_kld"] < 0.7 * frame.loc["int4", "mean_kld"]
 
 
+@pytest.mark.slow
 def test_mixed_precision_beats_the_uniform_variant_of_the_same_size(results: Path, tmp_path: Path) -> None:
     """Both parts in 4 bits by blocks of 64, against formats chosen within the bytes that those take."""
     onnx, base, settings = results / "onnx", results / "mnn" / "base", EngineSettings("low", "low")
