@@ -43,6 +43,16 @@ def configure(**changes: Any) -> Callable[[Path], None]:
     return harm
 
 
+def leave_out(key: str) -> Callable[[Path], None]:
+    """Of the decoder's configuration."""
+
+    def harm(folder: Path) -> None:
+        text = json.loads((folder / "config.json").read_text())["text_config"]
+        change("config.json", text_config={name: value for name, value in text.items() if name != key})(folder)
+
+    return harm
+
+
 def place(name: str, file: str | None) -> Callable[[Path], None]:
     """Let the index say that a tensor is in `file`, or nothing of it."""
 
@@ -106,6 +116,19 @@ REFUSED = {
     "a tokenizer without tokens": (
         write("tokenizer.json", '{"model": {"vocab": {}}}'),
         ["tokenizer.json is not a tokenizer"],
+    ),
+    # transformers takes 32 for what is left out, and others the number of heads.
+    "a config that leaves out what counts": (
+        leave_out("num_key_value_heads"),
+        ["does not say what its num_key_value_heads is"],
+    ),
+    "patches that the engine does not cut": (
+        change("preprocessor_config.json", patch_size=16),
+        ["patch_size of 16", "14 is built into MNN's engine for qwen2_vl"],
+    ),
+    "a processor of another model": (
+        change("preprocessor_config.json", merge_size=4),
+        ["merge_size of 4", "2 is built into MNN's engine"],
     ),
     "a config that makes no model": (configure(hidden_size="128"), ["hidden_size"]),
 }

@@ -46,6 +46,8 @@ class VisionFamily(Family):
     """Sides of a patch as the engine cuts it."""
     width = "hidden_size"
     """Key of the vision tower's width in its configuration."""
+    mlp_inputs: ClassVar[tuple[str, ...]] = ("fc1",)
+    """Layers of a block's MLP that read its normalization."""
     blocks_alike = True
     """Whether every block of the tower computes the same but for its weights."""
 
@@ -198,6 +200,3 @@ class VisionFamily(Family):
             found.append(Fold(f"{block}.norm1", (f"{block}.attn.qkv",)))
             found.append(Fold(f"{block}.norm2", tuple(f"{block}.mlp.{name}" for name in self.mlp_inputs)))
         return found
-
-    mlp_inputs: ClassVar[tuple[str, ...]] = ("fc1",)
-    """Layers of a block's MLP that read its normalization."""

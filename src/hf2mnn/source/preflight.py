@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf2mnn.errors import SourceError
 from hf2mnn.families.vision import ENGINE, VisionFamily
 from hf2mnn.source.checkpoint import LFS_POINTER, Checkpoint, checkpoint_files, read_json
-from hf2mnn.source.facts import model_facts
+from hf2mnn.source.facts import COUNTS, model_facts
 from hf2mnn.source.packed import PACKED, WEIGHT
 from hf2mnn.untrusted import inside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 INDEX = "model.safetensors.index.json"
 
@@ -122,12 +125,33 @@ def check_index(checkpoint: Checkpoint) -> None:
         raise SourceError(f"{there[name]} holds {name}, which {path} does not name: they are not of one model")
 
 
+def check_defaults(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
+    """What config.json leaves out is what transformers takes for it; `config` is what that has made of the file."""
+    text, facts = config.get_text_config(), model_facts(checkpoint)
+    taken = {key: getattr(text, key, None) for key in COUNTS}
+    taken["tie_word_embeddings"] = bool(config.tie_word_embeddings)
+    for key, value in taken.items():
+        if value is not None and value != facts[key]:
+            raise SourceError(
+                f"config.json of {checkpoint.folder} does not say what its {key} is: transformers takes it for {value},"
+                f" and {facts[key]} is the usual; write it there"
+            )
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        raise SourceError(
+            f"config.json of {checkpoint.folder} leaves layer_types out, and transformers makes some layers"
+            f" {min(kinds)}, which is not converted"
+        )
+
+
 def check_weights(checkpoint: Checkpoint) -> None:
     """Every parameter of the architecture is there in its shape, and no weight that it has no place for."""
     # Loaded here: they take seconds, and most faults are found without them.
     from hf2mnn.source.model import outline
 
-    parameters = outline(checkpoint).state_dict()
+    model = outline(checkpoint)
+    check_defaults(checkpoint, model.config)
+    parameters = model.state_dict()
     for parameter, value in parameters.items():
         checkpoint.check_shape(parameter, value.shape)
     used = {checkpoint.find(parameter) for parameter in parameters}
