@@ -127,9 +127,11 @@ def test_every_logit_and_every_answer_is_pytorchs(made: Made, row: str) -> None:
         assert summary["vision_cosine"] is None
 
 
-def test_every_attention_is_fused(made: Made) -> None:
+def test_every_attention_is_fused_and_every_decoder_packed(made: Made) -> None:
     facts = json.loads((made.folder / "onnx" / "model.json").read_text())
-    assert len(read_graph(made.folder / "fp32" / "llm.mnn").fused) == facts["num_hidden_layers"]
+    graph = read_graph(made.folder / "fp32" / "llm.mnn")
+    assert len(graph.fused) == facts["num_hidden_layers"]
+    assert len(graph.of_type("RoPE")) == facts["num_hidden_layers"], "the decoder is not in the engine's own layout"
     assert (made.folder / "fp32" / "visual.mnn").exists() == made.family.sees
 
 

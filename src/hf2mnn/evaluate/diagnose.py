@@ -18,7 +18,7 @@ from hf2mnn.evaluate.names import BUDGET, FINDINGS, LAYERS
 from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.mnn.bundle import PARTS, EngineSettings, parts_in
 from hf2mnn.mnn.convert import WeightFormat, read_graph
-from hf2mnn.onnx.initializers import float_values
+from hf2mnn.onnx.initializers import small_values
 from hf2mnn.quant.stages import quantize
 from hf2mnn.quant.variant import Choice
 from hf2mnn.reference.golden import Golden
@@ -61,7 +61,7 @@ def diagnose(
         graphs = {part: read_graph(bundle / PARTS[part][0]) for part in parts_in(onnx_folder)}
         for part, graph in graphs.items():
             # What is run to look inside is built from the dump, and must compute what the bundle computes.
-            graph.sharpen_constants(float_values(onnx_folder / f"{part}.onnx"))
+            graph.sharpen_constants(small_values(onnx_folder / f"{part}.onnx"))
         found = causes.wrong_settings(bundle, facts) + causes.wrong_template(bundle, onnx_folder)
         found += causes.wrong_embedding(bundle, onnx_folder)
         found += causes.unfused(graphs["decoder"], facts["num_hidden_layers"])

@@ -63,10 +63,10 @@ class EngineSettings:
     threads: int = 4
 
 
-def _finish(graph: proof.Graph, weights: Path, part: str, biases: dict[str, np.ndarray]) -> None:
-    show_linear_layers(graph, weights, biases)
+def _finish(graph: proof.Graph, weights: Path, part: str, vectors: dict[str, np.ndarray]) -> None:
+    show_linear_layers(graph, weights, vectors)
     if part == "decoder" and runs_packed(tool_versions("MNN")["MNN"]):
-        pack_decoder(graph)
+        pack_decoder(graph, vectors)
 
 
 def _convert(part: str, onnx_folder: Path, folder: Path, weights: WeightFormat | None, fuse: bool) -> proof.Graph:
@@ -78,7 +78,7 @@ def _convert(part: str, onnx_folder: Path, folder: Path, weights: WeightFormat |
     finish = None
     if weights is None:
         hide_linear_layers(model)
-        finish = partial(_finish, part=part, biases=initializer_values(source, 1))
+        finish = partial(_finish, part=part, vectors=initializer_values(source, 1))
     with tempfile.TemporaryDirectory(prefix="hf2mnn-", dir=folder) as private:
         dressed = save_dressed(model, source, Path(private))
         graph = convert_onnx(dressed, destination, weights or WeightFormat(), fuse, finish)

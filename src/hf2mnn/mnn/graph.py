@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ LINEAR = "__matmul_converted"
 """What the converter adds to the name of a linear layer's value to name the convolution that it becomes."""
 PACKED = "NC4HW4"
 """Layout of what convolutions read and write: four channels side by side."""
+ROTARY_NORMS = ("q_norm", "k_norm")
+"""Normalizations that a RoPE operator does itself: tables of its own, whose gamma is in the graph."""
 FLOAT16 = 3
 """`quanParameter.type` of weights stored as half floats."""
 
@@ -111,26 +114,44 @@ class Graph:
         read = {index for op in self.ops for index in op.get("inputIndexes", [])}
         self.content["oplists"] = [op for op in self.ops if op["type"] != "Input" or op["outputIndexes"][0] in read]
 
+    @property
+    def rotary_norms(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Normalizations of queries and keys that their rotation does, with the names of their modules."""
+        for op in self.of_type("RoPE"):
+            held = op.get("main") or {}
+            attention = op["name"].rpartition(".")[0]
+            yield from ((f"{attention}.{name}", held[name]) for name in ROTARY_NORMS if held.get(name))
+
+    def _floats(self) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """Names of the float values that the graph holds itself, with the tables and keys that they are under."""
+        for op in self.of_type("Const"):
+            if op["main"]["dataType"] in ("DT_FLOAT", "DT_HALF"):
+                yield op["name"], op["main"], "float32s"
+        for name, norm in self.rotary_norms:
+            yield f"{name}.weight", norm, "gamma"
+
     def restore_constants(self, values: dict[str, np.ndarray]) -> None:
-        """Give constants the values that they have in the ONNX graph, float32 by name.
+        """Give constants, and what else the graph holds, the values that they have in the ONNX graph, float32 by name.
 
         The converter's dump prints floats with six decimals, and `--fp16` stores them as half floats: of rotary
         frequencies, which go down to 1e-6 and are multiplied by positions, either leaves little.
         """
-        for op in self.of_type("Const"):
-            blob, exact = op["main"], values.get(op["name"])
-            if blob["dataType"] in ("DT_FLOAT", "DT_HALF") and exact is not None:
-                blob.pop("uint8s", None)
-                blob |= {"dataType": "DT_FLOAT", "float32s": [float(value) for value in exact.reshape(-1)]}
+        for name, table, key in self._floats():
+            if (exact := values.get(name)) is None:
+                continue
+            table[key] = [float(value) for value in exact.reshape(-1)]
+            if "dataType" in table:
+                table.pop("uint8s", None)
+                table["dataType"] = "DT_FLOAT"
 
     def sharpen_constants(self, values: dict[str, np.ndarray]) -> None:
         """Undo the rounding of the dump where `values` are what was rounded; what differs otherwise stays as it is."""
         near = {}
-        for op in self.of_type("Const"):
-            exact, kept = values.get(op["name"]), op["main"].get("float32s", [])
+        for name, table, key in self._floats():
+            exact, kept = values.get(name), table.get(key, [])
             fits = exact is not None and len(kept) == exact.size
             if fits and np.abs(np.array(kept) - exact.reshape(-1)).max(initial=0) < 1e-6:
-                near[op["name"]] = exact
+                near[name] = exact
         self.restore_constants(near)
 
     def _producers(self) -> dict[str, tuple[dict[str, Any], int]]:

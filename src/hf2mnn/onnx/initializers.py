@@ -115,3 +115,9 @@ def initializer_values(graph: Path, axes: int) -> dict[str, np.ndarray]:
     outside = {name: stored for name, stored in stored_initializers(graph).items() if len(stored.shape) == axes}
     inside = {name: values for name, values in float_values(graph).items() if values.ndim == axes}
     return inside | {name: stored.rows(0, stored.shape[0]) for name, stored in outside.items()}
+
+
+def small_values(graph: Path) -> dict[str, np.ndarray]:
+    """What an MNN graph of an ONNX file may hold itself: its float32 constants, and vectors wherever they lie, by
+    name."""
+    return float_values(graph) | initializer_values(graph, 1)

@@ -16,7 +16,7 @@ from hf2mnn.files import link_or_copy
 from hf2mnn.mnn import graph as proof
 from hf2mnn.mnn.bundle import EMBEDDING, PARTS, TOKENIZER, EngineSettings, parts_in, write_configs
 from hf2mnn.mnn.convert import WeightFormat, read_graph, write_graph
-from hf2mnn.onnx.initializers import float_values, stored_initializers
+from hf2mnn.onnx.initializers import small_values, stored_initializers
 from hf2mnn.quant.awq import search_scales
 from hf2mnn.quant.embedding import check_tied, tied_settings
 from hf2mnn.quant.folding import FOLDED, FoldedWeights, folded_points
@@ -55,7 +55,7 @@ class Part:
         self.names = module_names(onnx_folder / source)
         self.graph = read_graph(base / self.file)
         # The dump that a graph is read from prints six decimals.
-        self.graph.restore_constants(float_values(onnx_folder / source))
+        self.graph.restore_constants(small_values(onnx_folder / source))
         self.operators = operators(self.graph, self.names)
         initializers = stored_initializers(onnx_folder / source)
         self.weights = ModelWeights(self.graph, base / f"{self.file}.weight", initializers)
