@@ -123,6 +123,21 @@ def test_bytes_of_levels_in_the_place_of_gamma(results: Path, tmp_path: Path) ->
     assert errors(bundle) == {"norm_stale"}
 
 
+@pytest.mark.parametrize(("gamma", "check"), [([0.0] * 32, "norm_zero"), (None, "norm_stale"), ([1.5] * 32, None)])
+def test_a_normalization_that_the_rotation_does(bundle: Path, gamma: list[float] | None, check: str | None) -> None:
+    """It has its gamma in the graph, or none: `external` is not read there."""
+    held = {"gamma": gamma} if gamma else {"external": [0, 128, 128]}
+
+    def normalize(graph: Graph) -> None:
+        for op in graph.of_type("RoPE"):
+            norm = {"axis": [-1], "epsilon": 1e-6, "group": 1, "useRMSNorm": True, **held}
+            op["main"] |= {"q_norm": norm, "k_norm": norm}
+
+    edited(bundle, normalize)
+    vouched(bundle)
+    assert errors(bundle) == ({check} if check else set())
+
+
 def test_two_linear_layers_on_the_same_bytes(results: Path, tmp_path: Path) -> None:
     bundle = copied(results / "mnn" / "fp16", tmp_path / "bundle")
 

@@ -174,7 +174,7 @@ class _Packed:
         return self.add("BinaryOp", "BinaryOp", main, read, name)[0]
 
     def seen(self, read: int) -> int:
-        """What deepstack adds [1, tokens or 1, hidden or 1] with the axes of the stream: [tokens or 1, hidden or 1, 1, 1].
+        """What deepstack adds [1, tokens or 1, hidden or 1] with the stream's axes: [tokens or 1, hidden or 1, 1, 1].
 
         It is not brought into the packed layout: the engine calls it NHWC in one place and NCHW in another, and the sum
         takes either.
@@ -231,7 +231,7 @@ def _rewrite(decoder: _Decoder, vectors: dict[str, np.ndarray]) -> list[Op]:
         gated = made.binary("MUL_SILU", [up, gate], f"{layer}.mlp__gated")
         added, before = linear(f"{layer}.mlp.down_proj", gated), layer
         if (seen := next(deepstack, None)) is not None:
-            # Not by the two inputs of LayerNorm, which must be alike: where there is no picture, what is added is one 0.
+            # Not by the two inputs of LayerNorm, which must be alike: for text alone the engine feeds one zero.
             total = made.binary("ADD", [stream, added], layer)
             stream, added = made.binary("ADD", [total, made.seen(seen)], f"{names[seen]}__sum"), None
     if added is not None:

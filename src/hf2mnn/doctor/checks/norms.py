@@ -39,13 +39,14 @@ def norm_stale(model: Model) -> Iterator[Finding]:
     """A LayerNorm that points into another operator's bytes, or at bytes that make no gamma."""
     overlaps = [f"{one} reads bytes of {other}" for one, other, types in _overlaps(model) if "LayerNorm" in types]
     strange = [] if overlaps or model.foreign else [f"{name}: {why}" for name, why in _strange(model)]
+    count = len(model.graph.of_type("LayerNorm")) + len(list(model.graph.rotary_norms))
     if overlaps or strange:
         yield Finding(
             "norm_stale",
             Severity.ERROR,
             model.path.name,
             "a normalization reads its gamma and beta from the wrong place",
-            f"{len(overlaps or strange)} of {len(model.graph.of_type('LayerNorm'))}: {(overlaps or strange)[0]}",
+            f"{len(overlaps or strange)} of {count}: {(overlaps or strange)[0]}",
             WRONG,
             f"{AGAIN}; MNN's converter leaves these offsets behind when it re-quantizes a .mnn file",
         )
@@ -67,18 +68,24 @@ def weights_overlap(model: Model) -> Iterator[Finding]:
 
 
 def _parameters(model: Model) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Name, gamma and beta of every normalization that reads them from the weight file."""
+    """Name, gamma and beta of every normalization that reads them from the weight file, and of those that are a part of
+    a rotation, which reads them from the graph alone."""
     for op in model.graph.of_type("LayerNorm"):
         if place := op["main"].get("external"):
             sizes = [size // 4 * 4 for size in place[1:3]]
             values = np.frombuffer(model.file.raw(place[0], sum(sizes)), np.float32)
             yield op["name"], values[: sizes[0] // 4], values[sizes[0] // 4 :]
+    for name, norm in model.graph.rotary_norms:
+        yield name, *(np.array(norm.get(key, []), np.float32) for key in ("gamma", "beta"))
 
 
 def _strange(model: Model) -> Iterator[tuple[str, str]]:
+    rotary = dict(model.graph.rotary_norms)
     for name, gamma, beta in _parameters(model):
         values = np.abs(np.concatenate([gamma, beta]))
         if not values.size:
+            if name in rotary:
+                yield name, "the graph holds no gamma for it, and the engine leaves it out"
             continue
         beyond = ~(values <= LARGEST) | ((values < TINY) & (values > 0))
         if beyond.mean() > STRANGE or not np.isfinite(values).all():
@@ -88,7 +95,8 @@ def _strange(model: Model) -> Iterator[tuple[str, str]]:
 def norm_zero(model: Model) -> Iterator[Finding]:
     """Gamma all zero, or beta all zero where other normalizations of the graph have one."""
     gammas, betas, some = [], [], False
-    rms = {op["name"] for op in model.graph.of_type("LayerNorm") if op["main"].get("useRMSNorm")}
+    rotary = dict(model.graph.rotary_norms)
+    rms = {op["name"] for op in model.graph.of_type("LayerNorm") if op["main"].get("useRMSNorm")} | set(rotary)
     for name, gamma, beta in _parameters(model):
         if gamma.size and not gamma.any():
             gammas.append(name)
@@ -99,7 +107,7 @@ def norm_zero(model: Model) -> Iterator[Finding]:
         yield Finding(
             "norm_zero",
             Severity.ERROR,
-            f"{model.weights.name}: {gammas[0]}",
+            f"{(model.path if gammas[0] in rotary else model.weights).name}: {gammas[0]}",
             "the gamma of a normalization is zero",
             f"{len(gammas)}: {', '.join(gammas[:3])}",
             "nothing of what the layer reads comes through",
