@@ -131,7 +131,9 @@ def test_every_attention_is_fused_and_every_decoder_packed(made: Made) -> None:
     facts = json.loads((made.folder / "onnx" / "model.json").read_text())
     graph = read_graph(made.folder / "fp32" / "llm.mnn")
     assert len(graph.fused) == facts["num_hidden_layers"]
-    assert len(graph.of_type("RoPE")) == facts["num_hidden_layers"], "the decoder is not in the engine's own layout"
+    # SmolLM3 has layers that are not rotated, and is left in the layout that serves all.
+    packed = 0 if facts["model_type"] == "smollm3" else facts["num_hidden_layers"]
+    assert len(graph.of_type("RoPE")) == packed, "the decoder is not in the engine's own layout"
     assert (made.folder / "fp32" / "visual.mnn").exists() == made.family.sees
 
 
