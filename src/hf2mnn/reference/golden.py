@@ -14,6 +14,8 @@ from safetensors import safe_open
 
 from hf2mnn.points import kept_rows
 
+PROBES = "probes"
+"""Key of the metadata of ACTIVATIONS: JSON, the example by the kind of the probe."""
 PROBED = ("ids", "inputs_embeds", "position_ids", "deepstack_embeds")
 """What a probe holds beside its points."""
 EXAMPLES, TENSORS, ACTIVATIONS = "examples.json", "golden.safetensors", "activations.safetensors"
@@ -123,7 +125,7 @@ class Golden:
         """The "text" and the "picture" probe, those of them that the set has."""
         pictures = {record["id"]: record["pictures"] for record in self.records}
         with safe_open(self.folder / ACTIVATIONS, "np") as file:
-            for kind, example in sorted(file.metadata().items()):
+            for kind, example in sorted(json.loads(file.metadata()[PROBES]).items()):
                 names = [name for name in sorted(file.keys()) if name.startswith(f"{kind}/")]
                 inside = {name.partition("/")[2]: file.get_tensor(name) for name in names}
                 fed = {name: inside.pop(name) for name in PROBED if name in inside}

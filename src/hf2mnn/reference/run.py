@@ -18,7 +18,7 @@ from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.progress import steps
 from hf2mnn.reference.activations import recorded
 from hf2mnn.reference.examples import NAME, Example, read_examples, read_picture
-from hf2mnn.reference.golden import ACTIVATIONS, EXAMPLES, TENSORS, Golden, GoldenExample
+from hf2mnn.reference.golden import ACTIVATIONS, EXAMPLES, PROBES, TENSORS, Golden, GoldenExample
 from hf2mnn.reference.prompts import PictureInput, Prompter
 from hf2mnn.reference.tasks import score_answer
 from hf2mnn.source.checkpoint import Checkpoint
@@ -228,7 +228,8 @@ def run_reference(
             ids = [tensors[f"examples/{name}/input_ids"], tensors[f"examples/{name}/answer_ids"][:-1]]
             made = reference.inside(torch.cat(ids), [pictures[picture] for picture in named[name]])
             inside |= {f"{kind}/{point}": value for point, value in made.items()}
-        save_file(inside, folder / ACTIVATIONS, metadata=probes)
+        # One entry: safetensors writes several in an order of chance.
+        save_file(inside, folder / ACTIVATIONS, metadata={PROBES: json.dumps(probes, sort_keys=True)})
         (folder / EXAMPLES).write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         labelled = [record for record in records if record["expected"] is not None]
         manifest.results = {
