@@ -56,17 +56,17 @@ SHAPES = {
         {"depth": 2, "embed_dim": 96, "num_heads": 3, "hidden_size": 192},
         tied=False,
     ),
-    # Windows of 8 x 8 patches in two blocks of three; yarn stretches the rotary positions.
+    # Windows of 8 x 8 patches in four blocks of six; yarn stretches the rotary positions.
     "qwen2.5-vl": Small(
         "qwen2_5_vl",
         _text(4, 256, 448, 8, 1, None, rope_parameters={**YARN, "mrope_section": [4, 6, 6]}),
         {
-            "depth": 3,
+            "depth": 6,
             "hidden_size": 96,
             "intermediate_size": 176,
             "num_heads": 3,
             "out_hidden_size": 256,
-            "fullatt_block_indexes": [1],
+            "fullatt_block_indexes": [2, 5],
         },
         tied=True,
         seed=1,

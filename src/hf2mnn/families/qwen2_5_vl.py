@@ -22,8 +22,8 @@ WINDOW = 4
 class Qwen25VL(VisionFamily):
     model_type = "qwen2_5_vl"
     architecture = "Qwen2_5_VLForConditionalGeneration"
-    blocks_alike = False
     mlp_inputs: ClassVar = ("gate_proj", "up_proj")
+    full_attention = "fullatt_block_indexes"
 
     def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:
         super().check(config, text_config)

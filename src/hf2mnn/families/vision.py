@@ -49,7 +49,9 @@ class VisionFamily(Family):
     mlp_inputs: ClassVar[tuple[str, ...]] = ("fc1",)
     """Layers of a block's MLP that read its normalization."""
     blocks_alike = True
-    """Whether every block of the tower computes the same but for its weights."""
+    """Whether every block of the tower computes the same but for its weights and what its attention may see."""
+    full_attention: str | None = None
+    """Attribute of the tower that lists the blocks whose attention sees all patches, where that of others does not."""
 
     def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:
         super().check(config, text_config)

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf2mnn.errors import ExportError
 from hf2mnn.families import Family, VisionFamily
-from hf2mnn.onnx.attention import cached_attention, full_attention, write_out_attention
+from hf2mnn.onnx.attention import FULL, cached_attention, full_attention, write_out_attention
 from hf2mnn.onnx.repeat import TRACED, layers_of, repeat_layers, shorten
 
 OPSET = 18
@@ -272,9 +272,12 @@ def _trace_vision(
     found = layers_of(visual) if repeat else None
     if repeat and found is None:
         return None
+    everything = getattr(visual, family.full_attention) if family.full_attention else None
     if found:
         count = len(found[1])
         shorten(visual, *found)
+        if everything is not None:
+            setattr(visual, family.full_attention, [0])  # so that both masks are in the graph
     inputs = {name: (array.shape, getattr(torch, array.dtype.name)) for name, array in sample.items()}
     graph = _trace(
         Tower(visual, family, list(sample)), mode, {"inputs": inputs}, family.vision_outputs, family.vision_axes()
@@ -282,7 +285,17 @@ def _trace_vision(
     _name_parameters(graph, "visual.", f"{family.vision}.")
     if found and not repeat_layers(graph, f"{family.vision}.{found[0]}.", count):
         return None
+    if found and everything is not None:
+        _choose_masks(graph, everything)
     return graph
+
+
+def _choose_masks(graph: ir.Model, everything: list[int]) -> None:
+    """Of a tower whose first block alone sees all patches: let these blocks do so, and the others not."""
+    attentions = [node for node in graph.graph if node.op_type == FULL]
+    masks = attentions[0].inputs[-1], attentions[1].inputs[-1]
+    for block, attention in enumerate(attentions):
+        attention.replace_input_with(len(attention.inputs) - 1, masks[block not in everything])
 
 
 def trace_vision(config: transformers.PreTrainedConfig, family: VisionFamily, sample: dict) -> ir.Model:
