@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from hf2mnn.evaluate import figures, layers, parity
 from hf2mnn.evaluate.score import PICTURE_COLUMNS, POSITION_COLUMNS
 from hf2mnn.manifest import Manifest, stage_folder
+from hf2mnn.reference.golden import PROBES
 from hf2mnn.report.evidence import Evidence, Row
 
 SUMMARY: dict[str, Any] = {
@@ -103,7 +104,7 @@ def write_reference(folder: Path, tokens: int = 4, larger: dict[str, float] | No
         save_file(
             {f"text/{name}": array for name, array in probe.items()},
             partial / "activations.safetensors",
-            {"text": "free"},
+            {PROBES: json.dumps({"text": "free"})},
         )
     return folder
 

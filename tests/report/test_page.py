@@ -222,6 +222,11 @@ def test_works_with_less(kept: str, tmp_path: Path) -> None:
     assert "it was not diagnosed" in read.said
 
 
+def test_speed_of_a_model_that_does_not_see(evidence: Evidence, table: pd.DataFrame) -> None:
+    page = render_page(replace(evidence, speed=evidence.speed | {"picture": None}), table)
+    assert "8 out; 3 runs in turns" in " ".join(whole(page).said.split())
+
+
 def test_bundle_that_does_not_run_is_only_judged(evidence: Evidence) -> None:
     good, broken = evidence.rows[1], evidence.rows[-1]
     figures = ("mean_kld", "top1_agreement", "mean_kld_low", "mean_kld_high", "greedy_match", "task_accuracy")

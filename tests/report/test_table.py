@@ -115,6 +115,13 @@ def test_table_has_a_row_each_with_a_verdict() -> None:
     assert frame.loc[1, "decode_tokens_per_s"] == 598.5 and pd.isna(frame.loc[2, "decode_tokens_per_s"])
 
 
+def test_of_a_model_that_does_not_see_nothing_is_said_of_pictures() -> None:
+    row = make_row("fp32", vision_cosine=None)
+    frame = make_table(make_evidence([row]), [RowSpec("fp32", True, {"vision_cosine": 0.99})])
+    assert frame["vision_cosine"].isna().all()
+    assert list(frame["verdict"]) == ["reference", "pass"]
+
+
 def test_a_named_cause_fails_a_row_and_stands_beside_the_reason() -> None:
     frame = made(GOOD, RowSpec("int4", True, {"findings": 0}), findings=("ids are shifted", "norm is zero"))
     assert list(frame["findings"])[1:] == [0, 2]

@@ -136,11 +136,12 @@ def _tables(evidence: Evidence, budgets: dict[str, pd.Series]) -> dict[str, Any]
 def _machine(speed: dict[str, Any] | None) -> str:
     if not speed:
         return ""
-    machine = speed["machine"]
+    machine, sides = speed["machine"], speed["picture"]
+    picture = f", a picture of {' × '.join(map(str, sides))} pixels" if sides else ""
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}, MNN"
         f" {machine['MNN']}; {speed['threads']} threads, {speed['prompt_tokens']} tokens in, {speed['answer_tokens']}"
-        f" out, a picture of {' × '.join(map(str, speed['picture']))} pixels; {speed['repeats']} runs in turns."
+        f" out{picture}; {speed['repeats']} runs in turns."
     )
 
 

@@ -88,6 +88,8 @@ def make_table(evidence: Evidence, specs: list[RowSpec]) -> pd.DataFrame:
     accuracy = right / labelled if labelled else None
     source = {"model": evidence.model, "variant": "pytorch", **EXACT, "task_accuracy": accuracy, "verdict": REFERENCE}
     source |= {"required": False, "reason": "", "cause": ""}
+    if all(row.summary.get("vision_cosine") is None for row in evidence.rows):  # a set without pictures
+        del source["vision_cosine"]
     made = [_row(evidence, row, spec, right) for row, spec in zip(evidence.rows, specs, strict=True)]
     frame = pd.DataFrame([source, *made], columns=COLUMNS)
     kinds = dict.fromkeys([*FIGURES, *SPEEDS], "float64") | {"bytes": "Int64", "findings": "Int64"}
