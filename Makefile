@@ -37,7 +37,7 @@ fuzz: $(SET_UP) ## 100,000 hostile files for all parsers; SEED=n tries those of 
 test-families: $(SET_UP) ## every family of models from a checkpoint to answers (about 3 minutes on 2 cores)
 	$(BIN)/pytest tests/families -m "slow or not slow" --numprocesses auto --dist loadgroup
 
-test-slow: $(SET_UP) ## a run that is killed, and the bench on a small model
+test-slow: $(SET_UP) ## what takes long and is covered in parts: a killed run, the bench on a small model, ...
 	$(BIN)/pytest -m slow --ignore tests/families
 
 test-browser: $(SET_UP) ## the report in a real browser; needs Chromium on the PATH or in CHROMIUM

@@ -1,6 +1,6 @@
 """Every family from a checkpoint to answers: PyTorch, ONNX Runtime and MNN's engine side by side.
 
-Small checkpoints of the true architecture, whose sizes differ (`checkpoints.SHAPES`). Two of them are tried by `make
+Small checkpoints of the true architecture, whose sizes differ (`checkpoints.SHAPES`). One of them is tried by `make
 test`, all by `make test-families`; Qwen2-VL has more in tests/onnx and tests/mnn.
 """
 
@@ -35,7 +35,7 @@ CLOSE = 1e-4
 LENGTH = 8
 SIZES = {"wide": (252, 112), "tall": (112, 308), "odd": (200, 75)}
 """Wide and tall are several of Qwen2.5-VL's windows, some of them cut off; odd is resized."""
-QUICK = ("qwen3-vl", "llama")
+QUICK = ("llama",)
 EVERY = [
     pytest.param(name, marks=[pytest.mark.xdist_group(name), *([] if name in QUICK else [pytest.mark.slow])])
     for name in sorted(SHAPES)

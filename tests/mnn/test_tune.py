@@ -183,6 +183,7 @@ def test_a_setting_that_changes_answers_is_refused(copy: Path, given: Callable) 
     assert "refused" in said.getvalue() and "written" not in said.getvalue()
 
 
+@pytest.mark.slow
 def test_a_wider_bound_lets_it_pass(copy: Path, given: Callable) -> None:
     given(faster("attention_mode", 10))
     tuned = tune_bundle(copy, ["attention_mode"], **SMALL, max_kld=10, dry_run=True)

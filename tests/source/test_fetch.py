@@ -412,7 +412,7 @@ def test_redirect_of_modelscope(hub: Served, caches: None, tmp_path: Path) -> No
     assert sum(there for there, _ in hub.tokens) == 2
 
 
-@pytest.mark.parametrize("name", HUBS)
+@pytest.mark.parametrize("name", ["huggingface", pytest.param("modelscope", marks=pytest.mark.slow)])
 def test_a_killed_download_goes_on(
     name: str, hub: Served, environment: dict[str, str], small_shape: Shape, tmp_path: Path
 ) -> None:
