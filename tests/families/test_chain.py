@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors import safe_open
 
+from asking import turn, write_set
 from checkpoints import SHAPES, make_small
 from hf2mnn.doctor.examine import examine
 from hf2mnn.evaluate.run import evaluate
@@ -42,13 +43,7 @@ EVERY = [
 ]
 
 
-def user(*parts: str) -> dict[str, object]:
-    kinds = {
-        True: lambda part: {"type": "image", "image": f"{part}.png"},
-        False: lambda part: {"type": "text", "text": part},
-    }
-    return {"role": "user", "content": [kinds[part in SIZES](part) for part in parts]}
-
+user = partial(turn, SIZES)
 
 TURNS = [
     {"role": "system", "content": "You see shapes."},
@@ -69,13 +64,7 @@ PICTURES = {
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An evaluation set of texts and pictures."""
-    folder, random = tmp_path_factory.mktemp("asked"), np.random.default_rng(5)
-    for name, (width, height) in SIZES.items():
-        coarse = Image.fromarray(random.integers(0, 256, (height // 14, width // 14, 3), dtype=np.uint8))
-        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{name}.png")
-    lines = [json.dumps({"id": name, "messages": messages}) for name, messages in {**TEXTS, **PICTURES}.items()]
-    (folder / "examples.jsonl").write_text("\n".join(lines))
-    return folder
+    return write_set(tmp_path_factory.mktemp("asked"), SIZES, {**TEXTS, **PICTURES})
 
 
 @dataclass(frozen=True)
@@ -155,10 +144,9 @@ def test_the_engine_as_it_is_called_makes_the_same_tokens(made: Made) -> None:
     assert made.summary("eval-fp32")["tokenizer_match"] == 1
 
 
+@pytest.mark.parametrize("made", [one for one in EVERY if one.values == ("qwen3-vl",)], indirect=True)
 def test_what_deepstack_adds_is_seen(made: Made) -> None:
     """Without it the comparison above would hold just as well of a model that has none."""
-    if not made.family.deepstack:
-        pytest.skip("this family has none")
     model = OnnxModel(made.folder / "onnx")
     example = next(example for example in made.golden.examples() if example.id == "wide")
     picture = made.golden.picture(example.pictures[0])

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
+from asking import turn, write_set
 from hf2mnn.errors import (
     BundleError,
     BundleFault,
@@ -41,12 +43,7 @@ LENGTH = 10
 SIZES = {"wide": (224, 56), "tall": (56, 196), "square": (84, 84), "odd": (200, 75)}
 
 
-def user(*parts: str) -> dict[str, Any]:
-    """A turn: names of SIZES are pictures, anything else is text."""
-    content = [
-        {"type": "image", "image": f"{part}.png"} if part in SIZES else {"type": "text", "text": part} for part in parts
-    ]
-    return {"role": "user", "content": content}
+user = partial(turn, SIZES)
 
 
 def reply(text: str) -> dict[str, str]:
@@ -75,13 +72,7 @@ class Judged:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, random = tmp_path_factory.mktemp("evaluation"), np.random.default_rng(5)
-    for name, (width, height) in SIZES.items():
-        coarse = Image.fromarray(random.integers(0, 256, (height // 14, width // 14, 3), dtype=np.uint8))
-        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{name}.png")
-    lines = [json.dumps({"id": id, "messages": messages}) for id, messages in EXAMPLES.items()]
-    (folder / "examples.jsonl").write_text("\n".join(lines))
-    return folder
+    return write_set(tmp_path_factory.mktemp("evaluation"), SIZES, EXAMPLES)
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,8 @@ CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 NOT_SEEN = np.finfo(np.float32).min
 IDS = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
-ENGINE = {"temporal_patch_size": 2, "merge_size": 2}
-"""What is built into the engine; `patch_size` is by family."""
+BUILT_IN = {"temporal_patch_size": 2, "merge_size": 2}
+"""Of the engine, whatever a configuration says; `patch_size` is by family."""
 
 
 class VisionFamily(Family):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf2mnn.errors import SourceError
-from hf2mnn.families.vision import ENGINE, VisionFamily
+from hf2mnn.families.vision import BUILT_IN, VisionFamily
 from hf2mnn.source.checkpoint import LFS_POINTER, Checkpoint, checkpoint_files, read_json
 from hf2mnn.source.facts import COUNTS, model_facts
 from hf2mnn.source.packed import PACKED, WEIGHT
@@ -87,7 +87,7 @@ def check_pictures(checkpoint: Checkpoint) -> None:
         "temporal_patch_size": "temporal_patch_size",
         "merge_size": "spatial_merge_size",
     }
-    for key, value in {**ENGINE, "patch_size": family.patch_size}.items():
+    for key, value in {**BUILT_IN, "patch_size": family.patch_size}.items():
         if facts[key] != value:
             raise SourceError(
                 f"{checkpoint.folder} has a {key} of {facts[key]}; {value} is built into MNN's engine for"

@@ -11,6 +11,7 @@ from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Bundle
 from hf2mnn.evaluate.causes import differing
 from hf2mnn.families import family_named
+from hf2mnn.families.vision import BUILT_IN
 from hf2mnn.source.facts import model_facts
 
 ENGINE = {
@@ -24,7 +25,6 @@ ENGINE = {
 NORMALIZATION, IDS = ("image_mean", "image_norm"), ("image_pad", "vision_start", "vision_end")
 NOTED = ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels", "image_mean", "image_std")
 """Of the "hf2mnn" key, by which `hf2mnn ask` and the evaluation resize a picture."""
-BUILT_IN = {"temporal_patch_size": 2, "merge_size": 2}
 SMALL, LARGE = 14, 16
 """Sides of the engine's patches; the larger for a tower that asks for `idx_tensor` (`Omni::qwen2VisionProcess`)."""
 
