@@ -91,7 +91,8 @@ RULES = rules()
 def test_there_are_rules() -> None:
     stages = {
         "fetch_source",
-        "fetch_evaluation",
+        "take_examples",
+        "fetch_examples",
         "answer_reference",
         "export_onnx",
         "convert_graphs",

@@ -11,7 +11,7 @@ import pytest
 
 from hf2mnn.files import sha256
 from hf2mnn.manifest import NAME, Manifest, stage_folder
-from hf2mnn.verify import verify_folder
+from hf2mnn.verify import damaged_below, verify_folder
 from support import run_cli
 
 FILES = {"llm.mnn": b"graph", "llm.mnn.weight": bytes(range(256)) * 9, "sub/config.json": b"{}"}
@@ -83,3 +83,31 @@ def test_command_judges_several_folders(made: Path, tmp_path: Path) -> None:
     assert [(Path(one["folder"]).name, one["whole"]) for one in told] == [("made", True), ("other", False)]
     done = run_cli("verify", other)
     assert done.returncode == 1 and f"{other}: llm.mnn has other bytes" in done.stdout and not done.stderr
+
+
+def test_a_glance_sees_what_is_missing_or_cut_off(made: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    for name in ("whole", "missing", "cut", "none"):
+        shutil.copytree(made, results / "model" / "mnn" / name)
+    shutil.copytree(made, results / "model" / "mnn" / ".whole.partial")
+    (results / "model" / "mnn" / ".whole.partial" / "llm.mnn").unlink()
+    folder = results / "model" / "mnn"
+    (folder / "missing" / "sub" / "config.json").unlink()
+    (folder / "cut" / "llm.mnn.weight").write_bytes(b"")
+    (folder / "none" / NAME).write_text("{")
+    cut, missing, none = damaged_below(results)
+    assert cut.startswith(f"{folder}/cut/llm.mnn.weight has another size than was made; where it is needed, delete ")
+    assert missing.startswith(f"{folder}/missing/sub/config.json is missing; ") and missing.endswith(
+        f"{folder}/missing'"
+    )
+    assert none.startswith(f"{folder}/none/{NAME} is not a manifest")
+
+
+def test_what_tools_leave_in_a_folder_is_nobodys_business(made: Path) -> None:
+    """Snakemake keeps the time of a folder in a hidden file of it."""
+    (made / ".snakemake_timestamp").touch()
+    assert not verify_folder(made).unnamed
+    manifest = Manifest.load(made)
+    named = set(manifest.outputs)
+    manifest.hash_outputs(made)
+    assert set(manifest.outputs) == named

@@ -119,19 +119,32 @@ def reference(
     run_reference(source, evaluation, out, max_new_tokens, threads, weights)
 
 
-@app.command(epilog=_example("hf2mnn evaluation --dataset docvqa --samples 100 --out my-docvqa"))
+@app.command(
+    epilog=_example("hf2mnn evaluation --dataset docvqa --samples 100 --out my-docvqa")
+    + "\n\n"
+    + _example("hf2mnn evaluation --examples my-questions --out results/mine/examples/evaluation")
+)
 def evaluation(
     out: Out,
-    dataset: Annotated[str, typer.Option(help="textvqa, docvqa, chartqa, ai2d, mmbench or mmmu.")],
+    dataset: Annotated[str | None, typer.Option(help="textvqa, docvqa, chartqa, ai2d, mmbench or mmmu.")] = None,
     samples: Annotated[int, typer.Option(help="Questions to draw.", min=1)] = 100,
     path: Annotated[Path | None, typer.Option(help="A local copy of the data set; left out, the hub's.")] = None,
     revision: Annotated[str, typer.Option(help="Commit, tag or branch of the data set on the hub.")] = "main",
     seed: Annotated[int, typer.Option(help="Which questions are drawn.")] = 0,
+    examples: Annotated[
+        Path | None, typer.Option(help="A set of your own, a folder with examples.jsonl, in place of a data set.")
+    ] = None,
 ) -> None:
-    """Make an evaluation set of some questions of a labelled data set."""
+    """Make an evaluation set of some questions of a labelled data set, or of a set of your own."""
     from hf2mnn.reference.labelled import make_labelled
+    from hf2mnn.reference.own import take_examples
 
-    make_labelled(dataset, samples, out, path, revision, seed)
+    if (dataset is None) == (examples is None):
+        raise Hf2mnnError("give either --dataset NAME or --examples FOLDER")
+    if examples:
+        take_examples(examples, out)
+    else:
+        make_labelled(dataset, samples, out, path, revision, seed)
 
 
 @app.command(epilog=_example("hf2mnn onnx results/shapes-vl/source --out results/shapes-vl/onnx"))

@@ -18,6 +18,7 @@ PACKAGE = "hf2mnn"
 ROOT = Path(__file__).parent
 STAGES = {
     "source": "hf2mnn.source.fetch",
+    "examples": "hf2mnn.reference.own",
     "evaluation": "hf2mnn.reference.labelled",
     "reference": "hf2mnn.reference.run",
     "onnx": "hf2mnn.onnx.export",

@@ -17,7 +17,16 @@ from typing import Any
 
 from hf2mnn import __version__
 from hf2mnn.errors import Hf2mnnError, ManifestError
-from hf2mnn.files import LARGE, condition, recall, sha256_of, temporary_files_in, whole_file, whole_folder
+from hf2mnn.files import (
+    LARGE,
+    condition,
+    link_or_copy,
+    recall,
+    sha256_of,
+    temporary_files_in,
+    whole_file,
+    whole_folder,
+)
 from hf2mnn.untrusted import inside, read_json
 from hf2mnn.usage import cpu_seconds, peak_mb
 
@@ -135,8 +144,8 @@ class Manifest:
         return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
     def hash_outputs(self, folder: Path) -> None:
-        """Note size and sha256 of every file under `folder`."""
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (NAME, MARK))
+        """Note size and sha256 of every file of `folder` (`files_of`)."""
+        files = [folder / name for name in files_of(folder)]
         digests = sha256_of(files)
         self.outputs = {
             path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digests[path]}
@@ -154,6 +163,14 @@ class Manifest:
         """Hash every file under `folder` and write the manifest there."""
         self.hash_outputs(folder)
         self.write(folder)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Sorted names of what is a stage's in its folder: all files but the manifest and hidden ones, which
+    belong to tools (MARK, Snakemake's time stamp)."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    shown = (name for name in names if not any(part.startswith(".") for part in name.parts))
+    return sorted(name.as_posix() for name in shown if name.name != NAME)
 
 
 def _conditions(folder: Path) -> dict[str, list[int]]:
@@ -192,3 +209,16 @@ def stage_folder(destination: Path, manifest: Manifest) -> Iterator[Path]:
         manifest.write(folder)
         large = sorted(name for name, stored in manifest.outputs.items() if stored["size"] >= LARGE)
         (folder / MARK).write_text(json.dumps({name: condition(folder / name) for name in large}))
+
+
+@contextmanager
+def changed_folder(manifest: Manifest) -> Iterator[Path]:
+    """A copy of a stage's folder, of links where they can be, to put other files into (new ones under the old names,
+    since others may share the old ones). When the block ends, `manifest` is written into it, and it takes the folder's
+    place: who goes by a folder's time, as Snakemake does, sees that it is another."""
+    with whole_folder(manifest.folder) as folder:
+        for name in [*files_of(manifest.folder), MARK]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(manifest.folder / name, folder / name)
+        yield folder
+        manifest.save(folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf2mnn.errors import ManifestError
 from hf2mnn.files import read_sha256
-from hf2mnn.manifest import MARK, NAME, Manifest
+from hf2mnn.manifest import NAME, Manifest, files_of
 
 
 @dataclass
@@ -58,9 +58,35 @@ def verify_folder(folder: Path) -> Verdict:
     verdict.files, verdict.bytes = len(manifest.outputs), sum(entry["size"] for entry in manifest.outputs.values())
     wrong = {name: _wrong(folder / name, expected) for name, expected in sorted(manifest.outputs.items())}
     verdict.changed = {name: said for name, said in wrong.items() if said}
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    verdict.unnamed = sorted(there - {NAME, MARK, *manifest.outputs})
+    verdict.unnamed = sorted({*files_of(folder)} - {*manifest.outputs})
     return verdict
+
+
+def damaged_below(results: Path) -> list[str]:
+    """A sentence for each stage's folder in the models' folders in which a file is missing, or is of another size, as a
+    glance at the names and sizes tells.
+
+    Who goes by a folder's time, as Snakemake does, does not see that.
+    """
+    said = []
+    for path in sorted(results.glob(f"*/**/{NAME}")):
+        folder = path.parent
+        if any(part.startswith(".") for part in folder.relative_to(results).parts):
+            continue  # being made
+        try:
+            outputs = Manifest.load(folder).outputs
+        except ManifestError as error:
+            said.append(str(error))
+            continue
+        for name, expected in outputs.items():
+            there = folder / name
+            if not there.is_file() or there.stat().st_size != expected["size"]:
+                wrong = "has another size than was made" if there.is_file() else "is missing"
+                said.append(
+                    f"{there} {wrong}; where it is needed, delete {folder} and run 'snakemake --cores N {folder}'"
+                )
+                break
+    return said
 
 
 def print_verdicts(verdicts: list[Verdict], as_json: bool) -> None:

@@ -17,12 +17,12 @@ from kills import undisturbed
 from slurm import Site
 from support import Workspace
 
-SUBMITTING_HOST = {"fetch_source", "join_tables", "check_gates", "all"}
+SUBMITTING_HOST = {"fetch_source", "take_examples", "join_tables", "check_gates", "all"}
 STAGES = (
     *("source", "reference", "calibration", "activations", "onnx", "mnn/base", "mnn/int4-gptq"),
     *("eval/onnxruntime", "eval/int4-gptq", "diagnosis/int4-gptq"),
 )
-REFERENCE = "results/shapes-vl/reference/manifest.json"
+REFERENCE = "results/shapes-vl/reference"
 
 
 def until(happened: Callable[[], object], seconds: float = 120) -> None:
@@ -61,11 +61,13 @@ def test_nothing_is_left_to_do(site: Site, on_cluster: tuple[Workspace, str]) ->
 
 
 def test_failing_job_is_told_with_its_sentence_and_its_log(site: Site, copy: Workspace) -> None:
-    examples = copy.folder / "few" / "examples.jsonl"
-    examples.write_text(re.sub(r"\d\d\.png", "nowhere.png", examples.read_text()))
+    results = copy.folder / "results" / "shapes-vl"
+    shutil.rmtree(results / "reference")
+    for picture in (results / "examples" / "evaluation").rglob("*.png"):
+        picture.unlink()
     code, said = site.snakemake(REFERENCE, cwd=copy.folder)
     assert code == 1
-    assert re.search(r"^hf2mnn: .*nowhere\.png", said, re.MULTILINE), said
+    assert re.search(r"^hf2mnn: there is no picture ", said, re.MULTILINE), said
     assert "log: logs/answer_reference/shapes-vl.log" in said
     assert site.queue() == [] and half_made(copy) == []
 
@@ -86,7 +88,7 @@ def test_cancelled_run_leaves_nothing_and_goes_on(site: Site, copy: Workspace, a
     results = copy.folder / "results" / "shapes-vl"
     for folder in ("onnx", "mnn"):
         shutil.rmtree(results / folder)
-    target = "results/shapes-vl/mnn/base/manifest.json"
+    target = "results/shapes-vl/mnn/base"
     process = site.start(target, cwd=copy.folder)
     until(lambda: half_made(copy))
     os.killpg(process.pid, signal.SIGINT)
@@ -102,7 +104,7 @@ def test_cancelled_run_leaves_nothing_and_goes_on(site: Site, copy: Workspace, a
 
 def test_job_that_somebody_cancels_is_tried_again(site: Site, copy: Workspace, at_home: Workspace) -> None:
     shutil.rmtree(copy.folder / "results" / "shapes-vl" / "onnx")
-    process = site.start("results/shapes-vl/onnx/manifest.json", cwd=copy.folder)
+    process = site.start("results/shapes-vl/onnx", cwd=copy.folder)
     until(lambda: half_made(copy))
     assert site.ask("scancel", *site.queue()).returncode == 0
     said = process.communicate(timeout=300)[0]

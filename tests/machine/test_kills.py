@@ -75,7 +75,7 @@ models:
 variants:
   int4: {bits: 4, block: 64}
 """
-TARGET = "results/shapes-vl/mnn/int4/manifest.json"
+TARGET = "results/shapes-vl/mnn/int4"
 
 
 def started(workspace: Workspace) -> subprocess.Popen:

@@ -40,7 +40,7 @@ def test_chain_after_the_source_needs_no_network(without_network: list[str], tmp
     workspace = make_workspace(tmp_path / "workspace")
     (workspace.folder / "config.yaml").write_text(CONFIG)
     few_examples(workspace.folder / "few", 3)
-    workspace.snakemake("results/shapes-vl/source/manifest.json", check=True)
+    workspace.snakemake("results/shapes-vl/source", check=True)
     # `pip` and `python -m pip` both import this one.
     (tmp_path / "trap" / "pip").mkdir(parents=True)
     (tmp_path / "trap" / "pip" / "__init__.py").write_text(TRAP.format(called=str(tmp_path / "called")))

@@ -61,7 +61,7 @@ def test_job_that_is_tried_again_gets_more(workspace: Workspace) -> None:
         assert int(again[name]) == 2 * int(once[name])
 
 
-ASKED_FOR = {"fetch_evaluation", "make_toolchain", "compare_versions"}
+ASKED_FOR = {"fetch_examples", "make_toolchain", "compare_versions"}
 """Rules that run where config.yaml asks for what they are for."""
 
 
@@ -119,7 +119,7 @@ def test_image_has_the_files_that_a_run_needs(workspace: Workspace, tmp_path: Pa
             place = inside / source if target == "./" else inside / target
             place.parent.mkdir(exist_ok=True)
             (shutil.copytree if (REPOSITORY / source).is_dir() else shutil.copy)(REPOSITORY / source, place)
-    target = "results/shapes-vl/source/manifest.json"
+    target = "results/shapes-vl/source"
     command = [BIN / "snakemake", "--snakefile", inside / "Snakefile", "--cores", "1", target]
     done = subprocess.run(
         command,

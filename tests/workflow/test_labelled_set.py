@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 from datasets import Dataset, Features, Image, List, Value
@@ -38,24 +37,28 @@ def labelled(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace
 
 
 def test_set_is_drawn_and_drawn_again_only_where_something_changed(labelled: Workspace) -> None:
-    target = "results/shapes-vl/evaluation/manifest.json"
+    target = "results/shapes-vl/examples/evaluation"
     said(labelled, target)
-    folder = labelled.folder / Path(target).parent
+    folder = labelled.folder / target
     assert [example.answers for example in read_examples(folder)] == [["B"]] * 3
     assert "Nothing to be done" in said(labelled, "-n", target)
-    planned = said(labelled, "-n", "results/shapes-vl/reference/manifest.json")
-    assert "rule answer_reference" in planned and "rule fetch_evaluation" not in planned
+    planned = said(labelled, "-n", "results/shapes-vl/reference")
+    assert "rule answer_reference" in planned and "rule fetch_examples" not in planned
     labelled.config("samples: 3", "samples: 4")
-    assert "rule fetch_evaluation" in said(labelled, "-n", target)
+    assert "rule fetch_examples" in said(labelled, "-n", target)
 
 
 def test_copy_that_is_not_there_ends_in_one_sentence(labelled: Workspace) -> None:
     shutil.rmtree(labelled.folder / "my sets")
-    done = labelled.snakemake("results/shapes-vl/evaluation/manifest.json")
+    done = labelled.snakemake("results/shapes-vl/examples/evaluation")
     assert done.returncode != 0
     assert "hf2mnn: there is no folder my sets" in done.stdout + done.stderr
 
 
-def test_model_with_a_folder_has_no_such_rule(workspace: Workspace) -> None:
-    assert "fetch_evaluation" not in said(workspace, "-n")
-    assert workspace.snakemake("-n", "results/shapes-vl/evaluation/manifest.json").returncode != 0
+def test_model_with_a_set_of_its_own_has_that_copied(workspace: Workspace) -> None:
+    planned = said(workspace, "-n", "results/shapes-vl/examples/evaluation")
+    assert "rule take_examples" in planned and "fetch_examples" not in planned
+
+
+def test_calibration_set_is_a_persons_own_beside_a_labelled_one(labelled: Workspace) -> None:
+    assert "rule take_examples" in said(labelled, "-n", "results/shapes-vl/examples/calibration")

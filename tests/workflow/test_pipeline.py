@@ -21,12 +21,13 @@ from faults import zeroed_norm
 from hf2mnn.budget import Budget
 from hf2mnn.config import load_plan
 from hf2mnn.evaluate.run import evaluate
-from hf2mnn.manifest import Manifest
+from hf2mnn.manifest import Manifest, changed_folder
 from hf2mnn.mnn.bundle import EngineSettings
 from hf2mnn.mnn.convert import WeightFormat
 from hf2mnn.quant.plan import make_plan
 from hf2mnn.quant.stages import quantize
 from hf2mnn.quant.variant import Choice
+from hf2mnn.verify import verify_folder
 from support import BIN, QUICK, REPOSITORY, Workspace, run_cli
 
 PLAIN = ["fp32", "fp16", "int8", "int4"]
@@ -226,8 +227,21 @@ def test_a_pinned_plan_makes_the_same_bundle_without_measuring(copy: Workspace) 
     planned = copy.snakemake("-n", check=True)
     assert jobs(planned.stdout + planned.stderr) == ONE_VARIANT
     before = Manifest.load(results / "mnn" / "mixed").outputs
-    copy.snakemake("results/shapes-vl/mnn/mixed/manifest.json", check=True)
+    copy.snakemake("results/shapes-vl/mnn/mixed", check=True)
     assert Manifest.load(results / "mnn" / "mixed").outputs == before
+
+
+def test_file_that_somebody_deleted_is_told_though_snakemake_does_not_see_it(copy: Workspace) -> None:
+    """It goes by the folder, and by that only where somebody asks for it: what follows from it is there."""
+    folder = "results/shapes-vl/mnn/int4"
+    (copy.folder / folder / "visual.mnn").unlink()
+    planned = copy.snakemake("-n", check=True)
+    said = planned.stdout + planned.stderr
+    assert f"{folder}/visual.mnn is missing; where it is needed, delete {folder} and run 'snakemake" in said
+    assert "Nothing to be done" in said
+    shutil.rmtree(copy.folder / folder)
+    copy.snakemake(folder, check=True)
+    assert verify_folder(copy.folder / folder).whole
 
 
 def test_second_model_is_a_second_block(copy: Workspace) -> None:
@@ -263,7 +277,8 @@ def test_required_variant_with_a_fault_fails_the_run_after_the_table_and_with_th
     """From one weight that is zero to the line that a batch system shows; the other variants are left alone."""
     bundle = copy.folder / "results" / "shapes-vl" / "mnn" / "int4"
     zeroed_norm(bundle, bundle.parent.parent / "onnx")
-    Manifest.load(bundle).save(bundle)
+    with changed_folder(Manifest.load(bundle)):
+        pass
     copy.config("  int4:\n", "  int4:\n    required: true\n")
     done = copy.snakemake()
     said = done.stdout + done.stderr
@@ -337,7 +352,7 @@ def test_model_that_is_not_converted_is_refused_by_name(workspace: Workspace, tm
     done = workspace.snakemake()
     said = done.stdout + done.stderr
     assert done.returncode != 0 and "model_type 'gemma', which is not converted" in said and "Traceback" not in said
-    assert not list((workspace.folder / "results" / "shapes-vl").glob("*"))
+    assert {path.name for path in (workspace.folder / "results" / "shapes-vl").iterdir()} <= {"examples"}
 
 
 @pytest.mark.slow
@@ -346,7 +361,7 @@ def test_killed_stage_leaves_nothing_that_looks_finished(copy: Workspace) -> Non
     stage, at many moments: tests/machine/test_kills.py."""
     results, stage = copy.folder / "results" / "shapes-vl", "mnn/int4"
     shutil.rmtree(results / stage)
-    target = f"results/shapes-vl/{stage}/manifest.json"
+    target = f"results/shapes-vl/{stage}"
     command = [BIN / "snakemake", "-s", REPOSITORY / "Snakefile", "--cores", "2", target]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=copy.folder, start_new_session=True, **quiet)

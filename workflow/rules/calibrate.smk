@@ -1,13 +1,11 @@
 # What calibrated methods and mixed precision go by: PyTorch on examples that the evaluation never sees.
 rule answer_calibration:
     input:
-        source="results/{model}/source/manifest.json",
-        calibration=calibration_files,
+        source="results/{model}/source",
+        calibration="results/{model}/examples/calibration",
         toolchain=toolchain_files,
     output:
-        "results/{model}/calibration/examples.json",
-        "results/{model}/calibration/golden.safetensors",
-        manifest="results/{model}/calibration/manifest.json",
+        directory("results/{model}/calibration"),
     log:
         "logs/answer_calibration/{model}.log",
     benchmark:
@@ -19,27 +17,23 @@ rule answer_calibration:
         mem_mb=memory("reference"),
         runtime=runtime("reference"),
     params:
-        source=subpath(input.source, parent=True),
-        calibration=lookup("{model}", within={m: v.calibration for m, v in CONFIG.models.items()}),
         max_new_tokens=lookup("{model}", within={m: v.max_new_tokens for m, v in CONFIG.models.items()}),
-        out=subpath(output.manifest, parent=True),
         fingerprint=stage_fingerprint("reference"),
     shell:
         "logged {log:q} {input.toolchain:q} hf2mnn reference"
-        " {params.source:q} --evaluation {params.calibration:q} --max-new-tokens {params.max_new_tokens}"
-        " --threads {threads} --out {params.out:q}"
+        " {input.source:q} --evaluation {input.calibration:q} --max-new-tokens {params.max_new_tokens}"
+        " --threads {threads} --out {output:q}"
 
 
 # For awq and gptq: what each linear layer reads.
 rule record_activations:
     input:
-        source="results/{model}/source/manifest.json",
-        calibration="results/{model}/calibration/manifest.json",
-        evaluation="results/{model}/reference/manifest.json",
+        source="results/{model}/source",
+        calibration="results/{model}/calibration",
+        evaluation="results/{model}/reference",
         toolchain=toolchain_files,
     output:
-        "results/{model}/activations/activations.safetensors",
-        manifest="results/{model}/activations/manifest.json",
+        directory("results/{model}/activations"),
     log:
         "logs/record_activations/{model}.log",
     benchmark:
@@ -51,28 +45,22 @@ rule record_activations:
         mem_mb=memory("activations"),
         runtime=runtime("activations"),
     params:
-        source=subpath(input.source, parent=True),
-        calibration=subpath(input.calibration, parent=True),
-        evaluation=subpath(input.evaluation, parent=True),
         rows=CONFIG.calibration.rows,
-        out=subpath(output.manifest, parent=True),
         fingerprint=stage_fingerprint("activations"),
     shell:
         "logged {log:q} {input.toolchain:q}"
-        " hf2mnn activations {params.source:q} --calibration {params.calibration:q} --evaluation {params.evaluation:q}"
-        " --rows {params.rows:q} --threads {threads} --out {params.out:q}"
+        " hf2mnn activations {input.source:q} --calibration {input.calibration:q} --evaluation {input.evaluation:q}"
+        " --rows {params.rows:q} --threads {threads} --out {output:q}"
 
 
 # For bits: auto: what it costs the answers when one operator is quantized.
 rule measure_sensitivity:
     input:
-        source="results/{model}/source/manifest.json",
-        calibration="results/{model}/calibration/manifest.json",
+        source="results/{model}/source",
+        calibration="results/{model}/calibration",
         toolchain=toolchain_files,
     output:
-        "results/{model}/sensitivity/measured.csv",
-        "results/{model}/sensitivity/candidates.csv",
-        manifest="results/{model}/sensitivity/manifest.json",
+        directory("results/{model}/sensitivity"),
     log:
         "logs/measure_sensitivity/{model}.log",
     benchmark:
@@ -84,26 +72,22 @@ rule measure_sensitivity:
         mem_mb=memory("sensitivity"),
         runtime=runtime("sensitivity"),
     params:
-        source=subpath(input.source, parent=True),
-        calibration=subpath(input.calibration, parent=True),
         options=shlex.join(f"--bits={bits}" for bits in CONFIG.calibration.bits),
         examples=CONFIG.calibration.examples,
-        out=subpath(output.manifest, parent=True),
         fingerprint=stage_fingerprint("sensitivity"),
     shell:
-        "logged {log:q} {input.toolchain:q} hf2mnn sensitivity {params.source:q} --calibration {params.calibration:q} {params.options}"
-        " --examples {params.examples:q} --threads {threads} --out {params.out:q}"
+        "logged {log:q} {input.toolchain:q} hf2mnn sensitivity {input.source:q} --calibration {input.calibration:q} {params.options}"
+        " --examples {params.examples:q} --threads {threads} --out {output:q}"
 
 
 rule choose_plan:
     input:
-        sensitivity="results/{model}/sensitivity/manifest.json",
-        onnx="results/{model}/onnx/manifest.json",
-        base="results/{model}/mnn/base/manifest.json",
+        sensitivity="results/{model}/sensitivity",
+        onnx="results/{model}/onnx",
+        base="results/{model}/mnn/base",
         toolchain=toolchain_files,
     output:
-        "results/{model}/plans/{variant}/plan.yaml",
-        manifest="results/{model}/plans/{variant}/manifest.json",
+        directory("results/{model}/plans/{variant}"),
     log:
         "logs/choose_plan/{model}/{variant}.log",
     benchmark:
@@ -117,14 +101,10 @@ rule choose_plan:
         mem_mb=memory("plan"),
         runtime=runtime("plan"),
     params:
-        sensitivity=subpath(input.sensitivity, parent=True),
-        onnx=subpath(input.onnx, parent=True),
-        base=subpath(input.base, parent=True),
         budget=lookup("{variant}", within={v: c.budget for v, c in CONFIG.variants.items()}),
         embedding=lookup("{variant}", within={v: c.embedding for v, c in CONFIG.variants.items()}),
-        out=subpath(output.manifest, parent=True),
         fingerprint=stage_fingerprint("plan"),
     shell:
         "logged {log:q} {input.toolchain:q}"
-        " hf2mnn plan {params.sensitivity:q} --onnx {params.onnx:q} --base {params.base:q} --budget {params.budget:q}"
-        " --embedding {params.embedding:q} --out {params.out:q}"
+        " hf2mnn plan {input.sensitivity:q} --onnx {input.onnx:q} --base {input.base:q} --budget {params.budget:q}"
+        " --embedding {params.embedding:q} --out {output:q}"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 
 # `logged` and `hf2mnn` are those in this folder; the latter runs in a stage's environment, or with the Python that runs
 # Snakemake, whether or not that one's environment is active.
@@ -20,17 +21,29 @@ from hf2mnn.footprint import STAGES
 from hf2mnn.report.needs import print_needs
 from hf2mnn.source.checkpoint import ADAPTER_FILES, checkpoint_files
 from hf2mnn.source.size import model_size
+from hf2mnn.verify import damaged_below
 
 try:
     CONFIG = parse_config(config)
 except Hf2mnnError as error:
     raise WorkflowError(str(error)) from None
 
-if workflow.storage_settings.default_storage_provider:
+if CONFIG.toolchains and workflow.storage_settings.default_storage_provider:
     raise WorkflowError(
-        "stages read and write folders, which object storage does not have: take --default-storage-provider away, and let"
-        " the run's folder lie on a file system that all nodes mount (docs/cluster.md)"
+        "toolchains are environments, which object storage does not keep: take them out of config.yaml, or"
+        " --default-storage-provider away (docs/cluster.md)"
     )
+
+
+if workflow.storage_settings.default_storage_provider == "s3":
+    from snakemake_storage_plugin_s3 import StorageObject
+
+    # Its own (0.3.6) remembers that a folder was not there, and does not look again when a job elsewhere has made it.
+    StorageObject.is_dir = lambda self: any(self.get_subkeys())
+
+if workflow.is_main_process:
+    for said in damaged_below(Path("results")):
+        logger.warning(said)
 
 
 def names(values):
@@ -67,12 +80,21 @@ def stage_fingerprint(stage):
     return of
 
 
+def here(paths):
+    """Files that lie where Snakemake is started, whatever storage the results go to."""
+    return [local(str(path)) for path in paths]
+
+
+def files_below(folder):
+    return sorted(path for path in Path(folder).rglob("*") if path.is_file())
+
+
 def source_files(wildcards):
     """Files of a local checkpoint and adapter, or a pin, so that a changed one is noticed; a hub's revision stands in
     the params."""
     source = CONFIG.models[wildcards.model].source
     files = [source.pin] if source.pin else checkpoint_files(source.path)
-    return files + (checkpoint_files(source.adapter, ADAPTER_FILES) if isinstance(source.adapter, str) else [])
+    return here(files + (checkpoint_files(source.adapter, ADAPTER_FILES) if isinstance(source.adapter, str) else []))
 
 
 def source_options(wildcards):
@@ -83,29 +105,24 @@ def source_options(wildcards):
     return shlex.join(word for name, value in given.items() for word in (f"--{name}", value))
 
 
-def files_below(folder):
-    return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
-
-
 def labelled(model):
     """Whether the model's evaluation set is drawn from a labelled data set."""
     return not isinstance(CONFIG.models[model].evaluation, str)
 
 
-def evaluation_folder(wildcards):
-    chosen = CONFIG.models[wildcards.model].evaluation
-    return f"results/{wildcards.model}/evaluation" if labelled(wildcards.model) else chosen
+def examples_folder(wildcards):
+    """A person's own set: `role` is the key of a model's that names it."""
+    return getattr(CONFIG.models[wildcards.model], wildcards.role)
 
 
-def evaluation_files(wildcards):
-    folder = evaluation_folder(wildcards)
-    return f"{folder}/manifest.json" if labelled(wildcards.model) else files_below(folder)
+def own_examples(wildcards):
+    return here(files_below(examples_folder(wildcards)))
 
 
 def labelled_files(wildcards):
     """Files of a data set's local copy, so that a changed one is noticed; a hub's revision stands in the params."""
     path = CONFIG.models[wildcards.model].evaluation.path
-    return files_below(path) if path else []
+    return here(files_below(path)) if path else []
 
 
 def labelled_options(wildcards):
@@ -115,29 +132,26 @@ def labelled_options(wildcards):
     return shlex.join(options)
 
 
-def calibration_files(wildcards):
-    return files_below(CONFIG.models[wildcards.model].calibration)
-
-
 def choices(wildcards):
     """What a variant's weights are chosen by, beside its settings: only what its methods need."""
     model, variant = f"results/{wildcards.model}", CONFIG.variants[wildcards.variant]
     found = {}
     if variant.auto:
-        found["plan"] = f"{model}/plans/{wildcards.variant}/plan.yaml"
+        found["plan"] = f"{model}/plans/{wildcards.variant}"
     elif variant.plan:
-        found["plan"] = variant.plan
+        found["plan"] = local(variant.plan)
     if CONFIG.calibrated(wildcards.variant):
-        found["activations"] = f"{model}/activations/manifest.json"
+        found["activations"] = f"{model}/activations"
     if "checkpoint" in CONFIG.methods(wildcards.variant):
-        found["source"] = f"{model}/source/manifest.json"
+        found["source"] = f"{model}/source"
     return found
 
 
-def choice_options(wildcards):
-    options = ["--embedding", CONFIG.variants[wildcards.variant].embedding]
-    for name, path in choices(wildcards).items():
-        options += [f"--{name}", path if name == "plan" else str(Path(path).parent)]
+def choice_options(wildcards, input):
+    variant = CONFIG.variants[wildcards.variant]
+    options = ["--embedding", variant.embedding]
+    for name in choices(wildcards):
+        options += [f"--{name}", f"{input.plan}/plan.yaml" if name == "plan" and variant.auto else input[name]]
     return shlex.join(options)
 
 
@@ -157,13 +171,11 @@ def engine(wildcards):
 
 
 def bundles(wildcards):
-    """The manifest of each variant of a model."""
-    return [f"results/{wildcards.model}/mnn/{name}/manifest.json" for name in CONFIG.variants_of(wildcards.model)]
+    return [f"results/{wildcards.model}/mnn/{name}" for name in CONFIG.variants_of(wildcards.model)]
 
 
-def bundle_options(wildcards):
-    named = [f"{name}=results/{wildcards.model}/mnn/{name}" for name in CONFIG.variants_of(wildcards.model)]
-    options = [word for bundle in named for word in ("--bundle", bundle)]
+def bundle_options(wildcards, input):
+    options = [word for folder in input.bundles for word in ("--bundle", f"{Path(folder).name}={folder}")]
     return shlex.join([*options, "--baseline", CONFIG.baseline(wildcards.model)])
 
 
@@ -171,18 +183,30 @@ def rows_of(model):
     return ["onnxruntime", *CONFIG.variants_of(model)]
 
 
+def evidence_of(model):
+    """Everything that a model's report is made of, and what that was made of."""
+    variants = CONFIG.variants_of(model)
+    chosen = [name for name in variants if CONFIG.variants[name].auto]
+    calibrated = [name for name in variants if CONFIG.calibrated(name)]
+    stages = ["source", "examples/evaluation", "reference", "onnx", "mnn/base", "speed"]
+    stages += [f"eval/{row}" for row in rows_of(model)]
+    stages += [f"{stage}/{variant}" for variant in variants for stage in ("mnn", "diagnosis")]
+    stages += [f"plans/{variant}" for variant in chosen]
+    stages += ["examples/calibration", "calibration"] if chosen or calibrated else []
+    stages += ["sensitivity"] if chosen else []
+    stages += ["activations"] if calibrated else []
+    return [f"results/{model}/{stage}" for stage in stages]
+
+
 def evidence(wildcards):
-    """Everything that a model's report is made of, but for the reference."""
-    model, variants = f"results/{wildcards.model}", CONFIG.variants_of(wildcards.model)
-    evaluations = [f"{model}/eval/{row}/manifest.json" for row in rows_of(wildcards.model)]
-    diagnoses = [f"{model}/diagnosis/{variant}/manifest.json" for variant in variants]
-    return [*evaluations, *diagnoses, f"{model}/speed/manifest.json"]
+    return evidence_of(wildcards.model)
 
 
 def both_versions(wildcards):
-    """The finished tables of an instance and of the one before it."""
-    before = CONFIG.models[wildcards.model].before
-    return {"before": f"results/{before}/summary.csv", "after": f"results/{wildcards.model}/summary.csv"}
+    """The finished tables of an instance and of the one before it, and what they were made of."""
+    after, before = wildcards.model, CONFIG.models[wildcards.model].before
+    tables = {"before": f"results/{before}/summary.csv", "after": f"results/{after}/summary.csv"}
+    return {**tables, "evidence": [*evidence_of(before), *evidence_of(after)]}
 
 
 def comparisons(wildcards):

@@ -1,18 +1,11 @@
 # Each conversion answers the evaluation set in the runtime that will run it.
 rule evaluate_onnxruntime:
     input:
-        reference="results/{model}/reference/manifest.json",
-        onnx="results/{model}/onnx/manifest.json",
+        reference="results/{model}/reference",
+        onnx="results/{model}/onnx",
         toolchain=toolchain_files,
     output:
-        "results/{model}/eval/onnxruntime/summary.json",
-        "results/{model}/eval/onnxruntime/answers.parquet",
-        "results/{model}/eval/onnxruntime/metrics.parquet",
-        "results/{model}/eval/onnxruntime/pictures.parquet",
-        "results/{model}/eval/onnxruntime/parity.parquet",
-        "results/{model}/eval/onnxruntime/figures.parquet",
-        "results/{model}/eval/onnxruntime/logits.safetensors",
-        manifest="results/{model}/eval/onnxruntime/manifest.json",
+        directory("results/{model}/eval/onnxruntime"),
     log:
         "logs/evaluate_onnxruntime/{model}.log",
     benchmark:
@@ -24,30 +17,20 @@ rule evaluate_onnxruntime:
         mem_mb=memory("onnxruntime"),
         runtime=runtime("onnxruntime"),
     params:
-        reference=subpath(input.reference, parent=True),
-        onnx=subpath(input.onnx, parent=True),
-        out=subpath(output.manifest, parent=True),
         fingerprint=stage_fingerprint("evaluate"),
     shell:
         "logged {log:q} {input.toolchain:q} hf2mnn evaluate"
-        " --reference {params.reference:q} --onnx {params.onnx:q} --threads {threads} --out {params.out:q}"
+        " --reference {input.reference:q} --onnx {input.onnx:q} --threads {threads} --out {output:q}"
 
 
 rule evaluate_variant:
     input:
-        reference="results/{model}/reference/manifest.json",
-        onnx="results/{model}/onnx/manifest.json",
-        bundle="results/{model}/mnn/{variant}/manifest.json",
+        reference="results/{model}/reference",
+        onnx="results/{model}/onnx",
+        bundle="results/{model}/mnn/{variant}",
         toolchain=toolchain_files,
     output:
-        "results/{model}/eval/{variant}/summary.json",
-        "results/{model}/eval/{variant}/answers.parquet",
-        "results/{model}/eval/{variant}/metrics.parquet",
-        "results/{model}/eval/{variant}/pictures.parquet",
-        "results/{model}/eval/{variant}/parity.parquet",
-        "results/{model}/eval/{variant}/figures.parquet",
-        "results/{model}/eval/{variant}/logits.safetensors",
-        manifest="results/{model}/eval/{variant}/manifest.json",
+        directory("results/{model}/eval/{variant}"),
     log:
         "logs/evaluate_variant/{model}/{variant}.log",
     benchmark:
@@ -59,31 +42,24 @@ rule evaluate_variant:
         mem_mb=memory("engine"),
         runtime=runtime("engine"),
     params:
-        reference=subpath(input.reference, parent=True),
-        onnx=subpath(input.onnx, parent=True),
-        bundle=subpath(input.bundle, parent=True),
         time_limit=CONFIG.time_limit,
-        out=subpath(output.manifest, parent=True),
         fingerprint=stage_fingerprint("evaluate"),
     shell:
         "logged {log:q} {input.toolchain:q}"
-        " hf2mnn evaluate --reference {params.reference:q} --onnx {params.onnx:q} --bundle {params.bundle:q}"
-        " --time-limit {params.time_limit} --threads {threads} --out {params.out:q}"
+        " hf2mnn evaluate --reference {input.reference:q} --onnx {input.onnx:q} --bundle {input.bundle:q}"
+        " --time-limit {params.time_limit} --threads {threads} --out {output:q}"
 
 
 # Why a variant answers as it does: layer by layer, source by source, and the cause where something is wrong.
 rule diagnose_variant:
     input:
-        reference="results/{model}/reference/manifest.json",
-        onnx="results/{model}/onnx/manifest.json",
-        base="results/{model}/mnn/base/manifest.json",
-        bundle="results/{model}/mnn/{variant}/manifest.json",
+        reference="results/{model}/reference",
+        onnx="results/{model}/onnx",
+        base="results/{model}/mnn/base",
+        bundle="results/{model}/mnn/{variant}",
         toolchain=toolchain_files,
     output:
-        "results/{model}/diagnosis/{variant}/layers.parquet",
-        "results/{model}/diagnosis/{variant}/budget.parquet",
-        "results/{model}/diagnosis/{variant}/findings.json",
-        manifest="results/{model}/diagnosis/{variant}/manifest.json",
+        directory("results/{model}/diagnosis/{variant}"),
     log:
         "logs/diagnose_variant/{model}/{variant}.log",
     benchmark:
@@ -95,30 +71,21 @@ rule diagnose_variant:
         mem_mb=memory("diagnose"),
         runtime=runtime("diagnose"),
     params:
-        reference=subpath(input.reference, parent=True),
-        onnx=subpath(input.onnx, parent=True),
-        base=subpath(input.base, parent=True),
-        bundle=subpath(input.bundle, parent=True),
         time_limit=CONFIG.time_limit,
-        out=subpath(output.manifest, parent=True),
         fingerprint=stage_fingerprint("diagnose"),
     shell:
         "logged {log:q} {input.toolchain:q}"
-        " hf2mnn diagnose --reference {params.reference:q} --onnx {params.onnx:q} --base {params.base:q}"
-        " --bundle {params.bundle:q} --time-limit {params.time_limit} --threads {threads} --out {params.out:q}"
+        " hf2mnn diagnose --reference {input.reference:q} --onnx {input.onnx:q} --base {input.base:q}"
+        " --bundle {input.bundle:q} --time-limit {params.time_limit} --threads {threads} --out {output:q}"
 
 
 # Takes all cores, so that no other job of the run is timed along with it. On a cluster there is no such number.
 rule measure_speed:
     input:
-        bundles,
+        bundles=bundles,
         toolchain=toolchain_files,
     output:
-        "results/{model}/speed/speed.parquet",
-        "results/{model}/speed/speed.csv",
-        "results/{model}/speed/speed.json",
-        "results/{model}/speed/cache.parquet",
-        manifest="results/{model}/speed/manifest.json",
+        directory("results/{model}/speed"),
     log:
         "logs/measure_speed/{model}.log",
     benchmark:
@@ -136,11 +103,10 @@ rule measure_speed:
         answer_tokens=CONFIG.speed.answer_tokens,
         picture_side=CONFIG.speed.picture_side,
         time_limit=CONFIG.time_limit,
-        out=subpath(output.manifest, parent=True),
         fingerprint=stage_fingerprint("speed"),
     shell:
         "logged {log:q} {input.toolchain:q}"
         " hf2mnn speed {params.options} --repeats {params.repeats:q} --prompt-tokens {params.prompt_tokens:q}"
         " --answer-tokens {params.answer_tokens:q} --picture-side {params.picture_side:q}"
         f" --threads {CONFIG.speed.threads or '{threads}'}"
-        " --time-limit {params.time_limit} --out {params.out:q}"
+        " --time-limit {params.time_limit} --out {output:q}"

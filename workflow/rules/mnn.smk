@@ -1,14 +1,10 @@
 # The graphs, converted by MNN, every attention fused, proved. The linear layers have no weights yet.
 rule convert_graphs:
     input:
-        "results/{model}/onnx/manifest.json",
+        onnx="results/{model}/onnx",
         toolchain=toolchain_files,
     output:
-        "results/{model}/mnn/base/llm.mnn",
-        "results/{model}/mnn/base/llm.mnn.weight",
-        "results/{model}/mnn/base/embeddings_bf16.bin",
-        "results/{model}/mnn/base/tokenizer.mtok",
-        manifest="results/{model}/mnn/base/manifest.json",
+        directory("results/{model}/mnn/base"),
     log:
         "logs/convert_graphs/{model}.log",
     benchmark:
@@ -20,8 +16,6 @@ rule convert_graphs:
         mem_mb=memory("mnn"),
         runtime=runtime("mnn"),
     params:
-        onnx=subpath(input[0], parent=True),
-        out=subpath(output.manifest, parent=True),
         fingerprint=stage_fingerprint("mnn"),
     shell:
-        "logged {log:q} {input.toolchain:q} hf2mnn mnn {params.onnx:q} --out {params.out:q}"
+        "logged {log:q} {input.toolchain:q} hf2mnn mnn {input.onnx:q} --out {output:q}"

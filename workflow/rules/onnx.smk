@@ -1,14 +1,10 @@
-# The portable graphs: decoder with explicit KV cache, embedding, and a vision tower where the model sees; the manifest
-# names all there is.
+# The portable graphs: decoder with explicit KV cache, embedding, and a vision tower where the model sees.
 rule export_onnx:
     input:
-        "results/{model}/source/manifest.json",
+        source="results/{model}/source",
         toolchain=toolchain_files,
     output:
-        "results/{model}/onnx/decoder.onnx",
-        "results/{model}/onnx/embedding.onnx",
-        "results/{model}/onnx/model.json",
-        manifest="results/{model}/onnx/manifest.json",
+        directory("results/{model}/onnx"),
     log:
         "logs/export_onnx/{model}.log",
     benchmark:
@@ -20,8 +16,6 @@ rule export_onnx:
         mem_mb=memory("onnx"),
         runtime=runtime("onnx"),
     params:
-        source=subpath(input[0], parent=True),
-        out=subpath(output.manifest, parent=True),
         fingerprint=stage_fingerprint("onnx"),
     shell:
-        "logged {log:q} {input.toolchain:q} hf2mnn onnx {params.source:q} --out {params.out:q}"
+        "logged {log:q} {input.toolchain:q} hf2mnn onnx {input.source:q} --out {output:q}"

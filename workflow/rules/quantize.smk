@@ -1,18 +1,12 @@
-# A bundle of a variant's weights. Its embedding may have no file of its own, and there may be no vision tower, so neither
-# is named here; the manifest names all there is.
+# A bundle of a variant's weights.
 rule quantize_variant:
     input:
         unpack(choices),
-        onnx="results/{model}/onnx/manifest.json",
-        base="results/{model}/mnn/base/manifest.json",
+        onnx="results/{model}/onnx",
+        base="results/{model}/mnn/base",
         toolchain=toolchain_files,
     output:
-        "results/{model}/mnn/{variant}/config.json",
-        "results/{model}/mnn/{variant}/llm_config.json",
-        "results/{model}/mnn/{variant}/llm.mnn",
-        "results/{model}/mnn/{variant}/llm.mnn.weight",
-        "results/{model}/mnn/{variant}/tokenizer.mtok",
-        manifest="results/{model}/mnn/{variant}/manifest.json",
+        directory("results/{model}/mnn/{variant}"),
     log:
         "logs/quantize_variant/{model}/{variant}.log",
     benchmark:
@@ -24,15 +18,12 @@ rule quantize_variant:
         mem_mb=memory("quantize"),
         runtime=runtime("quantize"),
     params:
-        onnx=subpath(input.onnx, parent=True),
-        base=subpath(input.base, parent=True),
         decoder=weights("decoder"),
         vision=weights("vision"),
         engine=engine,
         options=choice_options,
-        out=subpath(output.manifest, parent=True),
         fingerprint=stage_fingerprint("quantize"),
     shell:
         "logged {log:q} {input.toolchain:q}"
-        " hf2mnn quantize {params.onnx:q} {params.base:q} --decoder {params.decoder:q} --vision {params.vision:q}"
-        " --engine {params.engine:q} {params.options} --threads {threads} --out {params.out:q}"
+        " hf2mnn quantize {input.onnx:q} {input.base:q} --decoder {params.decoder:q} --vision {params.vision:q}"
+        " --engine {params.engine:q} {params.options} --threads {threads} --out {output:q}"

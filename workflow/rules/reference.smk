@@ -1,14 +1,42 @@
-# Questions of a labelled data set, for models whose config.yaml names one.
-rule fetch_evaluation:
+# What a model is asked: a person's own set, or questions drawn of a labelled data set. These rules read what lies where
+# Snakemake is started; what follows reads their folders only.
+rule take_examples:
+    input:
+        own_examples,
+        toolchain=toolchain_files,
+    output:
+        directory("results/{model}/examples/{role}"),
+    log:
+        "logs/take_examples/{model}/{role}.log",
+    benchmark:
+        "benchmarks/take_examples/{model}/{role}.tsv"
+    wildcard_constraints:
+        role="evaluation|calibration",
+    retries: 0
+    localrule: True
+    conda:
+        "../../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime="1h",
+    params:
+        examples=examples_folder,
+        fingerprint=stage_fingerprint("examples"),
+    shell:
+        "logged {log:q} {input.toolchain:q} hf2mnn evaluation --examples {params.examples:q} --out {output:q}"
+
+
+rule fetch_examples:
     input:
         labelled_files,
         toolchain=toolchain_files,
     output:
-        manifest="results/{model}/evaluation/manifest.json",
+        directory("results/{model}/examples/evaluation"),
     log:
-        "logs/fetch_evaluation/{model}.log",
+        "logs/fetch_examples/{model}.log",
     benchmark:
-        "benchmarks/fetch_evaluation/{model}.tsv"
+        "benchmarks/fetch_examples/{model}.tsv"
     wildcard_constraints:
         model=names(model for model in CONFIG.models if labelled(model)),
     retries: 0
@@ -21,22 +49,23 @@ rule fetch_evaluation:
         runtime="4h",
     params:
         options=labelled_options,
-        out=subpath(output.manifest, parent=True),
         fingerprint=stage_fingerprint("evaluation"),
     shell:
-        "logged {log:q} {input.toolchain:q} hf2mnn evaluation {params.options} --out {params.out:q}"
+        "logged {log:q} {input.toolchain:q} hf2mnn evaluation {params.options} --out {output:q}"
+
+
+# For the models that fetch_examples is for, the other would do as well.
+ruleorder: fetch_examples > take_examples
 
 
 # PyTorch's own answers in float32, once per model.
 rule answer_reference:
     input:
-        source="results/{model}/source/manifest.json",
-        evaluation=evaluation_files,
+        source="results/{model}/source",
+        evaluation="results/{model}/examples/evaluation",
         toolchain=toolchain_files,
     output:
-        "results/{model}/reference/examples.json",
-        "results/{model}/reference/golden.safetensors",
-        manifest="results/{model}/reference/manifest.json",
+        directory("results/{model}/reference"),
     log:
         "logs/answer_reference/{model}.log",
     benchmark:
@@ -48,12 +77,9 @@ rule answer_reference:
         mem_mb=memory("reference"),
         runtime=runtime("reference"),
     params:
-        source=subpath(input.source, parent=True),
-        evaluation=evaluation_folder,
         max_new_tokens=lookup("{model}", within={m: v.max_new_tokens for m, v in CONFIG.models.items()}),
-        out=subpath(output.manifest, parent=True),
         fingerprint=stage_fingerprint("reference"),
     shell:
         "logged {log:q} {input.toolchain:q} hf2mnn reference"
-        " {params.source:q} --evaluation {params.evaluation:q} --max-new-tokens {params.max_new_tokens}"
-        " --threads {threads} --out {params.out:q}"
+        " {input.source:q} --evaluation {input.evaluation:q} --max-new-tokens {params.max_new_tokens}"
+        " --threads {threads} --out {output:q}"

@@ -2,7 +2,6 @@
 rule report_model:
     input:
         evidence,
-        reference="results/{model}/reference/manifest.json",
     output:
         "results/{model}/summary.parquet",
         "results/{model}/figures.parquet",

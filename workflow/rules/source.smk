@@ -4,7 +4,7 @@ rule fetch_source:
         source_files,
         toolchain=toolchain_files,
     output:
-        "results/{model}/source/manifest.json",
+        directory("results/{model}/source"),
     log:
         "logs/fetch_source/{model}.log",
     benchmark:
@@ -19,7 +19,6 @@ rule fetch_source:
         runtime=runtime("source"),
     params:
         options=source_options,
-        out=subpath(output[0], parent=True),
         fingerprint=stage_fingerprint("source"),
     shell:
-        "logged {log:q} {input.toolchain:q} hf2mnn source {params.options} --out {params.out:q}"
+        "logged {log:q} {input.toolchain:q} hf2mnn source {params.options} --out {output:q}"

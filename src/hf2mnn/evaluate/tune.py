@@ -16,7 +16,7 @@ from hf2mnn.errors import ConfigError, EngineError
 from hf2mnn.evaluate.machine import cores, describe_machine
 from hf2mnn.evaluate.speed import measure, turns
 from hf2mnn.files import whole_file
-from hf2mnn.manifest import Manifest
+from hf2mnn.manifest import Manifest, changed_folder
 from hf2mnn.metrics import kl_divergence
 from hf2mnn.mnn.bundle import CONFIG
 from hf2mnn.mnn.engine import check_bundle, run_worker
@@ -218,12 +218,9 @@ def write_settings(bundle: Path, changed: Settings, tuned: dict[str, Any]) -> No
     """Put `changed` into the bundle's config.json, and into its manifest what that file is now and why."""
     manifest = Manifest.load(bundle)
     config = with_settings(json.loads((bundle / CONFIG).read_text()), changed)
-    # A new file under the old name: a bundle's files may be links that other bundles share.
-    with whole_file(bundle / CONFIG) as path:
-        path.write_text(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     manifest.results = {**manifest.results, "tuned": tuned}
-    manifest.folder = None
-    manifest.save(bundle)
+    with changed_folder(manifest) as folder, whole_file(folder / CONFIG) as path:
+        path.write_text(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def tune_bundle(

@@ -14,6 +14,7 @@ from hf2mnn.evaluate.names import ANSWERS, BUDGET, FIGURES, FINDINGS, LAYERS, PA
 from hf2mnn.manifest import Manifest
 
 EVALUATIONS, DIAGNOSES, BUNDLES, PLANS, SPEED = "eval", "diagnosis", "mnn", "plans", "speed"
+EXAMPLES = ("examples/evaluation", "examples/calibration")
 CALIBRATION = ("calibration", "activations", "sensitivity")
 
 
@@ -91,7 +92,7 @@ def read_evidence(model: str, folder: Path, names: list[str]) -> Evidence:
         ManifestError: a stage is missing, or its files are not what its manifest says.
     """
     stages = {"source": "source", "onnx": "onnx", "base": f"{BUNDLES}/base"}
-    stages |= {stage: stage for stage in CALIBRATION}
+    stages |= {stage: stage for stage in (*EXAMPLES, *CALIBRATION)}
     manifests = {stage: Manifest.load(folder / path) for stage, path in stages.items() if (folder / path).is_dir()}
     manifests["reference"] = _checked(folder / "reference")
     speed, cache = folder / SPEED / "speed.json", folder / SPEED / "cache.parquet"

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf2mnn.manifest import Manifest
 from hf2mnn.report.cells import Cell, Table
-from hf2mnn.report.evidence import Evidence
+from hf2mnn.report.evidence import EXAMPLES, Evidence
 
 UNKNOWN = "EVALUATION"
 """Stands in a command for the folder of the evaluation set where its manifest does not name it."""
@@ -51,6 +51,14 @@ def _source(root: str, manifest: Manifest) -> list[str]:
     if adapter:
         merged += ["--adapter-revision", adapter["revision" if adapter["hub"] == "modelscope" else "commit"]]
     return ["source", *where, *(["--revision", revision] if revision else []), *merged]
+
+
+def _examples(root: str, manifest: Manifest) -> list[str]:
+    settings, places = manifest.settings, manifest.places
+    if manifest.stage == "examples":
+        return ["evaluation", "--examples", _portable(places["examples"])]
+    where = ["--path", _portable(places["path"])] if "path" in places else _options(settings, "revision")
+    return ["evaluation", *_options(settings, "dataset", "samples", "seed"), *where]
 
 
 def _reference(root: str, manifest: Manifest) -> list[str]:
@@ -120,6 +128,9 @@ def stages(evidence: Evidence) -> list[Stage]:
 
     if "source" in known:
         add("source", known["source"], _source(root, known["source"]))
+    for place in EXAMPLES:
+        if place in known:
+            add(place, known[place], _examples(root, known[place]))
     add("reference", known["reference"], _reference(root, known["reference"]))
     add("onnx", known.get("onnx"), ["onnx", f"{root}/source"])
     add("mnn/base", known.get("base"), ["mnn", f"{root}/onnx"])
