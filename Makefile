@@ -43,7 +43,7 @@ test-slow: $(SET_UP) ## what takes long and is covered in parts: a killed run, t
 test-browser: $(SET_UP) ## the report in a real browser; needs Chromium on the PATH or in CHROMIUM
 	$(BIN)/pytest tests/browser
 
-test-cluster: $(SET_UP) ## the pipeline on a SLURM of one node, started here; as root on Linux with slurm-wlm and munge (10 to 20 minutes)
+test-cluster: $(SET_UP) ## the pipeline on a SLURM of one node and as pods with a bucket, started here; as root on Linux, with slurm-wlm and munge for SLURM (15 minutes)
 	$(BIN)/pytest tests/cluster
 
 test-faults: $(SET_UP) ## full disks, too little memory, no network, killed stages; as root on Linux (about 15 minutes)

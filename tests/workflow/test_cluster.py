@@ -109,6 +109,16 @@ def test_image_has_the_python_and_the_pins_that_are_tested() -> None:
         assert base.startswith(f"python:{python}-"), environment.name
 
 
+def test_pods_find_in_the_image_what_snakemake_installs_in_them() -> None:
+    lines = image()
+    (made_in,) = {words[1] for words in lines if words[0] == "WORKDIR"} - {"/data"}
+    (download,) = [" ".join(words) for words in lines if "download" in words]
+    assert "grep ^snakemake-storage-plugin- requirements.txt > plugins.txt" in download and "--dest wheels" in download
+    profile = yaml.safe_load((REPOSITORY / "profiles" / "kubernetes" / "profile.yaml").read_text())
+    assert profile["precommand"].split()[-1] == f"PIP_FIND_LINKS={made_in}/wheels"
+    assert "snakemake-storage-plugin-s3==" in (REPOSITORY / "requirements.txt").read_text()
+
+
 def test_image_has_the_files_that_a_run_needs(workspace: Workspace, tmp_path: Path) -> None:
     """What it copies, where nothing else of the repository is, with a config.yaml in another folder."""
     inside = tmp_path / "image"
