@@ -47,7 +47,7 @@ class Run:
         """(exit code, what it said)."""
         options = ["--default-storage-prefix", f"s3://{BUCKET}/{self.folder.name}", "--container-image", "hf2mnn"]
         options += ["--storage-s3-endpoint-url", self.cluster.s3, "--kubernetes-omit-job-cleanup"]
-        options += ["--precommand", self.precommand]
+        options += ["--precommand", self.precommand, "--seconds-between-status-checks", "1"]
         profile = ["--workflow-profile", "hf2mnn/profiles/kubernetes"]
         command = [BIN / "snakemake", "-s", "hf2mnn/Snakefile", *profile, *options, "--jobs", "2", *arguments]
         environment = {**os.environ, **self.cluster.environment()}
