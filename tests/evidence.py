@@ -29,6 +29,7 @@ SUMMARY: dict[str, Any] = {
     "vision_cosine": 0.99,
     "cache_parity": 0.01,
     "tokenizer_match": 1.0,
+    "template_match": 1.0,
     "as_called_accuracy": 0.25,
     "bytes": 4_515_196,
     "labelled": 20,
@@ -64,7 +65,7 @@ def make_row(name: str = "int4", findings: tuple[str, ...] = (), diagnosed: bool
         name=name,
         summary=SUMMARY | summary,
         figures=figure_table(mean_kld=(0.1, 0.08, 0.12)),
-        answers=pd.DataFrame(),
+        answers=pd.DataFrame(columns=["id", "template_match", "template_difference"]),
         positions=pd.DataFrame(columns=POSITION_COLUMNS),
         parity=pd.DataFrame(columns=parity.COLUMNS),
         layers=layer_table() if diagnosed else None,
@@ -75,8 +76,8 @@ def make_row(name: str = "int4", findings: tuple[str, ...] = (), diagnosed: bool
 
 
 def make_speed(**measures: tuple[float, float, float]) -> dict[str, Any]:
-    """Of one bundle: median and quartiles by measure."""
-    names = ("median", "first_quartile", "third_quartile")
+    """Of one bundle: median, lowest and highest run by measure."""
+    names = ("median", "lowest", "highest")
     return {"measures": {measure: dict(zip(names, seen, strict=True)) for measure, seen in measures.items()}}
 
 
@@ -91,7 +92,8 @@ def make_evidence(
 def write_reference(folder: Path, tokens: int = 4, larger: dict[str, float] | None = None) -> Path:
     """What `hf2mnn reference` leaves, with two examples and a text probe of `tokens`; `larger` says by which share the
     activations at a point are."""
-    record = {"category": "any", "language": "en", "metric": "exact", "answer": "a", "prompt": "", "pictures": []}
+    record = {"category": "any", "language": "en", "metric": "exact", "answer": "a", "pictures": []}
+    record |= {"messages": [{"role": "user", "content": "Which?"}], "prompt": "Which?"}
     records = [record | {"id": "labelled", "expected": ["a"]}, record | {"id": "free", "expected": None}]
     probe = {"ids": np.arange(tokens), "inputs_embeds": np.zeros((tokens, 2), np.float32)}
     probe["position_ids"] = np.zeros((3, tokens), np.int64)

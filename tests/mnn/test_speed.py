@@ -114,14 +114,15 @@ def test_the_cache_is_worth_more_the_longer_it_is(measured: Measured) -> None:
 # How it is put together
 
 
-def test_medians_quartiles_and_ratios_are_those_of_the_figures(measured: Measured) -> None:
+def test_medians_quartiles_ranges_and_ratios_are_those_of_the_figures(measured: Measured) -> None:
     table = pd.read_csv(measured.folder / "speed.csv").set_index(["bundle", "measure"])
     assert len(table) == 2 * len(UNITS)
     for (name, key), rows in measured.figures.groupby(["bundle", "measure"]):
-        low, middle, high = np.percentile(rows["value"], [25, 50, 75])
+        least, low, middle, high, most = np.percentile(rows["value"], [0, 25, 50, 75, 100])
         base = measured.figures.query("bundle == 'float' and measure == @key")["value"].median()
         found = measured.speed["bundles"][name]["measures"][key]
         wanted = {"median": middle, "first_quartile": low, "third_quartile": high, "ratio": middle / base}
+        wanted |= {"lowest": least, "highest": most}
         assert {figure: found[figure] for figure in wanted} == pytest.approx(wanted)
         assert table.loc[(name, key), list(wanted)].to_dict() == pytest.approx(wanted)
         assert table.loc[(name, key), "repeats"] == REPEATS

@@ -77,7 +77,7 @@ def test_a_bundle_has_no_uncertainty(compared) -> None:
     [
         ("decode_tokens_per_s", (100.0, 95.0, 105.0), (120.0, 110.0, 130.0), "faster"),
         ("decode_tokens_per_s", (120.0, 110.0, 130.0), (100.0, 95.0, 105.0), "slower"),
-        ("decode_tokens_per_s", (120.0, 105.0, 130.0), (100.0, 95.0, 105.0), None),  # the quartiles touch
+        ("decode_tokens_per_s", (120.0, 105.0, 130.0), (100.0, 95.0, 105.0), None),  # the ranges touch
         ("first_token_s", (0.10, 0.09, 0.11), (0.20, 0.19, 0.21), "slower"),
         ("first_token_s", (0.20, 0.19, 0.21), (0.10, 0.09, 0.11), "faster"),
         ("bundle_mb", (30.0, 29.0, 31.0), (40.0, 39.0, 41.0), "larger"),
@@ -85,7 +85,7 @@ def test_a_bundle_has_no_uncertainty(compared) -> None:
         ("bundle_mb", (40.0, 39.0, 41.0), (30.0, 29.0, 31.0), "smaller"),
     ],
 )
-def test_a_measure_is_faster_or_slower_where_the_quartiles_do_not_meet(
+def test_a_measure_is_faster_or_slower_where_the_ranges_do_not_meet(
     measure: str, one: Interval, other: Interval, change: str | None, compared
 ) -> None:
     sides = [make_evidence([make_row()], speed={"int4": make_speed(**{measure: seen})}) for seen in (one, other)]

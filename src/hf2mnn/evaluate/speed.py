@@ -37,6 +37,8 @@ UNITS = {
     "bundle_mb": "MB",
 }
 """Measures in their order, with their units; what each is stands in docs/speed.md."""
+SPREAD = {"median": 0.5, "first_quartile": 0.25, "third_quartile": 0.75, "lowest": 0.0, "highest": 1.0}
+"""What is told of the runs of a measure, as quantiles."""
 TIME_LIMIT = 7200.0
 LENGTHS = (32, 64, 128, 256, 512)
 """Tokens in the cache when what it is worth is measured."""
@@ -122,10 +124,10 @@ def check_bundles(bundles: dict[str, Path]) -> dict[str, Path]:
 
 
 def summarize(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """A row for each bundle and measure: median, quartiles, and the median's ratio to that of `baseline`."""
+    """A row for each bundle and measure: median, quartiles, range, and the median's ratio to that of `baseline`."""
     grouped = frame.groupby(["bundle", "measure"], sort=False)["value"]
-    table = grouped.quantile([0.5, 0.25, 0.75]).unstack()
-    table.columns = ["median", "first_quartile", "third_quartile"]
+    table = grouped.quantile(list(SPREAD.values())).unstack()
+    table.columns = list(SPREAD)
     table = table.join(grouped.count().rename("repeats")).reset_index()
     base = table[table["bundle"] == baseline].set_index("measure")["median"]
     table.insert(2, "unit", table["measure"].map(UNITS))
@@ -143,7 +145,7 @@ def summarize_cache(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _measures(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    figures = ["unit", "median", "first_quartile", "third_quartile", "ratio"]
+    figures = ["unit", *SPREAD, "ratio"]
     return {name: rows.set_index("measure")[figures].to_dict("index") for name, rows in table.groupby("bundle")}
 
 
