@@ -25,11 +25,11 @@ POINTS = {
 def record(identifier: str, answer: str, **others: Any) -> dict[str, Any]:
     """One of examples.json. `pictures` are file names; `expected` are right answers."""
     pictures = others.get("pictures", [])
-    marks = "<|vision_start|><|image_pad|><|vision_end|>" * len(pictures)
-    asked = others.pop("asked", "What is 1 < 2 & why?")
+    asked = {"type": "text", "text": others.pop("asked", "What is 1 < 2 & why?")}
+    parts = [*({"type": "image", "image": name} for name in pictures), asked]
     made = {"category": "test", "language": "en", "expected": None, "metric": "exact", "pictures": pictures}
-    turns = f"<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n{marks}{asked}<|im_end|>\n"
-    return {**made, "id": identifier, "answer": answer, "prompt": f"{turns}<|im_start|>assistant\n", **others}
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": parts}]
+    return {**made, "id": identifier, "answer": answer, "messages": messages, "prompt": "", **others}
 
 
 RECORDS = [
@@ -85,6 +85,7 @@ def make_answers(records: list[dict[str, Any]], said: dict[str, str], called: di
                 "prefix_tokens": 10 if same else 3,
             }
             | {"repetition": 0.0, "degenerate": False, "as_called": plain, "tokenizer_match": None}
+            | {"template_match": None, "template_difference": None}
             | {"as_called_match": None if plain is None else plain == made["answer"]}
             | {"reference_score": score(made, made["answer"]), "score": score(made, answer)}
             | {"as_called_score": score(made, plain)}

@@ -32,7 +32,7 @@ from hf2mnn.errors import ConfigError
 from hf2mnn.reference.labelled import DATASETS
 from support import REPOSITORY, SHAPES_VL
 
-CAUSES = {"cache_parity": 0.05, "tokenizer_match": 1.0, "findings": 0}
+CAUSES = {"cache_parity": 0.05, "tokenizer_match": 1.0, "template_match": 1.0, "findings": 0}
 """Gates on what is wrong whatever the bits are."""
 BITS = [2, 3, 4, 5, 6, 7, 8, 16, 32]
 

@@ -136,6 +136,9 @@ class Gates(_Strict):
     tokenizer_match: float | None = Field(
         None, ge=0, le=1, description="At least this share of prompts becomes the same tokens as in transformers."
     )
+    template_match: float | None = Field(
+        None, ge=0, le=1, description="At least this share of conversations becomes the checkpoint's own prompt."
+    )
     findings: int | None = Field(None, ge=0, description="At most this many named causes of error in the diagnosis.")
 
 
@@ -151,6 +154,7 @@ class GeneralGates(Gates):
     tokenizer_match: float | None = Field(
         1.0, ge=0, le=1, description=Gates.model_fields["tokenizer_match"].description
     )
+    template_match: float | None = Field(1.0, ge=0, le=1, description=Gates.model_fields["template_match"].description)
     findings: int | None = Field(0, ge=0, description=Gates.model_fields["findings"].description)
 
 

@@ -8,6 +8,7 @@ quantized models; seq-rep-n is Welleck et al., 2020 (Neural Text Generation with
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -60,8 +61,8 @@ def relative_error(reference: np.ndarray, other: np.ndarray) -> float:
     return float(difference / size) if size else float(np.inf if difference else 0.0)
 
 
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two answers share from their beginning."""
+def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many tokens two answers, or letters two texts, share from their beginning."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

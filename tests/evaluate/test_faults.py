@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -234,3 +235,17 @@ def test_a_foreign_tokenizer_fails_and_is_named(shapes: Path, judge: Callable[[s
     assert verdict.row["top1_agreement"] == 1 > verdict.row["tokenizer_match"]
     assert [finding["part"] for finding in verdict.findings] == ["tokenizer"]
     assert "the tokenizer makes other ids of 3 of 3 prompts" in verdict.row["cause"]
+
+
+def test_what_the_engine_makes_of_a_conversation_is_told_where_it_parts_from_the_template(
+    shapes: Path, judge: Callable[[str], Verdict]
+) -> None:
+    """The tokens of the right prompt are right, and so are all figures but those of a plain call."""
+    break_bundle(shapes / "mnn" / "fp32", shapes / "mnn" / "stale", shapes / "onnx", stale_template)
+    verdict = judge("stale")
+    assert verdict.row["top1_agreement"] == verdict.row["tokenizer_match"] == 1 > verdict.row["template_match"] == 0
+    assert [finding["part"] for finding in verdict.findings] == ["tokenizer", "template"]
+    assert re.search(
+        r"another prompt of \d+ of \d+ conversations: first in .*companion.* for .*assistant",
+        verdict.findings[1]["sentence"],
+    )

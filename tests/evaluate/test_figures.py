@@ -28,6 +28,7 @@ ANSWER = {
     "as_called_match": None,
     "as_called_score": None,
     "tokenizer_match": None,
+    "template_match": None,
 }
 
 
@@ -223,7 +224,9 @@ def test_examples_without_a_label_do_not_count() -> None:
     )
     row = measured(table, "task_accuracy")
     assert (row["value"], row["count"]) == (0.5, 2)
-    assert table[table["figure"].isin(["reference_accuracy", "as_called_match", "tokenizer_match"])].empty
+    assert table[
+        table["figure"].isin(["reference_accuracy", "as_called_match", "tokenizer_match", "template_match"])
+    ].empty
     assert "after a picture" not in set(table[table["figure"] == "task_accuracy"]["group"])
 
 

@@ -13,6 +13,7 @@ import pytest
 from hf2mnn.errors import EngineError
 from hf2mnn.evaluate.answers import Answer, Outcome
 from hf2mnn.evaluate.figures import COLUMNS
+from hf2mnn.evaluate.findings import misread_template
 from hf2mnn.evaluate.names import ANSWERS, COMPARED, FIGURES, PARITY, PICTURES, POSITIONS
 from hf2mnn.evaluate.parity import parity_table
 from hf2mnn.evaluate.score import Scores, score, score_fault, summarize
@@ -29,7 +30,8 @@ class FakeGolden:
     """Two examples of a three-token vocabulary; "a" has a label and a picture of two image tokens, "b" has neither."""
 
     def __init__(self) -> None:
-        common: dict[str, Any] = {"category": "any", "language": "en", "metric": "exact", "prompt": "", "answer": "0 1"}
+        common: dict[str, Any] = {"category": "any", "language": "en", "metric": "exact", "answer": "0 1"}
+        common |= {"messages": [{"role": "user", "content": "Which?"}], "prompt": "<user>Which?</user>"}
         common |= {"position_ids": np.zeros((3, 5)), "answer_ids": np.array([0, 1]), "logits": RIGHT}
         pictured, plain = np.array([4, IMAGE, IMAGE, 5]), np.array([4, 5])
         self.list = [
@@ -72,7 +74,7 @@ def test_a_right_outcome_has_right_figures_and_what_was_not_measured_has_none() 
     assert {name: summary[name] for name in exact} == pytest.approx(dict.fromkeys(exact, 1.0))
     none = ("mean_kld", "p99_kld", "max_kld", "rms_probability_change", "degenerate", "vision_error")
     assert {name: summary[name] for name in none} == dict.fromkeys(none, 0.0)
-    missing = ("as_called_match", "as_called_accuracy", "tokenizer_match", "cache_parity")
+    missing = ("as_called_match", "as_called_accuracy", "tokenizer_match", "template_match", "cache_parity")
     assert {name: summary[name] for name in missing} == dict.fromkeys(missing)
     assert summary.keys() == {*COMPARED, "mean_kld_low", "mean_kld_high", "cache_parity"}
 
@@ -150,6 +152,25 @@ def test_a_text_token_that_comes_twice_counts_twice() -> None:
     golden.list[1] = replace(golden.list[1], input_ids=np.array([4, 4, 5]))
     scores = score(golden, outcome(b=Answer(RIGHT, [0, 1], [0, 1], [4, 5])), words, IMAGE)
     assert column(scores, "tokenizer_match") == [None, False]
+
+
+def test_the_engines_own_prompt_is_the_templates_or_is_told() -> None:
+    """With the place where they part, and who of the two has what."""
+    right = Answer(RIGHT, [0, 1], [0, 1], [4, 5], "<user>Which?</user>")
+    other = Answer(RIGHT, [0, 1], [0, 1], [4, 5], "<user>Which?")
+    none = Answer(RIGHT, [0, 1], [], [4, 5], "")
+    assert column(scored(a=right), "template_match") == [True, None]
+    assert column(scored(a=right), "template_difference") == [None, None]
+    scores = scored(a=other, b=none)
+    assert column(scores, "template_match") == [False, False] and scores.summary["template_match"] == 0
+    assert column(scores, "template_difference") == [
+        "'<user>Which?' for '<user>Which?</user>'",
+        "'' for '<user>Which?</user>'",
+    ]
+    (finding,) = misread_template(scores.answers)
+    assert (finding.part, finding.point) == ("template", None)
+    assert finding.sentence.startswith("the engine makes another prompt of 2 of 2 conversations: first in a, '<user>W")
+    assert misread_template(scored(a=right).answers) == misread_template(scored().answers) == []
 
 
 def test_a_picture_is_compared_token_by_token() -> None:

@@ -139,9 +139,10 @@ def test_the_doctor_finds_nothing(made: Made) -> None:
     assert [finding.sentence for finding in found] == []
 
 
-def test_the_engine_as_it_is_called_makes_the_same_tokens(made: Made) -> None:
+def test_the_engine_as_it_is_called_makes_the_same_prompt_and_tokens(made: Made) -> None:
     """A text-only model by the engine's own class, one that sees by another."""
-    assert made.summary("eval-fp32")["tokenizer_match"] == 1
+    summary = made.summary("eval-fp32")
+    assert summary["tokenizer_match"] == summary["template_match"] == 1
 
 
 @pytest.mark.parametrize("made", [one for one in EVERY if one.values == ("qwen3-vl",)], indirect=True)

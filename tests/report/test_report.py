@@ -68,6 +68,14 @@ def test_a_cache_that_answers_otherwise_is_a_cause_as_well(tmp_path: Path) -> No
     assert "token by token (text) by 1.5" in table.loc["int4", "cause"]
 
 
+def test_a_template_that_the_engine_reads_otherwise_is_a_cause_as_well(tmp_path: Path) -> None:
+    row = make_row("int4")
+    answers = pd.DataFrame([("q", True, None), ("r", False, "'a' for 'b'")], columns=row.answers.columns)
+    table = make_report("m", write_results(tmp_path / "m", replace(row, answers=answers)), SPECS[::2])
+    cause = table.set_index("variant").loc["int4", "cause"]
+    assert cause == "the engine makes another prompt of 1 of 2 conversations: first in r, 'a' for 'b'"
+
+
 def test_a_model_of_which_nothing_runs_still_has_its_files(tmp_path: Path) -> None:
     row = make_row("int4", ("it crashed",), fault="it crashed")
     row = replace(row, figures=figure_table(), layers=layer_table(points=[]))

@@ -45,6 +45,8 @@ ASKED = ["model", "variant", "top1_agreement", "mean_kld", "greedy_match", "task
         ("tokenizer_match", 1.0, 1, True),
         ("tokenizer_match", 0.995, 1, False),
         ("tokenizer_match", None, 1, True),  # ONNX Runtime has no tokenizer
+        ("template_match", 0.995, 1, False),
+        ("template_match", None, 1, True),  # nor a template
         ("findings", 0, 0, True),
         ("findings", 1, 0, False),
         ("findings", None, 0, True),  # nor a diagnosis

@@ -13,14 +13,16 @@ class Answer:
 
     logits: float32 [m, vocabulary], teacher-forced: row i follows the prompt and the reference's answer up to i.
     greedy_ids: the runtime's own greedy answer, decoded with its KV cache, the stop id included.
-    as_called_ids: what a caller of the engine as it is gets; prompt_ids: what its tokenizer makes of the prompt. Both
-    are None where the runtime has no such thing.
+    written: the prompt that the engine makes of the conversation; as_called_ids: its answer to that, which a caller of
+    the engine as it is gets; prompt_ids: what its tokenizer makes of the right prompt. All are None where the runtime
+    has no such thing.
     """
 
     logits: np.ndarray
     greedy_ids: list[int]
     as_called_ids: list[int] | None = None
     prompt_ids: list[int] | None = None
+    written: str | None = None
 
 
 @dataclass

@@ -79,6 +79,7 @@ ANSWER_FIGURES = {
     "as_called_match": "as_called_match",
     "as_called_accuracy": "as_called_score",
     "tokenizer_match": "tokenizer_match",
+    "template_match": "template_match",
 }
 """Mean over examples of a column of the table of answers; an example without a value does not count."""
 

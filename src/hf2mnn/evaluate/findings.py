@@ -13,8 +13,8 @@ brings up to 0.01; an attention without its cache brings 0.7 and more."""
 
 @dataclass(frozen=True)
 class Finding:
-    """part: settings, tokenizer, embedding, vision, decoder or cache; point: a name of `hf2mnn.points`, a key or None;
-    sentence: what is wrong, for a person."""
+    """part: settings, tokenizer, template, embedding, vision, decoder or cache; point: a name of `hf2mnn.points`, a key
+    or None; sentence: what is wrong, for a person."""
 
     part: str
     point: str | None
@@ -28,6 +28,16 @@ def wrong_cache(parity: pd.DataFrame) -> list[Finding]:
         return []
     ways = ", ".join(f"{row['way']} ({row['probe']}) by {row['max_kld']:.2g}" for _, row in bad.iterrows())
     return [Finding("cache", None, f"reading the same text another way than at once changes its logits: {ways} nats")]
+
+
+def misread_template(answers: pd.DataFrame) -> list[Finding]:
+    """Conversations of which the engine makes another prompt than the checkpoint's template, which the bundle has."""
+    wrong = answers[answers["template_match"] == False]  # noqa: E712  None is no answer
+    if wrong.empty:
+        return []
+    first, known = wrong.iloc[0], answers["template_match"].notna().sum()
+    how = f"the engine makes another prompt of {len(wrong)} of {known} conversations"
+    return [Finding("template", None, f"{how}: first in {first['id']}, {first['template_difference']}")]
 
 
 def out_of_tolerance(layers: pd.DataFrame) -> pd.DataFrame:

@@ -31,6 +31,7 @@ COMPARED = (
     "worst_vision_cosine",
     "vision_error",
     "tokenizer_match",
+    "template_match",
     "as_called_match",
     "as_called_accuracy",
 )

@@ -22,24 +22,24 @@ from hf2mnn.reference.text import AnswerDecoder
 
 def _run_engine(bundle: Path, golden: Golden, max_new_tokens: int, threads: int, time_limit: float) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="hf2mnn-eval-") as folder:
-        result, called = Path(folder, "result.safetensors"), Path(folder, "called.json")
+        result, said = Path(folder, "result.safetensors"), Path(folder, "called.json")
         job = {
             "bundle": str(bundle.resolve()),
             "reference": str(golden.folder.resolve()),
             "result": str(result),
-            "called": str(called),
+            "called": str(said),
             "max_new_tokens": max_new_tokens,
             "threads": threads,
         }
         run_worker("hf2mnn.mnn.worker.evaluate", job, time_limit)
-        as_called, outcome = json.loads(called.read_text()), Outcome()
+        as_called, outcome = json.loads(said.read_text()), Outcome()
         with safe_open(result, "np") as tensors:
             for record in golden.records:
                 name = f"examples/{record['id']}"
                 greedy = tensors.get_tensor(f"{name}/greedy_ids").tolist()
-                called_ids = as_called[record["id"]]
+                called = as_called[record["id"]]
                 outcome.answers[record["id"]] = Answer(
-                    tensors.get_tensor(f"{name}/logits"), greedy, called_ids["answer"], called_ids["prompt"]
+                    tensors.get_tensor(f"{name}/logits"), greedy, called["answer"], called["prompt"], called["written"]
                 )
             for name in golden.picture_names():
                 outcome.embeds[name] = tensors.get_tensor(f"pictures/{name}/embeds")

@@ -29,6 +29,8 @@ POSITION_COLUMNS = [
     "reference_logprob",
     "logprob",
 ]
+AROUND = 20
+"""Characters before and after the place where two prompts part."""
 PICTURE_COLUMNS = ["picture", "tokens", "cosine", "worst_cosine", "error"]
 
 
@@ -69,6 +71,15 @@ def _position_rows(example: GoldenExample, logits: np.ndarray) -> list[tuple]:
     ]
 
 
+def first_difference(one: str, other: str) -> str | None:
+    """Where two texts part, for a person; None where they are the same."""
+    if one == other:
+        return None
+    at = metrics.common_prefix(one, other)
+    made, wanted = (text[max(0, at - AROUND) : at + AROUND] for text in (one, other))
+    return f"{made!r} for {wanted!r}"
+
+
 def _answer_row(example: GoldenExample, answer: Answer, decode: AnswerDecoder, image: int | None) -> dict[str, Any]:
     """One row of the table of answers; scores are None where there is no label, and what only an engine has where there
     is no engine."""
@@ -91,6 +102,8 @@ def _answer_row(example: GoldenExample, answer: Answer, decode: AnswerDecoder, i
         "as_called": None,
         "as_called_match": None,
         "tokenizer_match": None,
+        "template_match": None,
+        "template_difference": None,
         "reference_score": None,
         "score": None,
         "as_called_score": None,
@@ -100,6 +113,9 @@ def _answer_row(example: GoldenExample, answer: Answer, decode: AnswerDecoder, i
     if answer.prompt_ids is not None:
         made, right = (without_repeats(np.array(ids), image) for ids in (answer.prompt_ids, example.input_ids))
         row["tokenizer_match"] = np.array_equal(made, right)
+    if answer.written is not None:
+        row["template_match"] = answer.written == example.prompt
+        row["template_difference"] = first_difference(answer.written, example.prompt)
     if example.expected is not None:
         for name, said in (("reference_score", example.answer), ("score", text), ("as_called_score", row["as_called"])):
             row[name] = None if said is None else score_answer(example.metric, said, example.expected)

@@ -53,14 +53,15 @@ class Example:
         return picture_names(self.messages)
 
 
-def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a message's content, which may be a text alone."""
     content = message["content"]
     return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
 def picture_names(messages: list[dict[str, Any]]) -> list[str]:
     """File names of the pictures of a conversation, in its order. Templates know a picture by the key alone, too."""
-    parts = [part for message in messages for part in _parts(message)]
+    parts = [part for message in messages for part in parts_of(message)]
     return [part["image"] for part in parts if part.get("type") == "image" or "image" in part]
 
 
@@ -89,7 +90,7 @@ def check_messages(messages: list[dict[str, Any]], folder: Path) -> None:
     if not isinstance(messages, list):
         raise TypeError("messages are a list")
     for message in messages:
-        parts = _parts(message)
+        parts = parts_of(message)
         if not isinstance(message["role"], str) or not all(isinstance(part.get("text", ""), str) for part in parts):
             raise TypeError("roles and contents are texts")
         for part in parts:

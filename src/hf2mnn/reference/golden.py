@@ -26,8 +26,8 @@ class GoldenExample:
     """One example with what PyTorch made of it.
 
     input_ids int64 [n]; position_ids int64 [rows, n]; answer_ids int64 [m], greedy, the stop id included;
-    logits float32 [m, vocabulary], row i the one that answer_ids[i] was chosen from. expected and metric are what
-    `hf2mnn.reference.tasks.score_answer` takes.
+    logits float32 [m, vocabulary], row i the one that answer_ids[i] was chosen from. prompt is what the checkpoint's
+    template makes of messages. expected and metric are what `hf2mnn.reference.tasks.score_answer` takes.
     """
 
     id: str
@@ -36,6 +36,7 @@ class GoldenExample:
     expected: list[str] | None
     metric: str
     answer: str
+    messages: list[dict[str, Any]]
     prompt: str
     pictures: list[str]
     input_ids: np.ndarray

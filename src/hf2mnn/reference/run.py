@@ -146,6 +146,7 @@ def _say(example: Example, prompter: Prompter, answer_ids: torch.Tensor) -> dict
         "expected": example.answers,
         "metric": example.metric,
         "answer": prompter.decode(answer_ids),
+        "messages": example.messages,
         "prompt": prompter.text(example.messages),
         "pictures": example.pictures,
     }

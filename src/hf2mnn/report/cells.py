@@ -31,6 +31,7 @@ VALUES = {
     "vision_cosine": ("vision cosine", "near one", "of image embeddings with PyTorch's; 1 is equal"),
     "vision_error": ("vision error", "nats", "size of the error of image embeddings over theirs; 0 is equal"),
     "tokenizer_match": ("tokenizer match", "share", "prompts of which the bundle's tokenizer makes the same ids"),
+    "template_match": ("template match", "share", "conversations of which the engine makes the same prompt"),
 }
 ANSWERS = {
     "greedy_match": ("greedy match", "share", "whole answers that are PyTorch's, token for token"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from hf2mnn.evaluate.findings import wrong_cache
+from hf2mnn.evaluate.findings import misread_template, wrong_cache
 from hf2mnn.evaluate.names import ANSWERS, BUDGET, FIGURES, FINDINGS, LAYERS, PARITY, POSITIONS, SUMMARY
 from hf2mnn.manifest import Manifest
 
@@ -70,17 +70,18 @@ def read_row(folder: Path, name: str) -> Row:
     others = {"bundle": bundle, "plan": folder / PLANS / name}
     manifests |= {stage: Manifest.load(path) for stage, path in others.items() if path.is_dir()}
     known, parity = "diagnose" in manifests, pd.read_parquet(evaluation / PARITY)
-    cache = [asdict(finding) for finding in wrong_cache(parity)]
+    answers = pd.read_parquet(evaluation / ANSWERS)
+    measured = [asdict(finding) for finding in [*misread_template(answers), *wrong_cache(parity)]]
     return Row(
         name=name,
         summary=json.loads((evaluation / SUMMARY).read_text()),
         figures=pd.read_parquet(evaluation / FIGURES),
-        answers=pd.read_parquet(evaluation / ANSWERS),
+        answers=answers,
         positions=pd.read_parquet(evaluation / POSITIONS),
         parity=parity,
         layers=pd.read_parquet(diagnosis / LAYERS) if known else None,
         budget=pd.read_parquet(diagnosis / BUDGET) if known else None,
-        findings=(json.loads((diagnosis / FINDINGS).read_text()) if known else []) + cache,
+        findings=(json.loads((diagnosis / FINDINGS).read_text()) if known else []) + measured,
         manifests=manifests,
     )
 

@@ -13,6 +13,7 @@ import pandas as pd
 from markupsafe import Markup
 from PIL import Image
 
+from hf2mnn.reference.examples import parts_of
 from hf2mnn.reference.golden import Golden
 from hf2mnn.report.differences import marked
 
@@ -20,8 +21,6 @@ SHOWN = 40
 """Examples shown at most, those with a difference first."""
 SIDE = 512
 """Longest side of a picture in pixels."""
-TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
-MARK = re.compile(r"<\|[^|]*\|>")
 LANGUAGE = re.compile(r"(?!any$)[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 
@@ -67,10 +66,10 @@ def grade(score: float | None) -> str:
     return {0.0: "wrong", 1.0: "right"}.get(float(score), f"{100 * score:.0f} % right")
 
 
-def turns_of(prompt: str) -> list[tuple[str, str]]:
-    """(role, text) of each turn of a rendered prompt, without the template's marks."""
-    turns = [(role, MARK.sub("", text).strip()) for role, text in TURN.findall(prompt)]
-    return turns or [("user", MARK.sub("", prompt).strip())]
+def turns_of(record: dict) -> list[tuple[str, str]]:
+    """(role, text) of each message of an example, without its pictures."""
+    texts = [" ".join(part.get("text", "") for part in parts_of(message)) for message in record["messages"]]
+    return [(message["role"], text.strip()) for message, text in zip(record["messages"], texts, strict=True)]
 
 
 def _grouped(reference: str, given: list[tuple[str, str, float | None]]) -> list[Said]:
@@ -88,7 +87,7 @@ def _example(record: dict, rows: dict[str, pd.Series], usual: set[tuple[str, str
     reference = record["answer"]
     given = [(name, row["answer"], row["score"]) for name, row in rows.items()]
     called = [(name, row["as_called"], row["as_called_score"]) for name, row in rows.items()]
-    turns = turns_of(record["prompt"])
+    turns = turns_of(record)
     first = next(iter(rows.values()), {})
     return Example(
         id=record["id"],
@@ -108,7 +107,7 @@ def _example(record: dict, rows: dict[str, pd.Series], usual: set[tuple[str, str
 def choose(golden: Golden, answers: dict[str, pd.DataFrame]) -> list[Example]:
     """At most SHOWN, those that most conversions answer otherwise than PyTorch first. `answers` by conversion."""
     by_id = {name: frame.set_index("id") for name, frame in answers.items()}
-    counts = Counter(turn for record in golden.records for turn in set(turns_of(record["prompt"])))
+    counts = Counter(turn for record in golden.records for turn in set(turns_of(record)))
     # What most prompts say (a system prompt) tells nothing about one of them.
     usual = {turn for turn, count in counts.items() if turn[0] == "system" and 2 * count > len(golden.records)}
     made = [

@@ -22,9 +22,9 @@ SUMMARY = "summary.csv"
 NAMES = ("model", "variant", "verdict", "reason", "cause")
 PASS, FAIL, REFERENCE = "pass", "FAIL", "reference"
 # Gates on figures that must not be lower; of all others, the value must not be higher.
-AT_LEAST = ("top1_agreement", "greedy_match", "vision_cosine", "tokenizer_match")
-# Where there was nothing to measure there is nothing to keep: no pictures, no tokenizer, no diagnosis.
-OPTIONAL = ("vision_cosine", "tokenizer_match", "findings", "cache_parity")
+AT_LEAST = ("top1_agreement", "greedy_match", "vision_cosine", "tokenizer_match", "template_match")
+# Where there was nothing to measure there is nothing to keep: no pictures, no tokenizer, no template, no diagnosis.
+OPTIONAL = ("vision_cosine", "tokenizer_match", "template_match", "findings", "cache_parity")
 EXACT = {"top1_agreement": 1.0, "top5_overlap": 1.0, "mean_kld": 0.0, "greedy_match": 1.0, "vision_cosine": 1.0}
 
 

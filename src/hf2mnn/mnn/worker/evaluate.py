@@ -10,10 +10,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hf2mnn.feeding import ways_of_feeding
+from hf2mnn.mnn.template import engine_messages
 from hf2mnn.mnn.worker.session import Engine, picture_input, tag_pictures
 from hf2mnn.mnn.worker.vision import vision_embeds
 from hf2mnn.progress import steps
-from hf2mnn.reference.golden import Golden, GoldenProbe
+from hf2mnn.reference.golden import Golden, GoldenExample, GoldenProbe
 
 
 def _parity(engine: Engine, golden: Golden, probe: GoldenProbe) -> dict[str, np.ndarray]:
@@ -44,6 +45,22 @@ def _parity(engine: Engine, golden: Golden, probe: GoldenProbe) -> dict[str, np.
     return ways_of_feeding(ids, start, feed, forget)
 
 
+def _as_called(engine: Engine, example: GoldenExample, pictures: list[np.ndarray], limit: int) -> dict[str, Any]:
+    """written: the prompt that the engine makes of the conversation; answer: ids of its answer to that; prompt: those
+    that its tokenizer makes of the right prompt. `pictures` are uint8 RGB [height, width, 3]."""
+    written = engine.native.apply_chat_template(engine_messages(example.messages))
+    given = [picture_input(rgb) for rgb in pictures]
+
+    def call(prompt: str) -> tuple[list[int], list[int]]:
+        return engine.as_called(tag_pictures(prompt, engine.family.image_text), given, limit)
+
+    # Of no prompt the engine makes no answer.
+    asked, answered = call(written) if written.strip() else ([], [])
+    if written != example.prompt:
+        asked, _ = call(example.prompt)
+    return {"written": written, "prompt": asked, "answer": answered}
+
+
 def run(job: dict[str, Any]) -> None:
     """Tensors into job["result"] (safetensors), token ids by example into job["called"] (JSON)."""
     bundle, golden, limit = Path(job["bundle"]), Golden(Path(job["reference"])), job["max_new_tokens"]
@@ -54,9 +71,7 @@ def run(job: dict[str, Any]) -> None:
         rows, greedy = engine.judge(example, [picture_input(picture.resized) for picture in pictures], limit)
         tensors[f"examples/{example.id}/logits"] = rows
         tensors[f"examples/{example.id}/greedy_ids"] = np.array(greedy, np.int64)
-        prompt = tag_pictures(example.prompt, engine.family.image_text)
-        asked, answered = engine.as_called(prompt, [picture_input(picture.original) for picture in pictures], limit)
-        called[example.id] = {"prompt": asked, "answer": answered}
+        called[example.id] = _as_called(engine, example, [picture.original for picture in pictures], limit)
     for probe in golden.probes():
         for way, rows in _parity(engine, golden, probe).items():
             tensors[f"parity/{probe.kind}/{way}"] = rows
