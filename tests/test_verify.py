@@ -96,7 +96,7 @@ def test_a_glance_sees_what_is_missing_or_cut_off(made: Path, tmp_path: Path) ->
     (folder / "cut" / "llm.mnn.weight").write_bytes(b"")
     (folder / "none" / NAME).write_text("{")
     cut, missing, none = damaged_below(results)
-    assert cut.startswith(f"{folder}/cut/llm.mnn.weight has another size than was made; where it is needed, delete ")
+    assert cut.startswith(f"{folder}/cut/llm.mnn.weight has 0 bytes in place of 2,304; where it is needed, delete ")
     assert missing.startswith(f"{folder}/missing/sub/config.json is missing; ") and missing.endswith(
         f"{folder}/missing'"
     )

@@ -32,12 +32,15 @@ class Verdict:
         return not self.changed
 
 
-def _wrong(path: Path, expected: dict[str, Any]) -> str | None:
-    """What is wrong with a file; None where it is the one that was made. Every byte is read."""
+def changed(path: Path, expected: dict[str, Any], read: bool = True) -> str | None:
+    """What is wrong with a file that a manifest's `expected` vouches for; None where it is the one that was made. Every
+    byte is read, unless not to `read` is asked for."""
     if not path.is_file():
         return "is missing"
     if (size := path.stat().st_size) != expected["size"]:
         return f"has {size:,} bytes in place of {expected['size']:,}"
+    if not read:
+        return None
     try:
         found = read_sha256(path)
     except OSError as error:
@@ -56,7 +59,7 @@ def verify_folder(folder: Path) -> Verdict:
     verdict.stage, verdict.hf2mnn, verdict.digest = manifest.stage, manifest.hf2mnn, manifest.digest()
     verdict.sources = manifest.sources
     verdict.files, verdict.bytes = len(manifest.outputs), sum(entry["size"] for entry in manifest.outputs.values())
-    wrong = {name: _wrong(folder / name, expected) for name, expected in sorted(manifest.outputs.items())}
+    wrong = {name: changed(folder / name, expected) for name, expected in sorted(manifest.outputs.items())}
     verdict.changed = {name: said for name, said in wrong.items() if said}
     verdict.unnamed = sorted({*files_of(folder)} - {*manifest.outputs})
     return verdict
@@ -79,12 +82,9 @@ def damaged_below(results: Path) -> list[str]:
             said.append(str(error))
             continue
         for name, expected in outputs.items():
-            there = folder / name
-            if not there.is_file() or there.stat().st_size != expected["size"]:
-                wrong = "has another size than was made" if there.is_file() else "is missing"
-                said.append(
-                    f"{there} {wrong}; where it is needed, delete {folder} and run 'snakemake --cores N {folder}'"
-                )
+            if wrong := changed(folder / name, expected, read=False):
+                cure = f"delete {folder} and run 'snakemake --cores N {folder}'"
+                said.append(f"{folder / name} {wrong}; where it is needed, {cure}")
                 break
     return said
 

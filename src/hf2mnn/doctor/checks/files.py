@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from hf2mnn.doctor.checks.graph import FETCH, is_pointer
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Bundle, Model
 from hf2mnn.errors import Hf2mnnError
-from hf2mnn.files import sha256
 from hf2mnn.mnn.graph import LINEAR
+from hf2mnn.verify import changed
 
 GARBAGE = "the engine says that it has loaded it, and answers finite garbage (about -3.4e38)"
 REMAKE = "copy or download the file again, or make the bundle again with 'hf2mnn quantize'"
@@ -98,16 +98,6 @@ def _settings(name: str) -> bool:
     return PurePosixPath(name).suffix in (".json", ".csv")
 
 
-def _change(path: Path, expected: dict) -> str | None:
-    if not path.is_file():
-        return "it is not there"
-    size = path.stat().st_size
-    if size != expected["size"]:
-        return f"{size:,} bytes, {expected['size']:,} were written"
-    found = sha256(path)
-    return None if found == expected["sha256"] else f"sha256 {found[:12]}…, {expected['sha256'][:12]}… was written"
-
-
 def file_changed(bundle: Bundle) -> Iterator[Finding]:
     """Every file that manifest.json vouches for, byte by byte; a weight file that is not whole has its own check."""
     if bundle.manifest is None:
@@ -117,13 +107,13 @@ def file_changed(bundle: Bundle) -> Iterator[Finding]:
         path = bundle.folder / name
         if path in broken:
             continue
-        if change := _change(path, expected):
+        if change := changed(path, expected):
             yield Finding(
                 "file_changed",
                 Severity.WARNING if _settings(name) else Severity.ERROR,
                 name,
                 "it is not the file that was made",
-                f"{change} (manifest.json)",
+                f"it {change} (manifest.json)",
                 "settings were edited since: what was measured of the bundle need not hold, and hf2mnn refuses it"
                 if _settings(name)
                 else "one wrong byte can be one wrong weight or every wrong answer",
