@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from tabulate import tabulate
 
 from hf2mnn.files import whole_file
 from hf2mnn.report.console import HEADS, cell
@@ -19,10 +20,8 @@ SPEED = "decode_tokens_per_s"
 
 
 def _markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a table, padded, so that it is one in a terminal as well."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = [heads, ["-" * width for width in widths], *rows]
-    return [f"| {' | '.join(text.ljust(width) for text, width in zip(line, widths, strict=True))} |" for line in lines]
+    """Lines of a table, which is one in a terminal as well."""
+    return tabulate(rows, heads, tablefmt="github", disable_numparse=True).splitlines()
 
 
 def _timed(table: pd.DataFrame, speeds: dict) -> pd.DataFrame:
