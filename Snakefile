@@ -14,13 +14,6 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
 
 
-# What a person reads at the end: the comparison, where there is one, and what the stages took.
-SUMMARY = (
-    "test ! -f results/summary.csv || hf2mnn table results/summary.csv;"
-    " ! ls results/*/source/manifest.json > /dev/null 2>&1 || hf2mnn stages results"
-)
-
-
 rule all:
     default_target: True
     input:

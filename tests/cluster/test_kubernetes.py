@@ -124,6 +124,10 @@ def test_table_and_page_are_in_the_bucket(in_pods: Path) -> None:
     assert (in_pods.parent / "summary.csv").is_file() and (in_pods.parent / "gates.txt").is_file()
 
 
+def test_run_ends_with_where_the_results_lie(run: tuple[Run, str]) -> None:
+    assert f"results: s3://{BUCKET}/{run[0].folder.name}/results\n" in run[1]
+
+
 def test_nothing_but_declared_folders_is_in_a_pod(run: tuple[Run, str]) -> None:
     """All stages but those that read what lies where the run was started are pods, and nothing of that is there."""
     started, said = run

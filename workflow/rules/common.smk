@@ -46,6 +46,15 @@ if workflow.is_main_process:
         logger.warning(said)
 
 
+# What a person reads at the end: the comparison, where there is one, and what the stages took; or where they lie.
+SUMMARY = (
+    f"echo 'results: {workflow.storage_settings.default_storage_prefix}/results'"
+    if workflow.storage_settings.default_storage_provider
+    else "test ! -f results/summary.csv || hf2mnn table results/summary.csv;"
+    " ! ls results/*/source/manifest.json > /dev/null 2>&1 || hf2mnn stages results"
+)
+
+
 def names(values):
     """A wildcard constraint that takes these names and nothing else."""
     return "|".join(re.escape(name) for name in values) or "(?!)"
