@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
 from chain import few_examples
+from hf2mnn.verify import verify_folder
 from kills import undisturbed
 from pods import BUCKET, WHEELS, Cluster, kubernetes, missing
 from support import BIN, QUICK, REPOSITORY, SHAPES_VL, Workspace
@@ -159,6 +161,22 @@ def test_changed_setting_makes_that_variant_again(run: tuple[Run, str]) -> None:
         config.write_text(CONFIG)
     assert code == 0 and re.search(r"^quantize_variant +1$", said, re.MULTILINE), said
     assert "Params have changed" in said and "convert_graphs" not in said and "fetch_source" not in said
+
+
+def test_plan_of_ones_own_reaches_the_pod_where_git_tracks_it(run: tuple[Run, str], tmp_path: Path) -> None:
+    started, config = run[0], run[0].folder / "config.yaml"
+    (started.folder / "mine.yaml").write_text("decoder: {lm_head: {bits: 8, block: 0}}\n")
+    for words in (["init", "--quiet"], ["add", "mine.yaml"]):
+        subprocess.run(["git", *words], cwd=started.folder, check=True)
+    config.write_text(CONFIG.replace("variants:\n", "variants:\n  mine: {bits: 4, block: 64, plan: mine.yaml}\n"))
+    try:
+        code, said = started.snakemake("results/shapes-vl/mnn/mine")
+    finally:
+        config.write_text(CONFIG)
+    assert code == 0, said
+    made = started.download("results/shapes-vl/mnn/mine", tmp_path)
+    table = pd.read_csv(made / "weights.csv").set_index("operator")
+    assert verify_folder(made).whole and table.loc["lm_head", "bits"] == 8
 
 
 def test_failing_pod_is_told_with_the_file_that_has_its_sentence(cluster: Cluster, tmp_path: Path) -> None:
