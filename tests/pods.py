@@ -1,8 +1,8 @@
 """A Kubernetes of one node, as far as Snakemake's plugin asks for one, and an S3 beside it.
 
 The API server is a small one of ours that keeps secrets and jobs; the plugin and its client are the real ones. A pod is
-processes of this machine with the image's programs, an empty folder to work in, a /tmp of their own, and no environment
-but what the pod names: of the folder from which the run was started they see nothing.
+processes of this machine with the image's programs, an empty folder to work in, and no environment but what the pod
+names: of the folder from which the run was started they see nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ IMAGE = {
     "PATH": f"{REPOSITORY / 'workflow'}:{BIN}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
 }
 OWN = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-START = 'mount -t tmpfs none /tmp && mkdir /tmp/workdir && cd /tmp/workdir && exec "$@"'
+START = 'mount -t tmpfs none "$1" && mkdir "$1/workdir" && cd "$1/workdir" && shift && exec "$@"'
+"""Of a pod: its first argument is the folder in whose place it has an empty one, the others are its command."""
 JOBS, PODS, SECRETS = (
     "/apis/batch/v1/namespaces/default/jobs",
     "/api/v1/namespaces/default/pods",
@@ -69,8 +70,10 @@ class Pod:
 
 @dataclass
 class Cluster:
-    """What runs and what has been asked for; `pods` by the names of their jobs, those that are gone among them."""
+    """What runs and what has been asked for. Pods do not see the folder `hidden`; `pods` by the names of their jobs,
+    those that are gone among them."""
 
+    hidden: Path
     folder: Path
     s3: str
     wheels: Path
@@ -84,15 +87,17 @@ class Cluster:
             key = variable["valueFrom"]["secretKeyRef"]
             environment[variable["name"]] = base64.b64decode(self.secrets[key["name"]][key["key"]]).decode()
         log = self.folder / f"{name}.log"
-        words = [*OWN, "sh", "-c", START, "pod", *container["command"], *container["args"]]
+        words = self._pod(*container["command"], *container["args"])
         with log.open("w") as file:
             process = subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd="/")
         self.pods[name] = Pod(container, process, log)
 
+    def _pod(self, *command: str) -> list[str]:
+        return [*OWN, "sh", "-c", START, "pod", str(self.hidden), *command]
+
     def see(self, command: list[str]) -> str:
         """What a command says in a pod."""
-        words = [*OWN, "sh", "-c", START, "pod", *command]
-        done = subprocess.run(words, env=IMAGE, capture_output=True, text=True, cwd="/")
+        done = subprocess.run(self._pod(*command), env=IMAGE, capture_output=True, text=True, cwd="/")
         return done.stdout + done.stderr
 
     @property
@@ -169,15 +174,15 @@ def _download_plugins(folder: Path) -> Path:
 
 
 @contextmanager
-def kubernetes() -> Iterator[Cluster]:
-    """A cluster with a bucket store, both on ports of their own; all pods end with it."""
+def kubernetes(hidden: Path) -> Iterator[Cluster]:
+    """A cluster with a bucket store, both on ports of their own; all pods end with it. They do not see the folder
+    `hidden`, in which runs are started."""
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    # Where pods see the wheels.
-    with tempfile.TemporaryDirectory(prefix="pods-", dir="/var/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="pods-") as folder:
         store = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         store.start()
         wheels = _download_plugins(Path(folder) / "wheels")
-        cluster = Cluster(Path(folder), "http://{}:{}".format(*store.get_host_and_port()), wheels)
+        cluster = Cluster(hidden, Path(folder), "http://{}:{}".format(*store.get_host_and_port()), wheels)
         cluster.bucket.create()
         server = make_server("127.0.0.1", 0, _serve(cluster), threaded=True)
         Thread(target=server.serve_forever, daemon=True).start()

@@ -88,10 +88,10 @@ def made(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := missing():
         pytest.skip(reason)
-    with kubernetes() as cluster:
+    with kubernetes(tmp_path_factory.getbasetemp()) as cluster:
         yield cluster
 
 
@@ -134,7 +134,7 @@ def test_nothing_but_declared_folders_is_in_a_pod(run: tuple[Run, str]) -> None:
     """All stages but those that read what lies where the run was started are pods, and nothing of that is there."""
     started, said = run
     assert set(re.findall(r"^localrule (\w+):$", said, re.MULTILINE)) == WHERE_STARTED
-    here = started.cluster.see(["sh", "-c", f"ls {started.folder} /tmp/workdir"])
+    here = started.cluster.see(["ls", str(started.folder), "."])
     assert "No such file or directory" in here and str(started.folder.name) in here
 
 
