@@ -216,8 +216,9 @@ def changed_folder(manifest: Manifest) -> Iterator[Path]:
     """A copy of a stage's folder, of links where they can be, to put other files into (new ones under the old names,
     since others may share the old ones). When the block ends, `manifest` is written into it, and it takes the folder's
     place: who goes by a folder's time, as Snakemake does, sees that it is another."""
+    marked = [MARK] if (manifest.folder / MARK).exists() else []
     with whole_folder(manifest.folder) as folder:
-        for name in [*files_of(manifest.folder), MARK]:
+        for name in [*files_of(manifest.folder), *marked]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(manifest.folder / name, folder / name)
         yield folder

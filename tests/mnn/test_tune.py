@@ -16,7 +16,7 @@ import pytest
 from hf2mnn.errors import BundleError, ConfigError, EngineError
 from hf2mnn.evaluate import tune
 from hf2mnn.evaluate.tune import Trial, better, choose, tune_bundle, values_of
-from hf2mnn.manifest import Manifest
+from hf2mnn.manifest import MARK, Manifest
 from hf2mnn.mnn.ask import ask_bundle
 from hf2mnn.mnn.bundle import EngineSettings
 from hf2mnn.mnn.convert import WeightFormat
@@ -92,6 +92,14 @@ def test_the_fastest_setting_is_written_for_both_parts(copy: Path, given: Callab
     changed = {name for name, content in contents(copy).items() if content != before[name]}
     assert changed == {"config.json", "manifest.json"}
     assert ask_bundle(copy, "What?", [], 4) == answer
+
+
+def test_a_bundle_that_was_copied_without_its_hidden_files_is_tuned_as_well(copy: Path, given: Callable) -> None:
+    """As `cp BUNDLE/* ELSEWHERE` leaves it."""
+    (copy / MARK).unlink()
+    given(faster("thread_num", 1))
+    assert tune_bundle(copy, ["thread_num"], **SMALL).changed == {"thread_num": 1}
+    assert Manifest.load(copy).verify() == copy and not (copy / MARK).exists()
 
 
 def test_a_dry_run_leaves_every_byte(copy: Path, given: Callable) -> None:
