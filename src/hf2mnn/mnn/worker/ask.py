@@ -22,7 +22,7 @@ def run(job: dict[str, Any]) -> None:
         _, answer = engine.as_called(tag_pictures(prompt, engine.family.image_text), pictures, limit)
     else:
         prompt = tag_pictures(job["prompt"], engine.family.image_text)
-        ids = engine.llm.tokenizer_encode({"text": prompt, "images": pictures})
+        ids = engine.encode(prompt, pictures)
         grids = [picture_grid(rgb, engine.model) for rgb in arrays]
         positions = engine.family.position_ids(np.array(ids), grids, engine.model)
         answer = engine.greedy(engine.prefill(ids, positions, pictures), limit)

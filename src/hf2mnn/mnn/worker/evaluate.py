@@ -49,15 +49,12 @@ def _as_called(engine: Engine, example: GoldenExample, pictures: list[np.ndarray
     """written: the prompt that the engine makes of the conversation; answer: ids of its answer to that; prompt: those
     that its tokenizer makes of the right prompt. `pictures` are uint8 RGB [height, width, 3]."""
     written = engine.native.apply_chat_template(engine_messages(example.messages))
+    tagged, right = (tag_pictures(prompt, engine.family.image_text) for prompt in (written, example.prompt))
     given = [picture_input(rgb) for rgb in pictures]
-
-    def call(prompt: str) -> tuple[list[int], list[int]]:
-        return engine.as_called(tag_pictures(prompt, engine.family.image_text), given, limit)
-
     # Of no prompt the engine makes no answer.
-    asked, answered = call(written) if written.strip() else ([], [])
-    if written != example.prompt:
-        asked, _ = call(example.prompt)
+    asked, answered = engine.as_called(tagged, given, limit) if written.strip() else ([], [])
+    if tagged != right:
+        asked = engine.encode(right, given)
     return {"written": written, "prompt": asked, "answer": answered}
 
 

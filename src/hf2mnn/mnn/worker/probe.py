@@ -36,7 +36,7 @@ def run(job: dict[str, Any]) -> None:
     for index, (text, pictured) in enumerate(prompts):
         pictures = [picture] if pictured else []
         prompt = engine.native.apply_chat_template("<img>image_0</img>" * len(pictures) + text)
-        ids = engine.llm.tokenizer_encode({"text": prompt, "images": pictures})
+        ids = engine.encode(prompt, pictures)
         positions = engine.family.position_ids(np.array(ids), [grid] * len(pictures), engine.model)
         if not known:
             answers.append(engine.greedy(engine.prefill(ids, positions, pictures), job["limit"]))

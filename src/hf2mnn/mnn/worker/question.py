@@ -32,7 +32,7 @@ def answer(engine: Loaded, prompt: str, pictures: list[dict[str, Any]], limit: i
     """
     engine.llm.reset()
     engine.llm.generate_init()
-    engine.logits([int(token) for token in engine.llm.tokenizer_encode({"text": prompt, "images": pictures})])
+    engine.logits(engine.encode(prompt, pictures))
     ids, tokens = engine.as_called(prompt, pictures, limit)
     longest = max((len(list(run)) for _, run in groupby(tokens)), default=0)
     return {"ids": ids, "answer": tokens, "text": engine.decode(tokens), "longest": longest}

@@ -68,13 +68,17 @@ class Loaded:
             raise Refused("the bundle answers garbage (logits equal, huge or not finite): its weights are not its own")
         return values
 
+    def encode(self, prompt: str, pictures: list[dict[str, Any]]) -> list[int]:
+        """The prompt's tokens, those of its pictures by the engine's own image processing among them."""
+        return [int(token) for token in self.llm.tokenizer_encode({"text": prompt, "images": pictures})]
+
     def as_called(self, prompt: str, pictures: list[dict[str, Any]], limit: int) -> tuple[list[int], list[int]]:
         """The prompt's tokens, and the greedy answer, by the engine's own image processing and positions: what
         `response` gives a caller."""
         self.llm.reset()
         self.llm.generate_init()
-        ids = self.llm.tokenizer_encode({"text": prompt, "images": pictures})
-        return [int(token) for token in ids], [int(token) for token in self.native.generate(ids, limit)]
+        ids = self.encode(prompt, pictures)
+        return ids, [int(token) for token in self.native.generate(ids, limit)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of an answer; the engine's binding raises on a token that is only a part of a character."""
