@@ -165,12 +165,22 @@ class Manifest:
         self.write(folder)
 
 
+def _hidden(place: Path) -> bool:
+    """Whether a part of a path in a folder has a hidden name."""
+    return any(part.startswith(".") for part in place.parts)
+
+
 def files_of(folder: Path) -> list[str]:
     """Sorted names of what is a stage's in its folder: all files but the manifest and hidden ones, which
     belong to tools (MARK, Snakemake's time stamp)."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
-    shown = (name for name in names if not any(part.startswith(".") for part in name.parts))
-    return sorted(name.as_posix() for name in shown if name.name != NAME)
+    return sorted(name.as_posix() for name in names if name.name != NAME and not _hidden(name))
+
+
+def stages_below(folder: Path) -> list[Path]:
+    """Folders in `folder` that have a manifest, sorted; not the hidden one of a stage that is being made."""
+    found = (path.parent for path in folder.rglob(NAME))
+    return sorted(path for path in found if not _hidden(path.relative_to(folder)))
 
 
 def _conditions(folder: Path) -> dict[str, list[int]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf2mnn.errors import ManifestError
 from hf2mnn.files import read_sha256
-from hf2mnn.manifest import NAME, Manifest, files_of
+from hf2mnn.manifest import NAME, Manifest, files_of, stages_below
 
 
 @dataclass
@@ -66,16 +66,13 @@ def verify_folder(folder: Path) -> Verdict:
 
 
 def damaged_below(results: Path) -> list[str]:
-    """A sentence for each stage's folder in the models' folders in which a file is missing, or is of another size, as a
+    """A sentence for each stage's folder below `results` in which a file is missing, or is of another size, as a
     glance at the names and sizes tells.
 
     Who goes by a folder's time, as Snakemake does, does not see that.
     """
     said = []
-    for path in sorted(results.glob(f"*/**/{NAME}")):
-        folder = path.parent
-        if any(part.startswith(".") for part in folder.relative_to(results).parts):
-            continue  # being made
+    for folder in stages_below(results):
         try:
             outputs = Manifest.load(folder).outputs
         except ManifestError as error:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from hf2mnn.errors import ManifestError
 from hf2mnn.fingerprint import STAGES
-from hf2mnn.manifest import NAME, Manifest
+from hf2mnn.manifest import NAME, Manifest, stages_below
 from hf2mnn.progress import duration
 from hf2mnn.report.console import console_to, readable_size
 
@@ -20,10 +20,7 @@ def made_below(model: Path) -> dict[str, Manifest]:
     Raises:
         ManifestError: a file of that name is no manifest.
     """
-    places = [path.parent.relative_to(model) for path in model.rglob(NAME)]
-    # A stage that is being made has a hidden folder.
-    whole = [place for place in places if not any(part.startswith(".") for part in place.parts)]
-    loaded = {place.as_posix(): Manifest.load(model / place) for place in whole}
+    loaded = {folder.relative_to(model).as_posix(): Manifest.load(folder) for folder in stages_below(model)}
     order = {stage: place for place, stage in enumerate(STAGES)}
     return dict(sorted(loaded.items(), key=lambda made: (order.get(made[1].stage, len(order)), made[0])))
 
