@@ -32,7 +32,7 @@ def wrong_cache(parity: pd.DataFrame) -> list[Finding]:
 
 def misread_template(answers: pd.DataFrame) -> list[Finding]:
     """Conversations of which the engine makes another prompt than the checkpoint's template, which the bundle has."""
-    wrong = answers[answers["template_match"] == False]  # noqa: E712  None is no answer
+    wrong = answers[answers["template_difference"].notna()]
     if wrong.empty:
         return []
     first, known = wrong.iloc[0], answers["template_match"].notna().sum()

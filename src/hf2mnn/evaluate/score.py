@@ -29,9 +29,9 @@ POSITION_COLUMNS = [
     "reference_logprob",
     "logprob",
 ]
+PICTURE_COLUMNS = ["picture", "tokens", "cosine", "worst_cosine", "error"]
 AROUND = 20
 """Characters before and after the place where two prompts part."""
-PICTURE_COLUMNS = ["picture", "tokens", "cosine", "worst_cosine", "error"]
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ def _answer_row(example: GoldenExample, answer: Answer, decode: AnswerDecoder, i
         made, right = (without_repeats(np.array(ids), image) for ids in (answer.prompt_ids, example.input_ids))
         row["tokenizer_match"] = np.array_equal(made, right)
     if answer.written is not None:
-        row["template_match"] = answer.written == example.prompt
         row["template_difference"] = first_difference(answer.written, example.prompt)
+        row["template_match"] = row["template_difference"] is None
     if example.expected is not None:
         for name, said in (("reference_score", example.answer), ("score", text), ("as_called_score", row["as_called"])):
             row[name] = None if said is None else score_answer(example.metric, said, example.expected)
