@@ -28,11 +28,8 @@ from support import BIN, REPOSITORY
 
 BUCKET = "runs"
 KEYS = {"SNAKEMAKE_STORAGE_S3_ACCESS_KEY": "someone", "SNAKEMAKE_STORAGE_S3_SECRET_KEY": "anything"}
-WHEELS = "/opt/hf2mnn/wheels"
-"""A folder of the image with what Snakemake installs in each pod."""
-IMAGE = {
-    "PATH": f"{REPOSITORY / 'workflow'}:{BIN}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
-}
+IMAGE = {"PATH": f"{REPOSITORY / 'workflow'}:{BIN}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
+"""Environment of the image."""
 OWN = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 START = 'mount -t tmpfs none "$1" && mkdir "$1/workdir" && cd "$1/workdir" && shift && exec "$@"'
 """Of a pod: its first argument is the folder in whose place it has an empty one, the others are its command."""
@@ -76,9 +73,13 @@ class Cluster:
     hidden: Path
     folder: Path
     s3: str
-    wheels: Path
     pods: dict[str, Pod] = field(default_factory=dict)
     secrets: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def wheels(self) -> Path:
+        """What Snakemake installs in each pod, as the image has it."""
+        return self.folder / "wheels"
 
     def start(self, name: str, container: dict[str, Any]) -> None:
         """Start a job's container."""
@@ -162,7 +163,7 @@ def _serve(cluster: Cluster) -> flask.Flask:
     return app
 
 
-def _download_plugins(folder: Path) -> Path:
+def _download_plugins(folder: Path) -> None:
     """As the image does."""
     pins = [
         line
@@ -170,7 +171,6 @@ def _download_plugins(folder: Path) -> Path:
         if line.startswith("snakemake-storage-plugin-")
     ]
     subprocess.run([BIN / "pip", "download", "--quiet", "--no-deps", "--dest", folder, *pins], check=True)
-    return folder
 
 
 @contextmanager
@@ -181,8 +181,8 @@ def kubernetes(hidden: Path) -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="pods-") as folder:
         store = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         store.start()
-        wheels = _download_plugins(Path(folder) / "wheels")
-        cluster = Cluster(hidden, Path(folder), "http://{}:{}".format(*store.get_host_and_port()), wheels)
+        cluster = Cluster(hidden, Path(folder), "http://{}:{}".format(*store.get_host_and_port()))
+        _download_plugins(cluster.wheels)
         cluster.bucket.create()
         server = make_server("127.0.0.1", 0, _serve(cluster), threaded=True)
         Thread(target=server.serve_forever, daemon=True).start()

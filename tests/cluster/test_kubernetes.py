@@ -18,7 +18,7 @@ import yaml
 from chain import few_examples
 from hf2mnn.verify import verify_folder
 from kills import undisturbed
-from pods import BUCKET, WHEELS, Cluster, kubernetes, missing
+from pods import BUCKET, Cluster, kubernetes, missing
 from support import BIN, QUICK, REPOSITORY, SHAPES_VL, Workspace
 
 CONFIG = f"""
@@ -62,7 +62,7 @@ class Run:
     def precommand(self) -> str:
         """The profile's, with the folder in which wheels lie here."""
         profile = yaml.safe_load((REPOSITORY / "profiles" / "kubernetes" / "profile.yaml").read_text())
-        return profile["precommand"].replace(WHEELS, str(self.cluster.wheels))
+        return f"{profile['precommand'].rpartition('=')[0]}={self.cluster.wheels}"
 
     def download(self, part: str, folder: Path) -> Path:
         """A part of what the run has in the bucket, below `folder`."""
