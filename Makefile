@@ -47,7 +47,7 @@ test-cluster: $(SET_UP) ## the pipeline on a SLURM of one node and as pods with 
 	$(BIN)/pytest tests/cluster
 
 test-faults: $(SET_UP) ## full disks, too little memory, no network, killed stages; as root on Linux (about 15 minutes)
-	$(BIN)/pytest tests/machine
+	$(BIN)/pytest tests/failures
 
 KILLS ?= 200
 test-kills: $(SET_UP) ## stages killed at random moments must make the same again (KILLS=200: about half an hour)

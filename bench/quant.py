@@ -47,13 +47,13 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
 
-from hf2mnn.errors import Hf2mnnError
-from hf2mnn.evaluate.machine import cores, describe_machine
-from hf2mnn.evaluate.names import LOGITS, POSITIONS, SUMMARY
+from hf2mnn.core.errors import Hf2mnnError
+from hf2mnn.core.files import whole_file, whole_folder
+from hf2mnn.core.fingerprint import fingerprint
+from hf2mnn.core.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.evaluation.names import LOGITS, POSITIONS, SUMMARY
 from hf2mnn.families import family_named
-from hf2mnn.files import whole_file, whole_folder
-from hf2mnn.fingerprint import fingerprint
-from hf2mnn.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.machine.hardware import cores, describe_machine
 from hf2mnn.mnn import convert
 from hf2mnn.mnn.bundle import (
     DECODER,
@@ -75,9 +75,9 @@ from hf2mnn.quant.folding import Scales, folded_points
 from hf2mnn.quant.gptq import gptq_rows
 from hf2mnn.quant.methods import CALIBRATED, Methods
 from hf2mnn.quant.rounding import round_rows
-from hf2mnn.quant.stages import quantize
 from hf2mnn.quant.variant import Choice, Part
 from hf2mnn.quant.write import write_weights
+from hf2mnn.stages.quantize import run as quantize
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / "models" / "shapes-vl"
@@ -119,7 +119,7 @@ class Case:
 
 def cases(data: str, full: bool) -> list[Case]:
     """The grid, without methods that have nothing to go by; `full` has more blocks where each is to be evaluated."""
-    methods = [(OURS, "rtn"), (OURS, "hqq"), (OURS, "lsq"), (CONVERTER, "rtn"), (CONVERTER, "hqq")]
+    methods = [(OURS, "rtn"), (OURS, "hqq"), (OURS, "mse"), (CONVERTER, "rtn"), (CONVERTER, "hqq")]
     if data == SHAPES_VL:
         # 128 does not divide the 192 inputs of its vision tower.
         methods[3:3] = [(OURS, method) for method in CALIBRATED]
@@ -138,7 +138,7 @@ def cases(data: str, full: bool) -> list[Case]:
 def load_kernels() -> None:
     """Let numba compile, or read what it has compiled before: that is not part of a quantization."""
     rows, upper = np.ones((8, 16), np.float32), np.eye(16, dtype=np.float32)
-    levels = [round_rows(rows, 4, 16, False, 16, "lsq"), gptq_rows(rows, 4, 16, False, 16, upper)]
+    levels = [round_rows(rows, 4, 16, False, 16, "mse"), gptq_rows(rows, 4, 16, False, 16, upper)]
     unpack(pack(levels[0].levels, 4), rows.size, 4)
 
 
@@ -260,7 +260,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def evaluation_folder(root: Path, case: Case) -> Path:
-    return root / "eval" / case.name
+    return root / "evaluation" / case.name
 
 
 def answers(case: Case, root: Path, folder: Path) -> dict[str, Any]:
@@ -269,7 +269,7 @@ def answers(case: Case, root: Path, folder: Path) -> dict[str, Any]:
     Raises:
         Hf2mnnError: the engine does not run it.
     """
-    from hf2mnn.evaluate.run import evaluate
+    from hf2mnn.stages.evaluate import run as evaluate
 
     place = evaluation_folder(root, case)
     evaluate(root / "reference", root / "onnx", place, folder, threads=1, time_limit=3600)
@@ -318,7 +318,8 @@ class Rows:
 
 def ratios(table: pd.DataFrame, root: Path) -> pd.DataFrame:
     """KEY, kld_ratio, kld_ratio_low, kld_ratio_high of what was evaluated in `root`: mean_kld over that of the
-    converter's hqq with the same bits and block, and its 95 % interval, from examples drawn for both alike."""
+    converter's hqq with the same bits and block, and its 95 % interval, from examples drawn for both alike.
+    """
 
     def sums(case: Case) -> np.ndarray:
         return pd.read_parquet(evaluation_folder(root, case) / POSITIONS).groupby("id")["kld"].sum().to_numpy()
@@ -372,20 +373,20 @@ def prepare_shapes_vl(root: Path) -> str:
     base, mark = digest.hexdigest()[:16], root / "made"
     if mark.is_file() and mark.read_text() == base:
         return base
-    from hf2mnn.mnn.stages import convert_graphs
-    from hf2mnn.onnx.export import export_onnx
-    from hf2mnn.reference.linear_inputs import record_activations
-    from hf2mnn.reference.run import run_reference
-    from hf2mnn.source.fetch import fetch_source
+    from hf2mnn.stages.calibrate import run as record_calibration
+    from hf2mnn.stages.convert import run as convert_graphs
+    from hf2mnn.stages.export import run as export_onnx
+    from hf2mnn.stages.fetch import run as fetch_checkpoint
+    from hf2mnn.stages.reference import run as run_reference
 
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     program = MODEL / "training" / "make_benchmark.py"
     subprocess.run([sys.executable, program, "--out", root / "questions"], check=True)
-    source = fetch_source(root / "source", MODEL)
+    source = fetch_checkpoint(root / "checkpoint", MODEL)
     reference = run_reference(source, root / "questions", root / "reference", 64, cores())
     calibration = run_reference(source, MODEL / "calibration", root / "calibration", 64, cores())
-    record_activations(source, calibration, reference, root / "activations", CALIBRATION_ROWS, cores())
+    record_calibration(source, calibration, reference, root / "activations", CALIBRATION_ROWS, cores())
     convert_graphs(export_onnx(source, root / "onnx"), root / "base")
     mark.write_text(base)
     return base
@@ -397,9 +398,9 @@ def prepare_scale(root: Path) -> str:
     Raises:
         Hf2mnnError: too little space on the disk.
     """
-    from hf2mnn.onnx.export import export_onnx
-    from hf2mnn.source.fetch import fetch_source
-    from hf2mnn.source.synth import make_checkpoint_like
+    from hf2mnn.checkpoint.synth import make_checkpoint_like
+    from hf2mnn.stages.export import run as export_onnx
+    from hf2mnn.stages.fetch import run as fetch_checkpoint
 
     root.mkdir(parents=True, exist_ok=True)
     whole = (root / "base" / DECODER).is_file()
@@ -413,7 +414,7 @@ def prepare_scale(root: Path) -> str:
     if not (root / "onnx" / "manifest.json").is_file():
         if not (root / "checkpoint" / "manifest.json").is_file():
             make_checkpoint_like(SCALE, root / "checkpoint", tokenizer=MODEL)
-        export_onnx(fetch_source(root / "source", root / "checkpoint"), root / "onnx")
+        export_onnx(fetch_checkpoint(root / "checkpoint", root / "checkpoint"), root / "onnx")
     with whole_folder(root / "base") as folder:
         convert_decoder(root / "onnx", folder, model_facts(root)["num_hidden_layers"])
     return "0"

@@ -25,8 +25,8 @@ before each step what is still to be written goes to the disk. Linux only.
 
 engine.csv: a row for each bundle and figure of MNN.llm: the median, lowest and highest of all rounds, and ratio, the
 median of the ratios to llmexport's within each round. A round runs every bundle once, in turns, each in a process of
-its own, all with the same settings and tokens: load_s, then 512 tokens in, 64 out; and in the first rounds a picture of
-420 x 420 pixels (picture_s: from pixels to embeddings). peak_rss_mb is that of the whole process, before the picture.
+its own, all with the same settings and tokens: load_s, then 512 tokens in, 64 out; and in the first rounds an image of
+420 x 420 pixels (image_s: from pixels to embeddings). peak_rss_mb is that of the whole process, before the image.
 
 What was measured on this machine with the present code and tools is kept, so that a bench that was cut off goes on.
 """
@@ -58,15 +58,15 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from hf2mnn.errors import Hf2mnnError, MachineError
-from hf2mnn.evaluate.machine import cores, describe_machine
-from hf2mnn.evaluate.speed import turns
-from hf2mnn.files import BLOCK, whole_file
-from hf2mnn.fingerprint import fingerprint
+from hf2mnn.checkpoint.room import check_disk
+from hf2mnn.core.errors import Hf2mnnError, MachineError
+from hf2mnn.core.files import BLOCK, whole_file
+from hf2mnn.core.fingerprint import fingerprint
+from hf2mnn.evaluation.benchmark import turns
+from hf2mnn.machine.hardware import cores, describe_machine
+from hf2mnn.machine.memory import available_memory
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.mnn.settings import DEFAULTS
-from hf2mnn.source.memory import available_memory
-from hf2mnn.source.room import check_disk
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / "models" / "shapes-vl"
@@ -77,14 +77,14 @@ VARIANTS = (LIKE, OWN, EIGHT)
 
 COLUMNS = ["tool", "step", "wall_s", "cpu_s", "peak_rss_mb", "bytes_written"]
 ENGINE_COLUMNS = ["bundle", "figure", "median", "low", "high", "ratio", "rounds"]
-FIGURES = ["load_s", "prefill_tokens_s", "decode_tokens_s", "peak_rss_mb", "picture_s"]
+FIGURES = ["load_s", "prefill_tokens_s", "decode_tokens_s", "peak_rss_mb", "image_s"]
 
 EVERY = 0.1
 """Seconds between two looks at the memory of a step."""
 PR_SET_CHILD_SUBREAPER = 36
 LEFT_BEHIND = 10.0
 """Seconds that processes which outlive their parent get to end."""
-PROMPT, ANSWER, PICTURE, PICTURE_ROUNDS = 512, 64, 420, 2
+PROMPT, ANSWER, IMAGE, IMAGE_ROUNDS = 512, 64, 420, 2
 LLM_BITS, LLM_BLOCK, LLM_VISION_BLOCK = 4, 64, 128
 """What llmexport 0.0.5 does when it is not told otherwise; the last is `Vision.quant_block` of its utils/vision.py."""
 LLM_FILES = ("config.json", "llm.mnn", "llm.mnn.weight", "llm_config.json", "tokenizer.mtok", "visual.mnn")
@@ -101,7 +101,7 @@ from hf2mnn.quant.blob import pack
 from hf2mnn.quant.rounding import round_rows
 rows = numpy.ones((8, 16), numpy.float32)
 for bits in (4, 8):
-    for method in ("rtn", "lsq"):
+    for method in ("rtn", "mse"):
         pack(round_rows(rows, bits, 16, False, 16, method).levels, bits)
 """
 """Let numba compile, or read what it has compiled before: that is not part of a conversion."""
@@ -271,7 +271,8 @@ def own_steps(checkpoint: Path, root: Path, variants: Sequence[str], threads: in
 
 def flat_checkpoint(checkpoint: Path, folder: Path) -> Path:
     """The checkpoint as llmexport 0.0.5 with transformers 4.57.6 reads it: links to its files, and its settings as
-    they were before transformers 5, which is how Qwen has published its models."""
+    they were before transformers 5, which is how Qwen has published its models.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for path in checkpoint.iterdir():
         if path.suffix in (".safetensors", ".json", ".jinja") and path.name != "manifest.json":
@@ -486,7 +487,7 @@ class Turns:
 
 
 def plain_ids(checkpoint: Path, count: int) -> list[int]:
-    """Tokens of ordinary text, drawn by chance: none that a template, a picture or a stop uses."""
+    """Tokens of ordinary text, drawn by chance: none that a template, an image or a stop uses."""
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
     special = {token["id"] for token in tokenizer["added_tokens"]}
     ordinary = sorted(set(tokenizer["model"]["vocab"].values()) - special)
@@ -515,8 +516,8 @@ def time_engine(
             for name in [name for repeat, name in order if repeat == number]:
                 print(f"engine {number} {name}: ", end="", flush=True)
                 warm(bundles[name])
-                picture = PICTURE if number < PICTURE_ROUNDS else 0
-                figures[name] = time_bundle(bundles[name], settings, ids, picture)
+                image = IMAGE if number < IMAGE_ROUNDS else 0
+                figures[name] = time_bundle(bundles[name], settings, ids, image)
                 print(", ".join(f"{key} {value:.4g}" for key, value in figures[name].items()), flush=True)
             records.put(f"engine {number}", present, figures)
         # Each round began with another one.
@@ -524,11 +525,11 @@ def time_engine(
     return found
 
 
-def time_bundle(bundle: Path, settings: dict[str, Any], ids: list[int], picture: int) -> dict[str, float]:
+def time_bundle(bundle: Path, settings: dict[str, Any], ids: list[int], image: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="hf2mnn-bench-") as folder:
         result = Path(folder, "result.json")
         job = {"bundle": str(bundle.resolve()), "settings": settings, "prompt": ids[:PROMPT], "answer": ids[PROMPT:]}
-        run_worker("scale_engine", {**job, "picture": picture, "result": str(result)}, time_limit=3600)
+        run_worker("scale_engine", {**job, "image": image, "result": str(result)}, time_limit=3600)
         return json.loads(result.read_text())
 
 

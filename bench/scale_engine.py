@@ -13,10 +13,10 @@ from typing import Any
 import MNN.llm
 import numpy as np
 
+from hf2mnn.machine.usage import resident_mb
 from hf2mnn.mnn.worker.module import Refused
 from hf2mnn.mnn.worker.overlay import overlay
-from hf2mnn.mnn.worker.session import GARBAGE, picture_input
-from hf2mnn.usage import resident_mb
+from hf2mnn.mnn.worker.session import GARBAGE, image_input
 
 CLOCK = time.perf_counter
 
@@ -24,8 +24,8 @@ CLOCK = time.perf_counter
 def run(job: dict[str, Any]) -> None:
     """Figures by name into job["result"] (JSON).
 
-    job: bundle, settings (over config.json's, for the vision tower too), prompt and answer (token ids), picture (its
-    sides in pixels, 0 for none), result. The peak is that of the whole process before it has seen the picture.
+    job: bundle, settings (over config.json's, for the vision tower too), prompt and answer (token ids), image (its
+    sides in pixels, 0 for none), result. The peak is that of the whole process before it has seen the image.
     """
     started = CLOCK()
     llm = MNN.llm.create(str(overlay(Path(job["bundle"]), job["settings"]) / "config.json"))
@@ -48,13 +48,13 @@ def run(job: dict[str, Any]) -> None:
         figures["prefill_tokens_s"] = len(prompt) / seconds(prompt)
     figures["decode_tokens_s"] = len(answer) / sum(seconds([token]) for token in answer)
     figures["peak_rss_mb"] = resident_mb("VmHWM")
-    if side := job["picture"]:
+    if side := job["image"]:
         rgb = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-        seen = {"text": "<img>image_0</img>", "images": [picture_input(rgb)]}
+        seen = {"text": "<img>image_0</img>", "images": [image_input(rgb)]}
         for _ in range(2):
             begun = CLOCK()
             tokens = llm.tokenizer_encode(seen)
-            figures["picture_s"] = CLOCK() - begun
+            figures["image_s"] = CLOCK() - begun
         if len(tokens) < 3:
-            raise Refused(f"{job['bundle']} makes no image tokens of a picture")
+            raise Refused(f"{job['bundle']} makes no image tokens of an image")
     Path(job["result"]).write_text(json.dumps(figures))

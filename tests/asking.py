@@ -1,4 +1,4 @@
-"""Small evaluation sets: conversations in which pictures are named, and the pictures, drawn at random."""
+"""Small evaluation sets: conversations in which images are named, and the images, drawn at random."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 from PIL import Image
 
 
-def turn(pictures: Collection[str], *parts: str) -> dict[str, Any]:
-    """What a user says: names of `pictures` are pictures, anything else is text."""
+def turn(images: Collection[str], *parts: str) -> dict[str, Any]:
+    """What a user says: names of `images` are images, anything else is text."""
     content = [
-        {"type": "image", "image": f"{part}.png"} if part in pictures else {"type": "text", "text": part}
+        {"type": "image", "image": f"{part}.png"} if part in images else {"type": "text", "text": part}
         for part in parts
     ]
     return {"role": "user", "content": content}
 
 
 def write_set(folder: Path, sizes: dict[str, tuple[int, int]], examples: dict[str, list[dict[str, Any]]]) -> Path:
-    """Write examples.jsonl of `examples` (messages by id), and a picture of each of `sizes` (width, height)."""
+    """Write examples.jsonl of `examples` (messages by id), and an image of each of `sizes` (width, height)."""
     random = np.random.default_rng(5)
     for name, (width, height) in sizes.items():
         coarse = Image.fromarray(random.integers(0, 256, (height // 14, width // 14, 3), dtype=np.uint8))

@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hf2mnn.checkpoint.folder import Checkpoint
+from hf2mnn.core.errors import Hf2mnnError
 from hf2mnn.doctor.finding import Finding
 from hf2mnn.doctor.patient import Bundle
-from hf2mnn.errors import Hf2mnnError
 from hf2mnn.mnn.bundle import CONFIG, MODEL_CONFIG
 from hf2mnn.mnn.convert import read_graph
-from hf2mnn.source.checkpoint import Checkpoint
 
 
 def _edited(path: Path, changes: dict[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf2mnn.source.synth import Shape
+from hf2mnn.checkpoint.synth import Shape
 from support import SHAPES_VL
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ SHAPES = {
 
 
 def configuration(shape: Shape) -> PreTrainedConfig:
-    """transformers' configuration, with shapes-vl's vocabulary and special tokens."""
+    """Transformers' configuration, with shapes-vl's vocabulary and special tokens."""
     stored = json.loads((SHAPES_VL / "config.json").read_text())
     config = replace(shape, text={key: stored["text_config"][key] for key in TEXT_IDS} | shape.text).config()
     for key in IDS if shape.vision else ():

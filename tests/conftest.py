@@ -22,7 +22,8 @@ settings.register_profile("long")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Workers share the tests file by file, in this order: the pipeline's run begins first, what only reads it comes
-    last, so that no worker waits for another's run; in between, and then, files with many tests come first."""
+    last, so that no worker waits for another's run; in between, and then, files with many tests come first.
+    """
     files: dict[Path, list[pytest.Item]] = {}
     for item in items:
         files.setdefault(item.path, []).append(item)
@@ -42,7 +43,12 @@ def workspace(tmp_path: Path) -> Workspace:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The real pipeline on the embedded model, run once for all of xdist's workers. Tests only read it."""
+    """The real pipeline on the embedded model, run once for all of xdist's workers. Tests only read it.
+
+    HF2MNN_FINISHED names a workspace in which it has run, to be read in place of a new one.
+    """
+    if "HF2MNN_FINISHED" in os.environ:
+        return Workspace(Path(os.environ["HF2MNN_FINISHED"]))
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     made = Workspace(root / "pipeline")
@@ -100,26 +106,25 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 
 @pytest.fixture(scope="session")
-def source_folder(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint_folder(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small checkpoint with random weights: for the converter, the engine and the quantizer."""
-    from hf2mnn.source.fetch import fetch_source
+    from hf2mnn.stages.fetch import run as fetch_checkpoint
 
     checkpoint = make_checkpoint(text=TEXT, vision=VISION, tied=False)
-    return fetch_source(tmp_path_factory.mktemp("source") / "source", checkpoint)
+    return fetch_checkpoint(tmp_path_factory.mktemp("source") / "source", checkpoint)
 
 
 @pytest.fixture(scope="session")
-def onnx_folder(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def onnx_folder(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `onnx` stage's folder. Tests only read it."""
-    from hf2mnn.onnx.export import export_onnx
+    from hf2mnn.stages.export import run as export_onnx
 
-    return export_onnx(source_folder, tmp_path_factory.mktemp("onnx") / "onnx")
+    return export_onnx(checkpoint_folder, tmp_path_factory.mktemp("onnx") / "onnx")
 
 
 @pytest.fixture(scope="session")
 def bundle(onnx_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The float32 bundle. Tests only read it."""
-
     return float_bundle(onnx_folder, tmp_path_factory.mktemp("mnn") / "float")
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import save_file
 
-from hf2mnn.evaluate import figures, layers, parity
-from hf2mnn.evaluate.score import PICTURE_COLUMNS, POSITION_COLUMNS
-from hf2mnn.manifest import Manifest, stage_folder
+from hf2mnn.core.manifest import Manifest, stage_folder
+from hf2mnn.evaluation import figures, layers, parity
+from hf2mnn.evaluation.score import IMAGE_COLUMNS, POSITION_COLUMNS
 from hf2mnn.reference.golden import PROBES
 from hf2mnn.report.evidence import Evidence, Row
 
@@ -91,8 +91,9 @@ def make_evidence(
 
 def write_reference(folder: Path, tokens: int = 4, larger: dict[str, float] | None = None) -> Path:
     """What `hf2mnn reference` leaves, with two examples and a text probe of `tokens`; `larger` says by which share the
-    activations at a point are."""
-    record = {"category": "any", "language": "en", "metric": "exact", "answer": "a", "pictures": []}
+    activations at a point are.
+    """
+    record = {"category": "any", "language": "en", "metric": "exact", "answer": "a", "images": []}
     record |= {"messages": [{"role": "user", "content": "Which?"}], "prompt": "Which?"}
     records = [record | {"id": "labelled", "expected": ["a"]}, record | {"id": "free", "expected": None}]
     probe = {"ids": np.arange(tokens), "inputs_embeds": np.zeros((tokens, 2), np.float32)}
@@ -124,7 +125,7 @@ def write_evaluation(folder: Path, reference: Path, bundle: Path | None, row: Ro
     tables = {"figures": row.figures, "answers": row.answers, "metrics": row.positions, "parity": row.parity}
     with stage_folder(folder, manifest) as partial:
         (partial / "summary.json").write_text(json.dumps(row.summary))
-        for name, frame in (tables | {"pictures": pd.DataFrame(columns=PICTURE_COLUMNS)}).items():
+        for name, frame in (tables | {"images": pd.DataFrame(columns=IMAGE_COLUMNS)}).items():
             frame.to_parquet(partial / f"{name}.parquet", index=False)
     return folder
 
@@ -143,10 +144,10 @@ def write_diagnosis(folder: Path, reference: Path, bundle: Path, row: Row) -> Pa
 def write_results(folder: Path, *rows: Row) -> Path:
     """results/<model> before the report: ONNX Runtime, which has no bundle and no diagnosis, and `rows`."""
     reference = write_reference(folder / "reference")
-    write_evaluation(folder / "eval" / "onnxruntime", reference, None, make_row("onnxruntime", labelled=1))
+    write_evaluation(folder / "evaluation" / "onnxruntime", reference, None, make_row("onnxruntime", labelled=1))
     for row in rows:
         row = replace(row, summary=row.summary | {"labelled": 1})
-        bundle = write_bundle(folder / "mnn" / row.name)
-        write_evaluation(folder / "eval" / row.name, reference, bundle, row)
+        bundle = write_bundle(folder / "bundles" / row.name)
+        write_evaluation(folder / "evaluation" / row.name, reference, bundle, row)
         write_diagnosis(folder / "diagnosis" / row.name, reference, bundle, row)
     return folder

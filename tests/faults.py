@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from hf2mnn.manifest import Manifest
+from hf2mnn.core.manifest import Manifest
+from hf2mnn.mnn.adapt import dress_decoder, save_dressed
 from hf2mnn.mnn.bundle import DECODER, EMBEDDING, MODEL_CONFIG
 from hf2mnn.mnn.convert import WeightFormat, convert_onnx, read_graph, write_graph
-from hf2mnn.mnn.dress import dress_decoder, save_dressed
 
 LAYERS = "model.language_model.layers"
 
@@ -32,7 +32,8 @@ def _op(ops: list[dict], name: str) -> dict:
 
 def unfused_attention(bundle: Path, onnx_folder: Path) -> None:
     """One layer's query goes through a sum with zero where MNN's converter looks for a transposition: the same result
-    in ONNX, and an attention that is not fused, with "Converted Success!"."""
+    in ONNX, and an attention that is not fused, with "Converted Success!".
+    """
     model = onnx.load(onnx_folder / "decoder.onnx", load_external_data=False)
     (scores,) = [node for node in model.graph.node if node.name == "attention_2/scores"]
     zero = numpy_helper.from_array(np.zeros(1, np.float32), "attention_2/zero")
@@ -71,7 +72,7 @@ def zeroed_norm(bundle: Path, onnx_folder: Path) -> None:
 
 
 def wrong_mean(bundle: Path, onnx_folder: Path) -> None:
-    """Pictures are normalized by another processor's mean and deviation."""
+    """Images are normalized by another processor's mean and deviation."""
     config = json.loads((bundle / MODEL_CONFIG).read_text())
     config |= {"image_mean": [0.0, 0.0, 0.0], "image_norm": [1 / 255] * 3}
     (bundle / MODEL_CONFIG).write_text(json.dumps(config))

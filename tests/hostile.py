@@ -15,7 +15,7 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from hf2mnn.errors import LONGEST, Hf2mnnError
+from hf2mnn.core.errors import LONGEST, Hf2mnnError
 
 SECONDS = 3.0
 """Of this thread's own time, for a file of a few kilobytes: a collection of garbage with transformers loaded may take

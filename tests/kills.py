@@ -22,18 +22,18 @@ from pathlib import Path
 import psutil
 
 from chain import command, make_chain
-from hf2mnn.files import read_sha256
-from hf2mnn.verify import verify_folder
+from hf2mnn.core.files import read_sha256
+from hf2mnn.core.verify import verify_folder
 from support import BIN
 
-STAGES = ("source", "reference", "onnx", "mnn/base", "mnn/int4", "eval/int4", "report")
-NATIVE = ("mnn/base", "mnn/int4", "eval/int4")
+STAGES = ("source", "reference", "onnx", "graphs", "bundles/int4", "evaluation/int4", "report")
+NATIVE = ("graphs", "bundles/int4", "evaluation/int4")
 """Those that start MNN, in a process of its own."""
 TARGETS = ("group", "stage", "child")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 REPORT = ("summary.csv", "summary.parquet", "figures.csv", "figures.parquet", "report.html")
 """What the report writes beside the other stages' folders."""
-CHILD = {"mnn/base": 0.1, "mnn/int4": 0.05, "eval/int4": 0.5}
+CHILD = {"graphs": 0.1, "bundles/int4": 0.05, "evaluation/int4": 0.5}
 """Seconds that the first process of MNN's takes, or more, by stage."""
 PATIENCE = 60.0
 """Seconds within which a stage that was told to end has ended."""
@@ -48,7 +48,8 @@ def undisturbed(folder: Path, right: Path) -> bool:
 @dataclass(frozen=True)
 class Blow:
     """share: when, in parts of the stage's duration. target: the whole process group, the stage's process alone, or the
-    process of MNN's that it has started (the first after that moment, and so far on its way)."""
+    process of MNN's that it has started (the first after that moment, and so far on its way).
+    """
 
     stage: str
     share: float
@@ -61,7 +62,8 @@ class Blow:
 @dataclass(frozen=True)
 class Hit:
     """What a blow met. target: as in `Blow`, or "missed" where the stage had ended before; writing: a half-made folder
-    or file was there."""
+    or file was there.
+    """
 
     blow: Blow
     target: str

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import save_file
 
-from hf2mnn.evaluate import figures
-from hf2mnn.manifest import Manifest, stage_folder
+from hf2mnn.core.manifest import Manifest, stage_folder
+from hf2mnn.evaluation import figures
 from hf2mnn.report.evidence import Evidence, Row
 
 HOSTILE = '</script><img src=x onerror="alert(1)">&amp;<!--'
@@ -23,30 +23,30 @@ POINTS = {
 
 
 def record(identifier: str, answer: str, **others: Any) -> dict[str, Any]:
-    """One of examples.json. `pictures` are file names; `expected` are right answers."""
-    pictures = others.get("pictures", [])
+    """One of examples.json. `images` are file names; `expected` are right answers."""
+    images = others.get("images", [])
     asked = {"type": "text", "text": others.pop("asked", "What is 1 < 2 & why?")}
-    parts = [*({"type": "image", "image": name} for name in pictures), asked]
-    made = {"category": "test", "language": "en", "expected": None, "metric": "exact", "pictures": pictures}
+    parts = [*({"type": "image", "image": name} for name in images), asked]
+    made = {"category": "test", "language": "en", "expected": None, "metric": "exact", "images": images}
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": parts}]
     return {**made, "id": identifier, "answer": answer, "messages": messages, "prompt": "", **others}
 
 
 RECORDS = [
-    record("plain", "a red star", expected=["a red star"], pictures=["images/0.png"]),
+    record("plain", "a red star", expected=["a red star"], images=["images/0.png"]),
     record("chinese", "左上角是红色", language="zh", category="place", asked="左上角是什么？", expected=["红色"]),
-    record("two", "<script>alert(1)</script>", pictures=["images/0.png", "images/1.png"], expected=["yes"]),
+    record("two", "<script>alert(1)</script>", images=["images/0.png", "images/1.png"], expected=["yes"]),
     record("free", "whatever", asked="One\ntwo\n" + "averyveryverylongwordwithoutspaces" * 4),
 ]
 
 
 def make_reference(folder: Path, records: list[dict[str, Any]]) -> Manifest:
     tensors = {"none": np.zeros(1)}
-    for name in {name for made in records for name in made["pictures"]}:
+    for name in {name for made in records for name in made["images"]}:
         shades = np.linspace(0, 255, 28 * 56 * 3).astype(np.uint8).reshape(28, 56, 3)
         kinds = {"pixel_values": np.zeros(1), "grid_thw": np.ones(3), "embeds": np.zeros(1)}
         kinds |= {"original": np.roll(shades, len(name) + int(name[-5]) * 9), "resized": shades}
-        tensors |= {f"pictures/{name}/{kind}": value for kind, value in kinds.items()}
+        tensors |= {f"images/{name}/{kind}": value for kind, value in kinds.items()}
     right = sum(made["answer"] in (made["expected"] or []) for made in records)
     labelled = sum(made["expected"] is not None for made in records)
     manifest = Manifest("reference", {"examples": "ab" * 32}, {"max_new_tokens": 64}, {"torch": "2"})
@@ -64,7 +64,7 @@ def make_manifest(folder: Path, stage: str, **kept: Any) -> Manifest:
 
 
 def make_answers(records: list[dict[str, Any]], said: dict[str, str], called: dict[str, str] | None) -> pd.DataFrame:
-    """The table of `hf2mnn.evaluate.score`; `said` and `called` by id where they are not PyTorch's."""
+    """The table of `hf2mnn.evaluation.score`; `said` and `called` by id where they are not PyTorch's."""
 
     def score(made: dict[str, Any], text: str | None) -> float | None:
         return None if made["expected"] is None or text is None else float(text in made["expected"])
@@ -76,7 +76,7 @@ def make_answers(records: list[dict[str, Any]], said: dict[str, str], called: di
         same = answer == made["answer"]
         rows.append(
             {"id": made["id"], "category": made["category"], "language": made["language"]}
-            | {"pictures": len(made["pictures"]), "expected": " / ".join(made["expected"] or []) or None}
+            | {"images": len(made["images"]), "expected": " / ".join(made["expected"] or []) or None}
             | {
                 "reference": made["answer"],
                 "answer": answer,
@@ -98,7 +98,7 @@ def make_positions(records: list[dict[str, Any]], size: float) -> pd.DataFrame:
     frames = []
     for made in records:
         kld = size * random.exponential(size=8)
-        frame = pd.DataFrame({"id": made["id"], "position": range(8), "after_picture": bool(made["pictures"])})
+        frame = pd.DataFrame({"id": made["id"], "position": range(8), "after_image": bool(made["images"])})
         frame = frame.assign(kld=kld, same_top=kld <= 2 * size, top5_overlap=0.8, reference_logprob=-0.5)
         frames.append(frame.assign(logprob=-0.5 - kld))
     return pd.concat(frames, ignore_index=True)
@@ -107,7 +107,7 @@ def make_positions(records: list[dict[str, Any]], size: float) -> pd.DataFrame:
 def make_layers(size: float, astray: str | None = None) -> pd.DataFrame:
     rows = []
     for part, points in POINTS.items():
-        for probe in ("picture", "text")[: 1 + (part == "decoder")]:
+        for probe in ("image", "text")[: 1 + (part == "decoder")]:
             for order, point in enumerate(points):
                 local = 0.9 if point == astray else size / 2
                 row = {"probe": probe, "part": part, "order": order, "point": point, "operator": "linear layer"}
@@ -127,9 +127,7 @@ def make_budget(size: float) -> pd.DataFrame:
 
 
 def make_parity(size: float) -> pd.DataFrame:
-    rows = [
-        (probe, way, 9, size, size, 1 - size) for probe in ("picture", "text") for way in ("in chunks", "two turns")
-    ]
+    rows = [(probe, way, 9, size, size, 1 - size) for probe in ("image", "text") for way in ("in chunks", "two turns")]
     return pd.DataFrame(rows, columns=["probe", "way", "positions", "max_kld", "max_logit_change", "same_top"])
 
 
@@ -145,11 +143,13 @@ def make_row(
     """A conversion with a mean KL divergence of about `size`; a bundle unless it is "onnxruntime"."""
     positions, bundle = make_positions(records, size), name != "onnxruntime"
     answers = make_answers(records, said or {}, (called or {}) if bundle else None)
-    pictures = pd.DataFrame({"picture": ["images/0.png"], "tokens": [4], "cosine": [0.99], "worst_cosine": [0.9]})
-    table = figures.figures(positions, answers, pictures.assign(error=0.01))
+    images = pd.DataFrame({"image": ["images/0.png"], "tokens": [4], "cosine": [0.99], "worst_cosine": [0.9]})
+    table = figures.figures(positions, answers, images.assign(error=0.01))
     whole = table[table["group"] == "all"].set_index("figure")
     inputs = {"reference": "12" * 32, "onnx": "34" * 32} | ({"bundle": "56" * 32} if bundle else {})
-    manifests = {"evaluate": make_manifest(root / "eval" / name, "evaluate", inputs=inputs, settings={"threads": 2})}
+    manifests = {
+        "evaluate": make_manifest(root / "evaluation" / name, "evaluate", inputs=inputs, settings={"threads": 2})
+    }
     if bundle:
         weights = {"bits": 4, "block": 64, "method": "rtn", "scale_bits": 16, "symmetric": False}
         settings = {
@@ -157,7 +157,7 @@ def make_row(
             "vision": weights,
             "engine": {"memory": "low", "precision": "low", "threads": 4},
         }
-        made = make_manifest(root / "mnn" / name, "quantize", inputs=dict.fromkeys(("onnx", "base"), "78" * 32))
+        made = make_manifest(root / "bundles" / name, "quantize", inputs=dict.fromkeys(("onnx", "base"), "78" * 32))
         manifests["bundle"] = replace(made, settings=settings)
         manifests["diagnose"] = make_manifest(root / "diagnosis" / name, "diagnose", settings={"threads": 2})
     finding = {"part": "decoder", "point": astray, "sentence": f"{astray} (linear layer): its sign is turned"}
@@ -177,7 +177,7 @@ def make_row(
 
 
 def make_speed(names: list[str]) -> tuple[dict[str, Any], pd.DataFrame]:
-    """speed.json and cache.parquet of `hf2mnn.evaluate.speed`."""
+    """benchmark.json and cache.parquet of `hf2mnn.evaluation.benchmark`."""
     bundles, worth = {}, []
     for index, name in enumerate(names, 1):
         measures = {}
@@ -197,7 +197,7 @@ def make_speed(names: list[str]) -> tuple[dict[str, Any], pd.DataFrame]:
         worth += [(name, length, 0.001, 0.001 * length, 0.1 * length * index) for length in (32, 128, 512)]
     machine = {"cpu": "a CPU", "cores": 2, "memory_gb": 8, "system": "an OS", "MNN": "3.6.1"}
     made = {"machine": machine, "baseline": names[0], "repeats": 3, "threads": 2, "prompt_tokens": 64}
-    made |= {"answer_tokens": 8, "lengths": [32, 128, 512], "picture": [224, 224], "bundles": bundles}
+    made |= {"answer_tokens": 8, "lengths": [32, 128, 512], "image": [224, 224], "bundles": bundles}
     columns = ["bundle", "length", "cached_s", "recomputed_s", "worth"]
     return made, pd.DataFrame(worth, columns=columns).assign(difference=0.0)
 
@@ -225,10 +225,14 @@ def make_evidence(root: Path, records: list[dict[str, Any]] | None = None) -> Ev
     speed, cache = make_speed(bundles)
     settings = {"baseline": "fp16", "repeats": 3, "prompt_tokens": 64, "answer_tokens": 8, "lengths": [32, 128, 512]}
     manifests = {
-        "source": make_manifest(root / "source", "source", settings={"repository": "some/model", "revision": "main"}),
+        "source": make_manifest(
+            root / "checkpoint", "source", settings={"repository": "some/model", "revision": "main"}
+        ),
         "onnx": make_manifest(root / "onnx", "onnx"),
         "reference": reference,
-        "speed": make_manifest(root / "speed", "speed", inputs=dict.fromkeys(bundles, "90" * 32), settings=settings),
+        "speed": make_manifest(
+            root / "benchmark", "speed", inputs=dict.fromkeys(bundles, "90" * 32), settings=settings
+        ),
     }
     return Evidence("some-model", root, rows, manifests, speed, cache)
 

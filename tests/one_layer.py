@@ -1,5 +1,6 @@
 """Models of linear layers alone, side by side over one input: what the engine makes of their weights is read off its
-answers to one-hot inputs. `run` is what the engine's child process calls."""
+answers to one-hot inputs. `run` is what the engine's child process calls.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from hf2mnn.quant.write import write_weights
 
 def write_onnx(path: Path, weights: dict[str, np.ndarray]) -> Path:
     """Layers by name, each float32 [outputs, inputs], or [outputs, channels, height, width] of a patch embedding. All
-    read "x": rows of inputs, or pictures; of that name is the output of each."""
+    read "x": rows of inputs, or images; of that name is the output of each.
+    """
     shape = next(iter(weights.values())).shape[1:]
     nodes, constants = [], []
     for name, weight in weights.items():
@@ -86,7 +88,8 @@ def engine_outputs(
     models: dict[str, Model], folder: Path, memory: str = "high", inputs: np.ndarray | None = None
 ) -> dict[str, dict[str, np.ndarray]]:
     """By model and layer the engine's outputs float32 [outputs, rows of inputs]: for one-hot inputs, where none are
-    given, the weights that it computes with."""
+    given, the weights that it computes with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     jobs, given, made = [], folder / "given.npy", folder / "made.npz"
     for name, model in models.items():

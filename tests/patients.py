@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from hf2mnn.core.manifest import NAME, Manifest
 from hf2mnn.doctor.examine import MODEL_CHECKS, ONNX_CHECKS, examine
 from hf2mnn.doctor.finding import Finding, Severity
-from hf2mnn.manifest import NAME, Manifest
 from hf2mnn.mnn.bundle import DECODER
 from hf2mnn.mnn.convert import read_graph, write_graph
 from hf2mnn.mnn.graph import Graph

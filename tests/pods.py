@@ -68,7 +68,8 @@ class Pod:
 @dataclass
 class Cluster:
     """What runs and what has been asked for. Pods do not see the folder `hidden`; `pods` by the names of their jobs,
-    those that are gone among them."""
+    those that are gone among them.
+    """
 
     hidden: Path
     folder: Path
@@ -176,7 +177,8 @@ def _download_plugins(folder: Path) -> None:
 @contextmanager
 def kubernetes(hidden: Path) -> Iterator[Cluster]:
     """A cluster with a bucket store, both on ports of their own; all pods end with it. They do not see the folder
-    `hidden`, in which runs are started."""
+    `hidden`, in which runs are started.
+    """
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="pods-") as folder:
         store = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

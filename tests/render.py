@@ -13,7 +13,8 @@ from hf2mnn.mnn.template import render
 
 def run(job: dict[str, Any]) -> None:
     """[engine's, Jinja's] rendering of job["chat"] by each of job["templates"], into job["result"] (JSON). The bundle
-    needs no model."""
+    needs no model.
+    """
     engine, rendered = MNN.llm.create(job["config"]), []
     engine._c_obj.load()
     for template in job["templates"]:

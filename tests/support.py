@@ -73,9 +73,9 @@ def float_bundle(onnx_folder: Path, destination: Path) -> Path:
     """A bundle of 32 bits, with what it is made of beside it."""
     from hf2mnn.mnn.bundle import EngineSettings
     from hf2mnn.mnn.convert import WeightFormat
-    from hf2mnn.mnn.stages import convert_graphs
-    from hf2mnn.quant.stages import quantize
     from hf2mnn.quant.variant import Choice
+    from hf2mnn.stages.convert import run as convert_graphs
+    from hf2mnn.stages.quantize import run as quantize
 
     base = convert_graphs(onnx_folder, destination.with_name(f"{destination.name}-base"))
     return quantize(onnx_folder, base, destination, Choice(WeightFormat(), WeightFormat(), EngineSettings()), 1)

@@ -43,7 +43,7 @@ def test_divergence_is_torchs(logits: tuple[np.ndarray, np.ndarray]) -> None:
 
 
 def test_divergence_of_a_case_worked_by_hand() -> None:
-    """p = (3/4, 1/4), q = (1/4, 3/4): 3/4 ln 3 - 1/4 ln 3 nats, not bits; and a row is not its mirror image."""
+    """P = (3/4, 1/4), q = (1/4, 3/4): 3/4 ln 3 - 1/4 ln 3 nats, not bits; and a row is not its mirror image."""
     p, q = np.log(np.array([[3.0, 1.0]], np.float32)), np.log(np.array([[1.0, 3.0]], np.float32))
     np.testing.assert_allclose(kl_divergence(p, q), [0.5 * np.log(3)], rtol=1e-6)
     sharp, flat = np.array([[8.0, 0.0]], np.float32), np.zeros((1, 2), np.float32)
@@ -89,7 +89,7 @@ def test_cosine_is_torchs(tables: tuple[np.ndarray, np.ndarray]) -> None:
     np.testing.assert_allclose(cosine(*tables), theirs.numpy(), rtol=1e-9, atol=1e-9)
 
 
-def test_an_empty_picture_is_not_a_perfect_one() -> None:
+def test_an_empty_image_is_not_a_perfect_one() -> None:
     """A vision tower that gives all zeros must not pass for one that agrees."""
     table = np.array([[1.0, 2.0], [0.0, 0.0]], np.float32)
     assert cosine(table, np.zeros_like(table)).tolist() == [0.0, 0.0]

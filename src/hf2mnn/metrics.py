@@ -53,7 +53,8 @@ def cosine(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def relative_error(reference: np.ndarray, other: np.ndarray) -> float:
     """L2 norm of the difference over that of `reference`; infinite where only `reference` is all zero, or `other` is
-    not finite, since NaN would keep every bound."""
+    not finite, since NaN would keep every bound.
+    """
     if not np.isfinite(other).all():
         return float("inf")
     reference, other = reference.astype(np.float64), other.astype(np.float64)

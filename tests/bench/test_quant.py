@@ -15,7 +15,7 @@ from support import REPOSITORY
 
 COLUMNS = "data,tool,method,bits,block,weight_error,mean_kld,top1_agreement,bytes,seconds,peak_rss_mb"
 SHAPE = (32, 128)
-GRID = [("hf2mnn", "rtn"), ("hf2mnn", "lsq"), ("converter", "rtn"), ("converter", "hqq")]
+GRID = [("hf2mnn", "rtn"), ("hf2mnn", "mse"), ("converter", "rtn"), ("converter", "hqq")]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_rows_of_both_tools_and_none_twice(small: ModuleType, tmp_path: Path, mo
     table = pd.read_csv(tmp_path / "quant.csv")
     assert list(zip(table["tool"], table["method"], strict=True)) == GRID
     errors = dict(zip(GRID, table["weight_error"], strict=True))
-    assert 0.1 < errors["hf2mnn", "lsq"] < errors["converter", "hqq"] < errors["converter", "rtn"] < 0.3
+    assert 0.1 < errors["hf2mnn", "mse"] < errors["converter", "hqq"] < errors["converter", "rtn"] < 0.3
     # The two round to nearest alike, and store the same format.
     assert errors["hf2mnn", "rtn"] == pytest.approx(errors["converter", "rtn"], rel=0.01)
     assert table["bytes"].nunique() == 1
@@ -71,7 +71,7 @@ def test_too_little_disk_is_said_before_anything_is_made(
 
 def test_methods_are_compared_where_they_have_what_they_go_by(bench: ModuleType) -> None:
     """Every method at every number of bits in blocks of 64; calibrated ones only where there are activations."""
-    plain = {("hf2mnn", "rtn"), ("hf2mnn", "hqq"), ("hf2mnn", "lsq"), ("converter", "rtn"), ("converter", "hqq")}
+    plain = {("hf2mnn", "rtn"), ("hf2mnn", "hqq"), ("hf2mnn", "mse"), ("converter", "rtn"), ("converter", "hqq")}
     calibrated = {("hf2mnn", "awq"), ("hf2mnn", "gptq")}
     for data, wanted in (("shapes-vl", plain | calibrated), ("student-t", plain)):
         for bits in (8, 4, 3, 2):

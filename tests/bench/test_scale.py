@@ -15,8 +15,8 @@ import pandas as pd
 import psutil
 import pytest
 
-from hf2mnn.config import Weights, parse_json
-from hf2mnn.errors import Hf2mnnError, MachineError
+from hf2mnn.config.schema import Weights, parse_json
+from hf2mnn.core.errors import Hf2mnnError, MachineError
 from support import REPOSITORY, SHAPES_VL, TEXT, VISION
 
 COLUMNS = "tool,step,wall_s,cpu_s,peak_rss_mb,bytes_written"
@@ -119,9 +119,9 @@ def test_totals_are_of_one_bundle_and_medians_of_all_repeats(bench: ModuleType) 
 
 
 def test_ratios_are_those_within_each_round(bench: ModuleType) -> None:
-    # The machine halves its speed in the second round; and only the first has a picture.
+    # The machine halves its speed in the second round; and only the first has an image.
     rounds = [
-        {"hf2mnn int4": {"decode_tokens_s": 20.0, "picture_s": 3.0}, "llmexport": {"decode_tokens_s": 16.0}},
+        {"hf2mnn int4": {"decode_tokens_s": 20.0, "image_s": 3.0}, "llmexport": {"decode_tokens_s": 16.0}},
         {"hf2mnn int4": {"decode_tokens_s": 10.0}, "llmexport": {"decode_tokens_s": 8.0}},
         {"hf2mnn int4": {"decode_tokens_s": 21.0}, "llmexport": {"decode_tokens_s": 15.0}},
     ]
@@ -189,7 +189,7 @@ def test_a_small_model_from_end_to_end(
     bench: ModuleType, make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is quantized as llmexport does it runs in the engine, its embedding read from lm_head."""
-    for name, value in (("PROMPT", 32), ("ANSWER", 8), ("PICTURE", 56)):
+    for name, value in (("PROMPT", 32), ("ANSWER", 8), ("IMAGE", 56)):
         monkeypatch.setattr(bench, name, value)
     checkpoint = make_checkpoint(text=TEXT, vision=VISION, tied=True)
     arguments = ["--checkpoint", str(checkpoint), "--only", "hf2mnn", "--variant", "int4 rtn", "--rounds", "1"]

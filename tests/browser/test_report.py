@@ -105,7 +105,7 @@ def assert_quiet(visit: Visit) -> None:
 
 
 def assert_shows(path: Path, size: tuple[int, int], dark: bool) -> None:
-    """A picture of `size` on a light or a dark ground, with the verdict's red and text in it."""
+    """An image of `size` on a light or a dark ground, with the verdict's red and text in it."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     assert pixels.shape[:2] == size[::-1]
     corner = pixels[2, 2].mean()
@@ -155,11 +155,11 @@ addEventListener("load", () => {{
     }});
   }});
   const small = [...page.querySelectorAll("figure svg text")].map((text) => text.getBoundingClientRect().height);
-  const pictures = [...page.querySelectorAll(".pictures svg")].map((svg) => svg.getBoundingClientRect());
+  const images = [...page.querySelectorAll(".images svg")].map((svg) => svg.getBoundingClientRect());
   document.querySelector("#found").textContent = JSON.stringify({{
     page: root.scrollWidth, wide: wide.map((node) => node.outerHTML.slice(0, 80)),
     cut: cut.map((svg) => svg.getAttribute("aria-label")), letters: Math.min(...small),
-    pictures: pictures.map((box) => [box.width, box.height]),
+    images: images.map((box) => [box.width, box.height]),
     plots: [...page.querySelectorAll("figure svg")].map((svg) => svg.getBoundingClientRect().width),
   }});
 }});
@@ -178,12 +178,12 @@ def test_nothing_sticks_out(width: int, report: Path, browse: Browse, tmp_path: 
     assert found["cut"] == []
     assert found["letters"] >= 9
     assert found["plots"] and min(found["plots"]) >= 0.8 * min(width, 400)
-    assert found["pictures"] and all(min(box) >= 40 for box in found["pictures"])
+    assert found["images"] and all(min(box) >= 40 for box in found["images"])
     assert visit.console == []
 
 
 def test_browser_refuses_and_tells_what_the_page_must_not_do(report: Path, browse: Browse, tmp_path: Path) -> None:
-    """The page's own policy works, and these tests would notice: a picture and a script from elsewhere."""
+    """The page's own policy works, and these tests would notice: an image and a script from elsewhere."""
     harmed, added = tmp_path / "harmed.html", '<img src="http://example.invalid/x.png"><script>alert(1)</script></main>'
     harmed.write_text(report.read_text(encoding="utf-8").replace("</main>", added), encoding="utf-8")
     visit = browse(harmed, "--dump-dom")

@@ -1,5 +1,6 @@
 """The pipeline as pods that share nothing but a bucket: they make what a workstation makes, and what goes wrong is
-told. The plugins are the real ones, of Kubernetes and of S3; whom they talk to is in tests/pods.py."""
+told. The plugins are the real ones, of Kubernetes and of S3; whom they talk to is in tests/pods.py.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import pytest
 import yaml
 
 from chain import few_examples
-from hf2mnn.verify import verify_folder
+from hf2mnn.core.verify import verify_folder
 from kills import undisturbed
 from pods import BUCKET, Cluster, kubernetes, missing
 from support import BIN, QUICK, REPOSITORY, SHAPES_VL, Workspace
@@ -32,10 +33,10 @@ calibration: {{examples: 2, bits: [4]}}
 """
 STAGES = (
     *("source", "examples/evaluation", "examples/calibration", "reference", "calibration", "activations"),
-    *("sensitivity", "onnx", "mnn/base", "plans/mixed", "mnn/int4-gptq", "mnn/mixed"),
-    *("eval/onnxruntime", "eval/int4-gptq", "diagnosis/mixed"),
+    *("sensitivity", "onnx", "graphs", "plans/mixed", "bundles/int4-gptq", "bundles/mixed"),
+    *("evaluation/onnxruntime", "evaluation/int4-gptq", "diagnosis/mixed"),
 )
-WHERE_STARTED = {"fetch_source", "take_examples", "join_tables", "check_gates", "all"}
+WHERE_STARTED = {"fetch_checkpoint", "copy_set", "join_tables", "check_gates", "all"}
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def test_changed_setting_makes_that_variant_again(run: tuple[Run, str]) -> None:
     finally:
         config.write_text(CONFIG)
     assert code == 0 and re.search(r"^quantize_variant +1$", said, re.MULTILINE), said
-    assert "Params have changed" in said and "convert_graphs" not in said and "fetch_source" not in said
+    assert "Params have changed" in said and "convert_graphs" not in said and "fetch_checkpoint" not in said
 
 
 def test_plan_of_ones_own_reaches_the_pod_where_git_tracks_it(run: tuple[Run, str], tmp_path: Path) -> None:
@@ -170,11 +171,11 @@ def test_plan_of_ones_own_reaches_the_pod_where_git_tracks_it(run: tuple[Run, st
         subprocess.run(["git", *words], cwd=started.folder, check=True)
     config.write_text(CONFIG.replace("variants:\n", "variants:\n  mine: {bits: 4, block: 64, plan: mine.yaml}\n"))
     try:
-        code, said = started.snakemake("results/shapes-vl/mnn/mine")
+        code, said = started.snakemake("results/shapes-vl/bundles/mine")
     finally:
         config.write_text(CONFIG)
     assert code == 0, said
-    made = started.download("results/shapes-vl/mnn/mine", tmp_path)
+    made = started.download("results/shapes-vl/bundles/mine", tmp_path)
     table = pd.read_csv(made / "weights.csv").set_index("operator")
     assert verify_folder(made).whole and table.loc["lm_head", "bits"] == 8
 
@@ -183,10 +184,10 @@ def test_failing_pod_is_told_with_the_file_that_has_its_sentence(cluster: Cluste
     run = Run(cluster, made(tmp_path / "failing"))
     (run.folder / "config.yaml").write_text(CONFIG.replace("budget: 5", "budget: 1KB"))
     code, said = run.snakemake("--retries", "0", "results/shapes-vl/plans/mixed")
-    assert code == 1 and "Error in rule choose_plan" in said
+    assert code == 1 and "Error in rule plan_bits" in said
     (log,) = re.findall(r"\S+/kubernetes-logs/\S+\.log", said)
     assert re.search(r"^hf2mnn: the budget leaves ", Path(log).read_text(), re.MULTILINE)
-    (kept,) = run.download("logs/choose_plan", tmp_path).rglob("*.log")
+    (kept,) = run.download("logs/plan_bits", tmp_path).rglob("*.log")
     assert "the budget leaves" in kept.read_text()
 
 

@@ -17,10 +17,10 @@ from kills import undisturbed
 from slurm import Site
 from support import Workspace
 
-SUBMITTING_HOST = {"fetch_source", "take_examples", "join_tables", "check_gates", "all"}
+SUBMITTING_HOST = {"fetch_checkpoint", "copy_set", "join_tables", "check_gates", "all"}
 STAGES = (
-    *("source", "reference", "calibration", "activations", "onnx", "mnn/base", "mnn/int4-gptq"),
-    *("eval/onnxruntime", "eval/int4-gptq", "diagnosis/int4-gptq"),
+    *("source", "reference", "calibration", "activations", "onnx", "graphs", "bundles/int4-gptq"),
+    *("evaluation/onnxruntime", "evaluation/int4-gptq", "diagnosis/int4-gptq"),
 )
 REFERENCE = "results/shapes-vl/reference"
 
@@ -62,24 +62,24 @@ def test_nothing_is_left_to_do(site: Site, on_cluster: tuple[Workspace, str]) ->
 
 def test_failing_job_is_told_with_its_sentence_and_its_log(site: Site, copy: Workspace) -> None:
     results = copy.folder / "results" / "shapes-vl"
-    shutil.rmtree(results / "reference")
-    for picture in (results / "examples" / "evaluation").rglob("*.png"):
-        picture.unlink()
+    shutil.rmtree(results / "reference/evaluation")
+    for image in (results / "examples" / "evaluation").rglob("*.png"):
+        image.unlink()
     code, said = site.snakemake(REFERENCE, cwd=copy.folder)
     assert code == 1
-    assert re.search(r"^hf2mnn: there is no picture ", said, re.MULTILINE), said
-    assert "log: logs/answer_reference/shapes-vl.log" in said
+    assert re.search(r"^hf2mnn: there is no image ", said, re.MULTILINE), said
+    assert "log: logs/run_reference/shapes-vl.log" in said
     assert site.queue() == [] and half_made(copy) == []
 
 
 def test_job_over_its_memory_is_told_and_gets_more(site: Site, copy: Workspace) -> None:
     shutil.rmtree(copy.folder / "results" / "shapes-vl" / "reference")
-    little = ["--set-resources", "answer_reference:mem_mb=400 * attempt ** 2"]
+    little = ["--set-resources", "run_reference:mem_mb=400 * attempt ** 2"]
     code, said = site.snakemake(REFERENCE, *little, cwd=copy.folder)
     assert code == 0, said
     assert "exceeded memory limit" in said and "mem_mb=1600" in said
     assert half_made(copy) == []
-    code, said = site.snakemake(REFERENCE, "--forcerun", "answer_reference", *little, "--retries=0", cwd=copy.folder)
+    code, said = site.snakemake(REFERENCE, "--forcerun", "run_reference", *little, "--retries=0", cwd=copy.folder)
     assert code == 1 and "exceeded memory limit" in said
 
 
@@ -88,7 +88,7 @@ def test_cancelled_run_leaves_nothing_and_goes_on(site: Site, copy: Workspace, a
     results = copy.folder / "results" / "shapes-vl"
     for folder in ("onnx", "mnn"):
         shutil.rmtree(results / folder)
-    target = "results/shapes-vl/mnn/base"
+    target = "results/shapes-vl/graphs"
     process = site.start(target, cwd=copy.folder)
     until(lambda: half_made(copy))
     os.killpg(process.pid, signal.SIGINT)
@@ -98,7 +98,7 @@ def test_cancelled_run_leaves_nothing_and_goes_on(site: Site, copy: Workspace, a
     assert half_made(copy) == [] and not (results / "onnx").exists()
     code, said = site.snakemake(target, cwd=copy.folder)
     assert code == 0, said
-    for stage in ("onnx", "mnn/base"):
+    for stage in ("onnx", "graphs"):
         assert undisturbed(results / stage, at_home.folder / "results" / "shapes-vl" / stage)
 
 
@@ -118,10 +118,10 @@ def test_run_from_elsewhere_with_the_sites_temporary_folder(site: Site, copy: Wo
     results, scratch, elsewhere = copy.folder / "results" / "shapes-vl", tmp_path / "scratch", tmp_path / "elsewhere"
     for folder in (scratch, elsewhere):
         folder.mkdir()
-    shutil.rmtree(results / "reference")
+    shutil.rmtree(results / "reference/evaluation")
     code, said = site.snakemake("--directory", copy.folder, REFERENCE, cwd=elsewhere, TMPDIR=str(scratch))
     assert code == 0, said
-    assert (results / "reference" / "manifest.json").exists()
+    assert (results / "reference/evaluation" / "manifest.json").exists()
     assert list(elsewhere.iterdir()) == []
     # PyTorch makes an empty folder for what it would compile.
     assert [path for path in scratch.rglob("*") if path.name != f"torchinductor_{getpass.getuser()}"] == []

@@ -12,9 +12,9 @@ import pytest
 from onnx import helper, numpy_helper
 
 from faults import unfused_attention
+from hf2mnn.core.errors import ConversionError
 from hf2mnn.doctor.examine import examine
 from hf2mnn.doctor.finding import Severity
-from hf2mnn.errors import ConversionError
 from hf2mnn.mnn.bundle import DECODER, MODEL_CONFIG, convert_decoder
 from hf2mnn.mnn.convert import WeightFormat
 from hf2mnn.mnn.graph import Graph
@@ -26,7 +26,7 @@ PAST = "past_key_values"
 @pytest.fixture(scope="module")
 def without_flag(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose decoder was converted without --transformerFuse."""
-    bundle = copied(results / "mnn" / "int8", tmp_path_factory.mktemp("unfused") / "bundle")
+    bundle = copied(results / "bundles" / "int8", tmp_path_factory.mktemp("unfused") / "bundle")
     for name in (DECODER, f"{DECODER}.weight"):
         (bundle / name).unlink()
     with pytest.raises(ConversionError, match="0 of 4 attentions fused"):
@@ -67,7 +67,7 @@ def test_past_cut_by_hand(without_flag: Path, tmp_path: Path) -> None:
 
 
 def test_one_attention_is_not_the_chain(results: Path, tmp_path: Path) -> None:
-    bundle = copied(results / "mnn" / "fp32", tmp_path / "bundle")
+    bundle = copied(results / "bundles" / "fp32", tmp_path / "bundle")
     for name in (DECODER, f"{DECODER}.weight"):
         (bundle / name).unlink()
     unfused_attention(bundle, results / "onnx")
@@ -77,7 +77,7 @@ def test_one_attention_is_not_the_chain(results: Path, tmp_path: Path) -> None:
 
 
 def test_another_number_of_layers(results: Path, tmp_path: Path) -> None:
-    bundle = copied(results / "mnn" / "int4", tmp_path / "bundle")
+    bundle = copied(results / "bundles" / "int4", tmp_path / "bundle")
     config = json.loads(own(bundle / MODEL_CONFIG).read_text())
     (bundle / MODEL_CONFIG).write_text(json.dumps(config | {"layer_nums": 5}))
     vouched(bundle)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from broken import broken, found
+from hf2mnn.checkpoint.folder import LFS_POINTER
 from hf2mnn.doctor.checks.embedding import CHECKS
 from hf2mnn.doctor.patient import Bundle
 from hf2mnn.mnn.bundle import EMBEDDING
 from hf2mnn.mnn.convert import read_graph
 from hf2mnn.quant.embedding import tied_settings
 from hf2mnn.quant.weights import operators
-from hf2mnn.source.checkpoint import LFS_POINTER
 from support import SHAPES_VL, TEXT
 
 HIDDEN = TEXT["hidden_size"]
@@ -47,17 +47,17 @@ def rows(bundle: Path) -> np.ndarray:
 
 @pytest.mark.parametrize(("spoil", "check", "sentence"), WRONG.values(), ids=WRONG)
 def test_a_file_that_is_read_wrongly_is_found(
-    spoil: Callable, check: str, sentence: str, rows: np.ndarray, bundle: Path, source_folder: Path, tmp_path: Path
+    spoil: Callable, check: str, sentence: str, rows: np.ndarray, bundle: Path, checkpoint_folder: Path, tmp_path: Path
 ) -> None:
-    changed = broken(bundle, tmp_path / "broken", files={EMBEDDING: spoil(rows)}, checkpoint=source_folder)
+    changed = broken(bundle, tmp_path / "broken", files={EMBEDDING: spoil(rows)}, checkpoint=checkpoint_folder)
     (finding,) = found(CHECKS, changed)
     assert finding.check == check
     assert sentence in finding.sentence
 
 
-def test_a_shift_is_named(rows: np.ndarray, bundle: Path, source_folder: Path, tmp_path: Path) -> None:
+def test_a_shift_is_named(rows: np.ndarray, bundle: Path, checkpoint_folder: Path, tmp_path: Path) -> None:
     shifted = {EMBEDDING: bfloat16(np.roll(rows, -1, axis=0))}
-    (finding,) = found(CHECKS, broken(bundle, tmp_path / "broken", files=shifted, checkpoint=source_folder))
+    (finding,) = found(CHECKS, broken(bundle, tmp_path / "broken", files=shifted, checkpoint=checkpoint_folder))
     assert "row i holds token i+1's" in finding.evidence
 
 
@@ -75,16 +75,16 @@ def test_weights_of_any_size_are_weights(size: float, rows: np.ndarray, bundle: 
 @pytest.fixture(scope="module")
 def tied(results: Path) -> dict[str, Any]:
     """What int4's llm_config.json would say if its lm_head were the embedding: the checkpoint's is tied."""
-    return tied_settings(operators(read_graph(results / "mnn" / "int4" / "llm.mnn"))[-1])
+    return tied_settings(operators(read_graph(results / "bundles" / "int4" / "llm.mnn"))[-1])
 
 
 def in_head(results: Path, folder: Path, tied: Any, checkpoint: Path | None = SHAPES_VL) -> Bundle:
     model = {"tie_embeddings": tied}
-    return broken(results / "mnn" / "int4", folder, model=model, files={EMBEDDING: None}, checkpoint=checkpoint)
+    return broken(results / "bundles" / "int4", folder, model=model, files={EMBEDDING: None}, checkpoint=checkpoint)
 
 
 def as_list(tied: dict[str, Any]) -> list[int]:
-    """llmexport's form."""
+    """Llmexport's form."""
     keys = ("weight_offset", "alpha_offset", "alpha_size", "quant_bit", "quant_block")
     return [*(tied[key] for key in keys), int(tied["alpha_dtype"] == "fp16")]
 

@@ -12,11 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from hf2mnn import cli
+from hf2mnn.core.errors import Hf2mnnError
 from hf2mnn.doctor.examine import BUNDLE_CHECKS, MODEL_CHECKS, ONNX_CHECKS, look_at
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Bundle
 from hf2mnn.doctor.show import exit_code
-from hf2mnn.errors import Hf2mnnError
 from hf2mnn.mnn.bundle import CONFIG, DECODER, MODEL_CONFIG, VISION
 from patients import LLMEXPORT, copied, edited, errors, own
 
@@ -37,10 +37,10 @@ def bundle(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("path", "kind", "checks"),
     [
-        ("mnn/int4", "bundle", [*BUNDLE_CHECKS, *MODEL_CHECKS]),
-        (f"mnn/int4/{CONFIG}", "bundle", [*BUNDLE_CHECKS, *MODEL_CHECKS]),
-        (f"mnn/int4/{VISION}", "MNN model", MODEL_CHECKS),
-        ("mnn/base", "folder of the mnn stage", MODEL_CHECKS),
+        ("bundles/int4", "bundle", [*BUNDLE_CHECKS, *MODEL_CHECKS]),
+        (f"bundles/int4/{CONFIG}", "bundle", [*BUNDLE_CHECKS, *MODEL_CHECKS]),
+        (f"bundles/int4/{VISION}", "MNN model", MODEL_CHECKS),
+        ("graphs", "folder of the mnn stage", MODEL_CHECKS),
         ("onnx", "folder of ONNX models", ONNX_CHECKS),
         ("onnx/vision.onnx", "ONNX model", ONNX_CHECKS),
     ],
@@ -157,12 +157,12 @@ def test_the_command(bundle: Path) -> None:
 
 
 def test_the_command_on_a_good_model(results: Path) -> None:
-    code, said = told(results / "mnn" / "int4" / VISION)
+    code, said = told(results / "bundles" / "int4" / VISION)
     assert code == 0
     assert said == f"no findings: {results / 'mnn' / 'int4' / VISION} (MNN model, {len(MODEL_CHECKS)} checks)\n"
 
 
 def test_only_a_bundle_is_run(results: Path) -> None:
-    done = CliRunner().invoke(cli.app, ["doctor", str(results / "mnn" / "int4" / VISION), "--run"])
+    done = CliRunner().invoke(cli.app, ["doctor", str(results / "bundles" / "int4" / VISION), "--run"])
     assert isinstance(done.exception, Hf2mnnError)
     assert "--run asks a bundle" in str(done.exception)

@@ -17,7 +17,7 @@ WEIGHTS = [f"{DECODER}.weight", f"{VISION}.weight"]
 
 @pytest.fixture
 def bundle(results: Path, tmp_path: Path) -> Path:
-    return copied(results / "mnn" / "int4", tmp_path / "bundle")
+    return copied(results / "bundles" / "int4", tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -64,7 +64,7 @@ def test_edited_settings_are_a_warning(bundle: Path) -> None:
 def test_swapped_with_another_bundles(results: Path, bundle: Path) -> None:
     """int8's weight file under int4's graph: larger, and its headers are of other bits."""
     (bundle / f"{DECODER}.weight").unlink()
-    os.link(results / "mnn" / "int8" / f"{DECODER}.weight", bundle / f"{DECODER}.weight")
+    os.link(results / "bundles" / "int8" / f"{DECODER}.weight", bundle / f"{DECODER}.weight")
     vouched(bundle)
     said = found(bundle)
     assert said.keys() == {"weights_of_another"}
@@ -74,7 +74,7 @@ def test_swapped_with_another_bundles(results: Path, bundle: Path) -> None:
 def test_two_conversions_in_one_directory(results: Path, bundle: Path) -> None:
     """Right size, another's bytes from somewhere on."""
     path = own(bundle / f"{DECODER}.weight")
-    content, other = path.read_bytes(), (results / "mnn" / "int8" / f"{DECODER}.weight").read_bytes()
+    content, other = path.read_bytes(), (results / "bundles" / "int8" / f"{DECODER}.weight").read_bytes()
     path.write_bytes(content[: len(content) // 2] + other[len(content) // 2 : len(content)])
     vouched(bundle)
     said = found(bundle)
@@ -84,9 +84,9 @@ def test_two_conversions_in_one_directory(results: Path, bundle: Path) -> None:
 
 def test_float_weights_of_a_larger_model(results: Path, tmp_path: Path) -> None:
     """Floating-point weights have no headers; the size is all that can be told without the checkpoint."""
-    bundle = copied(results / "mnn" / "fp16", tmp_path / "fp16")
+    bundle = copied(results / "bundles" / "fp16", tmp_path / "fp16")
     (bundle / f"{DECODER}.weight").unlink()
-    os.link(results / "mnn" / "fp32" / f"{DECODER}.weight", bundle / f"{DECODER}.weight")
+    os.link(results / "bundles" / "fp32" / f"{DECODER}.weight", bundle / f"{DECODER}.weight")
     vouched(bundle)
     assert found(bundle)["weight_file_longer"].severity == Severity.WARNING
 
@@ -95,6 +95,6 @@ def test_graphs_without_weights_in_a_bundle(results: Path, bundle: Path) -> None
     """Those of the mnn stage, which are right where they were made."""
     for name in (DECODER, f"{DECODER}.weight"):
         (bundle / name).unlink()
-        os.link(results / "mnn" / "base" / name, bundle / name)
+        os.link(results / "graphs" / name, bundle / name)
     vouched(bundle)
     assert errors(bundle) == {"weights_absent"}

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from hf2mnn.core.manifest import NAME
 from hf2mnn.doctor.finding import Severity
-from hf2mnn.manifest import NAME
 from hf2mnn.mnn.bundle import DECODER, PARTS, VISION, EngineSettings, convert_vision
 from hf2mnn.mnn.convert import WeightFormat, read_graph
-from hf2mnn.quant.stages import quantize
 from hf2mnn.quant.variant import Choice
+from hf2mnn.stages.quantize import run as quantize
 from patients import LLMEXPORT, copied, errors, found, own
 
 FOUR = WeightFormat(4, 64)
@@ -27,7 +27,7 @@ def make(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     def made(decoder: WeightFormat = FOUR, vision: WeightFormat = WeightFormat(8, 64), **choice: object) -> Path:
         folder = tmp_path_factory.mktemp("made") / "bundle"
         chosen = Choice(decoder, vision, EngineSettings(), **choice)
-        return quantize(results / "onnx", results / "mnn" / "base", folder, chosen, 1)
+        return quantize(results / "onnx", results / "graphs", folder, chosen, 1)
 
     return made
 
@@ -46,14 +46,14 @@ def test_vision_below_8_bits(make: Callable) -> None:
 
 def test_bits_that_a_plan_chose(results: Path) -> None:
     """The embedded model's plan gives layers of the vision tower fewer than 8 bits, by what they cost the answers."""
-    bundle = results / "mnn" / "mixed"
+    bundle = results / "bundles" / "mixed"
     assert min(weight.bits for weight in read_graph(bundle / VISION).weights()) < 8
     assert not found(bundle)
 
 
 def test_a_block_that_does_not_divide(results: Path, tmp_path: Path) -> None:
     """The converter asked for blocks of 128: layers of 192 inputs get one scale a channel."""
-    bundle = copied(results / "mnn" / "int8", tmp_path / "bundle")
+    bundle = copied(results / "bundles" / "int8", tmp_path / "bundle")
     (bundle / NAME).unlink()
     for name in (VISION, f"{VISION}.weight"):
         (bundle / name).unlink()
@@ -108,17 +108,17 @@ def test_llmexports_bundle(llmexport: Path) -> None:
 
 @pytest.mark.parametrize("variant", ["fp32", "fp16", "int8", "int4", "int4-gptq", "mixed"])
 def test_good_bundles(results: Path, variant: str) -> None:
-    assert not found(results / "mnn" / variant, checkpoint=results / "source")
+    assert not found(results / "bundles" / variant, checkpoint=results / "checkpoint")
 
 
 @pytest.mark.parametrize("method", ["rtn", "hqq"])
 def test_good_bundles_of_other_methods(make: Callable, results: Path, method: str) -> None:
     """With the embedding in lm_head, too."""
     bundle = make(WeightFormat(4, 64, method=method), embedding="lm_head" if method == "rtn" else "file")
-    assert not found(bundle, checkpoint=results / "source")
+    assert not found(bundle, checkpoint=results / "checkpoint")
 
 
-@pytest.mark.parametrize("stage", ["mnn/base", "onnx"])
+@pytest.mark.parametrize("stage", ["graphs", "onnx"])
 def test_stages_on_the_way(results: Path, stage: str) -> None:
     assert not found(results / stage)
     for _, (name, graph) in PARTS.items():

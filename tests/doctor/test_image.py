@@ -1,4 +1,4 @@
-"""Settings by which a picture is read: against the checkpoint, or against what hf2mnn has noted of it."""
+"""Settings by which an image is read: against the checkpoint, or against what hf2mnn has noted of it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ WRONG = {
 @pytest.mark.parametrize("known", ["by the checkpoint", "by the bundle", "foreign"])
 @pytest.mark.parametrize(("model", "check", "evidence"), WRONG.values(), ids=WRONG)
 def test_a_wrong_setting_is_found(
-    model: dict, check: str, evidence: str, known: str, bundle: Path, source_folder: Path, tmp_path: Path
+    model: dict, check: str, evidence: str, known: str, bundle: Path, checkpoint_folder: Path, tmp_path: Path
 ) -> None:
     """A foreign bundle has no key of ours, so that only the checkpoint tells."""
     model = model | ({"hf2mnn": None} if known == "foreign" else {})
-    checkpoint = None if known == "by the bundle" else source_folder
+    checkpoint = None if known == "by the bundle" else checkpoint_folder
     (finding,) = found(CHECKS, broken(bundle, tmp_path / "broken", model=model, checkpoint=checkpoint))
     assert finding.check == check
     assert evidence in finding.evidence
@@ -37,10 +37,10 @@ def test_a_wrong_setting_is_found(
 
 @pytest.mark.parametrize("key", ["patch_size", "merge_size", "min_pixels", "max_pixels", "image_std"])
 def test_sizes_that_the_bundle_notes_are_the_checkpoints(
-    key: str, bundle: Path, source_folder: Path, tmp_path: Path
+    key: str, bundle: Path, checkpoint_folder: Path, tmp_path: Path
 ) -> None:
     changed = tmp_path / "checkpoint"
-    shutil.copytree(source_folder, changed, symlinks=True)
+    shutil.copytree(checkpoint_folder, changed, symlinks=True)
     path = changed / "preprocessor_config.json"
     settings = json.loads(path.read_text())
     path.unlink()
@@ -61,7 +61,7 @@ def test_a_tower_for_patches_of_another_size_is_found(bundle: Path, tmp_path: Pa
     assert "reads 1536 values a patch, the engine gives 1176" in finding.evidence
 
 
-def test_the_engine_defaults_are_those_of_its_model(bundle: Path, source_folder: Path, tmp_path: Path) -> None:
+def test_the_engine_defaults_are_those_of_its_model(bundle: Path, checkpoint_folder: Path, tmp_path: Path) -> None:
     """Left out, mean and norm are CLIP's, which are this checkpoint's too: no alarm."""
     model = {"image_mean": None, "image_norm": None}
-    assert found(CHECKS, broken(bundle, tmp_path / "bare", model=model, checkpoint=source_folder)) == []
+    assert found(CHECKS, broken(bundle, tmp_path / "bare", model=model, checkpoint=checkpoint_folder)) == []

@@ -21,16 +21,16 @@ SEEN = "model.visual.blocks.0.mlp.fc2"
 def reference(results: Path, folder: Path, sizes: dict[str, float]) -> Path:
     """The recorded reference, with other largest values of some points."""
     folder.mkdir()
-    for path in (results / "reference").iterdir():
+    for path in (results / "reference/evaluation").iterdir():
         if path.name != ACTIVATIONS:
             (folder / path.name).symlink_to(path)
-    with safe_open(results / "reference" / ACTIVATIONS, "np") as file:
+    with safe_open(results / "reference/evaluation" / ACTIVATIONS, "np") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
         metadata = file.metadata()
     for name, size in sizes.items():
-        rows = tensors[f"picture/{name}"].copy()
+        rows = tensors[f"image/{name}"].copy()
         rows[0, 0] = -size
-        tensors[f"picture/{name}"] = rows
+        tensors[f"image/{name}"] = rows
     save_file(tensors, folder / ACTIVATIONS, metadata)
     return folder
 
@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_told(
     sizes: dict[str, float], config: dict, told: list[tuple], results: Path, tmp_path: Path
 ) -> None:
     recorded = reference(results, tmp_path / "reference", sizes)
-    findings = found(CHECKS, broken(results / "mnn" / "int4", tmp_path / "bundle", config, reference=recorded))
+    findings = found(CHECKS, broken(results / "bundles" / "int4", tmp_path / "bundle", config, reference=recorded))
     assert [(finding.where, finding.severity) for finding in findings] == [entry[:2] for entry in told]
     for finding, (*_, evidence) in zip(findings, told, strict=True):
         assert evidence in finding.evidence
@@ -71,6 +71,6 @@ def test_what_does_not_fit_is_told(
 
 def test_the_embedded_model_fits(results: Path, tmp_path: Path) -> None:
     """By far: what is told of is not near to its values."""
-    assert max(largest_activations(results / "reference").values()) < 2000
-    without = broken(results / "mnn" / "int4", tmp_path / "without")
+    assert max(largest_activations(results / "reference/evaluation").values()) < 2000
+    without = broken(results / "bundles" / "int4", tmp_path / "without")
     assert found(CHECKS, without) == []

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from broken import broken
+from hf2mnn.core.errors import ConversionError
 from hf2mnn.doctor.patient import Bundle
 from hf2mnn.doctor.run import STEPS, explain, run_bundle
-from hf2mnn.errors import ConversionError
 from hf2mnn.mnn.bundle import convert_decoder
 from hf2mnn.mnn.convert import WeightFormat
 
@@ -20,7 +20,7 @@ PROMPT = "What colour is it?"
 
 @pytest.fixture(scope="module")
 def sound(results: Path) -> Path:
-    return results / "mnn" / "int4"
+    return results / "bundles" / "int4"
 
 
 WIDE = {"hidden_size": 512}
@@ -37,7 +37,7 @@ def test_a_sound_bundle_answers(sound: Path, tmp_path: Path) -> None:
 
 
 def test_an_answer_to_what_a_small_model_does_not_know_is_no_finding(sound: Path, tmp_path: Path) -> None:
-    """The command's own question: the embedded model says nothing, but of a picture it does."""
+    """The command's own question: the embedded model says nothing, but of an image it does."""
     assert run_bundle(broken(sound, tmp_path / "sound"), "What is the capital of France?", 60) == []
 
 
@@ -57,10 +57,11 @@ def test_a_missing_file_is_named_by_the_engine(sound: Path, tmp_path: Path) -> N
 
 def test_weights_that_are_none_give_garbage_or_a_crash(results: Path, sound: Path, tmp_path: Path) -> None:
     """The engine says that it has loaded either. (In place of float weights that were cut off it reads what lay in
-    memory, which gives another answer each time; here they are zero.)"""
-    size = (results / "mnn" / "fp32" / "llm.mnn.weight").stat().st_size
+    memory, which gives another answer each time; here they are zero.)
+    """
+    size = (results / "bundles" / "fp32" / "llm.mnn.weight").stat().st_size
     files = {"llm.mnn.weight": bytes(size)}
-    finding = only(broken(results / "mnn" / "fp32", tmp_path / "float", files=files))
+    finding = only(broken(results / "bundles" / "fp32", tmp_path / "float", files=files))
     assert (finding.check, finding.evidence.partition(";")[0]) == (
         "run_garbage",
         "they are equal, not finite, or beyond 1e30",
@@ -83,13 +84,13 @@ def test_a_decoder_that_asks_for_its_cache_is_explained(onnx_folder: Path, bundl
 
 
 def test_a_crash_is_told_with_what_the_engine_was_doing(sound: Path, tmp_path: Path) -> None:
-    # What it reads beyond its memory may carry it through a text with garbage, and end it at the picture.
+    # What it reads beyond its memory may carry it through a text with garbage, and end it at the image.
     found = {finding.check: finding for finding in run_bundle(broken(sound, tmp_path / "text", model=WIDE), PROMPT, 60)}
     assert found.keys() <= {"run_crash", "run_garbage", "run_repetition"}
     assert "most likely the sizes in the config are not the graph's" in found["run_crash"].sentence
     assert found["run_crash"].evidence.startswith("signal ")
-    finding = only(broken(sound, tmp_path / "picture", files={"visual.mnn.weight": None}))
-    assert "dies while it looked at a picture: most likely a weight file is not there" in finding.sentence
+    finding = only(broken(sound, tmp_path / "image", files={"visual.mnn.weight": None}))
+    assert "dies while it looked at an image: most likely a weight file is not there" in finding.sentence
 
 
 def test_a_hang_ends(sound: Path, tmp_path: Path) -> None:
@@ -120,8 +121,8 @@ def test_a_template_that_is_rendered_otherwise_is_shown(sound: Path, tmp_path: P
         ("Don't support type [GridSample]", "operators that this engine does not have"),
         ("Resize error for type = Raster, name = x", "not the graph's"),
         ("[Error]: Load module failed, please check model.", "not whole"),
-        ("nothing that is known", STEPS["picture"][1]),
+        ("nothing that is known", STEPS["image"][1]),
     ],
 )
 def test_last_words_are_explained(said: str, cause: str) -> None:
-    assert cause in explain(["something before", said], "picture")[0]
+    assert cause in explain(["something before", said], "image")[0]

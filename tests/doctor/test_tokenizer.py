@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from broken import broken, found
+from hf2mnn.checkpoint.folder import LFS_POINTER
 from hf2mnn.doctor.checks.tokenizer import CHECKS
 from hf2mnn.doctor.finding import Severity
 from hf2mnn.mnn.tokenizer import encode_tokenizer
-from hf2mnn.source.checkpoint import LFS_POINTER
 from support import SHAPES_VL
 
 FILE = "tokenizer.mtok"
@@ -137,9 +137,10 @@ def test_what_ends_an_answer(
     assert evidence in findings[0].evidence
 
 
-def test_tokens_of_a_picture(content: bytes, bundle: Path, tmp_path: Path) -> None:
+def test_tokens_of_a_image(content: bytes, bundle: Path, tmp_path: Path) -> None:
     """By their ids, and where the family is known by their texts. That llm_config.json has the checkpoint's ids is
-    another check's."""
+    another check's.
+    """
     renamed = broken(bundle, tmp_path / "renamed", files={FILE: content.replace(b"<|image_pad|>", b"<|other_pad|>")})
     foreign = broken(bundle, tmp_path / "foreign", model={"vision_start": None, "hf2mnn": None})
     for changed, evidence in (

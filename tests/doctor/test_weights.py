@@ -44,7 +44,7 @@ def write(bundle: Path, offset: int, content: bytes, file: str = DECODER) -> Non
 
 @pytest.fixture(params=["int4", "fp16"])
 def bundle(request: pytest.FixtureRequest, results: Path, tmp_path: Path) -> Path:
-    return copied(results / "mnn" / request.param, tmp_path / "bundle")
+    return copied(results / "bundles" / request.param, tmp_path / "bundle")
 
 
 def test_all_zero(bundle: Path) -> None:
@@ -59,7 +59,7 @@ def test_all_zero(bundle: Path) -> None:
 
 def test_constant_levels(results: Path, tmp_path: Path) -> None:
     """One level and one scale everywhere."""
-    bundle = copied(results / "mnn" / "int4", tmp_path / "bundle")
+    bundle = copied(results / "bundles" / "int4", tmp_path / "bundle")
     operator = operator_of(bundle, Q_PROJ)
     (offset, size), (scales, count), _ = operator.parts
     head = model_of(bundle).file.header(operator).size
@@ -71,7 +71,7 @@ def test_constant_levels(results: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("variant", "number"), [("int4", np.nan), ("int4", 5e4), ("fp16", np.inf), ("fp16", 5e4)])
 def test_a_number_that_is_none(results: Path, tmp_path: Path, variant: str, number: float) -> None:
-    bundle = copied(results / "mnn" / variant, tmp_path / "bundle")
+    bundle = copied(results / "bundles" / variant, tmp_path / "bundle")
     operator = operator_of(bundle, Q_PROJ)
     offset = operator.parts[1 if operator.parts[1][1] else 0][0]
     write(bundle, offset + 200, np.float16(number).tobytes())
@@ -84,7 +84,7 @@ def norm_place(bundle: Path, file: str = DECODER, name: str = NORM) -> list[int]
 
 
 def test_gamma_of_zeros(results: Path, tmp_path: Path) -> None:
-    bundle = copied(results / "mnn" / "int4", tmp_path / "bundle")
+    bundle = copied(results / "bundles" / "int4", tmp_path / "bundle")
     offset, size, _ = norm_place(bundle)
     write(bundle, offset, bytes(size))
     vouched(bundle)
@@ -93,7 +93,7 @@ def test_gamma_of_zeros(results: Path, tmp_path: Path) -> None:
 
 def test_beta_of_zeros(results: Path, tmp_path: Path) -> None:
     """Of the vision tower: the decoder's normalizations have none."""
-    bundle = copied(results / "mnn" / "int8", tmp_path / "bundle")
+    bundle = copied(results / "bundles" / "int8", tmp_path / "bundle")
     name = read_graph(bundle / VISION).of_type("LayerNorm")[1]["name"]
     offset, gamma, beta = norm_place(bundle, VISION, name)
     write(bundle, offset + gamma, bytes(beta), VISION)
@@ -115,7 +115,7 @@ def test_stale_offset_of_a_norm(bundle: Path) -> None:
 
 def test_bytes_of_levels_in_the_place_of_gamma(results: Path, tmp_path: Path) -> None:
     """No two operators share bytes, but what is there is no gamma."""
-    bundle = copied(results / "mnn" / "int4", tmp_path / "bundle")
+    bundle = copied(results / "bundles" / "int4", tmp_path / "bundle")
     offset, size, _ = norm_place(bundle)
     operator = operator_of(bundle, Q_PROJ)
     write(bundle, offset, model_of(bundle).file.raw(operator.parts[0][0] + 64, size))
@@ -139,7 +139,7 @@ def test_a_normalization_that_the_rotation_does(bundle: Path, gamma: list[float]
 
 
 def test_two_linear_layers_on_the_same_bytes(results: Path, tmp_path: Path) -> None:
-    bundle = copied(results / "mnn" / "fp16", tmp_path / "bundle")
+    bundle = copied(results / "bundles" / "fp16", tmp_path / "bundle")
 
     def move(graph: Graph) -> None:
         convolution(graph, Q_PROJ)["external"][0] += 64
@@ -154,11 +154,11 @@ def test_two_linear_layers_on_the_same_bytes(results: Path, tmp_path: Path) -> N
 
 def test_requantized(results: Path, tmp_path: Path) -> None:
     """int4's weights rounded again, to 8 bits, in int8's bundle; both alone are sound."""
-    bundle = copied(results / "mnn" / "int8", tmp_path / "bundle")
-    four, eight = model_of(results / "mnn" / "int4"), model_of(bundle)
+    bundle = copied(results / "bundles" / "int8", tmp_path / "bundle")
+    four, eight = model_of(results / "bundles" / "int4"), model_of(bundle)
     content = bytearray(own(bundle / f"{DECODER}.weight").read_bytes())
     for old, new in zip(four.operators, eight.operators, strict=True):
-        levels = round_rows(four.file.rows(old), 8, 64, False, 16, "lsq")
+        levels = round_rows(four.file.rows(old), 8, 64, False, 16, "mse")
         (offset, size), (scales, count), _ = new.parts
         begin = offset + eight.file.header(new).size
         content[begin : offset + size] = pack(levels.levels, 8)
@@ -172,8 +172,8 @@ def rtn(rows: np.ndarray, bits: int, block: int, symmetric: bool) -> np.ndarray:
     return round_rows(rows, bits, block, symmetric, 16, "rtn").levels
 
 
-def lsq(rows: np.ndarray, bits: int, block: int, symmetric: bool) -> np.ndarray:
-    return round_rows(rows, bits, block, symmetric, 16, "lsq").levels
+def mse(rows: np.ndarray, bits: int, block: int, symmetric: bool) -> np.ndarray:
+    return round_rows(rows, bits, block, symmetric, 16, "mse").levels
 
 
 def hqq(rows: np.ndarray, bits: int, block: int, symmetric: bool) -> np.ndarray:
@@ -185,16 +185,17 @@ def gptq(rows: np.ndarray, bits: int, block: int, symmetric: bool) -> np.ndarray
     return gptq_rows(rows, bits, block, symmetric, 16, compensation(inputs.T @ inputs, "layer")).levels
 
 
-@pytest.mark.parametrize("method", [rtn, lsq, hqq, gptq])
+@pytest.mark.parametrize("method", [rtn, mse, hqq, gptq])
 def test_weights_rounded_once_are_no_grid(method: Callable) -> None:
     """Heavy-tailed, with outlier channels (as awq leaves them, too), or with a giant in each row that leaves the others
-    few levels. Rounded twice they are one, but for gptq, which moves what it has yet to round."""
+    few levels. Rounded twice they are one, but for gptq, which moves what it has yet to round.
+    """
     random = np.random.default_rng(0)
     rows = random.standard_t(3, (16, 512)).astype(np.float32) * 0.02
     scaled = rows * np.where(np.arange(512) % 97 == 0, 8, 1).astype(np.float32)
     giant = rows.copy()
     giant[:, 5] = 3.0
-    twice = round_rows(rows, 4, 64, False, 16, "lsq").dequantize()
+    twice = round_rows(rows, 4, 64, False, 16, "mse").dequantize()
     for bits, block, symmetric in ((8, 0, False), (8, 64, True), (6, 64, False)):
         for weights in (rows, scaled, giant):
             assert not on_a_grid(method(weights, bits, block, symmetric))
@@ -206,7 +207,7 @@ def test_weights_rounded_once_are_no_grid(method: Callable) -> None:
 
 def test_weights_of_the_checkpoint(results: Path, tmp_path: Path) -> None:
     """Two layers' weights changed places: every header fits, every number is plausible."""
-    bundle = copied(results / "mnn" / "int4", tmp_path / "bundle")
+    bundle = copied(results / "bundles" / "int4", tmp_path / "bundle")
     one, other = Q_PROJ, Q_PROJ.replace("layers.1", "layers.2")
 
     def swap(graph: Graph) -> None:
@@ -216,13 +217,13 @@ def test_weights_of_the_checkpoint(results: Path, tmp_path: Path) -> None:
     edited(bundle, swap)
     vouched(bundle)
     assert not errors(bundle)
-    (said,) = found(bundle, checkpoint=results / "source").values()
+    (said,) = found(bundle, checkpoint=results / "checkpoint").values()
     assert said.check == "not_the_checkpoint" and said.evidence.startswith("2 of ")
 
 
 def test_swapped_float_weights_of_the_same_size(results: Path, tmp_path: Path) -> None:
     """Another revision's, of the same shape: only the checkpoint tells."""
-    bundle = copied(results / "mnn" / "fp32", tmp_path / "bundle")
+    bundle = copied(results / "bundles" / "fp32", tmp_path / "bundle")
     path = bundle / f"{DECODER}.weight"
     numbers = np.frombuffer(path.read_bytes(), np.float32)
     operator = operator_of(bundle, Q_PROJ)
@@ -233,4 +234,4 @@ def test_swapped_float_weights_of_the_same_size(results: Path, tmp_path: Path) -
     path.write_bytes(changed.tobytes())
     vouched(bundle)
     assert not errors(bundle)
-    assert errors(bundle, results / "source") == {"not_the_checkpoint"}
+    assert errors(bundle, results / "checkpoint") == {"not_the_checkpoint"}

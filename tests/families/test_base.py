@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from checkpoints import SHAPES, configuration
-from hf2mnn.errors import SourceError
+from hf2mnn.core.errors import CheckpointError
 from hf2mnn.families import FAMILIES, Family, family_named
 
 SOUND = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "sliding_window": None}
@@ -79,7 +79,7 @@ def test_folds_name_modules_that_there_are(name: str) -> None:
     ],
 )
 def test_what_would_be_converted_wrongly_is_refused(family: Family, text: dict[str, Any], named: str) -> None:
-    with pytest.raises(SourceError, match=named):
+    with pytest.raises(CheckpointError, match=named):
         family.check({"vision_config": {}}, SOUND | text)
 
 
@@ -95,18 +95,18 @@ def test_a_mistral_slides_unless_it_says_otherwise() -> None:
     """Its window has no switch, and is on where config.json leaves it out."""
     rope = {"rope_parameters": SOUND["rope_parameters"]}
     for text in (rope, rope | {"sliding_window": 4096}):
-        with pytest.raises(SourceError, match="sliding window"):
+        with pytest.raises(CheckpointError, match="sliding window"):
             FAMILIES["mistral"].check({}, text)
     FAMILIES["mistral"].check({}, SOUND)
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen3_next", None])
 def test_another_family_is_refused_with_those_there_are(model_type: str | None) -> None:
-    with pytest.raises(SourceError, match=r"config\.json.*not converted.*llama.*qwen2_vl"):
+    with pytest.raises(CheckpointError, match=r"config\.json.*not converted.*llama.*qwen2_vl"):
         family_named(model_type, Path("config.json"))
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_vl_moe"])
 def test_a_mixture_of_experts_is_refused_as_one(model_type: str) -> None:
-    with pytest.raises(SourceError, match="mixture of experts"):
+    with pytest.raises(CheckpointError, match="mixture of experts"):
         family_named(model_type, Path("config.json"))

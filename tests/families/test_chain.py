@@ -18,18 +18,18 @@ from safetensors import safe_open
 from asking import turn, write_set
 from checkpoints import SHAPES, make_small
 from hf2mnn.doctor.examine import examine
-from hf2mnn.evaluate.run import evaluate
 from hf2mnn.families import FAMILIES, Family
 from hf2mnn.mnn.bundle import EngineSettings
 from hf2mnn.mnn.convert import WeightFormat, read_graph
-from hf2mnn.mnn.stages import convert_graphs
-from hf2mnn.onnx.export import export_onnx
 from hf2mnn.onnx.session import OnnxModel
-from hf2mnn.quant.stages import quantize
 from hf2mnn.quant.variant import Choice
 from hf2mnn.reference.golden import Golden
-from hf2mnn.reference.run import run_reference
-from hf2mnn.source.fetch import fetch_source
+from hf2mnn.stages.convert import run as convert_graphs
+from hf2mnn.stages.evaluate import run as evaluate
+from hf2mnn.stages.export import run as export_onnx
+from hf2mnn.stages.fetch import run as fetch_checkpoint
+from hf2mnn.stages.quantize import run as quantize
+from hf2mnn.stages.reference import run as run_reference
 
 CLOSE = 1e-4
 """Bound on logits whose deviation is about 0.6; what is measured is below 1e-5."""
@@ -54,7 +54,7 @@ TEXTS = {
     "text": [{"role": "user", "content": "三角形是什么颜色？"}],
     "turns": [*TURNS, {"role": "user", "content": "and blue? " * 10}],
 }
-PICTURES = {
+IMAGES = {
     "wide": [user("wide", "How many purple things are there?")],
     "tall": [user("tall", "What is at the bottom left?")],
     "two": [*TURNS, user("odd", "and", "tall", "Which is larger?")],
@@ -63,8 +63,8 @@ PICTURES = {
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An evaluation set of texts and pictures."""
-    return write_set(tmp_path_factory.mktemp("asked"), SIZES, {**TEXTS, **PICTURES})
+    """An evaluation set of texts and images."""
+    return write_set(tmp_path_factory.mktemp("asked"), SIZES, {**TEXTS, **IMAGES})
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Made:
 @pytest.fixture(scope="module", params=EVERY)
 def made(request: pytest.FixtureRequest, asked: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder, shape = tmp_path_factory.mktemp(request.param), SHAPES[request.param]
-    source = fetch_source(folder / "source", make_small(shape, folder / "checkpoint"))
+    source = fetch_checkpoint(folder / "checkpoint", make_small(shape, folder / "checkpoint"))
     reference = run_reference(source, asked, folder / "reference", LENGTH, threads=1)
     onnx = export_onnx(source, folder / "onnx")
     base = convert_graphs(onnx, folder / "base")
@@ -100,9 +100,9 @@ def made(request: pytest.FixtureRequest, asked: Path, tmp_path_factory: pytest.T
 
 @pytest.mark.parametrize("row", ["onnx", "fp32"])
 def test_every_logit_and_every_answer_is_pytorchs(made: Made, row: str) -> None:
-    """Prefill and cached decode, text and pictures; a picture's embeddings, and what deepstack adds."""
+    """Prefill and cached decode, text and images; an image's embeddings, and what deepstack adds."""
     examples = list(made.golden.examples())
-    assert len(examples) == len(TEXTS) + (len(PICTURES) if made.family.sees else 0)
+    assert len(examples) == len(TEXTS) + (len(IMAGES) if made.family.sees else 0)
     with safe_open(made.folder / f"eval-{row}" / "logits.safetensors", "np") as tensors:
         for example in examples:
             assert example.logits.std() > 0.3
@@ -135,7 +135,7 @@ def test_eight_bits_are_near(made: Made) -> None:
 
 
 def test_the_doctor_finds_nothing(made: Made) -> None:
-    found = examine(made.folder / "fp32", checkpoint=made.folder / "source")
+    found = examine(made.folder / "fp32", checkpoint=made.folder / "checkpoint")
     assert [finding.sentence for finding in found] == []
 
 
@@ -150,8 +150,8 @@ def test_what_deepstack_adds_is_seen(made: Made) -> None:
     """Without it the comparison above would hold just as well of a model that has none."""
     model = OnnxModel(made.folder / "onnx")
     example = next(example for example in made.golden.examples() if example.id == "wide")
-    picture = made.golden.picture(example.pictures[0])
-    fed = [(picture.pixel_values, picture.grid_thw)]
+    image = made.golden.image(example.images[0])
+    fed = [(image.pixel_values, image.grid_thw)]
     right = model.prefill(model.new_cache(), example.input_ids, fed)
     see = model.see
     model.see = lambda shown: [see(shown)[0], np.zeros_like(see(shown)[1])]

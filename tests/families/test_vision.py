@@ -19,7 +19,7 @@ from transformers.vision_utils import (
 )
 
 from checkpoints import SHAPES, configuration
-from hf2mnn.errors import SourceError
+from hf2mnn.core.errors import CheckpointError
 from hf2mnn.families import FAMILIES, VisionFamily
 from support import SHAPES_VL
 
@@ -48,34 +48,34 @@ def model(family: VisionFamily) -> transformers.PreTrainedModel:
 
 
 def prompt(parts: list[int | tuple[int, int, int]]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Ids of texts (a number of tokens each) and pictures (a grid each), and the grids."""
-    pictures = [np.array(part) for part in parts if isinstance(part, tuple)]
+    """Ids of texts (a number of tokens each) and images (a grid each), and the grids."""
+    images = [np.array(part) for part in parts if isinstance(part, tuple)]
     runs = [
         [IMAGE] * (part[1] * part[2] // MERGE**2) if isinstance(part, tuple) else [TEXT_TOKEN] * part for part in parts
     ]
-    return np.concatenate([np.array(run, np.int64) for run in runs]), pictures
+    return np.concatenate([np.array(run, np.int64) for run in runs]), images
 
 
-def interleave(pictures: list[tuple[int, int, int]], between: list[int], head: int, tail: int) -> list[Any]:
-    """Pictures with text between any two; the template always puts vision_end and vision_start there."""
+def interleave(images: list[tuple[int, int, int]], between: list[int], head: int, tail: int) -> list[Any]:
+    """Images with text between any two; the template always puts vision_end and vision_start there."""
     parts: list[Any] = [head] if head else []
-    for index, grid in enumerate(pictures):
+    for index, grid in enumerate(images):
         parts += [grid] if index == 0 else [between[index % len(between)], grid]
     return [*parts, tail] if tail else parts
 
 
 @given(
-    pictures=st.lists(grids, min_size=1, max_size=4),
+    images=st.lists(grids, min_size=1, max_size=4),
     between=st.lists(texts, min_size=1, max_size=3),
     head=st.integers(0, 20),
     tail=st.integers(0, 20),
 )
 @settings(max_examples=25, deadline=None)
 def test_positions_are_those_of_transformers(
-    family: VisionFamily, model: transformers.PreTrainedModel, pictures: list, between: list[int], head: int, tail: int
+    family: VisionFamily, model: transformers.PreTrainedModel, images: list, between: list[int], head: int, tail: int
 ) -> None:
-    """A wrong position after a picture leaves the first words right and the rest subtly wrong."""
-    ids, found = prompt(interleave(pictures, between, head, tail))
+    """A wrong position after an image leaves the first words right and the rest subtly wrong."""
+    ids, found = prompt(interleave(images, between, head, tail))
     kinds = torch.from_numpy(ids == IMAGE).int()[None]
     theirs, _ = model.model.get_rope_index(torch.from_numpy(ids)[None], kinds, torch.from_numpy(np.stack(found)))
     ours = family.position_ids(ids, found, MODEL)
@@ -93,7 +93,7 @@ def test_text_alone_counts_on_in_all_rows(family: VisionFamily, length: int) -> 
 @given(height=sides, width=sides, frames=st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
 def test_patches_are_placed_as_in_transformers(height: int, width: int, frames: int) -> None:
-    """Patches come in merged squares, not row by row; rows taken for columns would only show on odd pictures."""
+    """Patches come in merged squares, not row by row; rows taken for columns would only show on odd images."""
     grid = np.array([frames, height, width])
     pixels = np.zeros((int(grid.prod()), 4), np.float64)
     inputs = FAMILIES["qwen2_vl"].vision_inputs(pixels, grid, MODEL)
@@ -112,25 +112,25 @@ def test_patches_are_placed_as_in_transformers(height: int, width: int, frames: 
 )
 @example(width=1000, height=10, bounds=(3136, 200704))
 @settings(max_examples=400, deadline=None)
-def test_pictures_are_resized_to_the_size_that_transformers_makes(
+def test_images_are_resized_to_the_size_that_transformers_makes(
     width: int, height: int, bounds: tuple[int, int]
 ) -> None:
-    """Another size is another number of image tokens: the engine would see another picture than PyTorch.
+    """Another size is another number of image tokens: the engine would see another image than PyTorch.
 
-    A side under half a merged patch is the odd case: transformers rounds it to 0, and so takes the picture for one
+    A side under half a merged patch is the odd case: transformers rounds it to 0, and so takes the image for one
     that is too small.
     """
     assume(max(width, height) <= 200 * min(width, height))  # the processor refuses others
     low, high = bounds
     model = {"patch_size": 14, "merge_size": MERGE, "min_pixels": low, "max_pixels": high}
     rows, columns = smart_resize(height, width, 28, low, high)
-    assert FAMILIES["qwen2_vl"].picture_size(width, height, model) == (columns, rows)
+    assert FAMILIES["qwen2_vl"].image_size(width, height, model) == (columns, rows)
 
 
 @given(height=sides, width=sides, frames=st.integers(1, 2))
 @settings(max_examples=40, deadline=None)
 def test_windows_are_those_of_transformers(height: int, width: int, frames: int) -> None:
-    """A picture of one window would not show a wrong order, and windows at the edges are smaller."""
+    """An image of one window would not show a wrong order, and windows at the edges are smaller."""
     grid = np.array([frames, height, width])
     inputs = FAMILIES["qwen2_5_vl"].vision_inputs(np.zeros((int(grid.prod()), 4)), grid, MODEL)
     index, ends = get_vision_window_index(torch.from_numpy(grid)[None], MERGE, 112, 14)
@@ -170,7 +170,7 @@ def test_every_parameter_of_the_model_has_a_name_in_a_saved_checkpoint(
 
 @pytest.mark.parametrize("key", ["image_token_id", "vision_start_token_id", "vision_end_token_id", "vision_config"])
 def test_a_config_that_lacks_an_id_is_refused(key: str) -> None:
-    with pytest.raises(SourceError, match=key):
+    with pytest.raises(CheckpointError, match=key):
         FAMILIES["qwen2_vl"].check({k: v for k, v in CONFIG.items() if k != key}, CONFIG["text_config"])
 
 
@@ -182,5 +182,5 @@ def test_a_config_that_lacks_an_id_is_refused(key: str) -> None:
     ],
 )
 def test_what_the_engine_has_built_in_otherwise_is_refused(model_type: str, vision: dict[str, Any], named: str) -> None:
-    with pytest.raises(SourceError, match=f"{named}.*engine"):
+    with pytest.raises(CheckpointError, match=f"{named}.*engine"):
         FAMILIES[model_type].check({**CONFIG, "vision_config": vision}, CONFIG["text_config"])

@@ -22,8 +22,14 @@ from onnx import TensorProto, helper
 from PIL import Image
 from safetensors.numpy import save_file
 
-from hf2mnn.config import load_config, load_plan
-from hf2mnn.manifest import Manifest
+from hf2mnn.checkpoint.adapter import Adapter
+from hf2mnn.checkpoint.facts import model_facts
+from hf2mnn.checkpoint.folder import ADAPTER_FILES, Checkpoint
+from hf2mnn.checkpoint.hub.pin import load_pin
+from hf2mnn.checkpoint.preflight import check_code, check_depth, check_index, check_links, check_tokenizer
+from hf2mnn.checkpoint.tensors import stored_tensors
+from hf2mnn.config.schema import load_config, load_plan
+from hf2mnn.core.manifest import Manifest
 from hf2mnn.mnn.bundle import CONFIG, MODEL_CONFIG
 from hf2mnn.mnn.graph import Graph
 from hf2mnn.mnn.paths import check_files
@@ -31,13 +37,7 @@ from hf2mnn.mnn.tokenizer import encode_tokenizer, nfc_replacements
 from hf2mnn.onnx.initializers import float_values, stored_initializers
 from hf2mnn.quant.blob import Levels, header, pack, parse_header, parse_sparse, scale_bytes, unpack
 from hf2mnn.quant.weights import WeightFile, operators
-from hf2mnn.reference.examples import read_examples, read_picture
-from hf2mnn.source.adapter import Adapter
-from hf2mnn.source.checkpoint import ADAPTER_FILES, Checkpoint
-from hf2mnn.source.facts import model_facts
-from hf2mnn.source.pin import load_pin
-from hf2mnn.source.preflight import check_code, check_depth, check_index, check_links, check_tokenizer
-from hf2mnn.source.tensors import stored_tensors
+from hf2mnn.reference.examples import read_examples, read_image
 from hostile import VALUES, cases, changed, damaged, json_files, survive
 from support import REPOSITORY, SHAPES_VL
 
@@ -144,7 +144,7 @@ INDEX = "model.safetensors.index.json"
 @pytest.fixture(scope="module", autouse=True)
 def warm() -> None:
     """What takes time and memory once in a process is none of a file's."""
-    import hf2mnn.source.model  # noqa: F401
+    import hf2mnn.reference.model  # noqa: F401
 
     unpack(pack(np.zeros(4, np.int8), 4), 4, 4)
     nfc_replacements()
@@ -213,7 +213,7 @@ def test_weight_file_under_any_graph(graph: Any, stored: bytes, folder: Path) ->
 
 def refusing_value_errors(parse: Any, *arguments: Any) -> None:
     """`read_graph` makes a ConversionError of what `Graph.checked` says."""
-    from hf2mnn.errors import ConversionError
+    from hf2mnn.core.errors import ConversionError
 
     try:
         Graph.checked(arguments[0])
@@ -269,7 +269,7 @@ def test_index(content: bytes, folder: Path) -> None:
 
 
 def read_checkpoint(folder: Path) -> None:
-    from hf2mnn.source.model import load_config as load_model_config
+    from hf2mnn.reference.model import load_config as load_model_config
 
     checkpoint = Checkpoint(folder)
     check_links(checkpoint)
@@ -395,20 +395,20 @@ def test_examples(content: bytes, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures(folder: Path) -> list[bytes]:
+def images(folder: Path) -> list[bytes]:
     made = []
     for kind in ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"):
-        Image.fromarray(np.arange(72, dtype=np.uint8).reshape(4, 6, 3)).save(folder / f"picture.{kind}", kind)
-        made.append((folder / f"picture.{kind}").read_bytes())
+        Image.fromarray(np.arange(72, dtype=np.uint8).reshape(4, 6, 3)).save(folder / f"image.{kind}", kind)
+        made.append((folder / f"image.{kind}").read_bytes())
     return made
 
 
 @cases(30, 4000)
 @given(data=st.data())
-def test_picture(data: st.DataObject, pictures: list[bytes], folder: Path) -> None:
-    path = folder / "picture"
-    path.write_bytes(data.draw(damaged(data.draw(st.sampled_from(pictures)))))
-    survive(read_picture, path)
+def test_image(data: st.DataObject, images: list[bytes], folder: Path) -> None:
+    path = folder / "image"
+    path.write_bytes(data.draw(damaged(data.draw(st.sampled_from(images)))))
+    survive(read_image, path)
 
 
 @cases()
@@ -474,7 +474,7 @@ def test_good_files_are_read(folder: Path) -> None:
         (here / name).write_text(json.dumps(content))
     assert load_pin(here / "pin.json").repository == "owner/name"
     assert load_plan(here / "plan.yaml").decoder
-    assert read_examples(here)[0].pictures == ["p.png"]
+    assert read_examples(here)[0].images == ["p.png"]
     held = {f"{QUERY}.lora_A.weight": np.ones((2, 256)), f"{QUERY}.lora_B.weight": np.ones((256, 2))}
     held["base_model.model.lm_head.weight"] = np.ones((640, 256))
     save_file({name: value.astype(np.float32) for name, value in held.items()}, here / ADAPTER_FILES[1])

@@ -1,87 +1,55 @@
-"""Too little memory: the kernel ends a process without a word, and a person must still learn why."""
+"""What is left of a machine's memory, and of the limits of the groups that a process is in."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from chain import command
-from kills import undisturbed
-from support import BIN, make_workspace, run_cli
+from hf2mnn.machine.memory import available_memory
 
-GROUPS = Path("/sys/fs/cgroup")
-# MNN's converter needs little for a small model, so a greedy one takes its place.
-GREEDY = """
-import sys
-from hf2mnn import cli
-from hf2mnn.mnn import convert
-convert.CALL = "held = [bytes(range(256)) * 10**5 for _ in range(200)]"
-sys.argv[0] = "hf2mnn"
-cli.main()
-"""
+MEMINFO = "MemTotal:       20000 kB\nMemFree:          100 kB\nMemAvailable:   10000 kB\nCached:   1 kB\n"
+MACHINE = 10000 * 1024
 
 
-@pytest.fixture
-def bounded() -> Iterator[Callable[[int], list[str]]]:
-    """A command's first words that let it have so many bytes of memory, with all that it starts."""
-    version_1 = (GROUPS / "memory").is_dir()
-    group = (GROUPS / "memory" if version_1 else GROUPS) / f"hf2mnn-test-{os.getpid()}"
-    limit = "memory.limit_in_bytes" if version_1 else "memory.max"
-    try:
-        group.mkdir()
-        (group / limit).write_text("max" if not version_1 else "-1")
-    except OSError:
-        pytest.skip("control groups cannot be made here: run as root, with the memory controller")
-
-    def words(size: int) -> list[str]:
-        (group / limit).write_text(str(size))
-        return ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "bounded"]
-
-    yield words
-    group.rmdir()
+def machine(root: Path, groups: str, files: dict[str, str]) -> Path:
+    for name, content in {"proc/meminfo": MEMINFO, "proc/self/cgroup": groups, **files}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return root
 
 
-def run(words: list[str], *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*words, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=600)
+def two(folder: str, limit: str, held: int) -> dict[str, str]:
+    stat = f"anon {held}\nfile 888888\nanon_thp 77\n"
+    return {f"sys/fs/cgroup/{folder}memory.max": f"{limit}\n", f"sys/fs/cgroup/{folder}memory.stat": stat}
 
 
-def test_converter_that_is_killed_is_told_with_what_it_held(
-    chain: Path, bounded: Callable[[int], list[str]], tmp_path: Path
-) -> None:
-    arguments = [*command(chain, "mnn/base"), "--out", tmp_path / "made"]
-    done = run(bounded(1_000_000_000), sys.executable, "-c", GREEDY, *arguments)
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert "MNN's converter was killed (signal 9), when it held" in last and "out of memory" in last
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
-    assert run_cli(*arguments).returncode == 0
+def one(folder: str, limit: int, held: int) -> dict[str, str]:
+    where = f"sys/fs/cgroup/memory/{folder}"
+    stat = f"cache 9\nrss 1\ntotal_cache 888888\ntotal_rss {held}\n"
+    return {f"{where}memory.limit_in_bytes": f"{limit}\n", f"{where}memory.stat": stat}
 
 
-def test_stage_that_is_killed_leaves_nothing_and_runs_again(
-    chain: Path, bounded: Callable[[int], list[str]], tmp_path: Path
-) -> None:
-    arguments = [*command(chain, "reference"), "--out", tmp_path / "made"]
-    assert run(bounded(250_000_000), BIN / "hf2mnn", *arguments).returncode == -9
-    assert not (tmp_path / "made").exists()
-    assert run_cli(*arguments).returncode == 0
-    assert undisturbed(tmp_path / "made", chain / "reference")
+@pytest.mark.parametrize(
+    ("groups", "files", "left"),
+    [
+        ("0::/\n", {}, MACHINE),
+        ("0::/job/step\n", two("job/step/", "max", 5) | two("job/", "max", 5), MACHINE),
+        ("0::/job/step\n", two("job/step/", "5000", 700), 4300),
+        ("0::/job/step\n", two("job/step/", "max", 700) | two("job/", "5000", 900), 4100),
+        ("0::/host/docker\n", two("", "6000", 1000), 5000),
+        ("0::/job\n", two("job/", "6000", 7000), 0),
+        ("5:cpu:/\n4:memory:/job\n0::/\n", one("job/", 5000, 700) | one("", 2**63 - 4096, 0), 4300),
+        ("4:cpu,memory:/host/docker\n", one("", 5000, 700), 4300),
+    ],
+    ids=["no group", "no limit", "own", "around", "container", "full", "version 1", "version 1 container"],
+)
+def test_the_least_of_what_is_left_counts(tmp_path: Path, groups: str, files: dict[str, str], left: int) -> None:
+    assert available_memory(machine(tmp_path, groups, files)) == left
 
 
-def test_snakemake_says_why_a_killed_stage_ended(bounded: Callable[[int], list[str]], tmp_path: Path) -> None:
-    workspace = make_workspace(tmp_path / "workspace")
-    target = "results/shapes-vl/onnx"
-    workspace.snakemake("results/shapes-vl/source", check=True)
-    starved = [BIN / "snakemake", "-s", Path(__file__).parents[2] / "Snakefile", "--cores", "1", target]
-    done = run(bounded(350_000_000), *starved, cwd=workspace.folder)
-    assert done.returncode == 1
-    assert (
-        "hf2mnn: killed (signal 9), most of the time because the machine is out of memory" in done.stdout + done.stderr
-    )
-    assert "what each stage took" in done.stdout + done.stderr
-    assert not (workspace.folder / "results" / "shapes-vl" / "onnx" / "manifest.json").exists()
-    workspace.snakemake(target, check=True)
+def test_this_machine_and_one_without_proc_have_some(tmp_path: Path) -> None:
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < available_memory() <= available_memory(tmp_path) == whole

@@ -18,10 +18,10 @@ import psutil
 import pytest
 from onnx import TensorProto, helper
 
-from hf2mnn.errors import ConversionError, ExportError
+from hf2mnn.core.errors import ConversionError, ExportError
+from hf2mnn.machine.child import environment
 from hf2mnn.mnn import convert
 from hf2mnn.mnn.bundle import convert_decoder, convert_vision
-from hf2mnn.mnn.child import environment
 from hf2mnn.mnn.convert import WeightFormat, convert_onnx, read_graph, run_converter, write_graph
 from hf2mnn.mnn.graph import Graph, prove_size, prove_weights
 from support import REPOSITORY

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from asking import turn, write_set
-from hf2mnn.errors import (
+from hf2mnn.core.errors import (
     BundleError,
     BundleFault,
     EngineError,
@@ -28,18 +28,18 @@ from hf2mnn.errors import (
     MachineError,
     ManifestError,
 )
-from hf2mnn.evaluate.run import evaluate
-from hf2mnn.manifest import Manifest
+from hf2mnn.core.manifest import Manifest
 from hf2mnn.mnn import ask
 from hf2mnn.mnn.ask import ask_bundle
 from hf2mnn.mnn.engine import check_bundle, run_worker
 from hf2mnn.reference.golden import Golden
-from hf2mnn.reference.run import run_reference
+from hf2mnn.stages.evaluate import run as evaluate
+from hf2mnn.stages.reference import run as run_reference
 
 CLOSE = 1e-4
 """Bound on logits whose deviation is about 0.6; what is measured is below 1e-5."""
 LENGTH = 10
-# Sides that need no resizing, and one picture that is resized.
+# Sides that need no resizing, and one image that is resized.
 SIZES = {"wide": (224, 56), "tall": (56, 196), "square": (84, 84), "odd": (200, 75)}
 
 
@@ -55,7 +55,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "wide": [user("wide", "How many purple things are there?")],
     "tall": [user("tall", "What is at the bottom left?")],
     "odd": [user("odd", "几个圆？")],
-    "picture-last": [user("Which thing?", "tall")],
+    "image-last": [user("Which thing?", "tall")],
     "two": [user("tall", "and", "wide", "Which is larger?")],
     "turns": [user("wide", "红色?"), reply("2"), user("tall", "and here?"), reply("blue"), user("Again?")],
 }
@@ -71,16 +71,16 @@ class Judged:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_set(tmp_path_factory.mktemp("evaluation"), SIZES, EXAMPLES)
 
 
 @pytest.fixture(scope="session")
 def judged(
-    source_folder: Path, onnx_folder: Path, bundle: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
+    checkpoint_folder: Path, onnx_folder: Path, bundle: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Judged:
     folder = tmp_path_factory.mktemp("judged")
-    reference = run_reference(source_folder, pictures, folder / "reference", LENGTH, threads=1)
+    reference = run_reference(checkpoint_folder, images, folder / "reference", LENGTH, threads=1)
     made = evaluate(reference, onnx_folder, folder / "mnn", bundle, threads=1, time_limit=120)
     return Judged(reference, Golden(reference), made)
 
@@ -96,7 +96,7 @@ def copy(bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_logit_is_pytorchs(judged: Judged, name: str) -> None:
-    """Prefill and cached decode, at right positions: one wrong counter after a picture moves logits by far more."""
+    """Prefill and cached decode, at right positions: one wrong counter after an image moves logits by far more."""
     wanted = next(example for example in judged.golden.examples() if example.id == name)
     with safe_open(judged.folder / "logits.safetensors", "np") as tensors:
         found = tensors.get_tensor(name)
@@ -105,7 +105,7 @@ def test_every_logit_is_pytorchs(judged: Judged, name: str) -> None:
     np.testing.assert_allclose(found, wanted.logits, atol=CLOSE, rtol=0)
 
 
-def test_every_greedy_answer_and_every_picture_is_pytorchs(judged: Judged) -> None:
+def test_every_greedy_answer_and_every_image_is_pytorchs(judged: Judged) -> None:
     """Token for token, by the engine's own cache."""
     answers = pd.read_parquet(judged.folder / "answers.parquet")
     assert answers["greedy_match"].tolist() == [True] * len(EXAMPLES)
@@ -117,7 +117,7 @@ def test_every_greedy_answer_and_every_picture_is_pytorchs(judged: Judged) -> No
 
 
 def test_the_engine_as_it_is_called_answers_text_alike(judged: Judged) -> None:
-    """What a caller gets without our positions: the same where there is no picture to count wrongly after."""
+    """What a caller gets without our positions: the same where there is no image to count wrongly after."""
     answers = pd.read_parquet(judged.folder / "answers.parquet").set_index("id")
     assert answers.loc["text", "as_called"] == answers.loc["text", "reference"]
 
@@ -126,7 +126,7 @@ def test_the_engine_as_it_is_called_answers_text_alike(judged: Judged) -> None:
 def test_ask_gives_pytorchs_answer(
     judged: Judged,
     bundle: Path,
-    pictures: Path,
+    images: Path,
     name: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -137,32 +137,32 @@ def test_ask_gives_pytorchs_answer(
     """
     monkeypatch.chdir(tmp_path)
     before = sorted(bundle.iterdir())
-    images = [pictures / f"{name}.png"] if name in SIZES else []
+    paths = [images / f"{name}.png"] if name in SIZES else []
     content = EXAMPLES[name][0]["content"]
     question = content if isinstance(content, str) else content[1]["text"]
     wanted = next(record for record in judged.golden.records if record["id"] == name)
-    assert ask_bundle(bundle, question, images, max_new_tokens=LENGTH, threads=1) == wanted["answer"]
+    assert ask_bundle(bundle, question, paths, max_new_tokens=LENGTH, threads=1) == wanted["answer"]
     assert not list(tmp_path.iterdir())
     assert sorted(bundle.iterdir()) == before
 
 
-def test_ask_takes_two_pictures_and_can_leave_all_to_the_engine(bundle: Path, pictures: Path) -> None:
-    images = [pictures / "wide.png", pictures / "tall.png"]
+def test_ask_takes_two_images_and_can_leave_all_to_the_engine(bundle: Path, images: Path) -> None:
+    paths = [images / "wide.png", images / "tall.png"]
     for as_called in (False, True):
-        assert isinstance(ask_bundle(bundle, "Which?", images, 3, threads=1, as_called=as_called), str)
+        assert isinstance(ask_bundle(bundle, "Which?", paths, 3, threads=1, as_called=as_called), str)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_conversation_is_continued_as_by_pytorch(
-    judged: Judged, bundle: Path, pictures: Path, name: str, tmp_path: Path
+    judged: Judged, bundle: Path, images: Path, name: str, tmp_path: Path
 ) -> None:
-    """Several turns and pictures, from a file beside the pictures."""
-    for picture in pictures.glob("*.png"):
-        (tmp_path / picture.name).hardlink_to(picture)
+    """Several turns and images, from a file beside the images."""
+    for image in images.glob("*.png"):
+        (tmp_path / image.name).hardlink_to(image)
     (tmp_path / "chat.json").write_text(json.dumps(EXAMPLES[name]))
     wanted = next(record for record in judged.golden.records if record["id"] == name)
-    messages, images = ask.read_conversation(tmp_path / "chat.json")
-    assert ask.continue_conversation(bundle, messages, images, LENGTH, threads=1) == wanted["answer"]
+    messages, paths = ask.read_conversation(tmp_path / "chat.json")
+    assert ask.continue_conversation(bundle, messages, paths, LENGTH, threads=1) == wanted["answer"]
 
 
 def test_a_system_prompt_is_the_first_message(bundle: Path) -> None:
@@ -179,7 +179,7 @@ IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
     ("content", "said"),
     [
         ("a <img>x.png</img> tag", "takes '<img>x.png</img>' for a file"),
-        (f"What is {IMAGE_TEXT}?", "wrote 1 pictures for 0"),
+        (f"What is {IMAGE_TEXT}?", "wrote 1 images for 0"),
         (5, "refuses these messages"),
     ],
 )
@@ -233,7 +233,8 @@ def test_a_bundle_that_is_not_whole_is_refused_before_the_engine_sees_it(
     copy: Path, name: str, spoil: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine loads it: half the weights give all-zero logits ("!!!!!!"), half an embedding plausible words, and
-    half a tokenizer fills the machine's memory."""
+    half a tokenizer fills the machine's memory.
+    """
     monkeypatch.setattr(ask, "run_worker", refuse_to_run)
     spoil(copy / name)
     with pytest.raises(BundleError, match=name.replace(".", r"\.")):
@@ -324,7 +325,7 @@ def test_a_vision_tower_of_another_model_gets_a_bad_verdict(
     assert summary["mean_kld"] > 0.01
     # Text is answered as before: the figures tell the parts apart.
     positions = pd.read_parquet(made / "metrics.parquet")
-    assert positions[~positions["after_picture"]]["kld"].max() < 1e-8
+    assert positions[~positions["after_image"]]["kld"].max() < 1e-8
 
 
 def resize(bundle: Path, hidden: int) -> None:
@@ -418,16 +419,16 @@ def test_a_task_that_the_worker_does_not_have_is_an_error() -> None:
         run_worker("sing", {}, 60)
 
 
-def test_a_file_that_is_no_picture_is_refused(bundle: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_image_is_refused(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("hello")
-    with pytest.raises(EvaluationSetError, match=r"x\.png is not a picture"):
+    with pytest.raises(EvaluationSetError, match=r"x\.png is not an image"):
         ask_bundle(bundle, "?", [tmp_path / "x.png"])
-    with pytest.raises(EvaluationSetError, match="there is no picture"):
+    with pytest.raises(EvaluationSetError, match="there is no image"):
         ask_bundle(bundle, "?", [tmp_path / "nowhere.png"])
 
 
-def test_a_picture_like_a_thread_is_refused_as_by_the_processor(bundle: Path, tmp_path: Path) -> None:
-    """transformers takes none of more than 200 to 1, so there is nothing that the answer could be equal to."""
+def test_a_image_like_a_thread_is_refused_as_by_the_processor(bundle: Path, tmp_path: Path) -> None:
+    """Transformers takes none of more than 200 to 1, so there is nothing that the answer could be equal to."""
     Image.new("RGB", (900, 3)).save(tmp_path / "thread.png")
     with pytest.raises(EvaluationSetError, match="900 x 3"):
         ask_bundle(bundle, "?", [tmp_path / "thread.png"])

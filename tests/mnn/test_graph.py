@@ -12,8 +12,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from hf2mnn.errors import ConversionError
-from hf2mnn.evaluate.layers import Part, Portable, _run_mnn
+from hf2mnn.core.errors import ConversionError
+from hf2mnn.evaluation.layers import Part, Portable, _run_mnn
 from hf2mnn.metrics import relative_error
 from hf2mnn.mnn.bundle import convert_decoder, convert_vision
 from hf2mnn.mnn.convert import WeightFormat, read_graph
@@ -147,7 +147,8 @@ def test_watched_values_are_onnx_runtimes(bundle: Path, inputs: Part, right: dic
 
 def test_queries_far_into_a_long_text_are_right(onnx_folder: Path, bundle: Path, inputs: Part) -> None:
     """A frequency's error counts as often as there are tokens before: what the dump rounds shows here, in the graph
-    that is only looked into as in a bundle's."""
+    that is only looked into as in a bundle's.
+    """
     far = {"position_ids": inputs.onnx["position_ids"] + 3000}
     late = Part("p", "decoder", inputs.onnx | far, inputs.mnn | far)
     name = next(name for name in read_graph(bundle / "llm.mnn").values if name.endswith(".0.self_attn.query"))
@@ -173,7 +174,8 @@ def test_the_tensor_with_a_layers_name_may_hold_what_follows(
     onnx_folder: Path, bundle: Path, inputs: Part, right: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     """MNN's converter moves the activation into its own sandwich of layouts: by its name gate_proj is silu of it. In
-    ours it is what it is called."""
+    ours it is what it is called.
+    """
     value = right[f"{MLP}.gate_proj"]
     ours = see(bundle, inputs, Naive(read_graph(bundle / "llm.mnn").content), [f"{MLP}.gate_proj"])
     np.testing.assert_allclose(ours[f"{MLP}.gate_proj"].reshape(value.shape), value, atol=1e-5)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from hf2mnn.errors import BundleError
-from hf2mnn.manifest import Manifest
+from hf2mnn.core.errors import BundleError
+from hf2mnn.core.manifest import Manifest
 from hf2mnn.mnn.bundle import CONFIG, MODEL_CONFIG
 from hf2mnn.mnn.engine import check_bundle
 

@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf2mnn.errors import SourceError
+from hf2mnn.core.errors import CheckpointError
 from hf2mnn.mnn.template import engine_messages, unsupported
 from hf2mnn.mnn.tokenizer import BYTES, META_SPACE, departures, unreached_words, write_tokenizer
 from tokenizing import Engine
@@ -255,8 +255,8 @@ def text(words: str) -> dict[str, str]:
     return {"type": "text", "text": words}
 
 
-def with_pictures() -> list[list[dict[str, Any]]]:
-    """Pictures and videos; to tokenizer and template they are three tokens, or two for what is no picture's key."""
+def with_images() -> list[list[dict[str, Any]]]:
+    """Images and videos; to tokenizer and template they are three tokens, or two for what is no image's key."""
     chats = [[user([IMAGE, text(words)])] for words in TEXTS]
     chats += [
         [user([IMAGE, IMAGE, text("Compare them.")])],
@@ -276,8 +276,8 @@ def test_conversations_are_those_of_transformers(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("pair", [name for name, style in STYLES.items() if style.parts], indirect=True)
-def test_pictures_and_videos_stand_where_transformers_puts_them(pair: Pair) -> None:
-    assert pair.differences(with_pictures()) == []
+def test_images_and_videos_stand_where_transformers_puts_them(pair: Pair) -> None:
+    assert pair.differences(with_images()) == []
 
 
 # What the engine is known to tokenize otherwise is not among these, as in test_tokenizer.py; nor is white space at an
@@ -351,7 +351,7 @@ def test_a_tokenizer_that_would_be_misread_is_refused(named: str, tmp_path: Path
     stored = json.loads((checkpoint / "tokenizer.json").read_text())
     spoil(stored)
     (checkpoint / "tokenizer.json").write_text(json.dumps(stored))
-    with pytest.raises(SourceError, match=named):
+    with pytest.raises(CheckpointError, match=named):
         write_tokenizer(checkpoint, tmp_path / "tokenizer.mtok")
 
 
@@ -360,7 +360,7 @@ def test_a_space_before_the_first_text_alone_needs_a_template_that_begins_with_a
     checkpoint = save(tmp_path / "checkpoint", STYLES["mistral"])
     write_tokenizer(checkpoint, tmp_path / "tokenizer.mtok")
     (checkpoint / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    with pytest.raises(SourceError, match="before the first text"):
+    with pytest.raises(CheckpointError, match="before the first text"):
         write_tokenizer(checkpoint, tmp_path / "tokenizer.mtok")
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hf2mnn.errors import BundleError
+from hf2mnn.core.errors import BundleError
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.mnn.template import unsupported
 from hf2mnn.mnn.tokenizer import chat_template, write_tokenizer

@@ -20,7 +20,7 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf2mnn.errors import SourceError
+from hf2mnn.core.errors import CheckpointError
 from hf2mnn.mnn.tokenizer import nfc_replacements, write_tokenizer
 from tokenizing import Engine
 
@@ -37,7 +37,7 @@ You are a helpful assistant.<|im_end|>
 {% if message['content'] is string %}{{ message['content'] }}<|im_end|>
 {% else %}{% for part in message['content'] %}\
 {% if part['type'] == 'image' or 'image' in part %}{% set images.value = images.value + 1 %}\
-{% if add_vision_id %}Picture {{ images.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>\
+{% if add_vision_id %}Image {{ images.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>\
 {% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}
@@ -315,7 +315,7 @@ def test_the_demonstration_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyP
     module = importlib.import_module("tokenizer")
     reference = module.train_tokenizer(0, 768)
     reference.save_pretrained(tmp_path / "checkpoint")
-    texts = [text for _, text in zip(range(500), module.corpus(7, pictures=100), strict=False)]
+    texts = [text for _, text in zip(range(500), module.corpus(7, images=100), strict=False)]
     with Engine(tmp_path / "checkpoint", tmp_path / "bundle") as engine:
         assert differences(engine, reference, texts + TEXTS) == {}
         expected = [reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in CHATS]
@@ -369,7 +369,7 @@ def split_by(pattern: dict[str, str], behaviour: str = "Isolated") -> dict[str, 
 def test_what_the_file_cannot_hold_is_named(small: Any, tmp_path: Path, part: str, value: Any, named: str) -> None:
     folder, tokenizer = small
     save(folder, tokenizer | {part: value})
-    with pytest.raises(SourceError) as error:
+    with pytest.raises(CheckpointError) as error:
         write_tokenizer(folder, tmp_path / "tokenizer.mtok")
     assert named in str(error.value)
     assert str(folder / "tokenizer.json") in str(error.value)
@@ -391,31 +391,31 @@ def test_a_tokenizer_that_would_be_misread_is_refused(small: Any, tmp_path: Path
     folder, tokenizer = small
     spoil(tokenizer)
     save(folder, tokenizer)
-    with pytest.raises(SourceError, match=named):
+    with pytest.raises(CheckpointError, match=named):
         write_tokenizer(folder, tmp_path / "tokenizer.mtok")
 
 
 def test_missing_files_are_named(small: Any, tmp_path: Path) -> None:
     folder, tokenizer = small
     save(folder, tokenizer, template=None)
-    with pytest.raises(SourceError, match="no chat template"):
+    with pytest.raises(CheckpointError, match="no chat template"):
         write_tokenizer(folder, tmp_path / "tokenizer.mtok")
 
     (folder / "generation_config.json").unlink()
     (folder / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(SourceError, match="no end-of-text token"):
+    with pytest.raises(CheckpointError, match="no end-of-text token"):
         write_tokenizer(folder, tmp_path / "tokenizer.mtok")
 
     (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
-    with pytest.raises(SourceError, match="'</s>' is not a token"):
+    with pytest.raises(CheckpointError, match="'</s>' is not a token"):
         write_tokenizer(folder, tmp_path / "tokenizer.mtok")
 
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(SourceError, match="is not JSON"):
+    with pytest.raises(CheckpointError, match="is not JSON"):
         write_tokenizer(folder, tmp_path / "tokenizer.mtok")
 
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(SourceError, match=r"tokenizer\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
         write_tokenizer(folder, tmp_path / "tokenizer.mtok")
 
 

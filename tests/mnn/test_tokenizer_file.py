@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hf2mnn.errors import BundleError
+from hf2mnn.checkpoint.folder import LFS_POINTER
+from hf2mnn.core.errors import BundleError
 from hf2mnn.mnn.tokenizer import chat_template, encode_tokenizer
 from hf2mnn.mnn.tokenizer_file import parse_tokenizer, read_tokenizer
-from hf2mnn.source.checkpoint import LFS_POINTER
 from support import SHAPES_VL
 
 SOMEWHERE = Path("tokenizer.mtok")

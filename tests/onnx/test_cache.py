@@ -31,7 +31,7 @@ def test_the_cache_holds_what_was_kept(steps: list[tuple[str, float]]) -> None:
         if step == "append":
             new = list(range(number, number + int(amount)))
             number += len(new)
-            # Positions of a picture: rows that differ, and a largest that is not the last.
+            # Positions of an image: rows that differ, and a largest that is not the last.
             added = np.array([[7 * token % 11, token, 5] for token in new]).T
             held, positions = held + new, [*positions, *added.T.tolist()]
             cache.append(presents(held), added)

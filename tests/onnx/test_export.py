@@ -22,12 +22,13 @@ from onnx.external_data_helper import ExternalDataInfo
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
 
-from hf2mnn.errors import SourceError
-from hf2mnn.onnx.export import embedding_graph, export_onnx
-from hf2mnn.onnx.session import OnnxModel, Picture
+from hf2mnn.checkpoint.folder import Checkpoint
+from hf2mnn.core.errors import CheckpointError
+from hf2mnn.onnx.export import embedding_graph
+from hf2mnn.onnx.session import Image, OnnxModel
 from hf2mnn.onnx.weights import attach_weights
-from hf2mnn.source.checkpoint import Checkpoint
-from hf2mnn.source.fetch import fetch_source
+from hf2mnn.stages.export import run as export_onnx
+from hf2mnn.stages.fetch import run as fetch_checkpoint
 
 GRAPHS = ("decoder", "vision", "embedding")
 CLOSE = 1e-4
@@ -85,30 +86,30 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tied": False,
     },
 }
-# Texts by their length, pictures by their grid: odd shapes, so that rows are not taken for columns.
+# Texts by their length, images by their grid: odd shapes, so that rows are not taken for columns.
 PROMPTS: dict[str, list[Any]] = {
     "one token": [1],
     "text": [9],
     "long text": [230],
-    "wide picture": [3, (1, 4, 14), 6],
-    "tall picture": [2, (1, 18, 2), 6],
-    "two pictures": [3, (1, 2, 12), 1, (1, 10, 4), 5],
+    "wide image": [3, (1, 4, 14), 6],
+    "tall image": [2, (1, 18, 2), 6],
+    "two images": [3, (1, 2, 12), 1, (1, 10, 4), 5],
 }
 
 
 @dataclass
 class Prompt:
-    """Pieces of a prompt that may be fed one after the other: ids with their pictures."""
+    """Pieces of a prompt that may be fed one after the other: ids with their images."""
 
-    pieces: list[tuple[np.ndarray, list[Picture]]] = field(default_factory=list)
+    pieces: list[tuple[np.ndarray, list[Image]]] = field(default_factory=list)
 
     @property
     def ids(self) -> np.ndarray:
         return np.concatenate([ids for ids, _ in self.pieces])
 
     @property
-    def pictures(self) -> list[Picture]:
-        return [picture for _, pictures in self.pieces for picture in pictures]
+    def images(self) -> list[Image]:
+        return [image for _, images in self.pieces for image in images]
 
 
 def make_prompt(parts: list[Any], seed: int = 0) -> Prompt:
@@ -119,8 +120,8 @@ def make_prompt(parts: list[Any], seed: int = 0) -> Prompt:
             continue
         count = int(np.prod(part))
         ids = np.array([VISION_START, *[IMAGE] * (count // 4), VISION_END])
-        picture = (random.standard_normal((count, 1176)).astype(np.float32), np.array(part))
-        prompt.pieces.append((ids, [picture]))
+        image = (random.standard_normal((count, 1176)).astype(np.float32), np.array(part))
+        prompt.pieces.append((ids, [image]))
     return prompt
 
 
@@ -136,7 +137,7 @@ class Exported:
 
     @torch.inference_mode()
     def logits(self, prompt: Prompt, **replaced: Any) -> np.ndarray:
-        """transformers' logits [tokens, vocabulary], the prompt fed as a user would, with nothing of ours."""
+        """Transformers' logits [tokens, vocabulary], the prompt fed as a user would, with nothing of ours."""
         out = self.torch(**torch_inputs(prompt), **replaced)
         return out.logits[0].numpy()
 
@@ -150,15 +151,15 @@ class Exported:
 def torch_inputs(prompt: Prompt) -> dict[str, torch.Tensor]:
     ids = torch.from_numpy(prompt.ids)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if prompt.pictures:
-        inputs["pixel_values"] = torch.from_numpy(np.concatenate([pixels for pixels, _ in prompt.pictures]))
-        inputs["image_grid_thw"] = torch.from_numpy(np.stack([grid for _, grid in prompt.pictures]))
+    if prompt.images:
+        inputs["pixel_values"] = torch.from_numpy(np.concatenate([pixels for pixels, _ in prompt.images]))
+        inputs["image_grid_thw"] = torch.from_numpy(np.stack([grid for _, grid in prompt.images]))
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     return inputs
 
 
 def export(checkpoint: Path, folder: Path) -> Path:
-    return export_onnx(fetch_source(folder / "source", checkpoint), folder / "onnx")
+    return export_onnx(fetch_checkpoint(folder / "checkpoint", checkpoint), folder / "onnx")
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def exports(
         checkpoint, folder = make_checkpoint(**SHAPES[name]), tmp_path_factory.mktemp(name)
         exported = export(checkpoint, folder)
         reference = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        return Exported(checkpoint, folder / "source", exported, reference, OnnxModel(exported, threads=1))
+        return Exported(checkpoint, folder / "checkpoint", exported, reference, OnnxModel(exported, threads=1))
 
     return get
 
@@ -184,27 +185,27 @@ def model(request: pytest.FixtureRequest, exports: Callable[[str], Exported]) ->
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_logits_are_those_of_transformers_however_the_prompt_is_fed(model: Exported, name: str) -> None:
-    """Whole, in pieces, and token by token: the cache, the mask and the positions after a picture are all in it."""
+    """Whole, in pieces, and token by token: the cache, the mask and the positions after an image are all in it."""
     prompt = make_prompt(PROMPTS[name])
     wanted = model.logits(prompt)
     assert wanted.std() > 0.3
-    whole = model.runtime.prefill(model.runtime.new_cache(), prompt.ids, prompt.pictures, all_logits=True)
+    whole = model.runtime.prefill(model.runtime.new_cache(), prompt.ids, prompt.images, all_logits=True)
     np.testing.assert_allclose(whole, wanted, atol=CLOSE, rtol=0)
 
     held, rows = model.runtime.new_cache(), []
-    for ids, pictures in prompt.pieces:
+    for ids, images in prompt.pieces:
         # The last tokens of every text one by one, what comes before them at once.
-        cuts = [] if pictures else list(range(max(1, len(ids) - 4), len(ids)))
+        cuts = [] if images else list(range(max(1, len(ids) - 4), len(ids)))
         for index, chunk in enumerate(np.split(ids, cuts)):
-            fed = pictures if index == 0 else []
+            fed = images if index == 0 else []
             rows.append(model.runtime.prefill(held, chunk, fed, all_logits=True))
     np.testing.assert_allclose(np.concatenate(rows), wanted, atol=CLOSE, rtol=0)
     assert len(held) == len(prompt.ids)
 
 
-def test_the_comparison_would_see_a_wrong_position_and_a_wrong_picture(model: Exported) -> None:
+def test_the_comparison_would_see_a_wrong_position_and_a_wrong_image(model: Exported) -> None:
     """The bound above means something only if such mistakes move the logits by more."""
-    prompt = make_prompt(PROMPTS["tall picture"])
+    prompt = make_prompt(PROMPTS["tall image"])
     right = model.logits(prompt)
     plain = torch.arange(len(prompt.ids)).expand(3, 1, -1)
     assert np.abs(model.logits(prompt, position_ids=plain) - right).max() > 100 * CLOSE
@@ -213,8 +214,8 @@ def test_the_comparison_would_see_a_wrong_position_and_a_wrong_picture(model: Ex
     assert np.abs(model.logits(prompt) - right).max() > 100 * CLOSE
 
 
-def test_a_picture_is_embedded_as_transformers_does(model: Exported) -> None:
-    for grid in PROMPTS["two pictures"][1], (1, 2, 2), (1, 30, 4):
+def test_a_image_is_embedded_as_transformers_does(model: Exported) -> None:
+    for grid in PROMPTS["two images"][1], (1, 2, 2), (1, 30, 4):
         ((_, ((pixels, shape),)),) = make_prompt([grid], seed=3).pieces
         with torch.inference_mode():
             seen = model.torch.model.get_image_features(torch.from_numpy(pixels), torch.from_numpy(shape)[None])
@@ -224,13 +225,13 @@ def test_a_picture_is_embedded_as_transformers_does(model: Exported) -> None:
 
 def test_answers_are_those_of_generate_and_can_be_taken_back(model: Exported) -> None:
     """A second answer after `truncate` is the answer of a cache that never held the first."""
-    runtime, prompt = model.runtime, make_prompt(PROMPTS["two pictures"])
+    runtime, prompt = model.runtime, make_prompt(PROMPTS["two images"])
     held = runtime.new_cache()
-    first = runtime.prefill(held, prompt.ids, prompt.pictures)
+    first = runtime.prefill(held, prompt.ids, prompt.images)
     answer = runtime.greedy(held, first[-1], 8)
     assert answer == model.greedy(prompt, 8)
 
-    # Another question about the same pictures, after the first has been answered and forgotten.
+    # Another question about the same images, after the first has been answered and forgotten.
     kept = sum(len(ids) for ids, _ in prompt.pieces[:-1])
     held.truncate(kept)
     other = Prompt([*prompt.pieces[:-1], (np.array([5, 99, 300]), [])])
@@ -248,12 +249,12 @@ def test_only_the_wanted_logits_are_computed(model: Exported) -> None:
     np.testing.assert_allclose(last[0], every[-1], atol=1e-5, rtol=0)
 
 
-def test_prompts_that_do_not_fit_their_pictures_are_refused(model: Exported) -> None:
-    """A wrong number of image tokens would fill in the embeddings of another picture."""
-    prompt = make_prompt(PROMPTS["two pictures"])
-    for pictures in ([], prompt.pictures[:1], prompt.pictures[:1] * 2):
+def test_prompts_that_do_not_fit_their_images_are_refused(model: Exported) -> None:
+    """A wrong number of image tokens would fill in the embeddings of another image."""
+    prompt = make_prompt(PROMPTS["two images"])
+    for images in ([], prompt.images[:1], prompt.images[:1] * 2):
         with pytest.raises((ValueError, StopIteration)):
-            model.runtime.prefill(model.runtime.new_cache(), prompt.ids, pictures)
+            model.runtime.prefill(model.runtime.new_cache(), prompt.ids, images)
 
 
 def test_graphs_have_the_documented_inputs_and_outputs(model: Exported) -> None:
@@ -370,7 +371,7 @@ def test_the_same_model_gives_the_same_bytes_from_another_layout_and_process(
     renamed = {newer_name(name): tensor for name, tensor in load_file(other / "model.safetensors").items()}
     assert not renamed.keys() & load_file(model.checkpoint / "model.safetensors").keys()
     save_file(renamed, other / "model.safetensors", {"format": "pt"})
-    source = fetch_source(tmp_path / "source", other)
+    source = fetch_checkpoint(tmp_path / "checkpoint", other)
     code = "import sys, pathlib, hf2mnn.onnx.export as e; e.export_onnx(*map(pathlib.Path, sys.argv[1:]))"
     command = [sys.executable, "-c", code, source, tmp_path / "onnx"]
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": "77"}, capture_output=True)
@@ -383,7 +384,7 @@ def test_weights_of_another_shape_are_refused(exports: Callable[[str], Exported]
     """The values of another model would fit into the file, and answer nonsense."""
     checkpoint = Checkpoint(exports("2to1").checkpoint)
     sentence = r"embed_tokens\.weight as \[640, 384\], its config\.json asks for \[700, 384\]: .* not of one model"
-    with pytest.raises(SourceError, match=sentence):
+    with pytest.raises(CheckpointError, match=sentence):
         attach_weights(embedding_graph(checkpoint.family.embedding, 700, 384), checkpoint)
 
 
@@ -395,6 +396,6 @@ def test_a_weight_that_is_not_there_is_named_and_nothing_is_left_behind(
     tensors = load_file(checkpoint / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SourceError, match=r"holds no weight for lm_head\.weight"):
+    with pytest.raises(CheckpointError, match=r"holds no weight for lm_head\.weight"):
         export(checkpoint, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from hf2mnn.errors import ExportError
+from hf2mnn.core.errors import ExportError
 from hf2mnn.onnx.initializers import load_graph, stored_initializers
 
 

@@ -10,12 +10,12 @@ import onnx
 import pytest
 import torch
 
-from hf2mnn.onnx import graph as tracing
 from hf2mnn.onnx import repeat
-from hf2mnn.onnx.export import export_onnx
-from hf2mnn.onnx.points import points_of
+from hf2mnn.onnx import trace as tracing
 from hf2mnn.onnx.session import OnnxModel
-from hf2mnn.source.fetch import fetch_source
+from hf2mnn.onnx.tap_points import points_of
+from hf2mnn.stages.export import run as export_onnx
+from hf2mnn.stages.fetch import run as fetch_checkpoint
 from support import TEXT, VISION
 
 LAYERS, BLOCKS = 6, 5
@@ -27,7 +27,7 @@ def source(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
         text=TEXT | {"num_hidden_layers": LAYERS, "layer_types": ["full_attention"] * LAYERS},
         vision=VISION | {"depth": BLOCKS},
     )
-    return fetch_source(tmp_path_factory.mktemp("deep") / "source", checkpoint)
+    return fetch_checkpoint(tmp_path_factory.mktemp("deep") / "source", checkpoint)
 
 
 @pytest.fixture(scope="module")

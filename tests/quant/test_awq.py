@@ -1,5 +1,6 @@
 """Scales that are folded into neighbours change nothing that the model computes, and are chosen so that rounding does
-less harm. Models are run in the real engine; what layers read is made up."""
+less harm. Models are run in the real engine; what layers read is made up.
+"""
 
 from __future__ import annotations
 
@@ -14,31 +15,31 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hf2mnn.errors import QuantizationError
-from hf2mnn.evaluate.layers import Part as Inputs
-from hf2mnn.evaluate.layers import _run_mnn
+from hf2mnn.core.errors import QuantizationError
+from hf2mnn.core.manifest import Manifest
+from hf2mnn.evaluation.layers import Part as Inputs
+from hf2mnn.evaluation.layers import _run_mnn
 from hf2mnn.families import family_named
 from hf2mnn.families.base import Fold
-from hf2mnn.manifest import Manifest
 from hf2mnn.metrics import relative_error
 from hf2mnn.mnn.ask import ask_bundle
 from hf2mnn.mnn.bundle import PARTS, EngineSettings, convert_decoder
 from hf2mnn.mnn.convert import WeightFormat, read_graph, write_graph
-from hf2mnn.onnx.export import export_onnx
 from hf2mnn.onnx.session import causal_mask
 from hf2mnn.quant import write
-from hf2mnn.quant.activations import Activations
 from hf2mnn.quant.awq import fold_scales
 from hf2mnn.quant.folding import FOLDED, FoldedWeights, Scales, folded_points
+from hf2mnn.quant.layer_inputs import Activations
 from hf2mnn.quant.methods import Methods
 from hf2mnn.quant.names import module_names
 from hf2mnn.quant.rounding import round_rows
-from hf2mnn.quant.stages import quantize
 from hf2mnn.quant.variant import Choice, Part
 from hf2mnn.quant.weights import Operator, WeightFile, operators
 from hf2mnn.quant.write import write_weights
 from hf2mnn.reference.golden import ACTIVATIONS
-from hf2mnn.source.fetch import fetch_source
+from hf2mnn.stages.export import run as export_onnx
+from hf2mnn.stages.fetch import run as fetch_checkpoint
+from hf2mnn.stages.quantize import run as quantize
 
 LAYER = "model.language_model.layers.0"
 TOKENS = 9
@@ -113,7 +114,8 @@ def test_a_folded_decoder_computes_the_same(
     onnx_folder: Path, bundle: Path, tmp_path: Path, bits: int, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Normalizations, values with their biases seen by two heads each, and the two branches of an MLP. What
-    'hf2mnn diagnose' reads at a point that is scaled is set right by the file in the bundle."""
+    'hf2mnn diagnose' reads at a point that is scaled is set right by the file in the bundle.
+    """
     # Eight rows at a time, as a large weight is cut.
     monkeypatch.setattr(write, "WEIGHTS_AT_ONCE", 1)
     folds = facts_of(onnx_folder)[1]
@@ -157,7 +159,7 @@ def test_values_that_one_or_many_heads_see(
         },
     }
     checkpoint = make_checkpoint(text=text, vision={"depth": 1, "embed_dim": 96, "num_heads": 3})
-    onnx_folder = export_onnx(fetch_source(tmp_path / "source", checkpoint), tmp_path / "onnx")
+    onnx_folder = export_onnx(fetch_checkpoint(tmp_path / "checkpoint", checkpoint), tmp_path / "onnx")
     bundle = tmp_path / "bundle"
     bundle.mkdir()
     convert_decoder(onnx_folder, bundle, 1, WeightFormat())
@@ -224,8 +226,8 @@ def test_outputs_are_closer_where_a_few_inputs_are_large(
         made = methods(operator, form)(0, weight * scales).dequantize() / scales
         shape = (bits, block, symmetric, 16)
         squares = np.square(activations.rows("a")).mean(axis=0)
-        plain = round_rows(weight, *shape, "lsq").dequantize()
-        weighed = round_rows(weight, *shape, "lsq", squares).dequantize()
+        plain = round_rows(weight, *shape, "mse").dequantize()
+        weighed = round_rows(weight, *shape, "mse", squares).dequantize()
         found = output_error(weight, made, given)
         assert found < 0.8 * output_error(weight, plain, given)
         assert found < output_error(weight, weighed, given)
@@ -260,7 +262,7 @@ def activations(onnx_folder: Path, bundle: Path, tmp_path_factory: pytest.TempPa
 def variants(onnx_folder: Path, bundle: Path, activations: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("variants")
     made = {}
-    for method in ("lsq", "awq", "gptq"):
+    for method in ("mse", "awq", "gptq"):
         form = WeightFormat(3, 32, method=method)
         made[method] = quantize(onnx_folder, bundle, folder / method, Choice(form, form, ENGINE), 2, activations)
     return made
@@ -294,9 +296,9 @@ def test_calibrated_methods_bring_outputs_closer(
                 rows = rows * points[operator.name][:, None]
             error = output_error(weights.rows(source), rows, kept.rows(operator.name))
             harm.setdefault(method, []).append(error)
-    assert len(harm["lsq"]) == (15 if part == "decoder" else 6)
-    assert (np.array(harm["gptq"]) < 0.8 * np.array(harm["lsq"])).all()
-    assert np.mean(harm["awq"]) < 0.8 * np.mean(harm["lsq"])
+    assert len(harm["mse"]) == (15 if part == "decoder" else 6)
+    assert (np.array(harm["gptq"]) < 0.8 * np.array(harm["mse"])).all()
+    assert np.mean(harm["awq"]) < 0.8 * np.mean(harm["mse"])
 
 
 def test_scales_are_in_the_bundle_where_any_are_folded(variants: dict[str, Path], onnx_folder: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hf2mnn.errors import QuantizationError
+from hf2mnn.core.errors import QuantizationError
 from hf2mnn.mnn.convert import WeightFormat
 from hf2mnn.quant.blob import Levels, header, pack, parse_header, scale_bytes, size, unpack
 from one_layer import convert
@@ -183,7 +183,8 @@ def test_noise_is_weights_or_refused(stored: bytes, count: int, wide: bool) -> N
 )
 def test_a_table_of_its_own(table: list[int], bits: int) -> None:
     """As older converters wrote them, only the levels in use. The engine sorts the table, and reads the bits that the
-    largest place needs (`ReadQuanInfo`, `atLestBitsCnt`)."""
+    largest place needs (`ReadQuanInfo`, `atLestBitsCnt`).
+    """
     places = np.arange(11) % len(table)
     digits = "".join(format(place, f"0{bits}b") for place in places)
     digits += "0" * (-len(digits) % 8)

@@ -13,20 +13,20 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from hf2mnn.errors import BundleError, QuantizationError
-from hf2mnn.evaluate.causes import wrong_embedding
+from hf2mnn.core.errors import BundleError, QuantizationError
+from hf2mnn.evaluation.causes import wrong_embedding
 from hf2mnn.metrics import relative_error
 from hf2mnn.mnn.bundle import EMBEDDING, MODEL_CONFIG, EngineSettings, embedding_table
 from hf2mnn.mnn.convert import WeightFormat, read_graph
 from hf2mnn.mnn.engine import run_worker
-from hf2mnn.onnx.export import export_onnx
 from hf2mnn.onnx.session import OnnxModel
 from hf2mnn.quant.embedding import embedding_blocks, tied_in
 from hf2mnn.quant.names import LM_HEAD
-from hf2mnn.quant.stages import quantize
 from hf2mnn.quant.variant import Choice
 from hf2mnn.quant.weights import WeightFile, operators
-from hf2mnn.source.fetch import fetch_source
+from hf2mnn.stages.export import run as export_onnx
+from hf2mnn.stages.fetch import run as fetch_checkpoint
+from hf2mnn.stages.quantize import run as quantize
 from support import TEXT, VISION, float_bundle
 
 TOKENS = [0, 1, 31, 32, 300, 511]
@@ -40,10 +40,10 @@ FORMATS = {
 
 @pytest.fixture(scope="module")
 def stages(make_checkpoint: Callable, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """onnx and float of a tied model."""
+    """Onnx and float of a tied model."""
     folder = tmp_path_factory.mktemp("tied")
-    fetch_source(folder / "source", make_checkpoint(TEXT, VISION, tied=True))
-    return export_onnx(folder / "source", folder / "onnx"), float_bundle(folder / "onnx", folder / "float")
+    fetch_checkpoint(folder / "checkpoint", make_checkpoint(TEXT, VISION, tied=True))
+    return export_onnx(folder / "checkpoint", folder / "onnx"), float_bundle(folder / "onnx", folder / "float")
 
 
 def make(stages: tuple[Path, Path], folder: Path, form: WeightFormat, embedding: str) -> Path:
@@ -73,7 +73,8 @@ def test_the_engine_reads_from_lm_head_what_lm_head_holds(
     stages: tuple[Path, Path], form: WeightFormat, tmp_path: Path
 ) -> None:
     """With all else in float32, its predictions are ONNX Runtime's with the rows of lm_head as the embedding, and not
-    those with the checkpoint's own."""
+    those with the checkpoint's own.
+    """
     floats = WeightFormat()
     choice = Choice(floats, floats, EngineSettings("high", "high"), {"decoder": {LM_HEAD: asdict(form)}}, LM_HEAD)
     bundle = quantize(*stages, tmp_path / "tied", choice, 1)

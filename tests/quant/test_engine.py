@@ -1,5 +1,6 @@
 """Weights read back from a .mnn.weight file are the engine's, to the last bit: for every format that is offered, in
-files that the converter wrote and in our own."""
+files that the converter wrote and in our own.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def ours(folder: Path) -> dict[str, Model]:
     """One model with a layer for each format, two shapes of it."""
     made = {}
     for rows in ROWS:
-        formats = [*(replace(form, method="lsq") for form in GRID), *HQQ, WeightFormat(16), WeightFormat()]
+        formats = [*(replace(form, method="mse") for form in GRID), *HQQ, WeightFormat(16), WeightFormat()]
         weights = {named(form): random_weight(rows, seed=seed) for seed, form in enumerate(formats)}
         model = convert(folder / f"float{rows}", weights)
         made[f"ours{rows}"] = quantize(model, folder / f"ours{rows}", {named(form): form for form in formats})
@@ -124,7 +125,8 @@ def test_outputs_with_8_bit_activations_are_those_of_these_weights(
     theirs: dict[str, Model], ours: dict[str, Model], folder: Path
 ) -> None:
     """Inputs that fill a row and are not centred: sums over blocks and zero points of both sides. What is left is the
-    rounding of activations to 255 steps."""
+    rounding of activations to 255 steps.
+    """
     inputs = (np.random.default_rng(1).standard_normal((20, INPUTS)) + 0.5).astype(np.float32)
     models = theirs | ours
     made = {memory: engine_outputs(models, folder / memory, memory, inputs) for memory in ("high", "low")}
@@ -142,7 +144,7 @@ def test_more_rows_or_blocks_than_16_bits_count(folder: Path) -> None:
     """A large vocabulary's lm_head, and a layer with many blocks: their dimensions are int32."""
     for rows, inputs, block in ((65_600, 16, 0), (16_416, 128, 32)):
         float_model = convert(folder / f"wide{rows}", {"layer": random_weight(rows, inputs)})
-        form = WeightFormat(4, block, method="lsq")
+        form = WeightFormat(4, block, method="mse")
         models = {
             "ours": quantize(float_model, folder / f"wide{rows}", {"layer": form}),
             "theirs": convert(folder / f"wide{rows}-theirs", {"layer": random_weight(rows, inputs)}, form),
@@ -158,7 +160,7 @@ def test_patch_embedding(folder: Path) -> None:
     random = np.random.default_rng(3)
     weights = {f"layer{bits}": random.standard_normal((19, 3, 14, 14)).astype(np.float32) for bits in range(2, 9)}
     float_model = convert(folder / "patch", weights)
-    asked = {f"layer{bits}": WeightFormat(bits, 64, bits % 2 == 0, method="lsq") for bits in range(2, 9)}
+    asked = {f"layer{bits}": WeightFormat(bits, 64, bits % 2 == 0, method="mse") for bits in range(2, 9)}
     formats = choose_formats(float_model.layers, WeightFormat(), {name: vars(form) for name, form in asked.items()}, "")
     assert {form.block for form in formats.values()} == {0}
     models = {"float": float_model, "ours": quantize(float_model, folder / "patch", formats)}
@@ -179,11 +181,11 @@ def test_rows_that_fill_no_bytes_are_put_together_rightly(
     """Rows are written in chunks whose bits must meet in whole bytes: here 8 of 35 rows, 33 weights each."""
     weight = random_weight(35, 33)
     float_model = convert(folder / f"odd{bits}", {"layer": weight})
-    forms = {"layer": WeightFormat(bits, method="lsq")}
+    forms = {"layer": WeightFormat(bits, method="mse")}
     whole = quantize(float_model, folder / f"odd{bits}" / "whole", forms)
     monkeypatch.setattr(write, "WEIGHTS_AT_ONCE", 1)
     cut = quantize(float_model, folder / f"odd{bits}" / "cut", forms, threads=3)
     assert whole.weights.path.read_bytes() == cut.weights.path.read_bytes()
     found = engine_outputs({"cut": cut}, folder / f"odd{bits}")["cut"]["layer"]
     assert np.array_equal(found, cut.rows()["layer"])
-    assert np.array_equal(found, round_rows(weight, bits, 0, False, 16, "lsq").dequantize())
+    assert np.array_equal(found, round_rows(weight, bits, 0, False, 16, "mse").dequantize())

@@ -1,5 +1,6 @@
 """Weights that are not stored as ours are: llmexport's, and what the converter makes of weights that are mostly zero.
-Read as the engine unpacks them, or refused by the operator's name."""
+Read as the engine unpacks them, or refused by the operator's name.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf2mnn.errors import BundleFault, QuantizationError
+from hf2mnn.core.errors import BundleFault, QuantizationError
 from hf2mnn.metrics import relative_error
 from hf2mnn.mnn.convert import WeightFormat, run_converter, write_graph
 from hf2mnn.mnn.graph import Graph
@@ -155,7 +156,8 @@ def pack_places(values: list[int], bits: int) -> bytes:
 
 def sparse_bytes(levels: np.ndarray, zeros: np.ndarray, bits: int, step_bits: int) -> bytes:
     """As `WriteSparseQuanBlobs` does; `zeros` int [blocks] is the level of each block that is not stored. A step that
-    is too long is made of several, to levels that are zero."""
+    is too long is made of several, to levels that are zero.
+    """
     steps, places, last, lowest = [], [], 0, -(1 << bits - 1)
     for place, (level, zero) in enumerate(zip(levels.reshape(-1), zeros.repeat(levels.shape[1]), strict=True)):
         if level != zero or place - last >= (1 << step_bits) - 1:

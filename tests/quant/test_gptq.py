@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hf2mnn.errors import QuantizationError
+from hf2mnn.core.errors import QuantizationError
 from hf2mnn.quant.blob import Levels
 from hf2mnn.quant.gptq import DAMPING, compensation, gptq_rows
 from hf2mnn.quant.rounding import LANES, round_rows
@@ -65,14 +65,14 @@ def test_inputs_that_are_never_used(weight: np.ndarray, moment: np.ndarray) -> N
     dead = moment.copy()
     dead[::5], dead[:, ::5] = 0, 0
     found = gptq_rows(weight, 4, 32, False, 16, compensation(dead, "layer"))
-    plain = round_rows(weight, 4, 32, False, 16, "lsq")
+    plain = round_rows(weight, 4, 32, False, 16, "mse")
     assert np.isfinite(found.dequantize()).all()
     assert output_error(weight, found, dead) < 0.5 * output_error(weight, plain, dead)
 
 
 def test_inputs_that_are_all_zero_leave_the_plain_search(weight: np.ndarray, moment: np.ndarray) -> None:
     found = gptq_rows(weight, 4, 32, False, 16, compensation(np.zeros_like(moment), "layer"))
-    assert np.array_equal(found.levels, round_rows(weight, 4, 32, False, 16, "lsq").levels)
+    assert np.array_equal(found.levels, round_rows(weight, 4, 32, False, 16, "mse").levels)
 
 
 def test_few_inputs_say_little_but_do_no_harm(weight: np.ndarray) -> None:
@@ -80,7 +80,7 @@ def test_few_inputs_say_little_but_do_no_harm(weight: np.ndarray) -> None:
     rows = np.random.default_rng(2).standard_normal((7, INPUTS)).astype(np.float32)
     moment = rows.T @ rows / len(rows)
     found = gptq_rows(weight, 4, 32, False, 16, compensation(moment, "layer"))
-    plain = round_rows(weight, 4, 32, False, 16, "lsq")
+    plain = round_rows(weight, 4, 32, False, 16, "mse")
     assert output_error(weight, found, moment) < 0.5 * output_error(weight, plain, moment)
 
 
@@ -94,7 +94,7 @@ def test_outputs_are_closer_than_by_the_weights_alone(
     weight: np.ndarray, moment: np.ndarray, bits: int, block: int, symmetric: bool
 ) -> None:
     shape = (bits, block, symmetric, 16)
-    plain = round_rows(weight, *shape, "lsq")
+    plain = round_rows(weight, *shape, "mse")
     found = gptq_rows(weight, *shape, compensation(moment, "layer"))
     assert output_error(weight, found, moment) < 0.7 * output_error(weight, plain, moment)
 
@@ -102,7 +102,7 @@ def test_outputs_are_closer_than_by_the_weights_alone(
 def test_inputs_that_are_alike_leave_nothing_to_make_up(weight: np.ndarray) -> None:
     for bits in (2, 4):
         found = gptq_rows(weight, bits, 32, False, 16, compensation(np.eye(INPUTS, dtype=np.float32), "layer"))
-        plain = round_rows(weight, bits, 32, False, 16, "lsq")
+        plain = round_rows(weight, bits, 32, False, 16, "mse")
         # Damping weighs all by 1.01, by which a search may end elsewhere.
         assert (found.levels == plain.levels).mean() > 0.995
         errors = [np.square(weight - levels.dequantize()).sum() for levels in (found, plain)]
@@ -111,7 +111,8 @@ def test_inputs_that_are_alike_leave_nothing_to_make_up(weight: np.ndarray) -> N
 
 def followed(weight: np.ndarray, levels: Levels, moment: np.ndarray) -> np.ndarray:
     """The weights as each stood when its turn came, float64: every channel's error spread over those after it, by the
-    definition (Frantar et al., algorithm 1, without its blocks)."""
+    definition (Frantar et al., algorithm 1, without its blocks).
+    """
     inverse = np.linalg.inv(damped(moment))
     upper = np.linalg.cholesky(inverse).T
     moving, stood, made = weight.astype(np.float64), np.empty(weight.shape), levels.dequantize().astype(np.float64)
@@ -153,7 +154,7 @@ def test_a_blocks_scale_is_searched_when_its_turn_comes(
     for place, begin in enumerate(range(0, INPUTS, block)):
         span = slice(begin, begin + block)
         stands = moving[:, span].astype(np.float32)
-        searched = round_rows(stands, 3, block, symmetric, 16, "lsq", costs[span].astype(np.float32))
+        searched = round_rows(stands, 3, block, symmetric, 16, "mse", costs[span].astype(np.float32))
         alike = np.isclose(searched.scales[:, 0], found.scales[:, place], rtol=2e-3)
         assert alike.mean() > 0.95, place
         for channel in range(begin, begin + block):

@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf2mnn.config import load_plan
-from hf2mnn.errors import QuantizationError
+from hf2mnn.config.schema import load_plan
+from hf2mnn.core.errors import QuantizationError
 from hf2mnn.quant.plan import expected_divergence, options, solve, write_plan
 
 

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from hf2mnn.errors import QuantizationError
+from hf2mnn.core.errors import QuantizationError
 from hf2mnn.mnn.bundle import DECODER, convert_decoder
 from hf2mnn.mnn.convert import WeightFormat, read_graph
 from hf2mnn.quant import rounding, write
@@ -20,7 +20,7 @@ from hf2mnn.quant.rounding import LANES, round_rows
 from hf2mnn.quant.weights import Operator, WeightFile, operators
 from one_layer import convert
 
-METHODS = ("rtn", "hqq", "lsq")
+METHODS = ("rtn", "hqq", "mse")
 
 
 def error(weight: np.ndarray, levels: Levels) -> float:
@@ -58,7 +58,8 @@ def weight() -> np.ndarray:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_round_to_nearest_is_the_converters(weight: np.ndarray, tmp_path: Path, bits: int, symmetric: bool) -> None:
     """Float scales to the last bit; half floats are the nearest here, cut in the converter. Levels are its own but for
-    weights in the middle between two, where its division and its round() go another way."""
+    weights in the middle between two, where its division and its round() go another way.
+    """
     for block in (0, 32):
         theirs = from_converter(tmp_path / f"{block}", weight, WeightFormat(bits, block, symmetric, 32))
         cut = from_converter(tmp_path / f"{block}-half", weight, WeightFormat(bits, block, symmetric, 16))
@@ -124,9 +125,9 @@ def heavy() -> np.ndarray:
 def test_least_squares_beats_both_by_what_was_measured(heavy: np.ndarray, bits: int, bound: float) -> None:
     found = {method: round_rows(heavy, bits, 64, False, 16, method) for method in METHODS}
     errors = {method: error(heavy, levels) for method, levels in found.items()}
-    assert errors["lsq"] <= bound
-    assert errors["lsq"] < errors["hqq"] < errors["rtn"]
-    made, plain, half_quadratic = (block_errors(heavy, found[method]) for method in ("lsq", "rtn", "hqq"))
+    assert errors["mse"] <= bound
+    assert errors["mse"] < errors["hqq"] < errors["rtn"]
+    made, plain, half_quadratic = (block_errors(heavy, found[method]) for method in ("mse", "rtn", "hqq"))
     assert (made <= (1 + 1e-5) * plain).all()
     # Each is a search: of some blocks the other finds the better zero point.
     assert (made <= half_quadratic).mean() > 0.9
@@ -137,7 +138,7 @@ def test_the_short_search_is_as_good_where_all_weights_count_the_same(heavy: np.
     """A third of the steps. An importance that is nearly even asks for the whole search."""
     rows, nearly = heavy[:256], np.ones(1536, np.float32)
     nearly[0] = np.nextafter(np.float32(1), np.float32(2))
-    short, whole = (round_rows(rows, bits, block, False, 16, "lsq", given) for given in (None, nearly))
+    short, whole = (round_rows(rows, bits, block, False, 16, "mse", given) for given in (None, nearly))
     assert error(rows, whole) < error(rows, short) < 1.01 * error(rows, whole)
 
 
@@ -180,7 +181,7 @@ def test_no_block_is_worse_than_rounded_to_nearest(
     weight: np.ndarray, bits: int, symmetric: bool, scale_bits: int
 ) -> None:
     plain, found = (
-        block_errors(weight, round_rows(weight, bits, 16, symmetric, scale_bits, method)) for method in ("rtn", "lsq")
+        block_errors(weight, round_rows(weight, bits, 16, symmetric, scale_bits, method)) for method in ("rtn", "mse")
     )
     # Errors are summed in float32; and small half floats are 2^-24 apart, so that scales are what they are by luck.
     slack = 1e-5 * plain + 1e-12 * np.square(weight.astype(np.float64)).reshape(3, 2, -1).sum(axis=2)
@@ -195,7 +196,7 @@ def test_no_block_is_worse_than_rounded_to_nearest(
     bits=2,
     symmetric=False,
     scale_bits=16,
-    method="lsq",
+    method="mse",
 )
 def test_what_is_made_can_be_stored(
     weight: np.ndarray, bits: int, symmetric: bool, scale_bits: int, method: str
@@ -223,7 +224,8 @@ def test_what_is_made_can_be_stored(
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.375, 2.0**-20])
 def test_a_constant_block_keeps_its_value(method: str, value: float) -> None:
     """A pruned or an untrained channel. Nothing need be lost of a number that a half float can hold; hqq has no scale
-    below 1e-7, and a quarter of a step of it to spare."""
+    below 1e-7, and a quarter of a step of it to spare.
+    """
     weight = np.full((5, 32), value, np.float32)
     for bits in (2, 4, 8):
         found = round_rows(weight, bits, 16, False, 16, method).dequantize()
@@ -246,7 +248,7 @@ def test_levels_that_are_there_are_found_again() -> None:
         scales = random.uniform(0.01, 0.02, (40, 2)).astype(np.float16).astype(np.float32)
         zeros = np.zeros((40, 2), np.float32)
         weight = Levels(levels, scales, zeros).dequantize()
-        found = round_rows(weight, bits, 32, False, 16, "lsq")
+        found = round_rows(weight, bits, 32, False, 16, "mse")
         assert np.array_equal(found.levels, levels)
         np.testing.assert_allclose(found.dequantize(), weight, rtol=0, atol=1e-3 * 0.02)
 
@@ -256,15 +258,15 @@ def test_importance_moves_errors_where_they_weigh_less() -> None:
     weight = random.standard_normal((64, 64)).astype(np.float32)
     importance = np.where(np.arange(64) % 8 == 0, 100, 1).astype(np.float32)
     squares = [
-        np.square(weight - round_rows(weight, 3, 64, False, 16, "lsq", weighed).dequantize()).astype(np.float64)
+        np.square(weight - round_rows(weight, 3, 64, False, 16, "mse", weighed).dequantize()).astype(np.float64)
         for weighed in (None, importance)
     ]
     plain, weighed = ((made * importance).sum() for made in squares)
     assert weighed < 0.9 * plain
     assert squares[1].sum() > squares[0].sum()
     # Only what is important relative to the others counts, and that all of it is.
-    same = round_rows(weight, 3, 64, False, 16, "lsq", np.full(64, 4, np.float32))
-    assert np.array_equal(same.levels, round_rows(weight, 3, 64, False, 16, "lsq").levels)
+    same = round_rows(weight, 3, 64, False, 16, "mse", np.full(64, 4, np.float32))
+    assert np.array_equal(same.levels, round_rows(weight, 3, 64, False, 16, "mse").levels)
 
 
 def test_channels_of_no_importance_do_no_harm() -> None:
@@ -272,7 +274,7 @@ def test_channels_of_no_importance_do_no_harm() -> None:
     importance = np.zeros(64, np.float32)
     for count in (0, 1, 32):
         importance[:count] = 1
-        found = round_rows(weight, 4, 32, False, 16, "lsq", importance)
+        found = round_rows(weight, 4, 32, False, 16, "mse", importance)
         assert np.isfinite(found.scales).all() and np.isfinite(found.zeros).all()
         assert np.abs(found.dequantize() - weight)[:, :count].max(initial=0) < 0.5
 
@@ -282,7 +284,7 @@ def test_weights_of_any_size_are_searched(size: float) -> None:
     """Beyond what squares in float32 hold: not good for anything, but not garbage either."""
     weight = (np.random.default_rng(9).standard_normal((64, 64)) * size).astype(np.float32)
     for symmetric in (False, True):
-        found = round_rows(weight, 4, 32, symmetric, 32, "lsq")
+        found = round_rows(weight, 4, 32, symmetric, 32, "mse")
         assert error(weight / np.float32(size), rescaled(found, size)) < 0.15
 
 

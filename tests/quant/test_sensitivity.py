@@ -10,21 +10,22 @@ import pandas as pd
 import pytest
 import torch
 
-from hf2mnn.budget import Budget
-from hf2mnn.config import load_plan
-from hf2mnn.errors import QuantizationError
-from hf2mnn.manifest import Manifest
+from hf2mnn.config.budget import Budget
+from hf2mnn.config.schema import load_plan
+from hf2mnn.core.errors import QuantizationError
+from hf2mnn.core.manifest import Manifest
 from hf2mnn.metrics import kl_divergence
 from hf2mnn.mnn.bundle import EngineSettings
 from hf2mnn.mnn.convert import WeightFormat
-from hf2mnn.onnx.export import export_onnx
 from hf2mnn.quant.names import CANDIDATES, MEASURED
-from hf2mnn.quant.plan import make_plan
-from hf2mnn.quant.sensitivity import Bench, measure_sensitivity
-from hf2mnn.quant.stages import quantize
+from hf2mnn.quant.sensitivity import Bench
 from hf2mnn.quant.variant import Choice
-from hf2mnn.reference.run import run_reference
-from hf2mnn.source.fetch import fetch_source
+from hf2mnn.stages.export import run as export_onnx
+from hf2mnn.stages.fetch import run as fetch_checkpoint
+from hf2mnn.stages.plan import run as make_plan
+from hf2mnn.stages.quantize import run as quantize
+from hf2mnn.stages.reference import run as run_reference
+from hf2mnn.stages.sensitivity import run as measure_sensitivity
 from support import SHAPES_VL, float_bundle
 
 EXAMPLES = 6
@@ -34,32 +35,32 @@ EXAMPLES = 6
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """source, onnx, float and calibration of the embedded model, with a few examples. Tests only add to it."""
     folder = tmp_path_factory.mktemp("sensitivity")
-    fetch_source(folder / "source", SHAPES_VL)
-    export_onnx(folder / "source", folder / "onnx")
+    fetch_checkpoint(folder / "checkpoint", SHAPES_VL)
+    export_onnx(folder / "checkpoint", folder / "onnx")
     float_bundle(folder / "onnx", folder / "float")
     few = folder / "few"
     few.mkdir()
     lines = (SHAPES_VL / "calibration" / "examples.jsonl").read_text(encoding="utf-8").splitlines()
     (few / "examples.jsonl").write_text("\n".join(lines[:: len(lines) // 12]), encoding="utf-8")
     (few / "images").symlink_to(SHAPES_VL / "calibration" / "images")
-    run_reference(folder / "source", few, folder / "calibration", max_new_tokens=16, threads=1)
+    run_reference(folder / "checkpoint", few, folder / "calibration", max_new_tokens=16, threads=1)
     return folder
 
 
 @pytest.fixture(scope="module")
 def bench(folder: Path) -> Bench:
-    return Bench(folder / "source", folder / "calibration", EXAMPLES)
+    return Bench(folder / "checkpoint", folder / "calibration", EXAMPLES)
 
 
 @pytest.fixture(scope="module")
 def sensitivity(folder: Path) -> Path:
-    stages = folder / "source", folder / "calibration"
+    stages = folder / "checkpoint", folder / "calibration"
     return measure_sensitivity(*stages, folder / "sensitivity", [3, 4], EXAMPLES, 1)
 
 
 def test_the_decoder_alone_predicts_what_the_whole_model_does(bench: Bench) -> None:
     """What it is fed is kept, so that the vision tower need not run for each of its operators."""
-    assert any(example.pictures for example in bench.examples)
+    assert any(example.images for example in bench.examples)
     for index in range(len(bench.examples)):
         whole = bench._predict(index, whole=True)
         np.testing.assert_allclose(bench.right[index], whole, atol=1e-4)
@@ -114,7 +115,7 @@ def test_the_tables_have_every_operator_and_every_format(sensitivity: Path) -> N
 
 
 def test_the_same_tables_with_weights_left_in_their_file(folder: Path, sensitivity: Path, tmp_path: Path) -> None:
-    stages = folder / "source", folder / "calibration"
+    stages = folder / "checkpoint", folder / "calibration"
     mapped = measure_sensitivity(*stages, tmp_path / "mapped", [3, 4], EXAMPLES, 1, "mapped")
     assert Manifest.load(mapped).outputs == Manifest.load(sensitivity).outputs
     assert [Manifest.load(made).results["weights"] for made in (mapped, sensitivity)] == ["mapped", "resident"]
@@ -134,7 +135,7 @@ def test_a_bundle_made_by_a_plan_keeps_the_budget(
     """All of it: graphs, embedding, tokenizer and what else is in the folder."""
     plan = make_plan(sensitivity, folder / "onnx", folder / "float", tmp_path / "plan", budget, embedding)
     chosen = load_plan(plan / "plan.yaml").model_dump(exclude_none=True)
-    every = WeightFormat(8, method="lsq")
+    every = WeightFormat(8, method="mse")
     choice = Choice(every, every, EngineSettings("low", "low"), chosen, embedding)
     bundle = quantize(folder / "onnx", folder / "float", tmp_path / "bundle", choice, 2)
     results = json.loads((bundle / "manifest.json").read_text())["results"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf2mnn.errors import ConversionError, QuantizationError
+from hf2mnn.core.errors import ConversionError, QuantizationError
 from hf2mnn.mnn.convert import WeightFormat
 from hf2mnn.mnn.graph import Graph
 from hf2mnn.quant.weights import WeightFile, operators
@@ -20,8 +20,8 @@ OUTPUTS, INPUTS = 29, 64
 FORMATS = {
     "float": WeightFormat(),
     "half": WeightFormat(16),
-    "int3": WeightFormat(3, 32, method="lsq"),
-    "int8": WeightFormat(8, 0, True, 32, "lsq"),
+    "int3": WeightFormat(3, 32, method="mse"),
+    "int8": WeightFormat(8, 0, True, 32, "mse"),
 }
 
 

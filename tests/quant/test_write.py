@@ -1,5 +1,6 @@
 """A variant's weight file: the same bytes with any threads, its table true, and what cannot be is an error with the
-operator's name and no folder behind it."""
+operator's name and no folder behind it.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +14,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hf2mnn.errors import ConversionError, Hf2mnnError, QuantizationError
-from hf2mnn.manifest import Manifest
+from hf2mnn.checkpoint.folder import Checkpoint
+from hf2mnn.core.errors import ConversionError, Hf2mnnError, QuantizationError
+from hf2mnn.core.manifest import Manifest
 from hf2mnn.mnn.ask import ask_bundle
 from hf2mnn.mnn.bundle import PARTS, EngineSettings
 from hf2mnn.mnn.convert import WeightFormat, read_graph
 from hf2mnn.mnn.engine import check_bundle
 from hf2mnn.mnn.graph import FLOAT16
 from hf2mnn.quant.names import module_names
-from hf2mnn.quant.stages import quantize
 from hf2mnn.quant.variant import TABLE, Choice
 from hf2mnn.quant.weights import Operator, WeightFile, operators
-from hf2mnn.source.checkpoint import Checkpoint
+from hf2mnn.stages.quantize import run as quantize
 
 LAYER = "model.language_model.layers.1"
-INT4, INT8 = WeightFormat(4, 32, method="lsq"), WeightFormat(8, method="lsq")
+INT4, INT8 = WeightFormat(4, 32, method="mse"), WeightFormat(8, method="mse")
 ENGINE = EngineSettings(threads=1)
 
 
@@ -137,9 +138,9 @@ def test_biases_and_gammas_are_the_float_models(variant: Path, bundle: Path, onn
         assert len(kept[0]) >= 3
 
 
-def test_operators_have_their_modules_names(bundle: Path, source_folder: Path, onnx_folder: Path) -> None:
+def test_operators_have_their_modules_names(bundle: Path, checkpoint_folder: Path, onnx_folder: Path) -> None:
     """By the values that the checkpoint has under that name: layers of one shape are easily mistaken for each other."""
-    checkpoint = Checkpoint(source_folder)
+    checkpoint = Checkpoint(checkpoint_folder)
     for part, count in (("decoder", 15), ("vision", 8)):
         layers, weights = read(bundle, onnx_folder, part)
         assert len(layers) == count
@@ -196,7 +197,7 @@ def refused(
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("form", [INT4, WeightFormat(4, 32), WeightFormat(16)], ids=["lsq", "rtn", "half"])
+@pytest.mark.parametrize("form", [INT4, WeightFormat(4, 32), WeightFormat(16)], ids=["mse", "rtn", "half"])
 def test_a_weight_that_is_no_number(
     onnx_folder: Path, copy: Path, tmp_path: Path, value: float, form: WeightFormat
 ) -> None:
@@ -209,14 +210,14 @@ def test_a_weight_that_is_no_number(
 @pytest.mark.parametrize("block", [48, 256])
 def test_a_block_that_does_not_divide(onnx_folder: Path, bundle: Path, tmp_path: Path, block: int) -> None:
     """The converter would give one scale a channel, and say nothing."""
-    said = refused(onnx_folder, bundle, tmp_path / "variant", choice(decoder=WeightFormat(4, block, method="lsq")))
+    said = refused(onnx_folder, bundle, tmp_path / "variant", choice(decoder=WeightFormat(4, block, method="mse")))
     assert said.startswith("model.language_model.layers.0.self_attn.q_proj: ")
     assert f"block {block} does not divide its 128 inputs" in said
     assert "64, 32, 16 or 0" in said
 
 
 def test_a_block_of_the_vision_tower_is_named_too(onnx_folder: Path, bundle: Path, tmp_path: Path) -> None:
-    said = refused(onnx_folder, bundle, tmp_path / "variant", choice(vision=WeightFormat(8, 128, method="lsq")))
+    said = refused(onnx_folder, bundle, tmp_path / "variant", choice(vision=WeightFormat(8, 128, method="mse")))
     assert said.startswith("model.visual.blocks.0.attn.qkv: ") and "its 96 inputs; use 32, 16 or 0" in said
 
 
@@ -232,7 +233,7 @@ def test_a_plan_may_choose_a_block_that_does_not_divide(onnx_folder: Path, bundl
     assert said.startswith("lm_head: block 96 ")
 
 
-@pytest.mark.parametrize("form", [INT4, WeightFormat(8, 32), WeightFormat(16)], ids=["lsq", "rtn", "half"])
+@pytest.mark.parametrize("form", [INT4, WeightFormat(8, 32), WeightFormat(16)], ids=["mse", "rtn", "half"])
 def test_weights_that_half_floats_cannot_hold(
     onnx_folder: Path, copy: Path, tmp_path: Path, form: WeightFormat
 ) -> None:
@@ -245,7 +246,7 @@ def test_weights_that_half_floats_cannot_hold(
 def test_with_float32_scales_they_are_stored(onnx_folder: Path, copy: Path, tmp_path: Path) -> None:
     name = f"{LAYER}.mlp.gate_proj"
     spoil(copy, onnx_folder, name, lambda values: values.__setitem__(slice(100, 102), [-3e7, 3e7]))
-    form = WeightFormat(4, 32, scale_bits=32, method="lsq")
+    form = WeightFormat(4, 32, scale_bits=32, method="mse")
     made = quantize(onnx_folder, copy, tmp_path / "variant", choice(decoder=form), threads=1)
     layers, file = read(made, onnx_folder, "decoder")
     # Far beyond half floats. Thirty small weights share the block, so that the large ones are not met exactly.

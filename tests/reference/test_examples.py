@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from hf2mnn.errors import EvaluationSetError
-from hf2mnn.reference.examples import read_examples, read_picture
+from hf2mnn.core.errors import EvaluationSetError
+from hf2mnn.reference.examples import read_examples, read_image
 from support import SHAPES_VL
 
 QUESTION = {"role": "user", "content": "How many?"}
@@ -28,7 +28,7 @@ def write(folder: Path, *records: Any) -> Path:
 
 
 def test_an_example_is_read_as_it_is_documented(tmp_path: Path) -> None:
-    """Pictures in the order of the prompt over all turns; what may be left out may be left out."""
+    """Images in the order of the prompt over all turns; what may be left out may be left out."""
     parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "它们"}, {"type": "image", "image": "b.png"}]
     turns = [
         {"role": "system", "content": "Be brief."},
@@ -38,8 +38,8 @@ def test_an_example_is_read_as_it_is_documented(tmp_path: Path) -> None:
     ]
     full = {"id": "two", "category": "count", "language": "zh", "answer": "2", "messages": turns}
     bare, described = read_examples(write(tmp_path, GOOD, "", full))
-    assert (bare.id, bare.category, bare.language, bare.answers, bare.pictures) == ("one", "any", "any", None, [])
-    assert described.pictures == ["a.png", "b.png", "a.png"]
+    assert (bare.id, bare.category, bare.language, bare.answers, bare.images) == ("one", "any", "any", None, [])
+    assert described.images == ["a.png", "b.png", "a.png"]
     assert (described.category, described.language, described.answers) == ("count", "zh", ["2"])
     assert described.messages == turns
     assert bare.metric == described.metric == "exact"
@@ -50,12 +50,12 @@ def test_several_answers_and_a_metric_of_its_own(tmp_path: Path) -> None:
     assert (asked.answers, asked.metric) == (["two", "2"], "vqa")
 
 
-def test_the_embedded_set_is_one_and_its_pictures_open() -> None:
+def test_the_embedded_set_is_one_and_its_images_open() -> None:
     examples = read_examples(SHAPES_VL / "evaluation")
-    names = {name for example in examples for name in example.pictures}
+    names = {name for example in examples for name in example.images}
     assert len(examples) > 20
     assert names
-    assert all(read_picture(SHAPES_VL / "evaluation" / name).mode == "RGB" for name in names)
+    assert all(read_image(SHAPES_VL / "evaluation" / name).mode == "RGB" for name in names)
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,11 @@ def test_what_the_engine_cannot_be_given_is_refused_by_name(part: dict[str, Any]
         read_examples(write(tmp_path, GOOD, {"id": "x", "messages": [{"role": "user", "content": content}]}))
 
 
-def test_a_picture_without_a_type_counts(tmp_path: Path) -> None:
+def test_a_image_without_a_type_counts(tmp_path: Path) -> None:
     """Templates know it by its key."""
     content = [{"image": "a.png"}, {"type": "text", "text": "and"}, {"type": "image", "image": "b.png"}]
     (example,) = read_examples(write(tmp_path, {"id": "x", "messages": [{"role": "user", "content": content}]}))
-    assert example.pictures == ["a.png", "b.png"]
+    assert example.images == ["a.png", "b.png"]
 
 
 def test_an_id_used_twice_is_refused(tmp_path: Path) -> None:
@@ -147,14 +147,14 @@ def test_a_text_with_a_line_separator_in_it_is_one_line(tmp_path: Path) -> None:
     assert example.messages[0]["content"] == "a\u2028b\x85c"
 
 
-def test_pictures_become_rgb_whatever_they_were(tmp_path: Path) -> None:
+def test_images_become_rgb_whatever_they_were(tmp_path: Path) -> None:
     for mode in ("L", "RGBA", "P", "1"):
         Image.new(mode, (3, 5)).save(tmp_path / f"{mode}.png")
-        picture = read_picture(tmp_path / f"{mode}.png")
-        assert (picture.mode, picture.size) == ("RGB", (3, 5))
+        image = read_image(tmp_path / f"{mode}.png")
+        assert (image.mode, image.size) == ("RGB", (3, 5))
 
 
-def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
+def test_a_image_that_is_none_is_named(tmp_path: Path) -> None:
     """Missing, empty, text, a folder, or cut short in a download: all one sentence."""
     Image.effect_noise((64, 64), 90).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
@@ -162,15 +162,15 @@ def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "folder.png").mkdir()
     for name in ("cut", "empty", "text", "folder"):
-        with pytest.raises(EvaluationSetError, match=rf"{name}\.png is not a picture"):
-            read_picture(tmp_path / f"{name}.png")
-    with pytest.raises(EvaluationSetError, match=r"there is no picture .*nowhere\.png"):
-        read_picture(tmp_path / "nowhere.png")
+        with pytest.raises(EvaluationSetError, match=rf"{name}\.png is not an image"):
+            read_image(tmp_path / f"{name}.png")
+    with pytest.raises(EvaluationSetError, match=r"there is no image .*nowhere\.png"):
+        read_image(tmp_path / "nowhere.png")
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/secret.png", "link.png", 1])
-def test_a_picture_must_be_in_the_set(name: object, tmp_path: Path) -> None:
-    """Reports show pictures, and are given away."""
+def test_a_image_must_be_in_the_set(name: object, tmp_path: Path) -> None:
+    """Reports show images, and are given away."""
     folder = tmp_path / "set"
     folder.mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
@@ -182,7 +182,7 @@ def test_a_picture_must_be_in_the_set(name: object, tmp_path: Path) -> None:
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A picture of one colour as its header tells it; there is hardly anything in it."""
+    """An image of one colour as its header tells it; there is hardly anything in it."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -193,27 +193,27 @@ def png_of(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(("width", "height"), [(50_000, 50_000), (12_000, 10_000), (2**31 - 1, 2**31 - 1)])
-def test_a_picture_larger_than_the_memory_is_refused_by_its_header(width: int, height: int, tmp_path: Path) -> None:
+def test_a_image_larger_than_the_memory_is_refused_by_its_header(width: int, height: int, tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(png_of(width, height))
     tracemalloc.start()
     try:
-        with pytest.raises(EvaluationSetError, match="not a picture that can be read"):
-            read_picture(tmp_path / "bomb.png")
+        with pytest.raises(EvaluationSetError, match="not an image that can be read"):
+            read_image(tmp_path / "bomb.png")
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:
         tracemalloc.stop()
 
 
 def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library would start Ghostscript, if the machine has it, with a program that came as a picture."""
+    """The library would start Ghostscript, if the machine has it, with a program that came as an image."""
     trap = tmp_path / "gs"
     trap.write_text(f"#!/bin/sh\ntouch {tmp_path}/trapped\n")
     trap.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    Image.new("RGB", (4, 4)).save(tmp_path / "picture.eps")
-    (tmp_path / "picture.eps").rename(tmp_path / "picture.png")
-    with pytest.raises(EvaluationSetError, match="not a picture that can be read"):
-        read_picture(tmp_path / "picture.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "image.eps")
+    (tmp_path / "image.eps").rename(tmp_path / "image.png")
+    with pytest.raises(EvaluationSetError, match="not an image that can be read"):
+        read_image(tmp_path / "image.png")
     assert not (tmp_path / "trapped").exists()
 
 
@@ -226,7 +226,7 @@ def test_a_chunk_takes_no_more_memory_than_there_are_bytes(tmp_path: Path) -> No
     path.write_bytes(stored)
     tracemalloc.start()
     with suppress(EvaluationSetError):
-        read_picture(path)
+        read_image(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10e6

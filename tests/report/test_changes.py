@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from evidence import figure_table, make_evidence, make_row, make_speed, write_reference
-from hf2mnn.manifest import Manifest
+from hf2mnn.core.manifest import Manifest
 from hf2mnn.report.changes import changes_page, write_changes
 from hf2mnn.report.evidence import Evidence
 from hf2mnn.report.table import RowSpec, make_table

@@ -141,13 +141,13 @@ def test_it_can_be_read_without_eyes(page: str) -> None:
     assert any(attributes.get("lang") == "zh" for _, attributes in tags)
 
 
-def test_each_picture_is_embedded_once(page: str, evidence: Evidence) -> None:
+def test_each_image_is_embedded_once(page: str, evidence: Evidence) -> None:
     assert len(re.findall(r"data:image/(?:png|jpeg);base64,", page)) == 2
-    assert page.count('<use href="#picture-') == 3
+    assert page.count('<use href="#image-') == 3
 
 
 def test_at_most_so_many_examples(tmp_path: Path) -> None:
-    records = [record(f"id-{i:02}", "yes", pictures=[f"images/{i}.png"]) for i in range(SHOWN + 5)]
+    records = [record(f"id-{i:02}", "yes", images=[f"images/{i}.png"]) for i in range(SHOWN + 5)]
     made = make_evidence(tmp_path, records)
     last = records[-1]["id"]
     rows = [make_row(tmp_path / "more", records, "int2", 0.1, {last: "no"})]
@@ -208,9 +208,9 @@ def test_numbers_say_what_was_measured(page: str) -> None:
         assert word in said, word
 
 
-@pytest.mark.parametrize("kept", ["nothing more", "pictures", "labels"])
+@pytest.mark.parametrize("kept", ["nothing more", "images", "labels"])
 def test_works_with_less(kept: str, tmp_path: Path) -> None:
-    records = [{**made, "pictures": made["pictures"] if kept == "pictures" else []} for made in RECORDS]
+    records = [{**made, "images": made["images"] if kept == "images" else []} for made in RECORDS]
     records = [{**made, "expected": made["expected"] if kept == "labels" else None} for made in records]
     made = bare(make_evidence(tmp_path, records))
     page = render_page(made, make_table(made, {BAD: False}))
@@ -218,12 +218,12 @@ def test_works_with_less(kept: str, tmp_path: Path) -> None:
     for gone in ("Error budget", "Layers", "Speed and memory", "Settings of each variant"):
         assert gone not in read.said
     assert ("Task accuracy" in read.said) == (kept == "labels")
-    assert ("data:image/" in page) == (kept == "pictures")
+    assert ("data:image/" in page) == (kept == "images")
     assert "it was not diagnosed" in read.said
 
 
 def test_speed_of_a_model_that_does_not_see(evidence: Evidence, table: pd.DataFrame) -> None:
-    page = render_page(replace(evidence, speed=evidence.speed | {"picture": None}), table)
+    page = render_page(replace(evidence, speed=evidence.speed | {"image": None}), table)
     assert "8 out; 3 runs in turns" in " ".join(whole(page).said.split())
 
 
@@ -238,7 +238,7 @@ def test_bundle_that_does_not_run_is_only_judged(evidence: Evidence) -> None:
         made = replace(evidence, rows=rows, speed=None, cache=None)
         read = whole(render_page(made, make_table(made, {BAD: True})))
         assert f"{BAD} misses a gate" in read.said
-        assert f"eval/{BAD}" in read.said
+        assert f"evaluation/{BAD}" in read.said
         told = read.said.split("struck out")[1].split("Provenance")[0]
         assert BAD not in told
 
@@ -266,8 +266,8 @@ def test_what_the_manifests_do_not_hold_is_said(evidence: Evidence, page: str, t
     assert len(provenance.missing(evidence)) == 3
     manifests = dict(evidence.manifests)
     settings, places = manifests["reference"].settings | {"threads": 2}, {"evaluation": str(tmp_path / "my-set")}
-    manifests["reference"] = replace(manifests["reference"], settings=settings, places=places)
-    manifests["source"] = replace(manifests["source"], settings={}, places={"path": str(tmp_path / "checkpoint")})
+    manifests["reference"] = replace(manifests["reference"], settings=settings, paths=places)
+    manifests["source"] = replace(manifests["source"], settings={}, paths={"path": str(tmp_path / "checkpoint")})
     complete = replace(evidence, manifests=manifests)
     assert provenance.missing(complete) == []
     lines = [stage.line for stage in provenance.stages(complete)]

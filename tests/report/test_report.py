@@ -20,12 +20,12 @@ from evidence import (
     write_reference,
     write_results,
 )
-from hf2mnn.errors import Hf2mnnError, ManifestError
-from hf2mnn.evaluate.figures import COLUMNS as FIGURE_COLUMNS
+from hf2mnn.core.errors import Hf2mnnError, ManifestError
+from hf2mnn.evaluation.figures import COLUMNS as FIGURE_COLUMNS
 from hf2mnn.report import report
-from hf2mnn.report.report import make_report
 from hf2mnn.report.table import RowSpec, read_table
 from hf2mnn.report.versions import read_report
+from hf2mnn.stages.report import run as make_report
 
 SPECS = [RowSpec("onnxruntime", True, {}), RowSpec("fp32", True, {}), RowSpec("int4", True, {"findings": 0})]
 FILES = {"summary.csv", "summary.parquet", "figures.csv", "figures.parquet", "report.html"}
@@ -91,7 +91,7 @@ def test_what_was_measured_against_another_reference_is_refused(stage: str, fold
     """By hand it is easy to lay yesterday's evaluation beside today's reference: figures of two different things."""
     other = write_reference(tmp_path / "other", tokens=7)
     write = write_evaluation if stage == "eval" else write_diagnosis
-    write(folder / stage / "int4", other, folder / "mnn" / "int4", make_row())
+    write(folder / stage / "int4", other, folder / "bundles" / "int4", make_row())
     with pytest.raises(ManifestError, match=rf"{stage}/int4 was measured against another reference"):
         make_report("m", folder, SPECS)
     assert not (folder / "summary.csv").exists()
@@ -107,7 +107,7 @@ def test_evaluation_and_diagnosis_of_two_bundles_are_refused(folder: Path, tmp_p
 
 def test_a_bundle_that_was_made_again_is_refused(folder: Path) -> None:
     """The page would show the figures of one bundle beside the settings and sizes of another."""
-    write_bundle(folder / "mnn" / "int4", "other weights")
+    write_bundle(folder / "bundles" / "int4", "other weights")
     with pytest.raises(ManifestError, match="int4"):
         make_report("m", folder, SPECS)
 
@@ -115,8 +115,8 @@ def test_a_bundle_that_was_made_again_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     "harmed",
     [
-        "eval/int4/summary.json",
-        "eval/fp32/answers.parquet",
+        "evaluation/int4/summary.json",
+        "evaluation/fp32/answers.parquet",
         "diagnosis/fp32/findings.json",
         "reference/golden.safetensors",
     ],
@@ -131,8 +131,8 @@ def test_inputs_must_be_whole(harmed: str, folder: Path) -> None:
 
 
 def test_a_stage_that_has_not_run_is_named(folder: Path) -> None:
-    shutil.rmtree(folder / "eval" / "int4")
-    with pytest.raises(ManifestError, match=r"eval/int4 has no manifest\.json"):
+    shutil.rmtree(folder / "evaluation" / "int4")
+    with pytest.raises(ManifestError, match=r"evaluation/int4 has no manifest\.json"):
         make_report("m", folder, SPECS)
 
 

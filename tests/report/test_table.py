@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from evidence import SUMMARY, make_evidence, make_row, make_speed
-from hf2mnn.errors import Hf2mnnError
+from hf2mnn.core.errors import Hf2mnnError
 from hf2mnn.report.table import (
     COLUMNS,
     RowSpec,
@@ -33,7 +33,7 @@ ASKED = ["model", "variant", "top1_agreement", "mean_kld", "greedy_match", "task
         ("greedy_match", 0.99, 1, False),
         ("vision_cosine", 0.99, 0.99, True),
         ("vision_cosine", 0.98, 0.99, False),
-        ("vision_cosine", None, 0.99, True),  # no pictures, nothing to keep
+        ("vision_cosine", None, 0.99, True),  # no images, nothing to keep
         ("mean_kld", 0.1, 0.1, True),
         ("mean_kld", np.nextafter(0.1, 1), 0.1, False),
         ("mean_kld", float("nan"), 0.1, False),
@@ -117,7 +117,7 @@ def test_table_has_a_row_each_with_a_verdict() -> None:
     assert frame.loc[1, "decode_tokens_per_s"] == 598.5 and pd.isna(frame.loc[2, "decode_tokens_per_s"])
 
 
-def test_of_a_model_that_does_not_see_nothing_is_said_of_pictures() -> None:
+def test_of_a_model_that_does_not_see_nothing_is_said_of_images() -> None:
     row = make_row("fp32", vision_cosine=None)
     frame = make_table(make_evidence([row]), [RowSpec("fp32", True, {"vision_cosine": 0.99})])
     assert frame["vision_cosine"].isna().all()

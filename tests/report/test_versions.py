@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from evidence import POINTS, figure_table, layer_table, make_evidence, make_row, make_speed, write_reference
-from hf2mnn.errors import Hf2mnnError
-from hf2mnn.manifest import Manifest
+from hf2mnn.core.errors import Hf2mnnError
+from hf2mnn.core.manifest import Manifest
 from hf2mnn.report import versions
 from hf2mnn.report.evidence import Evidence, Row
 from hf2mnn.report.versions import compare_versions

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf2mnn.footprint import STAGES, TYPICAL
-from hf2mnn.manifest import Manifest
+from hf2mnn.core.manifest import Manifest
+from hf2mnn.machine.footprint import STAGES, TYPICAL
 from support import BIN, REPOSITORY, SHAPES_VL, Workspace, make_workspace
 
 WEIGHTS = 5217280
@@ -21,14 +21,14 @@ RULES = "\n".join(path.read_text() for path in sorted((REPOSITORY / "workflow" /
 FOLDERS = {
     "source": ["source"],
     "onnx": ["onnx"],
-    "mnn": ["mnn/base"],
+    "mnn": ["graphs"],
     "plan": ["plans/mixed"],
-    "quantize": ["mnn/fp32", "mnn/int4-gptq", "mnn/mixed"],
+    "quantize": ["bundles/fp32", "bundles/int4-gptq", "bundles/mixed"],
     "reference": ["reference", "calibration"],
     "activations": ["activations"],
     "sensitivity": ["sensitivity"],
-    "onnxruntime": ["eval/onnxruntime"],
-    "engine": ["eval/fp32", "eval/mixed", "speed"],
+    "onnxruntime": ["evaluation/onnxruntime"],
+    "engine": ["evaluation/fp32", "evaluation/mixed", "speed"],
     "diagnose": ["diagnosis/fp32", "diagnosis/mixed"],
 }
 
@@ -49,10 +49,10 @@ def hub(tmp_path: Path) -> Workspace:
 
 
 def test_jobs_ask_for_what_the_model_takes_once_it_is_known(hub: Workspace) -> None:
-    assert asked(hub)["answer_reference"]["mem_mb"] == str(STAGES["reference"].memory_mb(TYPICAL))
+    assert asked(hub)["run_reference"]["mem_mb"] == str(STAGES["reference"].memory_mb(TYPICAL))
     (hub.folder / "results" / "shapes-vl").mkdir(parents=True)
     shutil.copytree(SHAPES_VL, hub.folder / "results" / "shapes-vl" / "source")
-    assert asked(hub)["answer_reference"]["mem_mb"] == str(STAGES["reference"].memory_mb(WEIGHTS))
+    assert asked(hub)["run_reference"]["mem_mb"] == str(STAGES["reference"].memory_mb(WEIGHTS))
 
 
 def test_job_that_is_tried_again_gets_more(workspace: Workspace) -> None:
@@ -61,7 +61,7 @@ def test_job_that_is_tried_again_gets_more(workspace: Workspace) -> None:
         assert int(again[name]) == 2 * int(once[name])
 
 
-ASKED_FOR = {"fetch_examples", "make_toolchain", "compare_versions"}
+ASKED_FOR = {"collect_examples", "make_toolchain", "compare_versions"}
 """Rules that run where config.yaml asks for what they are for."""
 
 
@@ -129,7 +129,7 @@ def test_image_has_the_files_that_a_run_needs(workspace: Workspace, tmp_path: Pa
             place = inside / source if target == "./" else inside / target
             place.parent.mkdir(exist_ok=True)
             (shutil.copytree if (REPOSITORY / source).is_dir() else shutil.copy)(REPOSITORY / source, place)
-    target = "results/shapes-vl/source"
+    target = "results/shapes-vl/checkpoint"
     command = [BIN / "snakemake", "--snakefile", inside / "Snakefile", "--cores", "1", target]
     done = subprocess.run(
         command,

@@ -26,8 +26,8 @@ def labelled(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace
     """The demo's model with questions of a local copy of AI2D, in a folder whose name needs quoting."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(workspace.folder / "cache"))
-    picture = Pillow.new("RGB", (56, 56), "red")
-    rows = [{"question": f"Which {n}?", "options": ["a", "b"], "answer": "1", "image": picture} for n in range(5)]
+    image = Pillow.new("RGB", (56, 56), "red")
+    rows = [{"question": f"Which {n}?", "options": ["a", "b"], "answer": "1", "image": image} for n in range(5)]
     (workspace.folder / "my sets" / "data").mkdir(parents=True)
     Dataset.from_list(rows, FEATURES).to_parquet(workspace.folder / "my sets" / "data" / "test-0.parquet")
     workspace.config(
@@ -43,9 +43,9 @@ def test_set_is_drawn_and_drawn_again_only_where_something_changed(labelled: Wor
     assert [example.answers for example in read_examples(folder)] == [["B"]] * 3
     assert "Nothing to be done" in said(labelled, "-n", target)
     planned = said(labelled, "-n", "results/shapes-vl/reference")
-    assert "rule answer_reference" in planned and "rule fetch_examples" not in planned
+    assert "rule run_reference" in planned and "rule collect_examples" not in planned
     labelled.config("samples: 3", "samples: 4")
-    assert "rule fetch_examples" in said(labelled, "-n", target)
+    assert "rule collect_examples" in said(labelled, "-n", target)
 
 
 def test_copy_that_is_not_there_ends_in_one_sentence(labelled: Workspace) -> None:
@@ -57,8 +57,8 @@ def test_copy_that_is_not_there_ends_in_one_sentence(labelled: Workspace) -> Non
 
 def test_model_with_a_set_of_its_own_has_that_copied(workspace: Workspace) -> None:
     planned = said(workspace, "-n", "results/shapes-vl/examples/evaluation")
-    assert "rule take_examples" in planned and "fetch_examples" not in planned
+    assert "rule copy_set" in planned and "collect_examples" not in planned
 
 
 def test_calibration_set_is_a_persons_own_beside_a_labelled_one(labelled: Workspace) -> None:
-    assert "rule take_examples" in said(labelled, "-n", "results/shapes-vl/examples/calibration")
+    assert "rule copy_set" in said(labelled, "-n", "results/shapes-vl/examples/calibration")

@@ -18,16 +18,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from faults import zeroed_norm
-from hf2mnn.budget import Budget
-from hf2mnn.config import load_plan
-from hf2mnn.evaluate.run import evaluate
-from hf2mnn.manifest import Manifest, changed_folder
+from hf2mnn.config.budget import Budget
+from hf2mnn.config.schema import load_plan
+from hf2mnn.core.manifest import Manifest, changed_folder
+from hf2mnn.core.verify import verify_folder
 from hf2mnn.mnn.bundle import EngineSettings
 from hf2mnn.mnn.convert import WeightFormat
-from hf2mnn.quant.plan import make_plan
-from hf2mnn.quant.stages import quantize
 from hf2mnn.quant.variant import Choice
-from hf2mnn.verify import verify_folder
+from hf2mnn.stages.evaluate import run as evaluate
+from hf2mnn.stages.plan import run as make_plan
+from hf2mnn.stages.quantize import run as quantize
 from support import BIN, QUICK, REPOSITORY, Workspace, run_cli
 
 PLAIN = ["fp32", "fp16", "int8", "int4"]
@@ -55,12 +55,12 @@ def test_every_stage_leaves_its_files(finished: Workspace, results: Path) -> Non
     wanted = {
         ".": ["summary.csv", "summary.parquet", "figures.csv", "figures.parquet", "report.html"],
         "reference": ["examples.json", "golden.safetensors", "activations.safetensors"],
-        "speed": ["speed.parquet", "speed.csv", "speed.json", "cache.parquet"],
+        "speed": ["benchmark.parquet", "benchmark.csv", "benchmark.json", "cache.parquet"],
     }
-    measured = ["summary.json", "answers.parquet", "metrics.parquet", "figures.parquet", "pictures.parquet"]
-    wanted |= {f"eval/{row}": [*measured, "parity.parquet", "logits.safetensors"] for row in ROWS}
+    measured = ["summary.json", "answers.parquet", "metrics.parquet", "figures.parquet", "images.parquet"]
+    wanted |= {f"evaluation/{row}": [*measured, "parity.parquet", "logits.safetensors"] for row in ROWS}
     wanted |= {f"diagnosis/{variant}": ["layers.parquet", "budget.parquet", "findings.json"] for variant in VARIANTS}
-    wanted |= {f"mnn/{variant}": ["llm.mnn", "visual.mnn", "config.json"] for variant in VARIANTS}
+    wanted |= {f"bundles/{variant}": ["llm.mnn", "visual.mnn", "config.json"] for variant in VARIANTS}
     for folder, names in wanted.items():
         names += [] if folder == "." else ["manifest.json"]
         assert [name for name in names if not (results / folder / name).is_file()] == [], folder
@@ -88,9 +88,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("row", ROWS)
 def test_figures_follow_from_the_logits_that_are_kept(results: Path, row: str) -> None:
     """Once more from the definitions, by nothing that the package has: what the table says is so."""
-    golden = load_file(results / "reference" / "golden.safetensors")
+    golden = load_file(results / "reference/evaluation" / "golden.safetensors")
     divergence, same = {}, []
-    for name, logits in load_file(results / "eval" / row / "logits.safetensors").items():
+    for name, logits in load_file(results / "evaluation" / row / "logits.safetensors").items():
         right = golden[f"examples/{name}/logits"]
         p, q = log_softmax(right), log_softmax(logits)
         divergence |= {(name, place): value for place, value in enumerate((np.exp(p) * (p - q)).sum(axis=1))}
@@ -98,18 +98,18 @@ def test_figures_follow_from_the_logits_that_are_kept(results: Path, row: str) -
     table = pd.read_csv(results / "summary.csv").set_index("variant").loc[row]
     assert table["mean_kld"] == pytest.approx(np.mean(list(divergence.values())), rel=1e-6, abs=1e-13)
     assert table["top1_agreement"] == pytest.approx(np.mean(same), abs=1e-12)
-    positions = pd.read_parquet(results / "eval" / row / "metrics.parquet").set_index(["id", "position"])["kld"]
+    positions = pd.read_parquet(results / "evaluation" / row / "metrics.parquet").set_index(["id", "position"])["kld"]
     assert set(positions.index) == set(divergence)
     np.testing.assert_allclose(positions, [divergence[key] for key in positions.index], rtol=1e-6, atol=1e-12)
 
 
 def test_onnx_runtime_answers_as_pytorch(results: Path) -> None:
     """Logits within 1e-3 at every position, every greedy answer the same: the exported graph is the model."""
-    answers = pd.read_parquet(results / "eval" / "onnxruntime" / "answers.parquet")
+    answers = pd.read_parquet(results / "evaluation" / "onnxruntime" / "answers.parquet")
     assert answers["greedy_match"].all()
     logits, golden = (
-        load_file(results / "eval" / "onnxruntime" / "logits.safetensors"),
-        load_file(results / "reference" / "golden.safetensors"),
+        load_file(results / "evaluation" / "onnxruntime" / "logits.safetensors"),
+        load_file(results / "reference/evaluation" / "golden.safetensors"),
     )
     worst = max(np.abs(rows - golden[f"examples/{name}/logits"]).max() for name, rows in logits.items())
     assert worst < 1e-3
@@ -117,7 +117,7 @@ def test_onnx_runtime_answers_as_pytorch(results: Path) -> None:
 
 def test_float_bundle_is_the_model_in_the_engine(results: Path) -> None:
     frame = pd.read_csv(results / "summary.csv").set_index("variant")
-    labelled = json.loads((results / "eval" / "fp32" / "summary.json").read_text())["labelled"]
+    labelled = json.loads((results / "evaluation" / "fp32" / "summary.json").read_text())["labelled"]
     assert frame.loc["fp32", "top1_agreement"] >= 0.995
     assert abs(frame.loc["fp32", "task_accuracy"] - frame.loc["pytorch", "task_accuracy"]) * labelled <= 1.001
     assert frame.loc["fp32", "vision_cosine"] > 0.99999
@@ -136,7 +136,7 @@ def test_smaller_variants_are_smaller_and_further_away(results: Path) -> None:
 def test_a_calibrated_variant_of_the_same_size_is_closer(results: Path) -> None:
     """The same bits and blocks, hence the same engine speed: only the choice of levels and scales differs."""
     frame = pd.read_csv(results / "summary.csv").set_index("variant")
-    weights = [(results / "mnn" / name / "llm.mnn.weight").stat().st_size for name in ("int4", "int4-gptq")]
+    weights = [(results / "bundles" / name / "llm.mnn.weight").stat().st_size for name in ("int4", "int4-gptq")]
     assert weights[0] == weights[1]
     assert frame.loc["int4-gptq", "mean_kld"] < 0.7 * frame.loc["int4", "mean_kld"]
 
@@ -144,12 +144,12 @@ def test_a_calibrated_variant_of_the_same_size_is_closer(results: Path) -> None:
 @pytest.mark.slow
 def test_mixed_precision_beats_the_uniform_variant_of_the_same_size(results: Path, tmp_path: Path) -> None:
     """Both parts in 4 bits by blocks of 64, against formats chosen within the bytes that those take."""
-    onnx, base, settings = results / "onnx", results / "mnn" / "base", EngineSettings("low", "low")
+    onnx, base, settings = results / "onnx", results / "graphs", EngineSettings("low", "low")
 
     def judged(name: str, bits: int, block: int, plan: dict) -> dict:
-        form = WeightFormat(bits, block, method="lsq")
+        form = WeightFormat(bits, block, method="mse")
         made = quantize(onnx, base, tmp_path / name, Choice(form, form, settings, plan), 2)
-        evaluate(results / "reference", onnx, tmp_path / f"{name}-judged", made, threads=2, time_limit=600)
+        evaluate(results / "reference/evaluation", onnx, tmp_path / f"{name}-judged", made, threads=2, time_limit=600)
         weights = json.loads((made / "manifest.json").read_text())["results"]
         return weights | json.loads((tmp_path / f"{name}-judged" / "summary.json").read_text())
 
@@ -162,16 +162,16 @@ def test_mixed_precision_beats_the_uniform_variant_of_the_same_size(results: Pat
 
 
 def test_the_budget_is_kept(results: Path) -> None:
-    chosen = json.loads((results / "mnn" / "mixed" / "manifest.json").read_text())["results"]
+    chosen = json.loads((results / "bundles" / "mixed" / "manifest.json").read_text())["results"]
     assert 4.2 < chosen["bits_per_weight"] <= 4.25
 
 
-def test_engine_as_it_is_places_what_follows_a_picture_wrongly(results: Path) -> None:
-    """The second column: engine 3.6.1 called plainly loses right answers about pictures, and none without one.
+def test_engine_as_it_is_places_what_follows_a_image_wrongly(results: Path) -> None:
+    """The second column: engine 3.6.1 called plainly loses right answers about images, and none without one.
 
     Should this fail, the engine has been mended, and docs and table should say so.
     """
-    answers = pd.read_parquet(results / "eval" / "fp32" / "answers.parquet").query("expected.notna()")
+    answers = pd.read_parquet(results / "evaluation" / "fp32" / "answers.parquet").query("expected.notna()")
     right = answers["as_called_score"]
     blind = answers["category"].isin(["sum", "translate"])
     assert (answers.loc[blind, "as_called"] == answers.loc[blind, "answer"]).all()
@@ -195,7 +195,7 @@ ONE_VARIANT = {
     "quantize_variant": 1,
     "evaluate_variant": 1,
     "diagnose_variant": 1,
-    "measure_speed": 1,
+    "benchmark_variants": 1,
     "report_model": 1,
     "join_tables": 1,
     "check_gates": 1,
@@ -226,14 +226,14 @@ def test_a_pinned_plan_makes_the_same_bundle_without_measuring(copy: Workspace) 
     copy.config("bits: auto\n    budget: 4.25\n", "bits: 8\n    plan: my-plan.yaml\n")
     planned = copy.snakemake("-n", check=True)
     assert jobs(planned.stdout + planned.stderr) == ONE_VARIANT
-    before = Manifest.load(results / "mnn" / "mixed").outputs
-    copy.snakemake("results/shapes-vl/mnn/mixed", check=True)
-    assert Manifest.load(results / "mnn" / "mixed").outputs == before
+    before = Manifest.load(results / "bundles" / "mixed").outputs
+    copy.snakemake("results/shapes-vl/bundles/mixed", check=True)
+    assert Manifest.load(results / "bundles" / "mixed").outputs == before
 
 
 def test_file_that_somebody_deleted_is_told_though_snakemake_does_not_see_it(copy: Workspace) -> None:
     """It goes by the folder, and by that only where somebody asks for it: what follows from it is there."""
-    folder = "results/shapes-vl/mnn/int4"
+    folder = "results/shapes-vl/bundles/int4"
     (copy.folder / folder / "visual.mnn").unlink()
     planned = copy.snakemake("-n", check=True)
     said = planned.stdout + planned.stderr
@@ -257,7 +257,7 @@ def test_a_toolchain_leaves_what_is_there_alone(copy: Workspace) -> None:
     copy.config("models:\n", "toolchains:\n  old: {pins: {MNN: 3.6.0}}\nmodels:\n")
     planned = copy.snakemake("-n", check=True)
     said = planned.stdout + planned.stderr
-    assert jobs(said)["make_toolchain"] == jobs(said)["compare_versions"] == jobs(said)["answer_reference"] == 1
+    assert jobs(said)["make_toolchain"] == jobs(said)["compare_versions"] == jobs(said)["run_reference"] == 1
     assert "model=shapes-vl+old" in said and not re.search(r"model=shapes-vl(,|$)", said, re.MULTILINE)
 
 
@@ -270,12 +270,12 @@ def test_changed_gate_rewrites_only_the_table(copy: Workspace) -> None:
 def test_changed_timing_measures_nothing_but_speed(copy: Workspace) -> None:
     copy.config(QUICK, QUICK.replace("repeats: 1", "repeats: 2"))
     planned = copy.snakemake("-n", check=True)
-    assert set(jobs(planned.stdout + planned.stderr)) == FINAL | {"measure_speed"}
+    assert set(jobs(planned.stdout + planned.stderr)) == FINAL | {"benchmark_variants"}
 
 
 def test_required_variant_with_a_fault_fails_the_run_after_the_table_and_with_the_cause(copy: Workspace) -> None:
     """From one weight that is zero to the line that a batch system shows; the other variants are left alone."""
-    bundle = copy.folder / "results" / "shapes-vl" / "mnn" / "int4"
+    bundle = copy.folder / "results" / "shapes-vl" / "bundles" / "int4"
     zeroed_norm(bundle, bundle.parent.parent / "onnx")
     with changed_folder(Manifest.load(bundle)):
         pass
@@ -358,8 +358,9 @@ def test_model_that_is_not_converted_is_refused_by_name(workspace: Workspace, tm
 @pytest.mark.slow
 def test_killed_stage_leaves_nothing_that_looks_finished(copy: Workspace) -> None:
     """SIGKILL to the whole process group in the middle of a stage; the next run starts it again and ends well. Every
-    stage, at many moments: tests/machine/test_kills.py."""
-    results, stage = copy.folder / "results" / "shapes-vl", "mnn/int4"
+    stage, at many moments: tests/machine/test_kills.py.
+    """
+    results, stage = copy.folder / "results" / "shapes-vl", "bundles/int4"
     shutil.rmtree(results / stage)
     target = f"results/shapes-vl/{stage}"
     command = [BIN / "snakemake", "-s", REPOSITORY / "Snakefile", "--cores", "2", target]

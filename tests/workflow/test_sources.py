@@ -39,7 +39,7 @@ SOURCES = {
 def planned(workspace: Workspace, source: str) -> list[str]:
     """The options but for --out of the source stage that a run would start."""
     workspace.config("source: {path: models/shapes-vl}", f"source: {source}")
-    said = workspace.snakemake("-n", "-p", "results/shapes-vl/source", check=True).stdout
+    said = workspace.snakemake("-n", "-p", "results/shapes-vl/checkpoint", check=True).stdout
     return shlex.split(re.search(r"hf2mnn source (.*?) --out ", said)[1])
 
 
@@ -53,7 +53,7 @@ def test_options_are_those_of_the_config(kind: str, workspace: Workspace) -> Non
 
 def test_pin_that_is_not_there_is_said_before_anything_runs(workspace: Workspace) -> None:
     workspace.config("source: {path: models/shapes-vl}", "source: {pin: nowhere.json}")
-    done = workspace.snakemake("-n", "results/shapes-vl/source")
+    done = workspace.snakemake("-n", "results/shapes-vl/checkpoint")
     assert done.returncode
     assert "nowhere.json" in done.stdout + done.stderr
 
@@ -62,7 +62,7 @@ def test_changed_pin_is_noticed(workspace: Workspace) -> None:
     """It is an input, so that another commit in it makes the stage run again."""
     (workspace.folder / "pin.json").write_text(json.dumps({}))
     workspace.config("source: {path: models/shapes-vl}", "source: {pin: pin.json}")
-    said = workspace.snakemake("-n", "results/shapes-vl/source", check=True).stdout
+    said = workspace.snakemake("-n", "results/shapes-vl/checkpoint", check=True).stdout
     assert re.search(r"input: .*pin\.json", said)
 
 
@@ -72,6 +72,6 @@ def test_changed_adapter_is_noticed(workspace: Workspace) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
         (workspace.folder / "mine" / name).touch()
     workspace.config("source: {path: models/shapes-vl}", "source: {path: models/shapes-vl, adapter: mine}")
-    said = workspace.snakemake("-n", "results/shapes-vl/source", check=True).stdout
+    said = workspace.snakemake("-n", "results/shapes-vl/checkpoint", check=True).stdout
     assert re.search(r"input: .*mine/adapter_config\.json, mine/adapter_model\.safetensors", said)
     assert "mine/README.md" not in said

@@ -1,12 +1,16 @@
-# A bundle of a variant's weights.
+# A bundle: MNN's graphs with the checkpoint's weights in the variant's formats.
 rule quantize_variant:
+    """
+    Input: the ONNX graphs, MNN's graphs, and what the variant's methods need
+    Output: the bundle, with a table of its operators
+    """
     input:
-        unpack(choices),
+        unpack(quantize_inputs),
         onnx="results/{model}/onnx",
-        base="results/{model}/mnn/base",
+        graphs="results/{model}/graphs",
         toolchain=toolchain_files,
     output:
-        directory("results/{model}/mnn/{variant}"),
+        directory("results/{model}/bundles/{variant}"),
     log:
         "logs/quantize_variant/{model}/{variant}.log",
     benchmark:
@@ -18,12 +22,8 @@ rule quantize_variant:
         mem_mb=memory("quantize"),
         runtime=runtime("quantize"),
     params:
-        decoder=weights("decoder"),
-        vision=weights("vision"),
-        engine=engine,
-        options=choice_options,
+        options=quantize_options,
         fingerprint=stage_fingerprint("quantize"),
     shell:
-        "logged {log:q} {input.toolchain:q}"
-        " hf2mnn quantize {input.onnx:q} {input.base:q} --decoder {params.decoder:q} --vision {params.vision:q}"
-        " --engine {params.engine:q} {params.options} --threads {threads} --out {output:q}"
+        "logged {log:q} {input.toolchain:q} hf2mnn quantize {input.onnx:q} {input.graphs:q} {params.options}"
+        " --threads {threads} --out {output:q}"

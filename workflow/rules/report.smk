@@ -1,7 +1,11 @@
-# The table of each model and of all, the page, and the gates.
+# All conversions of a model in one table with a verdict, and one page with the evidence.
 rule report_model:
+    """
+    Input: the folders of all other stages
+    Output: summary and figures as csv and parquet, report.html
+    """
     input:
-        evidence,
+        own_evidence,
     output:
         "results/{model}/summary.parquet",
         "results/{model}/figures.parquet",
@@ -16,88 +20,11 @@ rule report_model:
         "../../envs/report.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime="30m",
+        mem_mb=memory("report"),
+        runtime=runtime("report"),
     params:
-        rows=rows,
+        rows=row_settings,
         folder=subpath(output.table, parent=True),
-        fingerprint=fingerprint("report"),
+        fingerprint=fingerprint(stage_named("report")),
     shell:
         "logged {log:q} hf2mnn report {wildcards.model:q} {params.folder:q} --rows {params.rows:q}"
-
-
-# What is better, worse and slower than in the instance before. All cores, since bundles of both are timed in turns.
-rule compare_versions:
-    input:
-        unpack(both_versions),
-        toolchain=toolchain_files,
-    output:
-        table="results/{model}/changes.csv",
-        page=report("results/{model}/changes.md", caption="../report/changes.rst", category="{model}"),
-    log:
-        "logs/compare_versions/{model}.log",
-    benchmark:
-        "benchmarks/compare_versions/{model}.tsv"
-    wildcard_constraints:
-        model=names(model for model, made in CONFIG.models.items() if made.before),
-    conda:
-        "../../envs/mnn.yaml"
-    threads: workflow.resource_settings.cores or CONFIG.speed.threads or CONFIG.threads
-    resources:
-        mem_mb=memory("engine"),
-        runtime=runtime("engine"),
-    params:
-        before=subpath(input.before, parent=True),
-        after=subpath(input.after, parent=True),
-        options=engine_options,
-        out=subpath(output.table, parent=True),
-        fingerprint=stage_fingerprint("compare"),
-    shell:
-        "logged {log:q}"
-        " hf2mnn compare {params.before:q} {params.after:q} --speed {params.options} --out {params.out:q}"
-
-
-rule join_tables:
-    input:
-        expand("results/{model}/summary.csv", model=CONFIG.models),
-    output:
-        "results/summary.parquet",
-        table=report("results/summary.csv", caption="../report/table.rst", category="All models"),
-    log:
-        "logs/join_tables/all.log",
-    benchmark:
-        "benchmarks/join_tables/all.tsv"
-    retries: 0
-    localrule: True
-    conda:
-        "../../envs/report.yaml"
-    threads: 1
-    resources:
-        mem_mb=1000,
-        runtime="10m",
-    params:
-        fingerprint=fingerprint("report"),
-    shell:
-        "logged {log:q} hf2mnn summarize {input:q} --out {output.table:q}"
-
-
-# Comes after the table, so that the figures are there when a gate is missed.
-rule check_gates:
-    input:
-        "results/summary.csv",
-    output:
-        "results/gates.txt",
-    log:
-        "logs/check_gates/all.log",
-    benchmark:
-        "benchmarks/check_gates/all.tsv"
-    retries: 0
-    localrule: True
-    conda:
-        "../../envs/report.yaml"
-    threads: 1
-    resources:
-        mem_mb=1000,
-        runtime="10m",
-    shell:
-        "logged {log:q} hf2mnn gates {input:q} --out {output:q}"

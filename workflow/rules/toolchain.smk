@@ -1,5 +1,9 @@
 # An environment with other releases of the tools, for the toolchains that config.yaml names.
 rule make_toolchain:
+    """
+    Input: the pins of this repository
+    Output: toolchain.json of a Python environment
+    """
     input:
         requirements=Path(workflow.basedir, "requirements.txt"),
     output:

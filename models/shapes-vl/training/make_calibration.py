@@ -47,7 +47,8 @@ def new_words(asked: list[dict], rng: random.Random) -> list[dict]:
 
 def calibration() -> tuple[dict[str, Image.Image], list[dict]]:
     """Pictures by file name, and examples, in about the shares that the evaluation set has: what is unusual weighs much
-    in a mean divergence, and would else be all that mixed precision goes by."""
+    in a mean divergence, and would else be all that mixed precision goes by.
+    """
     seen, asked = evaluation()
     known, rng = {picture.tobytes() for picture in seen.values()}, random.Random(SEED)
     drawn = [draw(world.SIZES[number % len(world.SIZES)], known, rng) for number in range(PICTURES)]

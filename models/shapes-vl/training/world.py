@@ -99,7 +99,8 @@ def _polygon(kind: str, x: float, y: float, radius: float, tilt: float) -> list[
 @cache
 def _backdrop(width: int, height: int) -> Image.Image:
     """A soft light that comes from one side and a tint that grows downwards, so that a patch shows where it lies:
-    attention with rotary positions alone cannot tell one plain patch from another."""
+    attention with rotary positions alone cannot tell one plain patch from another.
+    """
     x = np.linspace(0, 1, width)[None, :]
     y = np.linspace(0, 1, height)[:, None]
     red = 245 - 60 * x + 0 * y

@@ -17,7 +17,8 @@ class DecoderSizes:
     """hidden, vocabulary: values of an embedding and of the logits. layers: as names of its operators count them, 0
     where they do not. keys: values that a token leaves in the cache as its key, 0 where no operator has that name.
     mask: dtype of `attention_mask` in the graph, "" without that input. positions: rows of `position_ids`, 0 where the
-    graph leaves them open."""
+    graph leaves them open.
+    """
 
     hidden: int
     vocabulary: int

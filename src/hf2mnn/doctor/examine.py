@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf2mnn.checkpoint.folder import Checkpoint
+from hf2mnn.core.errors import Hf2mnnError, ManifestError
+from hf2mnn.core.manifest import Manifest
 from hf2mnn.doctor.checks import (
     attention,
     config,
@@ -23,10 +26,7 @@ from hf2mnn.doctor.checks import (
 )
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Bundle, Model, OnnxPatient
-from hf2mnn.errors import Hf2mnnError, ManifestError
-from hf2mnn.manifest import Manifest
 from hf2mnn.mnn.bundle import CONFIG, DECODER, MODEL_CONFIG, PARTS, VISION
-from hf2mnn.source.checkpoint import Checkpoint
 
 BUNDLE_CHECKS: list[Callable[[Bundle], Iterator[Finding]]] = [
     files.file_changed,
@@ -84,7 +84,8 @@ class Examination:
 def _run(check: Callable[[Any], Iterator[Finding]], patient: Any, where: str) -> Iterator[Finding]:
     """A file that cannot be read at all has a check of its own, so such a failure says nothing here. What a stranger's
     file holds can be of any other type than it should, and a check that trips over it must not keep the others from
-    looking."""
+    looking.
+    """
     try:
         yield from check(patient)
     except (Hf2mnnError, OSError):
@@ -102,7 +103,7 @@ def _run(check: Callable[[Any], Iterator[Finding]], patient: Any, where: str) ->
 
 
 def _checkpoint(folder: Path | None) -> Checkpoint | None:
-    """Raises SourceError where it is not whole."""
+    """Raises CheckpointError where it is not whole."""
     if folder is None:
         return None
     checkpoint = Checkpoint(folder)

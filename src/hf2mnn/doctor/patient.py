@@ -1,5 +1,6 @@
 """What is examined: a bundle, an MNN model with its weight file, an ONNX graph. Read once, and only what is asked for;
-nothing here trusts what it reads."""
+nothing here trusts what it reads.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +12,16 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from hf2mnn.errors import ConversionError, ExportError, ManifestError, QuantizationError
-from hf2mnn.manifest import Manifest
+from hf2mnn.checkpoint.facts import model_facts
+from hf2mnn.checkpoint.folder import Checkpoint
+from hf2mnn.core.errors import ConversionError, ExportError, ManifestError, QuantizationError
+from hf2mnn.core.manifest import Manifest
+from hf2mnn.core.untrusted import read_json
 from hf2mnn.mnn.bundle import CONFIG, DECODER, MODEL_CONFIG, VISION
 from hf2mnn.mnn.convert import read_graph
 from hf2mnn.mnn.graph import Graph
 from hf2mnn.mnn.tokenizer_file import TokenizerFile, read_tokenizer
 from hf2mnn.quant.weights import LEVELS, Operator, WeightFile, operators
-from hf2mnn.source.checkpoint import Checkpoint
-from hf2mnn.source.facts import model_facts
-from hf2mnn.untrusted import read_json
 
 DEFAULTS = {
     "llm_config": MODEL_CONFIG,
@@ -52,7 +53,8 @@ def external(graph: Graph) -> list[dict[str, Any]]:
 class Model:
     """A .mnn file and the weight file that goes with it. part: "decoder", "vision", or "" for a file by itself.
     layers: attentions that must keep a KV cache, None where it is not known. whole: whether its linear layers must have
-    weights; those of the `mnn` stage have none yet. checkpoint: as `Bundle` has it."""
+    weights; those of the `mnn` stage have none yet. checkpoint: as `Bundle` has it.
+    """
 
     path: Path
     weights: Path
@@ -129,7 +131,8 @@ class OnnxPatient:
 @dataclass
 class Bundle:
     """A folder that `MNN.llm` loads, whoever made it. checkpoint: the one that it was made of, where it is known;
-    reference: that stage's folder, where there is one."""
+    reference: that stage's folder, where there is one.
+    """
 
     folder: Path
     checkpoint: Checkpoint | None = None
@@ -165,8 +168,9 @@ class Bundle:
 
     @cached_property
     def facts(self) -> dict[str, Any] | None:
-        """What hf2mnn knows of the checkpoint (`hf2mnn.source.facts.model_facts`): of `checkpoint`, else of what the
-        bundle says of itself under "hf2mnn"."""
+        """What hf2mnn knows of the checkpoint (`hf2mnn.checkpoint.facts.model_facts`): of `checkpoint`, else of what the
+        bundle says of itself under "hf2mnn".
+        """
         if self.checkpoint:
             return model_facts(self.checkpoint)
         own = self.model.get("hf2mnn")

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf2mnn.core.errors import BundleError, BundleFault, EngineStopped
 from hf2mnn.doctor.checks.tokenizer import template_of
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Bundle
-from hf2mnn.errors import BundleError, BundleFault, EngineStopped
 from hf2mnn.mnn.bundle import CONFIG
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.mnn.paths import leading_out
@@ -109,8 +109,8 @@ STEPS = {
         "config and graph, or tokenizer and embedding, are not of one model: an id or a size is read past its end",
         "see what the other findings say of the config, or convert the checkpoint again",
     ),
-    "picture": (
-        "while it looked at a picture",
+    "image": (
+        "while it looked at an image",
         "the vision tower, the vision ids or the sizes of patches are not what the engine takes them for",
         "see what the other findings say of the vision tower, or convert the checkpoint again",
     ),
@@ -195,7 +195,7 @@ def _rendered(found: dict[str, Any]) -> list[Finding]:
 
 def _answered(found: dict[str, Any]) -> list[Finding]:
     findings = []
-    for step in ("text", "picture"):
+    for step in ("text", "image"):
         if step not in found:
             continue
         answered, doing = found[step], STEPS[step][0]
@@ -224,7 +224,7 @@ def _answered(found: dict[str, Any]) -> list[Finding]:
                     " checkpoint again",
                 )
             )
-    answers = [found[step] for step in ("text", "picture") if step in found]
+    answers = [found[step] for step in ("text", "image") if step in found]
     # One alone may be all that a small model has to say.
     if answers and not any(answered["text"] for answered in answers) and not findings:
         findings.append(
@@ -242,7 +242,7 @@ def _answered(found: dict[str, Any]) -> list[Finding]:
 
 def run_bundle(bundle: Bundle, prompt: str, time_limit: float) -> list[Finding]:
     """What the engine makes of a bundle in `time_limit` seconds: it is loaded, asked `prompt`, and where it sees the
-    same about a small picture. Neither a manifest nor a key of ours is asked for. One whose configuration leads out of
+    same about a small image. Neither a manifest nor a key of ours is asked for. One whose configuration leads out of
     its folder is not run: `checks.config.path_outside` says so.
 
     Raises:

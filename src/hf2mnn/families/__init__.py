@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf2mnn.errors import SourceError
+from hf2mnn.core.errors import CheckpointError
 from hf2mnn.families.base import Family
 from hf2mnn.families.llama import Llama, Mistral
 from hf2mnn.families.qwen2 import Qwen2
@@ -27,13 +27,13 @@ def family_named(model_type: str | None, where: Path) -> Family:
     """The family of a config's `model_type`.
 
     Raises:
-        SourceError: for a type that is not converted; the sentence names those that are.
+        CheckpointError: for a type that is not converted; the sentence names those that are.
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         parts = str(model_type).split("_")
         kinds = [kind for part, kind in NOT_CONVERTED.items() if part in parts]
         why = f" ({kinds[0]})" if kinds else ""
-        raise SourceError(
+        raise CheckpointError(
             f"{where} says model_type {model_type!r}{why}, which is not converted; these are:"
             f" {', '.join(sorted(FAMILIES))}"
         )

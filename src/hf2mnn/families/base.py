@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from hf2mnn.errors import SourceError
+from hf2mnn.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ class Family:
     special_tokens: ClassVar[dict[str, str]] = {}
     """Keys of config.json that hold ids, and the tokens whose ids they must be."""
     image_text = ""
-    """What the chat template writes for a picture, where the model sees."""
+    """What the chat template writes for an image, where the model sees."""
     decoder = "model"
     """Module of the decoder without lm_head, by its name in the transformers model."""
     older: ClassVar[tuple[tuple[str, str], ...]] = ()
@@ -73,25 +73,25 @@ class Family:
         return f"{self.decoder}.embed_tokens.weight"
 
     def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:
-        """Raise SourceError for a feature of the architecture that would be converted wrongly."""
+        """Raise CheckpointError for a feature of the architecture that would be converted wrongly."""
         this = f"this {self.model_type}"
         if experts := [key for key in EXPERTS if text_config.get(key)]:
-            raise SourceError(f"{this} is a mixture of experts ({experts[0]}), which is not converted")
+            raise CheckpointError(f"{this} is a mixture of experts ({experts[0]}), which is not converted")
         kinds = text_config.get("layer_types") or []
         others = sorted({str(kind) for kind in kinds} - {"full_attention"}) if isinstance(kinds, list) else [kinds]
         # A window that is off may still have a size.
         if text_config.get("use_sliding_window") or self._slides(text_config):
-            raise SourceError(f"{this} uses sliding window attention, which is not converted")
+            raise CheckpointError(f"{this} uses sliding window attention, which is not converted")
         if others:
-            raise SourceError(f"{this} has layers of {others[0]}, which are not converted")
+            raise CheckpointError(f"{this} has layers of {others[0]}, which are not converted")
         rope = text_config.get("rope_parameters") or text_config.get("rope_scaling") or {}
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-            raise SourceError(f"config.json of {this} says {rope!r} of its rotary positions; download it again")
+            raise CheckpointError(f"config.json of {this} says {rope!r} of its rotary positions; download it again")
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in self.rotary:
-            raise SourceError(f"{this} scales its rotary positions by {kind!r}, which is not converted")
+            raise CheckpointError(f"{this} scales its rotary positions by {kind!r}, which is not converted")
         if (rope.get("partial_rotary_factor") or text_config.get("partial_rotary_factor") or 1) != 1:
-            raise SourceError(f"{this} rotates a part of each head (partial_rotary_factor), which is not converted")
+            raise CheckpointError(f"{this} rotates a part of each head (partial_rotary_factor), which is not converted")
 
     def _slides(self, text_config: dict[str, Any]) -> bool:
         """Whether a window is on that no key switches."""
@@ -114,8 +114,9 @@ class Family:
         """Before it is traced, give a model in place of what MNN cannot take what computes the same bits."""
 
     def position_ids(self, input_ids: np.ndarray, grids: list[np.ndarray], model: dict[str, Any]) -> np.ndarray:
-        """int64 [rows, tokens]: 3 rows with M-RoPE, 1 without; `grids` holds one grid_thw a picture, `model` is
-        model.json."""
+        """int64 [rows, tokens]: 3 rows with M-RoPE, 1 without; `grids` holds one grid_thw an image, `model` is
+        model.json.
+        """
         return np.arange(len(input_ids), dtype=np.int64)[None]
 
     def facts(self, config: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +133,8 @@ class Family:
 
     def folds(self, model: dict[str, Any]) -> list[Fold]:
         """Where channels can be scaled; `model` is model.json. Of the decoder: normalizations and what reads them,
-        values and the output projection, up and down."""
+        values and the output projection, up and down.
+        """
         group, found = model["num_attention_heads"] // model["num_key_value_heads"], []
         for index in range(model["num_hidden_layers"]):
             layer = f"{self.decoder}.layers.{index}"

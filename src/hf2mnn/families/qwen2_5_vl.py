@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from hf2mnn.errors import SourceError
+from hf2mnn.core.errors import CheckpointError
 from hf2mnn.families.vision import NOT_SEEN, VisionFamily
 
 if TYPE_CHECKING:
@@ -31,14 +31,15 @@ class Qwen25VL(VisionFamily):
         sizes = [vision.get(key, usual) for key, usual in (("window_size", 112), ("patch_size", 14))]
         merge = vision.get("spatial_merge_size", 2)
         if sizes[0] != WINDOW * merge * sizes[1]:
-            raise SourceError(
+            raise CheckpointError(
                 f"this {self.model_type} has windows of {sizes[0]} pixels; MNN's engine makes them of"
                 f" {WINDOW} x {WINDOW} merged patches, so it cannot run this vision tower"
             )
 
     def vision_inputs(self, pixel_values: np.ndarray, grid_thw: np.ndarray, model: dict[str, Any]) -> dict[str, Any]:
         """attention_mask is float32 [2, 1, n, n], of all patches and of windows, in the order of the windows;
-        window_index int32 [n / 4] has the merged squares in that order."""
+        window_index int32 [n / 4] has the merged squares in that order.
+        """
         inputs = super().vision_inputs(pixel_values, grid_thw, model)
         merge = model["merge_size"]
         frames, height, width = (int(grid_thw[0]), int(grid_thw[1]) // merge, int(grid_thw[2]) // merge)

@@ -1,4 +1,4 @@
-"""Qwen2-VL: a Qwen2 decoder with M-RoPE, and a vision transformer with full attention over the patches of a picture."""
+"""Qwen2-VL: a Qwen2 decoder with M-RoPE, and a vision transformer with full attention over the patches of an image."""
 
 from __future__ import annotations
 

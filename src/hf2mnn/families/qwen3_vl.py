@@ -1,5 +1,6 @@
-"""Qwen3-VL: learned positions in the vision tower, resampled to the picture's grid, and deepstack: what three of the
-tower's blocks see is added to the picture's tokens after the first three layers of the decoder."""
+"""Qwen3-VL: learned positions in the vision tower, resampled to the image's grid, and deepstack: what three of the
+tower's blocks see is added to the image's tokens after the first three layers of the decoder.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from hf2mnn.errors import SourceError
+from hf2mnn.core.errors import CheckpointError
 from hf2mnn.families.vision import VisionFamily
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Qwen3VL(VisionFamily):
         super().check(config, text_config)
         places = config["vision_config"].get("deepstack_visual_indexes", [8, 16, 24])
         if not isinstance(places, list) or len(places) != self.deepstack:
-            raise SourceError(
+            raise CheckpointError(
                 f"this {self.model_type} takes deepstack features of the blocks {places}; MNN's engine adds those of"
                 f" {self.deepstack}, so it cannot run this model"
             )
@@ -36,7 +37,7 @@ class Qwen3VL(VisionFamily):
         positions = (config.get("vision_config") or {}).get("num_position_embeddings", 2304)
         side = round(positions**0.5) if isinstance(positions, int) and positions > 0 else 0
         if side**2 != positions:
-            raise SourceError(
+            raise CheckpointError(
                 f"config.json of this {self.model_type} says num_position_embeddings {positions!r}, which"
                 " is no square; download it again"
             )
@@ -44,7 +45,8 @@ class Qwen3VL(VisionFamily):
 
     def prepare(self, model: torch.nn.Module) -> None:
         """The rotary tables of rows, columns and times are woven by one look-up: transformers writes into slices, and
-        MNN's converter dies of the scatter that follows from that."""
+        MNN's converter dies of the scatter that follows from that.
+        """
         import torch
 
         rotary = self.language_model(model).rotary_emb
@@ -59,7 +61,8 @@ class Qwen3VL(VisionFamily):
 
     def vision_inputs(self, pixel_values: np.ndarray, grid_thw: np.ndarray, model: dict[str, Any]) -> dict[str, Any]:
         """idx_tensor int32 and weight_tensor float32 [4, n]: the four learned positions around each patch, and their
-        weights (bilinear, corners on corners)."""
+        weights (bilinear, corners on corners).
+        """
         frames, height, width = (int(side) for side in grid_thw)
         side = model["num_grid_per_side"]
         places = [np.arange(count, dtype=np.float32) * (side - 1) / max(count - 1, 1) for count in (height, width)]

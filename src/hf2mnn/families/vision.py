@@ -1,4 +1,4 @@
-"""What the families that see have in common: a vision transformer over the patches of a picture, M-RoPE, and the way in
+"""What the families that see have in common: a vision transformer over the patches of an image, M-RoPE, and the way in
 which MNN's engine feeds them.
 
 M-RoPE and the order of patches follow the models' descriptions in transformers; the inputs of the vision graph follow
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from hf2mnn.errors import EvaluationSetError, SourceError
+from hf2mnn.core.errors import CheckpointError, EvaluationSetError
 from hf2mnn.families.base import Family, Fold
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ BUILT_IN = {"temporal_patch_size": 2, "merge_size": 2}
 
 
 class VisionFamily(Family):
-    """A decoder that is shown pictures."""
+    """A decoder that is shown images."""
 
     sees = True
     image_text = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -57,23 +57,23 @@ class VisionFamily(Family):
         super().check(config, text_config)
         for key in (*IDS, "vision_config"):
             if key not in config:
-                raise SourceError(f"config.json of this {self.model_type} has no {key}: it is not complete")
+                raise CheckpointError(f"config.json of this {self.model_type} has no {key}: it is not complete")
         if not isinstance(config["vision_config"], dict):
-            raise SourceError(f"config.json of this {self.model_type} has a vision_config that is no JSON object")
+            raise CheckpointError(f"config.json of this {self.model_type} has a vision_config that is no JSON object")
 
-    def facts(self, config: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
-        size = images.get("size")
+    def facts(self, config: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
+        size = processor.get("size")
         size = size if isinstance(size, dict) else {}
         return {
             **{key: config.get(key) for key in IDS},
-            "patch_size": images.get("patch_size", 14),
-            "temporal_patch_size": images.get("temporal_patch_size", 2),
-            "merge_size": images.get("merge_size", 2),
+            "patch_size": processor.get("patch_size", 14),
+            "temporal_patch_size": processor.get("temporal_patch_size", 2),
+            "merge_size": processor.get("merge_size", 2),
             "vision_depth": (config.get("vision_config") or {}).get("depth", 32),
-            "image_mean": images.get("image_mean", CLIP_MEAN),
-            "image_std": images.get("image_std", CLIP_STD),
-            "min_pixels": images.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
-            "max_pixels": images.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"),
+            "image_mean": processor.get("image_mean", CLIP_MEAN),
+            "image_std": processor.get("image_std", CLIP_STD),
+            "min_pixels": processor.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
+            "max_pixels": processor.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"),
         }
 
     def tower(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -83,7 +83,8 @@ class VisionFamily(Family):
     def tower_arguments(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Arguments of the tower's forward in transformers for the tensors of `vision_inputs`. It takes what follows
         from the grid as it is given, and hands what stands for the lengths of sequences to its attention, unseen: so a
-        mask [1, n, n] stands there."""
+        mask [1, n, n] stands there.
+        """
         return {
             "hidden_states": inputs["patches"],
             "grid_thw": None,
@@ -93,7 +94,7 @@ class VisionFamily(Family):
         }
 
     def vision_inputs(self, pixel_values: np.ndarray, grid_thw: np.ndarray, model: dict[str, Any]) -> dict[str, Any]:
-        """Inputs of the vision graph for one picture, by name, in the order in which MNN's engine feeds them; `model`
+        """Inputs of the vision graph for one image, by name, in the order in which MNN's engine feeds them; `model`
         is model.json.
 
         patches float32 [n, channels * 2 * patch * patch]; position_ids int32 [2, n] (row, column of each patch, in the
@@ -102,7 +103,7 @@ class VisionFamily(Family):
         frames, height, width = (int(side) for side in grid_thw)
         rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
         positions = np.stack([self.in_squares(side, model["merge_size"]) for side in (rows, columns)])
-        # A frame sees only itself; a picture is one frame.
+        # A frame sees only itself; an image is one frame.
         frame = np.repeat(np.arange(frames), height * width)
         mask = np.where(frame[:, None] == frame[None, :], np.float32(0), NOT_SEEN)
         return {
@@ -125,7 +126,8 @@ class VisionFamily(Family):
     @staticmethod
     def as_rows(outputs: list[np.ndarray]) -> np.ndarray:
         """float32 [rows, hidden] of what the vision graph gives: image tokens, and with deepstack as many more for each
-        of its layers."""
+        of its layers.
+        """
         return np.concatenate([output.reshape(-1, output.shape[-1]) for output in outputs])
 
     def vision_axes(self) -> dict[str, dict[int, str]]:
@@ -137,33 +139,34 @@ class VisionFamily(Family):
         }
 
     def position_ids(self, input_ids: np.ndarray, grids: list[np.ndarray], model: dict[str, Any]) -> np.ndarray:
-        """M-RoPE: text counts on in all three rows; a picture's tokens share one time and count rows and columns;
-        the text after it goes on from the largest position so far."""
-        image, merge = model["image_token_id"], model["merge_size"]
-        columns, next_position, token, pictures = [], 0, 0, iter(grids)
+        """M-RoPE: text counts on in all three rows; an image's tokens share one time and count rows and columns;
+        the text after it goes on from the largest position so far.
+        """
+        image_token, merge = model["image_token_id"], model["merge_size"]
+        columns, next_position, token, images = [], 0, 0, iter(grids)
         while token < len(input_ids):
-            grid = next(pictures, None) if input_ids[token] == image else None
-            if grid is None:  # an image token without a picture is what a bad answer goes on with
+            grid = next(images, None) if input_ids[token] == image_token else None
+            if grid is None:  # an image token without an image is what a bad answer goes on with
                 columns.append(np.full((3, 1), next_position))
                 next_position, token = next_position + 1, token + 1
                 continue
             frames, height, width = (int(side) for side in grid)
             height, width = height // merge, width // merge
-            picture = np.stack(np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij"))
-            columns.append(picture.reshape(3, -1) + next_position)
+            cells = np.stack(np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij"))
+            columns.append(cells.reshape(3, -1) + next_position)
             next_position, token = next_position + max(height, width), token + frames * height * width
         return np.concatenate(columns, axis=1).astype(np.int64)
 
-    def picture_size(self, width: int, height: int, model: dict[str, Any]) -> tuple[int, int]:
-        """(width, height) to which the checkpoint's processor resizes a picture: both sides multiples of a merged
+    def image_size(self, width: int, height: int, model: dict[str, Any]) -> tuple[int, int]:
+        """(width, height) to which the checkpoint's processor resizes an image: both sides multiples of a merged
         patch, the area within bounds, the shape kept as well as that allows (`smart_resize` in transformers). `model`
         is model.json.
 
         Raises:
-            EvaluationSetError: the picture is over 200 times longer than wide, which transformers refuses.
+            EvaluationSetError: the image is over 200 times longer than wide, which transformers refuses.
         """
         if max(width, height) > 200 * min(width, height):
-            raise EvaluationSetError(f"a {width} x {height} picture is over 200 times longer than wide; crop it")
+            raise EvaluationSetError(f"a {width} x {height} image is over 200 times longer than wide; crop it")
         unit = model["patch_size"] * model["merge_size"]
         low, high = model["min_pixels"] or 0, model["max_pixels"] or float("inf")
         sides = [round(side / unit) * unit for side in (width, height)]
@@ -195,7 +198,8 @@ class VisionFamily(Family):
 
     def folds(self, model: dict[str, Any]) -> list[Fold]:
         """In the vision tower only the normalizations: what is between its linear layers is bent, and values share a
-        layer with queries."""
+        layer with queries.
+        """
         found = super().folds(model)
         for index in range(model["vision_depth"]):
             block = f"{self.vision}.blocks.{index}"

@@ -11,23 +11,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hf2mnn.errors import BundleError, EvaluationSetError
+from hf2mnn.checkpoint.facts import check_facts
+from hf2mnn.core.errors import BundleError, EvaluationSetError
+from hf2mnn.core.untrusted import read_json
 from hf2mnn.families import family_named
 from hf2mnn.mnn.bundle import MODEL_CONFIG, TOKENIZER
 from hf2mnn.mnn.engine import check_bundle, run_worker
 from hf2mnn.mnn.paths import read_config
 from hf2mnn.mnn.template import render
 from hf2mnn.mnn.tokenizer_file import read_tokenizer
-from hf2mnn.reference.examples import check_messages, picture_names, read_picture
-from hf2mnn.source.facts import check_facts
-from hf2mnn.untrusted import read_json
+from hf2mnn.reference.examples import check_messages, image_names, read_image
 
 FILES = re.compile(r"<(img|audio)>.*?</\1>")
 """What the engine takes for the name of a file, wherever it stands in a prompt."""
 
 
 def read_conversation(path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
-    """The messages of a JSON file, a list as `messages` of an evaluation set, and their pictures, which lie beside it.
+    """The messages of a JSON file, a list as `messages` of an evaluation set, and their images, which lie beside it.
 
     Raises:
         EvaluationSetError: it is none, or holds what the engine cannot be given.
@@ -43,7 +43,7 @@ def read_conversation(path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
         ) from None
     if not messages:
         raise EvaluationSetError(f"{path} holds no messages; see docs/bundle.md")
-    return messages, [path.parent / name for name in picture_names(messages)]
+    return messages, [path.parent / name for name in image_names(messages)]
 
 
 def _prompt(folder: Path, messages: list[dict[str, Any]]) -> str:
@@ -63,15 +63,15 @@ def _prompt(folder: Path, messages: list[dict[str, Any]]) -> str:
 def continue_conversation(
     bundle: Path,
     messages: list[dict[str, Any]],
-    images: list[Path],
+    image_files: list[Path],
     max_new_tokens: int = 512,
     threads: int = 0,
     time_limit: float = 600,
     as_called: bool = False,
 ) -> str:
-    """The engine's greedy answer to a conversation as text; `images` are its pictures in order.
+    """The engine's greedy answer to a conversation as text; `image_files` are its images in order.
 
-    The checkpoint's template writes the prompt, pictures are resized as the checkpoint's processor would, and tokens
+    The checkpoint's template writes the prompt, images are resized as the checkpoint's processor would, and tokens
     after one get their right positions; with `as_called` all three are left to the engine, whose ways of doing so
     differ.
 
@@ -85,28 +85,28 @@ def continue_conversation(
         raise BundleError(f"{folder} was not made by hf2mnn: its {MODEL_CONFIG} does not say which model it is")
     check_facts(model, folder / MODEL_CONFIG)
     family = family_named(model.get("model_type"), folder)
-    if images and not family.sees:
-        raise EvaluationSetError(f"{folder} is a {family.model_type}, which does not see; ask it without pictures")
+    if image_files and not family.sees:
+        raise EvaluationSetError(f"{folder} is a {family.model_type}, which does not see; ask it without images")
     prompt = _prompt(folder, messages)
-    if family.sees and prompt.count(family.image_text) != len(images):
+    if family.sees and prompt.count(family.image_text) != len(image_files):
         raise EvaluationSetError(
-            f"the chat template wrote {prompt.count(family.image_text)} pictures for {len(images)} in the messages"
+            f"the chat template wrote {prompt.count(family.image_text)} images for {len(image_files)} in the messages"
         )
     with tempfile.TemporaryDirectory(prefix="hf2mnn-ask-") as scratch:
-        pictures = []
-        for index, image in enumerate(images):
-            path, picture = Path(scratch, f"{index}.npy"), read_picture(image)
+        images = []
+        for index, file in enumerate(image_files):
+            path, image = Path(scratch, f"{index}.npy"), read_image(file)
             if not as_called:
-                size = family.picture_size(picture.width, picture.height, model)
-                picture = picture.resize(size, Image.Resampling.BICUBIC)
-            np.save(path, np.array(picture))
-            pictures.append(str(path))
+                size = family.image_size(image.width, image.height, model)
+                image = image.resize(size, Image.Resampling.BICUBIC)
+            np.save(path, np.array(image))
+            images.append(str(path))
         result = Path(scratch, "answer.json")
         job = {
             "bundle": str(folder),
             "messages": messages,
             "prompt": prompt,
-            "pictures": pictures,
+            "images": images,
             "max_new_tokens": max_new_tokens,
             "threads": threads,
             "as_called": as_called,
@@ -117,10 +117,15 @@ def continue_conversation(
 
 
 def ask_bundle(
-    bundle: Path, prompt: str, images: list[Path], max_new_tokens: int = 512, system: str | None = None, **options: Any
+    bundle: Path,
+    prompt: str,
+    image_files: list[Path],
+    max_new_tokens: int = 512,
+    system: str | None = None,
+    **options: Any,
 ) -> str:
-    """The answer to one question, its pictures before its text; `options` are those of `continue_conversation`."""
-    parts = [{"type": "image", "image": str(image)} for image in images]
+    """The answer to one question, its images before its text; `options` are those of `continue_conversation`."""
+    parts = [{"type": "image", "image": str(file)} for file in image_files]
     asked = {"role": "user", "content": [*parts, {"type": "text", "text": prompt}] if parts else prompt}
     messages = [asked] if system is None else [{"role": "system", "content": system}, asked]
-    return continue_conversation(bundle, messages, images, max_new_tokens, **options)
+    return continue_conversation(bundle, messages, image_files, max_new_tokens, **options)

@@ -23,17 +23,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from hf2mnn.checkpoint.facts import sees
+from hf2mnn.checkpoint.tensors import StoredTensor
+from hf2mnn.core.manifest import tool_versions
 from hf2mnn.families import family_named
-from hf2mnn.manifest import tool_versions
 from hf2mnn.mnn import graph as proof
+from hf2mnn.mnn.adapt import dress_decoder, dress_vision, save_dressed
 from hf2mnn.mnn.convert import WeightFormat, convert_onnx
-from hf2mnn.mnn.dress import dress_decoder, dress_vision, save_dressed
 from hf2mnn.mnn.linear import hide_linear_layers, show_linear_layers
-from hf2mnn.mnn.packed import pack_decoder, runs_packed
+from hf2mnn.mnn.nc4hw4 import pack_decoder, runs_packed
 from hf2mnn.mnn.tokenizer import departures, write_tokenizer
 from hf2mnn.onnx.initializers import initializer_values, load_graph, stored_initializers
-from hf2mnn.source.facts import sees
-from hf2mnn.source.tensors import StoredTensor
 
 DECODER, VISION = "llm.mnn", "visual.mnn"
 EMBEDDING, TOKENIZER = "embeddings_bf16.bin", "tokenizer.mtok"
@@ -41,7 +41,6 @@ PARTS = {"decoder": (DECODER, "decoder.onnx"), "vision": (VISION, "vision.onnx")
 """Each graph of a bundle, and the ONNX graph that it is made of. A model of text alone has no vision tower."""
 DRESS = {"decoder": dress_decoder, "vision": dress_vision}
 CONFIG, MODEL_CONFIG = "config.json", "llm_config.json"
-TOOLS = ("MNN", "onnx")
 ROWS_AT_ONCE = 4096
 
 
@@ -92,8 +91,8 @@ def _convert(part: str, onnx_folder: Path, folder: Path, weights: WeightFormat |
 
 def convert_decoder(
     onnx_folder: Path, folder: Path, layers: int, weights: WeightFormat | None = None, fuse: bool = True
-) -> None:
-    """Without `weights` the converter sees no linear layer, and none has a weight in what is written. With them it does
+) -> str:
+    """Returns the decoder's layout, "NC4HW4" or "NCHW". Without `weights` the converter sees no linear layer, and none has a weight in what is written. With them it does
     all that it can do alone, at its cost: that is what the tests and the benchmarks hold ours against.
 
     Raises:
@@ -101,6 +100,7 @@ def convert_decoder(
     """
     graph = _convert("decoder", onnx_folder, folder, weights, fuse)
     proof.prove_fused(graph, DECODER, layers)
+    return "NC4HW4" if graph.nc4hw4 else "NCHW"
 
 
 def convert_vision(onnx_folder: Path, folder: Path, weights: WeightFormat | None = None) -> None:
@@ -145,7 +145,8 @@ def write_configs(
     folder: Path, model: dict[str, Any], settings: EngineSettings, tied: dict[str, Any] | None = None
 ) -> None:
     """`model` is model.json; `tied` says where in the decoder's weights the embedding is, where it has no file of its
-    own. The chat template is in the tokenizer's file."""
+    own. The chat template is in the tokenizer's file.
+    """
     runtime = {
         "llm_model": DECODER,
         "llm_weight": f"{DECODER}.weight",
@@ -178,12 +179,16 @@ def write_configs(
         (folder / name).write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def make_base(onnx_folder: Path, folder: Path) -> None:
-    """What all bundles of a model have in common, into `folder`: graphs whose linear layers have no weights yet, the
-    embedding, the tokenizer."""
+def make_base(onnx_folder: Path, folder: Path) -> dict[str, Any]:
+    """Write what all bundles of a model share to `folder`: graphs whose linear layers have no weights yet, the
+    embedding, the tokenizer.
+
+    Returns:
+        `decoder_layout`, "NC4HW4" or the slower "NCHW"; `layout_reason` says why it is the slower one.
+    """
     model = json.loads((onnx_folder / "model.json").read_text())
     print("decoder: converting", flush=True)
-    convert_decoder(onnx_folder, folder, model["num_hidden_layers"])
+    layout = convert_decoder(onnx_folder, folder, model["num_hidden_layers"])
     if "vision" in parts_in(onnx_folder):
         print("vision: converting", flush=True)
         convert_vision(onnx_folder, folder)
@@ -191,6 +196,12 @@ def make_base(onnx_folder: Path, folder: Path) -> None:
     write_tokenizer(onnx_folder, folder / TOKENIZER)
     for departure in departures(onnx_folder):
         print(f"tokenizer: {departure}", flush=True)
+    if layout == "NC4HW4":
+        return {"decoder_layout": layout}
+    release = tool_versions("MNN")["MNN"]
+    reason = "its operators are not those of a known decoder" if runs_packed(release) else f"MNN {release} lacks it"
+    print(f"decoder: stays in the slower layout {layout}: {reason}", flush=True)
+    return {"decoder_layout": layout, "layout_reason": reason}
 
 
 def describe(decoder: WeightFormat, vision: WeightFormat, settings: EngineSettings) -> dict[str, Any]:

@@ -20,16 +20,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf2mnn.errors import ConversionError, MachineError
-from hf2mnn.mnn.child import environment
+from hf2mnn.core.errors import ConversionError, MachineError
+from hf2mnn.core.shortage import ended_by_others, full
+from hf2mnn.machine.child import environment
 from hf2mnn.mnn.graph import Graph
 from hf2mnn.onnx.initializers import float_values
-from hf2mnn.shortage import ended_by_others, full
 
 # Python has this signal ignored; the converter does not look whether what it writes arrives.
 CALL = (
     "import sys, _tools, signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL);"
-    " from hf2mnn.mnn.child import end_with; end_with(int(sys.argv[1]));"
+    " from hf2mnn.machine.child import end_with; end_with(int(sys.argv[1]));"
     " _tools.mnnconvert(['mnnconvert', *sys.argv[2:]])"
 )
 TIME_LIMIT = 4 * 3600

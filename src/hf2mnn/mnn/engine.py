@@ -14,12 +14,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hf2mnn.errors import BundleError, BundleFault, EngineError, EngineStopped, MachineError, ManifestError
-from hf2mnn.manifest import Manifest
+from hf2mnn.core.errors import BundleError, BundleFault, EngineError, EngineStopped, MachineError, ManifestError
+from hf2mnn.core.manifest import Manifest
+from hf2mnn.core.shortage import ended_by_others
+from hf2mnn.machine.child import environment
 from hf2mnn.mnn.bundle import CONFIG, MODEL_CONFIG
-from hf2mnn.mnn.child import environment
 from hf2mnn.mnn.paths import check_files
-from hf2mnn.shortage import ended_by_others
 
 WORKER = "hf2mnn.mnn.worker"
 NOISE = ("The device supports", "Warning: module need new clone")

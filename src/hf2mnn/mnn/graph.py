@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hf2mnn.errors import ConversionError
+from hf2mnn.core.errors import ConversionError
 from hf2mnn.mnn.build import change_layout
 
 # Ops that stand for something that the converter did not understand.
@@ -30,7 +30,8 @@ FLOAT16 = 3
 @dataclass(frozen=True)
 class WeightInfo:
     """How one linear layer's weight is stored. `block` is 0 for one scale an output channel; `kernel` is 1 but for the
-    vision tower's patch embedding; `size` in bytes."""
+    vision tower's patch embedding; `size` in bytes.
+    """
 
     name: str
     inputs: int
@@ -109,6 +110,11 @@ class Graph:
         """Attentions that are the engine's own operator and keep the KV cache."""
         return [op for op in self.of_type("Attention") if op["main"]["kv_cache"]]
 
+    @property
+    def nc4hw4(self) -> bool:
+        """Whether a decoder is in the NC4HW4 layout, whose rotations are operators of their own."""
+        return bool(self.of_type("RoPE"))
+
     def drop_unused_inputs(self) -> None:
         """Remove inputs that nothing reads: what is left of `past_key_values` once every attention is fused."""
         read = {index for op in self.ops for index in op.get("inputIndexes", [])}
@@ -172,7 +178,8 @@ class Graph:
 
     def watched(self, values: list[str]) -> tuple[Graph, dict[str, str]]:
         """A copy of the graph that also gives `values`, and the names under which it does; shapes may differ from the
-        ONNX graph's by axes of size 1 and by axes joined."""
+        ONNX graph's by axes of size 1 and by axes joined.
+        """
         content, producers = copy.deepcopy(self.content), self._producers()
         names, after, given = content["tensorName"], {}, {}
         for value in sorted(values):
@@ -275,7 +282,8 @@ def prove_weights(graph: Graph, name: str, bits: int, block: int, symmetric: boo
 
 def prove_size(graph: Graph, name: str, size: int) -> None:
     """Raises ConversionError where the weight file has not the bytes that the graph points to, with the first operator
-    whose are not there."""
+    whose are not there.
+    """
     beyond = {end: operator for operator, end in graph.external_ends().items() if end > size}
     if beyond:
         first = beyond[min(beyond)].removesuffix(LINEAR)

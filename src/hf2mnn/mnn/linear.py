@@ -1,5 +1,5 @@
 """Linear layers, which go through MNN's converter as operators that it does not look into, and come out as MNN's form
-of them: a convolution of 1 x 1 over as many pictures of one pixel as there are tokens.
+of them: a convolution of 1 x 1 over as many images of one pixel as there are tokens.
 
 The converter would carry a float32 copy of every weight through memory and disk, and surround each layer by operators
 that work out shapes. So it is shown no weight of a linear layer at all. In the graph that is left, such a convolution
@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from hf2mnn.errors import ConversionError
+from hf2mnn.core.errors import ConversionError
 from hf2mnn.mnn.build import Op, change_layout, operator, reshape
 from hf2mnn.mnn.graph import LINEAR, PACKED, Graph
 from hf2mnn.onnx.initializers import Matrices

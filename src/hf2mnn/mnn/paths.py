@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hf2mnn.errors import BundleError
-from hf2mnn.untrusted import inside, read_json
+from hf2mnn.core.errors import BundleError
+from hf2mnn.core.untrusted import inside, read_json
 
 PATHS = (
     *("llm_config", "llm_model", "llm_weight", "block_model", "lm_model", "embedding_model", "embedding_file"),

@@ -18,8 +18,8 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from hf2mnn.errors import BundleError
-from hf2mnn.untrusted import TEMPLATE_SECONDS, at_most
+from hf2mnn.core.errors import BundleError
+from hf2mnn.core.untrusted import TEMPLATE_SECONDS, at_most
 
 FUNCTIONS = {"range", "namespace", "strftime_now"}
 PASSED_OVER = {"raise_exception"}
@@ -239,5 +239,6 @@ def unsupported(template: str) -> list[str]:
 
 def engine_messages(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Messages as the engine's binding takes them whole: it passes on nothing but texts under `role` and `content`, and
-    the engine puts what a message of the role `json` holds in its place."""
+    the engine puts what a message of the role `json` holds in its place.
+    """
     return [{"role": "json", "content": json.dumps(message, ensure_ascii=False)} for message in messages]

@@ -35,7 +35,7 @@ character of Unicode 14 is split alike except as said here. They differ for
 * marks that NFC would only put in another order, or compose across a mark that stays in between;
 * text after U+0000, which the Python binding drops;
 * white space outside ASCII beside an added token that takes the white space beside it (`lstrip`, `rstrip`);
-* `<img>...</img>` and `<audio>...</audio>` in a text, which the engine of a model with pictures takes for files.
+* `<img>...</img>` and `<audio>...</audio>` in a text, which the engine of a model with images takes for files.
 
 The replacements cost the engine 0.3 ms per short text, 2 ms per 10 kB of English and 95 ms per 10 kB of Korean.
 Merging takes it quadratic time within one piece of a split: 3300 Chinese characters without punctuation took 4 s, 9900
@@ -69,10 +69,10 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel
 
-from hf2mnn.errors import BundleError, SourceError
-from hf2mnn.files import whole_file
+from hf2mnn.core.errors import BundleError, CheckpointError
+from hf2mnn.core.files import whole_file
+from hf2mnn.core.untrusted import read_bytes, read_json
 from hf2mnn.mnn.template import render, unsupported
-from hf2mnn.untrusted import read_bytes, read_json
 
 MAGIC, PIPELINE = 430, 4
 NORMALIZER_NONE, NORMALIZER_PREPEND, NORMALIZER_REPLACE, NORMALIZER_SEQUENCE = 0, 2, 3, 4
@@ -104,7 +104,7 @@ def write_tokenizer(checkpoint: Path, destination: Path) -> None:
     """Write the tokenizer of a checkpoint folder as the file `destination`, whole or not at all, always the same bytes.
 
     Reads `tokenizer.json`, `tokenizer_config.json`, the chat template (`chat_template.jinja`, `chat_template.json` or
-    the one in the configuration) and `generation_config.json`. Raises SourceError when the tokenizer, the chat template
+    the one in the configuration) and `generation_config.json`. Raises CheckpointError when the tokenizer, the chat template
     or every end-of-text token is missing, and for a kind of tokenizer that is not written.
     """
     content = encode_tokenizer(checkpoint)
@@ -117,7 +117,7 @@ def encode_tokenizer(checkpoint: Path) -> bytes:
     path = checkpoint / "tokenizer.json"
     tokenizer = _read_json(path)
     if tokenizer is None:
-        raise SourceError(f"{path} is missing; save the checkpoint with its fast tokenizer (tokenizer.json).")
+        raise CheckpointError(f"{path} is missing; save the checkpoint with its fast tokenizer (tokenizer.json).")
     config = _read_json(checkpoint / "tokenizer_config.json") or {}
     try:
         tokenizer = _as_loaded(tokenizer, config)
@@ -144,7 +144,9 @@ def encode_tokenizer(checkpoint: Path) -> bytes:
         stop = _stop_ids(checkpoint, config, _ids(tokenizer["model"]["vocab"], added))
         ends = [_string(_token_text(config.get(key))) for key in ("eos_token", "bos_token")]
     except (KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
-        raise SourceError(f"{path} is not a tokenizer of the tokenizers library: {error!r}; save it again.") from error
+        raise CheckpointError(
+            f"{path} is not a tokenizer of the tokenizers library: {error!r}; save it again."
+        ) from error
     template = chat_template(checkpoint).encode()
     return b"".join(
         [
@@ -198,7 +200,8 @@ def _canonical_decompositions() -> Iterable[tuple[str, str]]:
 
 def _as_loaded(tokenizer: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """As transformers 5 takes the file: of its class LlamaTokenizer only vocabulary, merges and added tokens are read,
-    and `legacy` and `add_prefix_space` of the configuration say where a meta space is put."""
+    and `legacy` and `add_prefix_space` of the configuration say where a meta space is put.
+    """
     if config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
         return tokenizer
     scheme = "never" if config.get("add_prefix_space") is False else "always" if config.get("legacy") else "first"
@@ -267,7 +270,7 @@ def unreached_words(checkpoint: Path) -> list[str]:
     """Texts of tokens that `ignore_merges` reads whole although no merges lead to them, which the engine cannot do.
 
     Raises:
-        SourceError: the checkpoint's tokenizer.json is no tokenizer.
+        CheckpointError: the checkpoint's tokenizer.json is no tokenizer.
     """
     path = checkpoint / "tokenizer.json"
     stored = _read_json(path) or {}
@@ -283,7 +286,9 @@ def unreached_words(checkpoint: Path) -> list[str]:
                 if [piece for piece, _ in whole.pre_tokenizer.pre_tokenize_str(text)] == [token]:
                     unreached.append(text)
     except Exception as error:  # the library raises it as it is
-        raise SourceError(f"{path} is not a tokenizer of the tokenizers library: {error!r}; save it again.") from error
+        raise CheckpointError(
+            f"{path} is not a tokenizer of the tokenizers library: {error!r}; save it again."
+        ) from error
     return unreached
 
 
@@ -291,7 +296,7 @@ def departures(checkpoint: Path) -> list[str]:
     """What the engine makes otherwise of a checkpoint's prompts, whatever is written for it: a sentence each.
 
     Raises:
-        SourceError: the chat template or the tokenizer is none.
+        CheckpointError: the chat template or the tokenizer is none.
     """
     found = []
     if words := unreached_words(checkpoint):
@@ -300,7 +305,7 @@ def departures(checkpoint: Path) -> list[str]:
     try:
         constructs = unsupported(chat_template(checkpoint))
     except BundleError as error:
-        raise SourceError(f"{checkpoint}: {error}") from None
+        raise CheckpointError(f"{checkpoint}: {error}") from None
     if constructs:
         found.append(f"the chat template holds what the engine's Jinja does not run: {'; '.join(constructs)}")
     return found
@@ -398,7 +403,7 @@ def _model(tokenizer: dict[str, Any], added: list[dict[str, Any]], byte_level: b
     # renumbers added tokens that leave a gap.
     ids = _ids(vocab, added)
     if sorted(ids.values()) != list(range(len(ids))):
-        raise SourceError(f"{path}: the ids of tokens and added tokens are not 0, 1, 2, ...; save it again.")
+        raise CheckpointError(f"{path}: the ids of tokens and added tokens are not 0, 1, 2, ...; save it again.")
     texts = {number: text for text, number in vocab.items()}
     for token in added:
         # Added tokens are found before the model sees the text; here they stand to be decoded, which reads the byte
@@ -411,7 +416,7 @@ def _model(tokenizer: dict[str, Any], added: list[dict[str, Any]], byte_level: b
     for rank, merge in enumerate(model["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         if left not in vocab or right not in vocab or left + right not in vocab:
-            raise SourceError(f"{path}: merge {rank} names a token that is not in the vocabulary; save it again.")
+            raise CheckpointError(f"{path}: merge {rank} names a token that is not in the vocabulary; save it again.")
         merges[vocab[left], vocab[right]] = rank
 
     entries = sorted((text.encode(), number) for number, text in texts.items())
@@ -464,7 +469,8 @@ def _refuse_changed(added: list[dict[str, Any]], normalizer: dict[str, Any] | No
 
 def _refuse_post_processor(spec: dict[str, Any] | None, path: Path) -> None:
     """Let pass what adds nothing to a chat's ids: what only moves offsets, and templates, which transformers leaves out
-    for text that a chat template wrote."""
+    for text that a chat template wrote.
+    """
     if spec is None or spec["type"] in ("ByteLevel", "TemplateProcessing"):
         return
     if spec["type"] != "Sequence":
@@ -478,14 +484,16 @@ def _stop_ids(checkpoint: Path, config: dict[str, Any], ids: dict[str, int]) -> 
     stop = {listed} if isinstance(listed, int) else set(listed or [])
     if text := _token_text(config.get("eos_token")):
         if text not in ids:
-            raise SourceError(
+            raise CheckpointError(
                 f"{checkpoint / 'tokenizer_config.json'}: eos_token {text!r} is not a token; name one that exists."
             )
         stop.add(ids[text])
     if any(type(number) is not int or not 0 <= number < 1 << 31 for number in stop):
-        raise SourceError(f"{checkpoint / 'generation_config.json'}: {listed!r} are not ids of tokens; save it again.")
+        raise CheckpointError(
+            f"{checkpoint / 'generation_config.json'}: {listed!r} are not ids of tokens; save it again."
+        )
     if not stop:
-        raise SourceError(
+        raise CheckpointError(
             f"{checkpoint} names no end-of-text token, so the engine would never stop; set eos_token in "
             "tokenizer_config.json or eos_token_id in generation_config.json."
         )
@@ -496,7 +504,7 @@ def chat_template(checkpoint: Path) -> str:
     """The template as Jinja reads it: newlines made one kind, the last one dropped. The engine does neither.
 
     Raises:
-        SourceError: there is none.
+        CheckpointError: there is none.
     """
     path = checkpoint / "chat_template.jinja"
     try:
@@ -512,9 +520,9 @@ def chat_template(checkpoint: Path) -> str:
             raise TypeError(f"it is a {type(template).__name__}")
         template and template.encode()
     except (KeyError, TypeError, ValueError) as error:
-        raise SourceError(f"the chat template in {path} is none ({error}); save it again.") from None
+        raise CheckpointError(f"the chat template in {path} is none ({error}); save it again.") from None
     if not template:
-        raise SourceError(
+        raise CheckpointError(
             f"{checkpoint} has no chat template; put one in chat_template.jinja or tokenizer_config.json."
         )
     return re.sub(r"\r\n|\r", "\n", template).removesuffix("\n")
@@ -525,20 +533,20 @@ def _token_text(token: str | dict[str, Any] | None) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, None where there is no file. SourceError when it holds anything else."""
+    """The object in a JSON file, None where there is no file. CheckpointError when it holds anything else."""
     if not path.is_file():
         return None
     try:
         value = read_json(path)
     except ValueError as error:
-        raise SourceError(f"{path} is not JSON: {error}; save it again.") from error
+        raise CheckpointError(f"{path} is not JSON: {error}; save it again.") from error
     if not isinstance(value, dict):
-        raise SourceError(f"{path} must hold a JSON object, not {type(value).__name__}; save it again.")
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}; save it again.")
     return value
 
 
-def _unsupported(path: Path, part: str, kind: str | None) -> SourceError:
-    return SourceError(
+def _unsupported(path: Path, part: str, kind: str | None) -> CheckpointError:
+    return CheckpointError(
         f"{path}: {part} {kind or 'none'} cannot be written for MNN's tokenizer; "
         "byte-level BPE as of Qwen and Llama 3 and BPE with byte fallback as of Llama 2 and Mistral are converted."
     )
@@ -555,5 +563,7 @@ def _u32(value: int) -> bytes:
 def _string(value: str | bytes) -> bytes:
     encoded = value.encode() if isinstance(value, str) else value
     if len(encoded) > 0xFFFF:
-        raise SourceError(f"A string of {len(encoded)} bytes ({encoded[:20]!r}...) does not fit MNN's tokenizer file.")
+        raise CheckpointError(
+            f"A string of {len(encoded)} bytes ({encoded[:20]!r}...) does not fit MNN's tokenizer file."
+        )
     return struct.pack("<H", len(encoded)) + encoded

@@ -17,9 +17,9 @@ from typing import NoReturn
 
 import numpy as np
 
-from hf2mnn.errors import BundleError
+from hf2mnn.checkpoint.folder import LFS_POINTER
+from hf2mnn.core.errors import BundleError
 from hf2mnn.mnn.tokenizer import MAGIC, PIPELINE
-from hf2mnn.source.checkpoint import LFS_POINTER
 
 KINDS = {0: "sentencepiece", 1: "tiktoken", 2: "bert", 3: "huggingface", PIPELINE: "pipeline"}
 """What the second number of the file says; all but the last are text (`tokenizer.txt`)."""
@@ -33,7 +33,8 @@ DEEPEST = 8
 @dataclass(frozen=True)
 class TokenizerFile:
     """tokens: text by id, in the byte alphabet where the model is byte-level BPE, b"" for one that only stands in
-    `added`. merges: rank by the texts of its halves. added: text by id. template, eos, bos: "" where there is none."""
+    `added`. merges: rank by the texts of its halves. added: text by id. template, eos, bos: "" where there is none.
+    """
 
     kind: str
     special: tuple[int, ...]

@@ -31,7 +31,7 @@ def cached_attention(
     mask: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """query [1, heads, s, d]; key, value [1, kv heads, s, d]; past [1, p, kv heads, d]; mask [1, 1, s, p + s].
+    """Query [1, heads, s, d]; key, value [1, kv heads, s, d]; past [1, p, kv heads, d]; mask [1, 1, s, p + s].
 
     Gives [1, s, heads, d] and the cache with this call's keys and values, [1, p + s, kv heads, d] each. Only to be
     traced: it has no values.

@@ -1,4 +1,4 @@
-"""Deepstack: after each of the first layers, the decoder adds what a block of the vision tower has seen of a picture.
+"""Deepstack: after each of the first layers, the decoder adds what a block of the vision tower has seen of an image.
 
 deepstack_embeds float32 [layers, tokens, hidden] has zeros where there is text; one token serves for all, as the engine
 feeds zeros [layers, 1, 1]. It is put into the finished graph, so that the layers themselves are alike when they are
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from hf2mnn.errors import ExportError
+from hf2mnn.core.errors import ExportError
 
 DEEPSTACK = "deepstack_embeds"
 

@@ -1,4 +1,4 @@
-"""The `onnx` stage: a checkpoint as three ONNX graphs that any runtime can run, with an explicit KV cache.
+"""A checkpoint as three ONNX graphs that any runtime can run, with an explicit KV cache.
 
 decoder.onnx
     inputs_embeds    float32 [1, tokens, hidden]
@@ -10,7 +10,7 @@ decoder.onnx
     logits           float32 [1, rows, vocabulary]
     presents         float32 [layers, 2, 1, past + tokens, kv heads, head size]
 vision.onnx, of a model that sees
-    inputs of the family (`VisionFamily.vision_inputs`), one picture a call
+    inputs of the family (`VisionFamily.vision_inputs`), one image a call
     image_embeds      float32 [image tokens, hidden]
     deepstack_feature float32 [layers, image tokens, hidden]   of a model with deepstack
 embedding.onnx
@@ -31,19 +31,17 @@ import onnx
 import onnx_ir as ir
 from onnx.external_data_helper import uses_external_data
 
-from hf2mnn.errors import ExportError
+from hf2mnn.checkpoint.facts import model_facts
+from hf2mnn.checkpoint.folder import Checkpoint
+from hf2mnn.core.errors import ExportError
 from hf2mnn.families import VisionFamily
-from hf2mnn.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.onnx.deepstack import add_deepstack
-from hf2mnn.onnx.graph import OPSET, build_fake, trace_decoder, trace_vision
-from hf2mnn.onnx.points import name_points
+from hf2mnn.onnx.tap_points import name_points
+from hf2mnn.onnx.trace import OPSET, build_fake, trace_decoder, trace_vision
 from hf2mnn.onnx.weights import attach_weights, link_shards, save
-from hf2mnn.source.checkpoint import Checkpoint
-from hf2mnn.source.facts import model_facts
-from hf2mnn.source.model import load_config, refused_as_source
+from hf2mnn.reference.model import load_config, refused_as_source
 
-TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
-# A picture of odd shape, so that no dimension is taken for another while tracing.
+# An image of odd shape, so that no dimension is taken for another while tracing.
 SAMPLE_GRID = np.array([1, 4, 6])
 
 
@@ -86,21 +84,18 @@ def check_graph(path: Path) -> None:
 
 
 def sample_inputs(family: VisionFamily, facts: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Inputs of the vision graph for an empty picture."""
+    """Inputs of the vision graph for an empty image."""
     patch = 3 * facts["temporal_patch_size"] * facts["patch_size"] ** 2
     return family.vision_inputs(np.zeros((int(SAMPLE_GRID.prod()), patch), np.float32), SAMPLE_GRID, facts)
 
 
-def export_onnx(source: Path, destination: Path) -> Path:
-    """Write the graphs, model.json and the tokenizer's files to `destination`.
+def export_graphs(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the graphs, model.json and the tokenizer's files to `folder`.
 
     Raises:
-        ManifestError: `source` is not what its manifest says.
-        SourceError: weights and configuration are not of one model.
-        ExportError: a graph came out other than it must be.
+        CheckpointError: Weights and configuration are not of one model.
+        ExportError: A graph came out other than it must be.
     """
-    upstream = Manifest.load(source)
-    checkpoint = Checkpoint(upstream.verify())
     checkpoint.check()
     config = load_config(checkpoint)
     family, facts = checkpoint.family, model_facts(checkpoint)
@@ -112,24 +107,20 @@ def export_onnx(source: Path, destination: Path) -> Path:
     }
     if isinstance(family, VisionFamily):
         graphs["vision"] = lambda: trace_vision(config, family, sample_inputs(family, facts))
-    manifest = Manifest("onnx", {"source": upstream.digest()}, {"opset": OPSET}, tool_versions(*TOOLS))
-    manifest.sources = {"checkpoint": {**upstream.settings, "files": upstream.outputs}, **upstream.sources}
-    with stage_folder(destination, manifest) as folder:
-        for name, trace in graphs.items():
-            print(f"{name}: tracing", flush=True)
-            model = trace()
-            attach_weights(model, checkpoint)
-            name_points(model)
-            if name == "decoder" and family.deepstack:
-                add_deepstack(model, f"{family.decoder}.layers", family.deepstack, facts["hidden_size"])
-            link_shards(model, checkpoint, folder)
-            save(model, folder / f"{name}.onnx")
-            check_graph(folder / f"{name}.onnx")
-        (folder / "model.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
-        for path in sorted(checkpoint.folder.iterdir()):
-            if path.suffix in (".json", ".txt", ".jinja") and path.name not in (
-                "manifest.json",
-                "model.safetensors.index.json",
-            ):
-                shutil.copyfile(path, folder / path.name)
-    return destination
+    for name, trace in graphs.items():
+        print(f"{name}: tracing", flush=True)
+        model = trace()
+        attach_weights(model, checkpoint)
+        name_points(model)
+        if name == "decoder" and family.deepstack:
+            add_deepstack(model, f"{family.decoder}.layers", family.deepstack, facts["hidden_size"])
+        link_shards(model, checkpoint, folder)
+        save(model, folder / f"{name}.onnx")
+        check_graph(folder / f"{name}.onnx")
+    (folder / "model.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.suffix in (".json", ".txt", ".jinja") and path.name not in (
+            "manifest.json",
+            "model.safetensors.index.json",
+        ):
+            shutil.copyfile(path, folder / path.name)

@@ -10,9 +10,9 @@ from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from hf2mnn.errors import ExportError
-from hf2mnn.source.tensors import StoredTensor
-from hf2mnn.untrusted import inside
+from hf2mnn.checkpoint.tensors import StoredTensor
+from hf2mnn.core.errors import ExportError
+from hf2mnn.core.untrusted import inside
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -119,5 +119,6 @@ def initializer_values(graph: Path, axes: int) -> dict[str, np.ndarray]:
 
 def small_values(graph: Path) -> dict[str, np.ndarray]:
     """What an MNN graph of an ONNX file may hold itself: its float32 constants, and vectors wherever they lie, by
-    name."""
+    name.
+    """
     return float_values(graph) | initializer_values(graph, 1)

@@ -52,7 +52,8 @@ def _dependent(graph: ir.Graph, values: list[ir.Value]) -> list[ir.Node]:
 class _Pattern:
     """A layer's nodes, what they read of the layer before (`entries`), and what the next one reads of them (`exits`),
     in the order in which it is made. What needs no weight of the next layer, as the first half of its normalization,
-    counts to this one."""
+    counts to this one.
+    """
 
     def __init__(self, graph: ir.Graph, own: list[list[ir.Value]]) -> None:
         """`own` are the weights and inputs that each of the three traced layers has for itself."""
@@ -118,7 +119,8 @@ def _like(old: ir.Value, name: str) -> ir.Value:
 
 def _copy_layer(graph: ir.Graph, pattern: _Pattern, names: _Names, index: int, known: dict) -> list[ir.Node]:
     """The pattern's nodes once more, as layer `index`; `known` says what they read in place of what the pattern reads,
-    and is told what they make."""
+    and is told what they make.
+    """
     for value in names.own(graph, 1):
         made = known[value] = _like(value, names.of(value.name, 1, index))
         if value.name in graph.initializers:

@@ -1,10 +1,10 @@
-"""Run the exported graphs with ONNX Runtime: pictures, prefill, cached decode, several turns.
+"""Run the exported graphs with ONNX Runtime: images, prefill, cached decode, several turns.
 
 This is the route for whoever deploys ONNX; it needs onnxruntime, numpy and the folder of the `onnx` stage, no torch.
 
     model = OnnxModel("results/shapes-vl/onnx")
     cache = model.new_cache()
-    logits = model.prefill(cache, input_ids, pictures=[(pixel_values, grid_thw)])
+    logits = model.prefill(cache, input_ids, images=[(pixel_values, grid_thw)])
     answer = model.greedy(cache, logits[-1], max_new_tokens=64)
 """
 
@@ -19,7 +19,7 @@ import onnxruntime
 from hf2mnn.families import family_named
 from hf2mnn.onnx.deepstack import DEEPSTACK
 
-Picture = tuple[np.ndarray, np.ndarray]
+Image = tuple[np.ndarray, np.ndarray]
 """pixel_values float32 [patches, patch values], grid_thw int64 [3]."""
 
 
@@ -51,7 +51,7 @@ class KVCache:
 
     @property
     def next_position(self) -> int:
-        """Position of the next text token: one after the largest so far (a picture takes fewer than its tokens)."""
+        """Position of the next text token: one after the largest so far (an image takes fewer than its tokens)."""
         return int(self.positions.max()) + 1 if len(self) else 0
 
     def append(self, presents: np.ndarray, positions: np.ndarray) -> None:
@@ -87,48 +87,50 @@ class OnnxModel:
         facts = self.facts
         return KVCache(facts["num_hidden_layers"], facts["num_key_value_heads"], facts["head_dim"], self.family.rows)
 
-    def see(self, picture: Picture) -> list[np.ndarray]:
-        """Image embeddings float32 [image tokens, hidden] of one picture, and with deepstack what is added to the first
-        layers, [layers, image tokens, hidden]."""
-        return self._graphs["vision"].run(None, self.family.vision_inputs(*picture, self.facts))
+    def see(self, image: Image) -> list[np.ndarray]:
+        """Image embeddings float32 [image tokens, hidden] of one image, and with deepstack what is added to the first
+        layers, [layers, image tokens, hidden].
+        """
+        return self._graphs["vision"].run(None, self.family.vision_inputs(*image, self.facts))
 
-    def embed(self, input_ids: np.ndarray, pictures: list[Picture]) -> dict[str, np.ndarray]:
+    def embed(self, input_ids: np.ndarray, images: list[Image]) -> dict[str, np.ndarray]:
         """The decoder's inputs for int64 ids, image tokens replaced by what the vision tower sees: `inputs_embeds`
-        float32 [1, tokens, hidden], and with deepstack `deepstack_embeds`."""
+        float32 [1, tokens, hidden], and with deepstack `deepstack_embeds`.
+        """
         ids = np.asarray(input_ids, np.int64)
         run = self._graphs["embedding"].run
         embeds = run(None, {"input_ids": ids[None]})[0] if self._table is None else self._table[ids][None]
         places = ids == self.facts["image_token_id"] if self.family.sees else np.zeros(len(ids), bool)
         added = np.zeros((self.family.deepstack, *embeds.shape[1:]), np.float32)
-        if pictures:
-            seen = [self.see(picture) for picture in pictures]
-            count = sum(len(image[0]) for image in seen)
+        if images:
+            seen = [self.see(image) for image in images]
+            count = sum(len(output[0]) for output in seen)
             if count != places.sum():
-                raise ValueError(f"the prompt has {places.sum()} image tokens, the pictures give {count}")
-            embeds[0, places] = np.concatenate([image[0] for image in seen])
+                raise ValueError(f"the prompt has {places.sum()} image tokens, the images give {count}")
+            embeds[0, places] = np.concatenate([output[0] for output in seen])
             if self.family.deepstack:
-                added[:, places] = np.concatenate([image[1] for image in seen], axis=1)
+                added[:, places] = np.concatenate([output[1] for output in seen], axis=1)
         elif places.any() and len(places) > 1:  # alone, it is what a bad answer goes on with
-            raise ValueError(f"the prompt has {places.sum()} image tokens and no picture")
+            raise ValueError(f"the prompt has {places.sum()} image tokens and no image")
         return {"inputs_embeds": embeds, **({DEEPSTACK: added} if self.family.deepstack else {})}
 
     def prefill(
-        self, cache: KVCache, input_ids: np.ndarray, pictures: list[Picture] | None = None, all_logits: bool = False
+        self, cache: KVCache, input_ids: np.ndarray, images: list[Image] | None = None, all_logits: bool = False
     ) -> np.ndarray:
         """Run `input_ids` after what `cache` holds and add them to it. Decoding a token is the same call with one id.
 
         Returns:
             logits float32 [tokens, vocabulary] with `all_logits`, else [1, vocabulary] of the last token.
         """
-        pictures = pictures or []
+        images = images or []
         input_ids, past = np.asarray(input_ids, np.int64), len(cache)
-        grids = [grid for _, grid in pictures]
+        grids = [grid for _, grid in images]
         positions = self.family.position_ids(input_ids, grids, self.facts)
         positions = positions + cache.next_position
         logits, presents = self._graphs["decoder"].run(
             ["logits", "presents"],
             {
-                **self.embed(input_ids, pictures),
+                **self.embed(input_ids, images),
                 "attention_mask": causal_mask(past, len(input_ids)),
                 "position_ids": positions.astype(np.int32),
                 "logits_index": np.array([0 if all_logits else -1], np.int32),

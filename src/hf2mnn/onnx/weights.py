@@ -13,10 +13,10 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.external_data import convert_tensors_to_external
 
-from hf2mnn.errors import ExportError
-from hf2mnn.files import link_or_copy
-from hf2mnn.source.checkpoint import Checkpoint
-from hf2mnn.source.tensors import StoredTensor
+from hf2mnn.checkpoint.folder import Checkpoint
+from hf2mnn.checkpoint.tensors import StoredTensor
+from hf2mnn.core.errors import ExportError
+from hf2mnn.core.files import link_or_copy
 
 FLOAT, TRANSPOSED = ".float", ".T"
 """Names of the values that a weight goes through on its way to an operator: `x.weight.float`, `x.weight.float.T`."""
@@ -81,7 +81,7 @@ def attach_weights(model: ir.Model, checkpoint: Checkpoint) -> None:
     """Attach values to every initializer without one.
 
     Raises:
-        SourceError: a weight is missing or has another shape than the configuration says.
+        CheckpointError: a weight is missing or has another shape than the configuration says.
         ExportError: a graph input has no value and is no weight.
     """
     graph = model.graph
@@ -95,7 +95,8 @@ def attach_weights(model: ir.Model, checkpoint: Checkpoint) -> None:
 
 def link_shards(model: ir.Model, checkpoint: Checkpoint, folder: Path) -> None:
     """Put the files that a graph points into beside it: ONNX Runtime follows no path that leads out of the graph's
-    folder, and no symbolic link."""
+    folder, and no symbolic link.
+    """
     pointed = {
         value.const_value.location
         for value in model.graph.initializers.values()

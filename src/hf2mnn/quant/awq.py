@@ -11,11 +11,11 @@ import numpy as np
 
 from hf2mnn.families.base import Fold
 from hf2mnn.mnn.convert import WeightFormat
-from hf2mnn.points import kept_rows
-from hf2mnn.quant.activations import Activations
 from hf2mnn.quant.folding import Scales
+from hf2mnn.quant.layer_inputs import Activations
 from hf2mnn.quant.rounding import round_rows
 from hf2mnn.quant.weights import Operator, WeightFile
+from hf2mnn.reference.tap_points import kept_rows
 
 POWERS = np.linspace(0, 1, 21)
 ROWS = 256
@@ -37,7 +37,7 @@ def _harm(rows: np.ndarray, moment: np.ndarray, form: WeightFormat, columns: np.
     """Error of the outputs where `rows` are rounded after scaling."""
     scaled = rows if columns is None else rows * columns
     importance = np.diag(moment) if columns is None else np.diag(moment) / np.square(columns)
-    levels = round_rows(scaled, form.bits, form.block, form.symmetric, form.scale_bits, "lsq", importance)
+    levels = round_rows(scaled, form.bits, form.block, form.symmetric, form.scale_bits, "mse", importance)
     made = levels.dequantize() if columns is None else levels.dequantize() / columns
     error = (made - rows).astype(np.float64)
     return float(np.einsum("ri,ri->", error @ moment, error))

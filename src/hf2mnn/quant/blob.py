@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from hf2mnn.errors import QuantizationError
+from hf2mnn.core.errors import QuantizationError
 
 MOST_ZEROS = 1 << 24
 SCALE_TYPES = {16: np.float16, 32: np.float32}
@@ -189,7 +189,8 @@ HEADER = 1 + 2 * 4 + 1 + 256
 @dataclass(frozen=True)
 class Header:
     """What stands before the levels: `size` in bytes; `table` int8, the values that the levels stand for, ascending,
-    or None where that is [-2^(bits-1), 2^(bits-1))."""
+    or None where that is [-2^(bits-1), 2^(bits-1)).
+    """
 
     size: int
     bits: int
@@ -197,7 +198,8 @@ class Header:
 
     def levels(self, packed: bytes, count: int, name: str) -> np.ndarray:
         """int8 [count] of bytes that begin with a whole level. Raises QuantizationError where one is not in the
-        table."""
+        table.
+        """
         levels = unpack(packed, count, self.bits)
         if self.table is None:
             return levels

@@ -12,14 +12,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from hf2mnn.errors import BundleError, QuantizationError
+from hf2mnn.checkpoint.tensors import StoredTensor
+from hf2mnn.core.errors import BundleError, QuantizationError
 from hf2mnn.mnn.bundle import DECODER, EMBEDDING, MODEL_CONFIG, ROWS_AT_ONCE, embedding_table, table_blocks
 from hf2mnn.mnn.convert import WeightFormat
 from hf2mnn.mnn.paths import read_config
 from hf2mnn.quant.blob import SCALE_TYPES, header, unpack
 from hf2mnn.quant.names import LM_HEAD
 from hf2mnn.quant.weights import Operator
-from hf2mnn.source.tensors import StoredTensor
 
 TIED = "tie_embeddings"
 BITS = (4, 8)

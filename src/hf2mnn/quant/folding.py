@@ -44,7 +44,7 @@ class Scales:
 
 
 def folded_points(bundle: Path) -> dict[str, np.ndarray]:
-    """float32 [values] by point (`hf2mnn.points`); nothing where the bundle has no folded scales."""
+    """float32 [values] by point (`hf2mnn.reference.tap_points`); nothing where the bundle has no folded scales."""
     path = bundle / FOLDED
     return load_file(path) if path.is_file() else {}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from hf2mnn.errors import QuantizationError
+from hf2mnn.core.errors import QuantizationError
 from hf2mnn.mnn.convert import WeightFormat
 from hf2mnn.quant.blob import size
 from hf2mnn.quant.weights import Operator
@@ -21,7 +21,7 @@ def check_format(operator: Operator, form: WeightFormat) -> WeightFormat:
     if form.bits >= 16:
         return form
     if form.method == "hqq" and form.symmetric:
-        raise QuantizationError(f"{operator.name}: hqq searches a zero point, and symmetric has none; use lsq")
+        raise QuantizationError(f"{operator.name}: hqq searches a zero point, and symmetric has none; use mse")
     if operator.kernel > 1 or form.block == operator.inputs:
         return replace(form, block=0)
     if form.block and operator.inputs % form.block:

@@ -13,7 +13,7 @@ from numba import njit
 from scipy.linalg.lapack import dtrtri
 from threadpoolctl import threadpool_limits
 
-from hf2mnn.errors import QuantizationError
+from hf2mnn.core.errors import QuantizationError
 from hf2mnn.quant.blob import Levels
 from hf2mnn.quant.rounding import LANES, ONE, ZERO, F, least_squares, level_range, search_steps
 

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-from hf2mnn.errors import QuantizationError
+from hf2mnn.checkpoint.folder import Checkpoint
+from hf2mnn.core.errors import QuantizationError
 from hf2mnn.mnn.convert import WeightFormat
-from hf2mnn.quant.activations import Activations
 from hf2mnn.quant.folding import Scales
 from hf2mnn.quant.gptq import check_finite, compensation, gptq_rows
-from hf2mnn.quant.packed import packed_format, packed_levels
+from hf2mnn.quant.layer_inputs import Activations
+from hf2mnn.quant.prequantized import packed_format, packed_levels
 from hf2mnn.quant.rounding import round_rows
 from hf2mnn.quant.weights import Operator
 from hf2mnn.quant.write import RoundRows
-from hf2mnn.source.checkpoint import Checkpoint
 
 CALIBRATED = ("awq", "gptq")
 CHECKPOINT = "checkpoint"
-PLAIN = "lsq"
+PLAIN = "mse"
 """What calibrated methods fall back to where there is nothing to go by: the patch embedding, which is a convolution."""
 
 
@@ -40,7 +40,7 @@ class Methods:
 
         Raises:
             QuantizationError: a method lacks what it goes by.
-            SourceError: a layer of the checkpoint cannot be taken over.
+            CheckpointError: a layer of the checkpoint cannot be taken over.
         """
         if form.bits >= 16:
             return form

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hf2mnn.mnn.dress import FLAT
+from hf2mnn.mnn.adapt import FLAT
 from hf2mnn.mnn.graph import LINEAR
 from hf2mnn.onnx.initializers import load_graph
-from hf2mnn.onnx.points import outputs_by_module
+from hf2mnn.onnx.tap_points import outputs_by_module
 
 MEASURED, CANDIDATES = "measured.csv", "candidates.csv"
 """Tables of the sensitivity stage."""

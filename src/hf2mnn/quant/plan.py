@@ -7,17 +7,17 @@ with the smallest sum of divergences whose sum of bytes keeps the budget: a mult
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from hf2mnn.budget import Budget
-from hf2mnn.errors import QuantizationError
-from hf2mnn.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.config.budget import Budget
+from hf2mnn.core.errors import QuantizationError
+from hf2mnn.core.manifest import Manifest
 from hf2mnn.mnn.bundle import EMBEDDING as EMBEDDING_FILE
 from hf2mnn.mnn.bundle import parts_in
 from hf2mnn.mnn.convert import WeightFormat
@@ -54,7 +54,8 @@ def expected_divergence(measured: pd.DataFrame, errors: np.ndarray) -> np.ndarra
 
 def options(measured: pd.DataFrame, candidates: pd.DataFrame, tied: bool) -> pd.DataFrame:
     """`candidates` with a column `kld`; where the embedding is read from lm_head, with what that costs, and without the
-    formats of lm_head that the engine cannot read it from."""
+    formats of lm_head that the engine cannot read it from.
+    """
     found = []
     for name, group in candidates.groupby("operator", sort=False):
         if tied and name == LM_HEAD:
@@ -141,43 +142,36 @@ def with_bytes(candidates: pd.DataFrame, layers: dict[str, list[Operator]]) -> p
 
 
 def make_plan(
-    sensitivity: Path, onnx_folder: Path, base: Path, destination: Path, budget: Budget, embedding: str
-) -> Path:
-    """Write plan.yaml to `destination`.
+    sensitivity: Path, onnx_folder: Path, base: Manifest, folder: Path, budget: Budget, embedding: str
+) -> dict[str, Any]:
+    """Write plan.yaml to `folder`; `base` is the verified manifest of the convert stage.
+
+    Returns:
+        bits_per_weight, weight_bytes, and expected_kld in nats.
 
     Raises:
-        ManifestError: an input is not what its manifest says.
-        QuantizationError: the budget cannot be met, with the smallest that can.
+        QuantizationError: The budget cannot be met; the message has the smallest that can.
     """
-    folders = {"sensitivity": sensitivity, "onnx": onnx_folder, "base": base}
-    inputs = {name: Manifest.load(folder) for name, folder in folders.items()}
-    for upstream in inputs.values():
-        upstream.verify()
-    settings = {"budget": asdict(budget), "embedding": embedding}
-    digests = {name: upstream.digest() for name, upstream in inputs.items()}
-    manifest = Manifest("plan", digests, settings, tool_versions("scipy"))
-    with stage_folder(destination, manifest) as folder:
-        layers = {name: Part(name, onnx_folder, base).operators for name in parts_in(onnx_folder)}
-        tied = embedding == LM_HEAD
-        measured, candidates = (pd.read_csv(sensitivity / name) for name in (MEASURED, CANDIDATES))
-        table = options(measured, with_bytes(candidates, layers), tied)
-        everything = [operator for found in layers.values() for operator in found]
-        weights = sum(operator.size for operator in everything)
-        if budget.bits_per_weight:
-            most = int(budget.bits_per_weight * weights / 8)
-        else:
-            most = budget.bundle_bytes - _beside_weights(inputs["base"], everything, tied)
-        chosen = solve(table, most)
-        size, kld = int(chosen["bytes"].sum()), float(chosen["kld"].sum())
-        head = [
-            f"{8 * size / weights:.3f} bits a weight over {weights:,} weights: {size:,} of {most:,} bytes.",
-            f"Expected KL divergence {kld:.3g} nats, the sum of what each operator costs alone.",
-            "To pin it: copy this file, and name it as the variant's plan in config.yaml.",
-        ]
-        write_plan(chosen, head, folder / PLAN)
-        manifest.results = {"bits_per_weight": 8 * size / weights, "weight_bytes": size, "expected_kld": kld}
+    layers = {name: Part(name, onnx_folder, base.folder).operators for name in parts_in(onnx_folder)}
+    tied = embedding == LM_HEAD
+    measured, candidates = (pd.read_csv(sensitivity / name) for name in (MEASURED, CANDIDATES))
+    table = options(measured, with_bytes(candidates, layers), tied)
+    everything = [operator for found in layers.values() for operator in found]
+    weights = sum(operator.size for operator in everything)
+    if budget.bits_per_weight:
+        most = int(budget.bits_per_weight * weights / 8)
+    else:
+        most = budget.bundle_bytes - _beside_weights(base, everything, tied)
+    chosen = solve(table, most)
+    size, kld = int(chosen["bytes"].sum()), float(chosen["kld"].sum())
+    head = [
+        f"{8 * size / weights:.3f} bits a weight over {weights:,} weights: {size:,} of {most:,} bytes.",
+        f"Expected KL divergence {kld:.3g} nats, the sum of what each operator costs alone.",
+        "To pin it: copy this file, and name it as the variant's plan in config.yaml.",
+    ]
+    write_plan(chosen, head, folder / PLAN)
     print("\n".join(head[:2]), flush=True)
-    return destination
+    return {"bits_per_weight": 8 * size / weights, "weight_bytes": size, "expected_kld": kld}
 
 
 def _beside_weights(bundle: Manifest, operators: list[Operator], tied: bool) -> int:

@@ -3,7 +3,7 @@
     rtn   the range of a block in equal steps: round to nearest
     hqq   half-quadratic quantization (Badri & Shaji, 2023): the zero point that makes the p-norm of the error small,
           p = 0.7, the scale left as it is; 20 steps, as MNN's converter does them
-    lsq   least squares: the scale and zero point with the smallest weighted sum of squared errors that a search finds
+    mse   least squares: the scale and zero point with the smallest weighted sum of squared errors that a search finds
 
 All work on tiles of LANES rows by one block, rows along the SIMD lanes: every sum runs over a block in its order, so
 results depend neither on threads nor on the width of the machine's registers. Scales and zero points are rounded to the
@@ -22,14 +22,14 @@ F = np.float32
 ZERO, ONE = F(0), F(1)
 HALF_NORMAL = F(2.0**-14)
 """Smallest normal half float; below it they are multiples of 2^-24."""
-METHODS = {"rtn": 0, "hqq": 1, "lsq": 2}
+METHODS = {"rtn": 0, "hqq": 1, "mse": 2}
 
 STEPS, P, BETA = 20, F(0.7), F(10)
 SHRINKS = F(BETA ** (-1 / (2 - P)))
 """Errors below this become 0 in the shrinkage of hqq: |x| <= |x|^(p-1) / beta."""
 
 RANGE, LOW, HIGH, AGAIN, BEST = range(5)
-"""Steps of the search of lsq. RANGE: the block's range, with a share of it cut off at each end; LOW, HIGH: the best
+"""Steps of the search of mse. RANGE: the block's range, with a share of it cut off at each end; LOW, HIGH: the best
 scale, changed by a share of itself, while the lowest (highest) level stays where it is; AGAIN, BEST: what least squares
 makes of the levels of the step before, or of the best."""
 NUDGES = (-1.0, 1.0, -0.5, 0.5)
@@ -55,7 +55,8 @@ def stored(x, half):
 @njit(nogil=True, cache=True, inline="always")
 def _fit(tile, importance, scale, zero, low, high, sums):
     """With these scales: sums[0] the weighted squared error, and of the levels chosen, weighted: [1] their sum, [2] of
-    their squares, [3] of their products with the weights."""
+    their squares, [3] of their products with the weights.
+    """
     inverse = np.empty(LANES, F)
     for lane in range(LANES):
         inverse[lane] = ONE / scale[lane] if scale[lane] > ZERO else ZERO
@@ -76,7 +77,8 @@ def _fit(tile, importance, scale, zero, low, high, sums):
 @njit(nogil=True, cache=True, inline="always")
 def _refit(sums, total, weighted, symmetric, half, scale, zero):
     """Scale and zero by linear regression of the weights on the levels that `_fit` has chosen; left as they are where
-    there is none. `total` is the sum of the importance, `weighted` that of the weights times it."""
+    there is none. `total` is the sum of the importance, `weighted` that of the weights times it.
+    """
     for lane in range(LANES):
         if symmetric:
             if sums[2, lane] > ZERO:
@@ -93,7 +95,8 @@ def _refit(sums, total, weighted, symmetric, half, scale, zero):
 @njit(nogil=True, cache=True)
 def least_squares(tile, importance, least, most, low, high, symmetric, half, kinds, shares, best, scales, zeros):
     """Scales and zeros with the smallest error of those that the steps, `kinds` with their `shares`, try.
-    `best` [4, LANES] is scratch: what `_fit` says of the best."""
+    `best` [4, LANES] is scratch: what `_fit` says of the best.
+    """
     middle = F(0.5) * (low + high)
     scale, zero, sums = np.empty(LANES, F), np.empty(LANES, F), np.empty((4, LANES), F)
     total, weighted = ZERO, np.zeros(LANES, F)
@@ -232,7 +235,7 @@ def level_range(bits: int) -> tuple[np.float32, np.float32]:
 
 
 def search_steps(bits: int, symmetric: bool, even: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Kinds, int64 [steps], and shares, float32 [steps], of the search of lsq.
+    """Kinds, int64 [steps], and shares, float32 [steps], of the search of mse.
 
     The whole search refits each range and each change of the best one twice. Where all weights count the same (`even`)
     a third of the steps comes within a hundredth of its error; where few count most, it does not. With 8 bits the error
@@ -265,7 +268,7 @@ def round_rows(
     """Quantize rows of a weight, float32 [rows, inputs], each by itself.
 
     `block` divides the inputs, 0 is one block a row. `importance` float32 [inputs], not negative, weighs the squared
-    errors of lsq. hqq has no symmetric form.
+    errors of mse. hqq has no symmetric form.
     """
     count, inputs = rows.shape
     block = block or inputs

@@ -1,4 +1,4 @@
-"""The `sensitivity` stage: what it costs the answers when one operator alone is quantized.
+"""Sensitivity: divergence of the answers when one operator alone is quantized.
 
 PyTorch reads prompts and answers of the calibration set with one weight replaced by its rounded self, and the mean KL
 divergence of its predictions from the untouched model's is noted, for a few numbers of bits. Beside it stands, for
@@ -10,23 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from hf2mnn.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.checkpoint.folder import Checkpoint
+from hf2mnn.core.progress import progress, steps
 from hf2mnn.metrics import kl_divergence
-from hf2mnn.points import kept_rows
-from hf2mnn.progress import progress, steps
 from hf2mnn.quant.names import CANDIDATES, EMBEDDING, LM_HEAD, MEASURED
 from hf2mnn.quant.rounding import round_rows
 from hf2mnn.reference.golden import Golden, GoldenExample, spread_examples
-from hf2mnn.reference.run import Reference, prompt_and_answer
-from hf2mnn.source.checkpoint import Checkpoint
-from hf2mnn.source.mapped import replaced
+from hf2mnn.reference.mapped import replaced
+from hf2mnn.reference.pytorch import Reference, prompt_and_answer
+from hf2mnn.reference.tap_points import kept_rows
 
-TOOLS = ("torch", "transformers", "numba")
 BITS = tuple(range(2, 9))
 BLOCKS = (32, 64, 128, 0)
 TYPICAL = 64
@@ -51,7 +50,7 @@ class Layer:
         return weight.reshape(len(weight), -1)
 
     def rounded(self, rows: np.ndarray, bits: int, block: int) -> np.ndarray:
-        return round_rows(rows, bits, block, False, 16, "lsq").dequantize()
+        return round_rows(rows, bits, block, False, 16, "mse").dequantize()
 
 
 def layers_of(model: torch.nn.Module, decoder: torch.nn.Module, tied: bool) -> list[Layer]:
@@ -130,46 +129,27 @@ def candidates(layer: Layer) -> list[dict]:
 
 
 def measure_sensitivity(
-    source: Path,
-    calibration: Path,
-    destination: Path,
-    bits: list[int],
-    examples: int,
-    threads: int,
-    weights: str = "auto",
-) -> Path:
+    checkpoint: Path, calibration: Path, folder: Path, bits: list[int], examples: int, weights: str
+) -> dict[str, Any]:
     """Write measured.csv (part, operator, bits, weight_error, mean_kld) and candidates.csv (part, operator, bits,
-    block, weight_error) to `destination`.
+    block, weight_error) to `folder`.
 
-    `calibration` is the folder that the reference stage has made of the calibration set. `weights` says where the model
-    keeps its own, as for `Reference`; the tables are the same whichever it is.
-
-    Raises:
-        ManifestError: an input is not what its manifest says.
+    Returns:
+        Numbers of `operators` and of `positions`; where the `weights` were.
     """
-    folders = {"source": source, "calibration": calibration}
-    inputs = {name: Manifest.load(folder) for name, folder in folders.items()}
-    for upstream in inputs.values():
-        upstream.verify()
-    torch.set_num_threads(threads)
-    settings = {"bits": bits, "examples": examples, "threads": threads}
-    digests = {name: upstream.digest() for name, upstream in inputs.items()}
-    manifest = Manifest("sensitivity", digests, settings, tool_versions(*TOOLS))
-    with stage_folder(destination, manifest) as folder:
-        bench, rows = Bench(source, calibration, examples, weights), []
-        with progress("sensitivity", len(bench.layers) * len(bits), "runs") as shown:
-            for layer in bench.layers:
-                for width in bits:
-                    kld, error = bench.divergence(layer, width)
-                    row = {"part": layer.part, "operator": layer.name, "bits": width}
-                    rows.append(row | {"weight_error": error, "mean_kld": kld})
-                    shown.update()
-        pd.DataFrame(rows).to_csv(folder / MEASURED, index=False, float_format="%.6g")
-        could = [row for layer in steps("formats", bench.layers, "layers") for row in candidates(layer)]
-        pd.DataFrame(could).to_csv(folder / CANDIDATES, index=False, float_format="%.6g")
-        manifest.results = {
-            "operators": len(bench.layers),
-            "positions": sum(map(len, bench.right)),
-            "weights": bench.reference.weights,
-        }
-    return destination
+    bench, rows = Bench(checkpoint, calibration, examples, weights), []
+    with progress("sensitivity", len(bench.layers) * len(bits), "runs") as shown:
+        for layer in bench.layers:
+            for width in bits:
+                kld, error = bench.divergence(layer, width)
+                row = {"part": layer.part, "operator": layer.name, "bits": width}
+                rows.append(row | {"weight_error": error, "mean_kld": kld})
+                shown.update()
+    pd.DataFrame(rows).to_csv(folder / MEASURED, index=False, float_format="%.6g")
+    could = [row for layer in steps("formats", bench.layers, "layers") for row in candidates(layer)]
+    pd.DataFrame(could).to_csv(folder / CANDIDATES, index=False, float_format="%.6g")
+    return {
+        "operators": len(bench.layers),
+        "positions": sum(map(len, bench.right)),
+        "weights": bench.reference.weights,
+    }

@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 from safetensors.numpy import save_file
 
-from hf2mnn.errors import ConversionError
+from hf2mnn.core.errors import ConversionError
+from hf2mnn.core.files import link_or_copy
 from hf2mnn.families import family_named
-from hf2mnn.files import link_or_copy
 from hf2mnn.mnn import graph as proof
 from hf2mnn.mnn.bundle import EMBEDDING, PARTS, TOKENIZER, EngineSettings, parts_in, write_configs
 from hf2mnn.mnn.convert import WeightFormat, read_graph, write_graph
@@ -33,7 +33,8 @@ TABLE = "weights.csv"
 @dataclass(frozen=True)
 class Choice:
     """What a variant is to be. plan: settings that differ from the part's, by part and operator; embedding: "file", or
-    "lm_head", where the decoder's last layer serves as the embedding too."""
+    "lm_head", where the decoder's last layer serves as the embedding too.
+    """
 
     decoder: WeightFormat
     vision: WeightFormat

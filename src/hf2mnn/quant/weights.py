@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from hf2mnn.errors import QuantizationError
+from hf2mnn.checkpoint.tensors import StoredTensor
+from hf2mnn.core.errors import QuantizationError
 from hf2mnn.mnn.graph import FLOAT16, Graph, prove_size
 from hf2mnn.quant.blob import HEADER, SCALE_TYPES, Header, Levels, damaged, hollow, parse_header, parse_sparse
 from hf2mnn.quant.names import module_of
-from hf2mnn.source.tensors import StoredTensor
 
 LEVELS, SPARSE, BYTES = 1, 2, 4
 """`quanParameter.type` of weights stored as levels: packed, only what is not zero, or bare bytes."""
@@ -211,7 +211,8 @@ def _is_old(stored: dict[str, Any]) -> bool:
 
 class ModelWeights(WeightFile):
     """The weights of the `mnn` stage's graph: those of linear layers where the ONNX graph has them, the rest in its
-    weight file."""
+    weight file.
+    """
 
     def __init__(self, graph: Graph, path: Path, initializers: dict[str, StoredTensor]) -> None:
         """`initializers` are those of the ONNX graph that the MNN graph was made of."""

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import pandas as pd
 
-from hf2mnn.errors import QuantizationError
+from hf2mnn.core.errors import QuantizationError
+from hf2mnn.core.progress import progress
 from hf2mnn.mnn.convert import WeightFormat
 from hf2mnn.mnn.graph import FLOAT16, Graph
-from hf2mnn.progress import progress
 from hf2mnn.quant.blob import SCALE_TYPES, Levels, header, pack, scale_bytes, squared_error, squares
 from hf2mnn.quant.weights import LEVELS, Operator, WeightFile
 
@@ -54,8 +54,9 @@ def _chunks(operator: Operator) -> list[tuple[int, int]]:
 
 
 def _keep_freed_memory() -> None:
-    """glibc gives back what was freed, and the kernel clears it again for the next chunk: half of all time. Other
-    systems have no such function, and other ways."""
+    """Glibc gives back what was freed, and the kernel clears it again for the next chunk: half of all time. Other
+    systems have no such function, and other ways.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD) if mallopt else ():
         mallopt(threshold, KEPT)

@@ -1,4 +1,4 @@
-"""Evaluation sets: a folder with examples.jsonl and the pictures that it names.
+"""Evaluation sets: a folder with examples.jsonl and the images that it names.
 
 One JSON object a line:
 
@@ -20,14 +20,14 @@ from typing import Any
 
 from PIL import Image
 
-from hf2mnn.errors import EvaluationSetError
+from hf2mnn.core.errors import EvaluationSetError
+from hf2mnn.core.untrusted import inside, parse_json, read_bytes
 from hf2mnn.reference.tasks import METRICS
-from hf2mnn.untrusted import inside, parse_json, read_bytes
 
 NAME = "examples.jsonl"
 MOST_BYTES = 1 << 28
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Of pictures. PIL knows others, among them PostScript, for which it starts an interpreter."""
+"""Of images. PIL knows others, among them PostScript, for which it starts an interpreter."""
 
 
 NOT_TAKEN = {
@@ -48,9 +48,9 @@ class Example:
     metric: str = "exact"
 
     @property
-    def pictures(self) -> list[str]:
-        """File names of the pictures, in the order of the prompt."""
-        return picture_names(self.messages)
+    def images(self) -> list[str]:
+        """File names of the images, in the order of the prompt."""
+        return image_names(self.messages)
 
 
 def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -59,8 +59,8 @@ def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
     return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
-def picture_names(messages: list[dict[str, Any]]) -> list[str]:
-    """File names of the pictures of a conversation, in its order. Templates know a picture by the key alone, too."""
+def image_names(messages: list[dict[str, Any]]) -> list[str]:
+    """File names of the images of a conversation, in its order. Templates know an image by the key alone, too."""
     parts = [part for message in messages for part in parts_of(message)]
     return [part["image"] for part in parts if part.get("type") == "image" or "image" in part]
 
@@ -86,7 +86,8 @@ def _answers(record: dict[str, Any], where: str) -> tuple[list[str] | None, str]
 
 def check_messages(messages: list[dict[str, Any]], folder: Path) -> None:
     """Raises ValueError, TypeError, KeyError or AttributeError for what no chat template takes, for what MNN's engine
-    cannot be given, and for pictures that are not in the folder."""
+    cannot be given, and for images that are not in the folder.
+    """
     if not isinstance(messages, list):
         raise TypeError("messages are a list")
     for message in messages:
@@ -98,7 +99,7 @@ def check_messages(messages: list[dict[str, Any]], folder: Path) -> None:
             if other := ({kind} | part.keys()) & NOT_TAKEN.keys():
                 name = min(other)
                 raise ValueError(f"a part of it is {NOT_TAKEN[name]}")
-    for name in picture_names(messages):
+    for name in image_names(messages):
         inside(folder, name)
 
 
@@ -150,8 +151,13 @@ def read_examples(folder: Path) -> list[Example]:
     return examples
 
 
-def read_picture(path: Path) -> Image.Image:
-    """An RGB picture. Raises EvaluationSetError where the file is missing or no picture."""
+def image_files(examples: list[Example], folder: Path) -> dict[str, Path]:
+    """Return the image files of examples by their names in the set, sorted."""
+    return {name: folder / name for name in sorted({name for example in examples for name in example.images})}
+
+
+def read_image(path: Path) -> Image.Image:
+    """An RGB image. Raises EvaluationSetError where the file is missing or no image."""
     try:
         with warnings.catch_warnings():
             # The library bears twice the pixels from which on it warns.
@@ -160,8 +166,8 @@ def read_picture(path: Path) -> Image.Image:
             with Image.open(BytesIO(read_bytes(path, MOST_BYTES)), formats=FORMATS) as image:
                 return image.convert("RGB")
     except FileNotFoundError:
-        raise EvaluationSetError(f"there is no picture {path}") from None
+        raise EvaluationSetError(f"there is no image {path}") from None
     except MemoryError:
         raise
-    except Exception as error:  # of a broken picture the library's readers raise anything
-        raise EvaluationSetError(f"{path} is not a picture that can be read ({error}); give a PNG or JPEG") from None
+    except Exception as error:  # of a broken image the library's readers raise anything
+        raise EvaluationSetError(f"{path} is not an image that can be read ({error}); give a PNG or JPEG") from None

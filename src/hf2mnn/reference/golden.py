@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from hf2mnn.points import kept_rows
+from hf2mnn.reference.tap_points import kept_rows
 
 PROBES = "probes"
 """Key of the metadata of ACTIVATIONS: JSON, the example by the kind of the probe."""
@@ -38,7 +38,7 @@ class GoldenExample:
     answer: str
     messages: list[dict[str, Any]]
     prompt: str
-    pictures: list[str]
+    images: list[str]
     input_ids: np.ndarray
     position_ids: np.ndarray
     answer_ids: np.ndarray
@@ -46,9 +46,10 @@ class GoldenExample:
 
 
 @dataclass(frozen=True)
-class GoldenPicture:
+class GoldenImage:
     """pixel_values float32 [patches, values]; grid_thw int64 [3]; embeds float32 [rows, hidden] as
-    `VisionFamily.as_rows` has them; original and resized uint8 RGB [height, width, 3]."""
+    `VisionFamily.as_rows` has them; original and resized uint8 RGB [height, width, 3].
+    """
 
     name: str
     pixel_values: np.ndarray
@@ -64,27 +65,27 @@ class GoldenProbe:
 
     ids int64 [tokens]; inputs_embeds float32 [tokens, hidden], image embeddings among them; position_ids int64 [rows,
     tokens]; deepstack_embeds float32 [layers, tokens, hidden] of a model that has them; points: float32 [kept rows,
-    values] by name (`hf2mnn.points`).
+    values] by name (`hf2mnn.reference.tap_points`).
     """
 
     kind: str
     id: str
-    pictures: list[str]
+    images: list[str]
     ids: np.ndarray
     inputs_embeds: np.ndarray
     position_ids: np.ndarray
     points: dict[str, np.ndarray]
     deepstack_embeds: np.ndarray | None = None
 
-    def after_pictures(self, image_token_id: int | None) -> tuple[list[int], list[int]]:
-        """The tokens up to the end of the last picture, and those after it."""
-        images = np.flatnonzero(self.ids == (-1 if image_token_id is None else image_token_id))
-        begin = int(images[-1]) + 1 if len(images) else 0
+    def after_images(self, image_token_id: int | None) -> tuple[list[int], list[int]]:
+        """The tokens up to the end of the last image, and those after it."""
+        tokens = np.flatnonzero(self.ids == (-1 if image_token_id is None else image_token_id))
+        begin = int(tokens[-1]) + 1 if len(tokens) else 0
         return self.ids[:begin].tolist(), self.ids[begin:].tolist()
 
 
 def without_repeats(ids: np.ndarray, token: int | None) -> np.ndarray:
-    """`ids` with each run of `token` as one: how many tokens a picture makes is not the tokenizer's doing."""
+    """`ids` with each run of `token` as one: how many tokens an image makes is not the tokenizer's doing."""
     follows = np.zeros(len(ids), bool)
     follows[1:] = ids[1:] == ids[:-1]
     return ids if token is None else ids[(ids != token) | ~follows]
@@ -115,19 +116,19 @@ class Golden:
             arrays = ("input_ids", "position_ids", "answer_ids", "logits")
             yield GoldenExample(**record, **{name: self._tensor("examples", record["id"], name) for name in arrays})
 
-    def picture_names(self) -> list[str]:
-        return sorted({name for record in self.records for name in record["pictures"]})
+    def image_names(self) -> list[str]:
+        return sorted({name for record in self.records for name in record["images"]})
 
-    def picture(self, name: str) -> GoldenPicture:
+    def image(self, name: str) -> GoldenImage:
         arrays = ("pixel_values", "grid_thw", "embeds", "original", "resized")
-        return GoldenPicture(name, **{array: self._tensor("pictures", name, array) for array in arrays})
+        return GoldenImage(name, **{array: self._tensor("images", name, array) for array in arrays})
 
     def probes(self) -> Iterator[GoldenProbe]:
-        """The "text" and the "picture" probe, those of them that the set has."""
-        pictures = {record["id"]: record["pictures"] for record in self.records}
+        """The "text" and the "image" probe, those of them that the set has."""
+        images = {record["id"]: record["images"] for record in self.records}
         with safe_open(self.folder / ACTIVATIONS, "np") as file:
             for kind, example in sorted(json.loads(file.metadata()[PROBES]).items()):
                 names = [name for name in sorted(file.keys()) if name.startswith(f"{kind}/")]
                 inside = {name.partition("/")[2]: file.get_tensor(name) for name in names}
                 fed = {name: inside.pop(name) for name in PROBED if name in inside}
-                yield GoldenProbe(kind, example, pictures[example], **fed, points=inside)
+                yield GoldenProbe(kind, example, images[example], **fed, points=inside)

@@ -180,7 +180,8 @@ def _number(text: str) -> float | None:
 
 def relaxed(answer: str, expected: list[str]) -> float:
     """Relaxed accuracy (Methani et al. 2020, arXiv:1909.00997; ChartQA): numbers may be off by 5 %, text must be equal,
-    case aside."""
+    case aside.
+    """
     given = answer.strip()
     for label in (label.strip() for label in expected):
         value, wanted = _number(given), _number(label)
@@ -203,7 +204,8 @@ def chosen(answer: str) -> str | None:
 
 def choice(answer: str, expected: list[str]) -> float:
     """1 where the answer names the letter of the right option, in one of the ways that MMMU (Yue et al. 2023,
-    arXiv:2311.16502) and MMBench (Liu et al. 2023, arXiv:2307.06281) read one. No letter is wrong; none is guessed."""
+    arXiv:2311.16502) and MMBench (Liu et al. 2023, arXiv:2307.06281) read one. No letter is wrong; none is guessed.
+    """
     return float(chosen(answer) in {label.strip().upper() for label in expected})
 
 

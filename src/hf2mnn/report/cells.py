@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from hf2mnn.evaluate.findings import out_of_tolerance
+from hf2mnn.evaluation.findings import out_of_tolerance
 from hf2mnn.report.console import HEADS, cell
 from hf2mnn.report.evidence import Evidence, Row
 from hf2mnn.report.plots import short
@@ -44,7 +44,7 @@ ANSWERS = {
 FIGURES = DIVERGENCE | VALUES | ANSWERS
 GROUPS = {
     "How close the predictions are": DIVERGENCE,
-    "Probabilities, pictures, tokens": VALUES,
+    "Probabilities, images, tokens": VALUES,
     "Answers": ANSWERS,
 }
 PARTS = {"mean_kld": "mean KLD", "top1_agreement": "top-1", "greedy_match": "greedy match"}
@@ -120,8 +120,8 @@ def figures(evidence: Evidence) -> list[Table]:
 
 
 def parts(evidence: Evidence) -> Table | None:
-    """Text and what follows a picture, apart."""
-    groups = [group for group in ("text", "after a picture") if any(len(_group(row, group)) for row in evidence.rows)]
+    """Text and what follows an image, apart."""
+    groups = [group for group in ("text", "after an image") if any(len(_group(row, group)) for row in evidence.rows)]
     if len(groups) < 2:
         return None
     rows = [
@@ -129,7 +129,7 @@ def parts(evidence: Evidence) -> Table | None:
         for row in evidence.rows
     ]
     heads = [f"{label}, {group}" for label in PARTS.values() for group in groups]
-    return Table("Text, and text after a picture, with 95 % intervals", ["variant", *heads], rows)
+    return Table("Text, and text after an image, with 95 % intervals", ["variant", *heads], rows)
 
 
 def accuracy(evidence: Evidence) -> Table | None:

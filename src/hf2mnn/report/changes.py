@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from tabulate import tabulate
 
-from hf2mnn.files import whole_file
+from hf2mnn.core.files import whole_file
 from hf2mnn.report.console import HEADS, cell
 from hf2mnn.report.versions import Speeds, Versions
 

@@ -9,7 +9,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from hf2mnn.evaluate.findings import out_of_tolerance
+from hf2mnn.evaluation.findings import out_of_tolerance
 
 if TYPE_CHECKING:
     from hf2mnn.report.evidence import Evidence, Row
@@ -84,7 +84,7 @@ def print_table(frame: pd.DataFrame, file: IO[str] | None = None) -> None:
     console.print(
         "top-1, mean KLD (nats): teacher-forced. greedy: whole answers equal, token for token. task: accuracy.\n"
         "vision: cosine of image embeddings. KV cache: largest KLD between two ways of filling it. as called:\n"
-        "task accuracy for a caller of MNN 3.6.1 as it is, which places the tokens after a picture wrongly.\n"
+        "task accuracy for a caller of MNN 3.6.1 as it is, which places the tokens after an image wrongly.\n"
         "tok/s: decoding on this machine.",
         style="dim",
         markup=False,

@@ -9,21 +9,25 @@ from typing import Any
 
 import pandas as pd
 
-from hf2mnn.evaluate.findings import misread_template, wrong_cache
-from hf2mnn.evaluate.names import ANSWERS, BUDGET, FIGURES, FINDINGS, LAYERS, PARITY, POSITIONS, SUMMARY
-from hf2mnn.manifest import Manifest
+from hf2mnn.core.manifest import Manifest
+from hf2mnn.evaluation.findings import misread_template, wrong_cache
+from hf2mnn.evaluation.names import ANSWERS, BUDGET, FIGURES, FINDINGS, LAYERS, PARITY, POSITIONS, SUMMARY
 
-EVALUATIONS, DIAGNOSES, BUNDLES, PLANS, SPEED = "eval", "diagnosis", "mnn", "plans", "speed"
-EXAMPLES = ("examples/evaluation", "examples/calibration")
-CALIBRATION = ("calibration", "activations", "sensitivity")
+REFERENCE_FOLDER, EVALUATIONS, DIAGNOSES, BUNDLES = "reference/evaluation", "evaluation", "diagnosis", "bundles"
+PLANS, BENCHMARK = "plans", "benchmark"
+SHARED = (
+    *("checkpoint", "examples/evaluation", "examples/calibration", "onnx", "graphs", "reference/calibration"),
+    *("calibration", "sensitivity"),
+)
+"""Folders of stages that all variants of a model share, beside the reference and the benchmark."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One conversion: a variant, or "onnxruntime", which has no diagnosis and no bundle.
 
-    summary, figures, answers, positions, parity: `hf2mnn.evaluate.score.Scores`; layers, budget, findings:
-    `hf2mnn.evaluate.diagnose`; manifests by stage.
+    summary, figures, answers, positions, parity: `hf2mnn.evaluation.score.Scores`; layers, budget, findings:
+    `hf2mnn.evaluation.diagnose`; manifests by stage.
     """
 
     name: str
@@ -41,7 +45,8 @@ class Row:
 @dataclass(frozen=True)
 class Evidence:
     """A model's folder: the reference, each conversion in the table's order, and the speed of its bundles (None where
-    it was not measured)."""
+    it was not measured).
+    """
 
     model: str
     folder: Path
@@ -52,7 +57,7 @@ class Evidence:
 
     @property
     def reference(self) -> Path:
-        return self.folder / "reference"
+        return self.folder / REFERENCE_FOLDER
 
 
 def _checked(folder: Path) -> Manifest:
@@ -92,13 +97,11 @@ def read_evidence(model: str, folder: Path, names: list[str]) -> Evidence:
     Raises:
         ManifestError: a stage is missing, or its files are not what its manifest says.
     """
-    stages = {"source": "source", "onnx": "onnx", "base": f"{BUNDLES}/base"}
-    stages |= {stage: stage for stage in (*EXAMPLES, *CALIBRATION)}
-    manifests = {stage: Manifest.load(folder / path) for stage, path in stages.items() if (folder / path).is_dir()}
-    manifests["reference"] = _checked(folder / "reference")
-    speed, cache = folder / SPEED / "speed.json", folder / SPEED / "cache.parquet"
+    manifests = {name: Manifest.load(folder / name) for name in SHARED if (folder / name).is_dir()}
+    manifests[REFERENCE_FOLDER] = _checked(folder / REFERENCE_FOLDER)
+    speed, cache = folder / BENCHMARK / "benchmark.json", folder / BENCHMARK / "cache.parquet"
     if speed.is_file():
-        manifests["speed"] = _checked(folder / SPEED)
+        manifests[BENCHMARK] = _checked(folder / BENCHMARK)
     return Evidence(
         model=model,
         folder=folder,

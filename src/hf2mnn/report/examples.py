@@ -1,4 +1,4 @@
-"""The examples that the report shows: those on which conversions differ first, with their pictures."""
+"""The examples that the report shows: those on which conversions differ first, with their images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf2mnn.report.differences import marked
 SHOWN = 40
 """Examples shown at most, those with a difference first."""
 SIDE = 512
-"""Longest side of a picture in pixels."""
+"""Longest side of an image in pixels."""
 LANGUAGE = re.compile(r"(?!any$)[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 
@@ -36,13 +36,14 @@ class Said:
 @dataclass(frozen=True)
 class Example:
     """`same` are the conversions with PyTorch's answer, `others` the other answers; `called` those of a plain call
-    that are not PyTorch's."""
+    that are not PyTorch's.
+    """
 
     id: str
     category: str
     language: str
     turns: list[tuple[str, str]]
-    pictures: list[str]
+    images: list[str]
     expected: list[str]
     reference: str
     grade: str
@@ -52,7 +53,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Picture:
+class EmbeddedImage:
     id: str
     uri: str
     width: int
@@ -67,7 +68,7 @@ def grade(score: float | None) -> str:
 
 
 def turns_of(record: dict) -> list[tuple[str, str]]:
-    """(role, text) of each message of an example, without its pictures."""
+    """(role, text) of each message of an example, without its images."""
     texts = [" ".join(part.get("text", "") for part in parts_of(message)) for message in record["messages"]]
     return [(message["role"], text.strip()) for message, text in zip(record["messages"], texts, strict=True)]
 
@@ -94,7 +95,7 @@ def _example(record: dict, rows: dict[str, pd.Series], usual: set[tuple[str, str
         category=record["category"],
         language=record["language"] if LANGUAGE.fullmatch(record["language"]) else "",
         turns=[turn for turn in turns if turn not in usual or turn is turns[-1]],
-        pictures=record["pictures"],
+        images=record["images"],
         expected=list(dict.fromkeys(record["expected"] or [])),
         reference=reference,
         grade=grade(first.get("reference_score")),
@@ -119,7 +120,7 @@ def choose(golden: Golden, answers: dict[str, pd.DataFrame]) -> list[Example]:
 
 
 def _data_uri(pixels: np.ndarray) -> tuple[str, tuple[int, int]]:
-    """A data URI, as PNG or JPEG, whichever is smaller, and the picture's size."""
+    """A data URI, as PNG or JPEG, whichever is smaller, and the image's size."""
     image = Image.fromarray(pixels)
     image.thumbnail((SIDE, SIDE))
     made = []
@@ -130,10 +131,10 @@ def _data_uri(pixels: np.ndarray) -> tuple[str, tuple[int, int]]:
     return min(made)[1], image.size
 
 
-def pictures_of(golden: Golden, examples: list[Example]) -> dict[str, Picture]:
-    """Each picture of `examples` once, by name."""
-    pictures = {}
-    for name in dict.fromkeys(name for example in examples for name in example.pictures):
-        uri, (width, height) = _data_uri(golden.picture(name).original)
-        pictures[name] = Picture(f"picture-{len(pictures)}", uri, width, height)
-    return pictures
+def images_of(golden: Golden, examples: list[Example]) -> dict[str, EmbeddedImage]:
+    """Each image of `examples` once, by name."""
+    images = {}
+    for name in dict.fromkeys(name for example in examples for name in example.images):
+        uri, (width, height) = _data_uri(golden.image(name).original)
+        images[name] = EmbeddedImage(f"image-{len(images)}", uri, width, height)
+    return images

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf2mnn import __version__
-from hf2mnn.evaluate.findings import CACHE_TOLERANCE
+from hf2mnn.evaluation.findings import CACHE_TOLERANCE
 from hf2mnn.reference.golden import Golden
 from hf2mnn.report import cells, examples, plots, provenance
 from hf2mnn.report.console import cell
@@ -26,7 +26,8 @@ PORTABLE = "onnxruntime"
 @dataclass(frozen=True)
 class Verdict:
     """good: whether no required conversion misses a gate; failed and found: table rows with their findings, of those
-    that miss a gate and of those that keep them."""
+    that miss a gate and of those that keep them.
+    """
 
     good: bool
     sentence: str
@@ -136,12 +137,12 @@ def _tables(evidence: Evidence, budgets: dict[str, pd.Series]) -> dict[str, Any]
 def _machine(speed: dict[str, Any] | None) -> str:
     if not speed:
         return ""
-    machine, sides = speed["machine"], speed["picture"]
-    picture = f", a picture of {' × '.join(map(str, sides))} pixels" if sides else ""
+    machine, sides = speed["machine"], speed["image"]
+    image = f", an image of {' × '.join(map(str, sides))} pixels" if sides else ""
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}, MNN"
         f" {machine['MNN']}; {speed['threads']} threads, {speed['prompt_tokens']} tokens in, {speed['answer_tokens']}"
-        f" out{picture}; {speed['repeats']} runs in turns."
+        f" out{image}; {speed['repeats']} runs in turns."
     )
 
 
@@ -178,10 +179,9 @@ def render_page(evidence: Evidence, table: pd.DataFrame) -> str:
         baseline=(evidence.speed or {}).get("baseline", ""),
         differing=[example for example in shown if example.others],
         agreeing=[example for example in shown if not example.others],
-        pictures=examples.pictures_of(golden, shown),
+        images=examples.images_of(golden, shown),
         total=len(golden.records),
         checkpoint=provenance.checkpoint(evidence),
-        missing=provenance.missing(evidence),
         variants=provenance.variants(evidence),
         stages=stages,
         resources=provenance.resources(stages),

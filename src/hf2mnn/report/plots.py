@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from hf2mnn.evaluate.names import PREPROCESSING, TOTAL
+from hf2mnn.evaluation.names import PREPROCESSING, TOTAL
 from hf2mnn.report.svg import (
     BAD,
     COLOURS,
@@ -46,7 +46,7 @@ SPEED = {
     "first_token_s": "first token",
     "prefill_tokens_per_s": "prompt",
     "decode_tokens_per_s": "answer",
-    "vision_s": "picture",
+    "vision_s": "image",
     "load_s": "loading",
     "bundle_mb": "memory",
 }
@@ -56,7 +56,8 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices, by the first number, of the points that no other betters: none is at most as large in both numbers and
-    smaller in one. A point that is not a number is none of them."""
+    smaller in one. A point that is not a number is none of them.
+    """
     known = [(index, point) for index, point in enumerate(points) if not any(map(math.isnan, point))]
     best = [
         (point, index)
@@ -144,7 +145,8 @@ def _place(axes: Axes, labels: list[tuple[float, float, str]]) -> None:
 @drawn
 def size_plot(table: pd.DataFrame, looks: dict[str, Style]) -> str:
     """Size against mean KL divergence. `table` has name, megabytes, mean_kld, low, high, failed and candidate: whether
-    the row may stand on the Pareto front."""
+    the row may stand on the Pareto front.
+    """
     figure = new_figure(4.1)
     axes = figure.subplots()
     _log_axis(axes, "y")
@@ -192,7 +194,8 @@ def size_plot(table: pd.DataFrame, looks: dict[str, Style]) -> str:
 
 def _shares(found: pd.Series) -> tuple[pd.Series, float, float, float]:
     """Sources with a share, all as shares of the larger of their sum and the total; then total, remainder and what
-    image preprocessing would bring."""
+    image preprocessing would bring.
+    """
     total = float(found.get(TOTAL, 0.0))
     sources = found.drop([TOTAL, PREPROCESSING], errors="ignore")
     whole = max(total, float(sources.sum()))
@@ -252,7 +255,7 @@ def budget_plot(budgets: dict[str, pd.Series]) -> str:
 def blocks_of(points: pd.Series) -> pd.Series:
     """The block of each point: a point that others lie within and that is numbered; the empty text for those outside.
 
-    A row for each of `points`, which are names of `hf2mnn.points` with their dots.
+    A row for each of `points`, which are names of `hf2mnn.reference.tap_points` with their dots.
     """
     numbered = {name for name in points if re.search(r"\.\d+$", name)}
     whole = {name for name in numbered if any(other.startswith(f"{name}.") for other in points)}

@@ -1,4 +1,4 @@
-"""The `report` stage: the tables of a model, and its page."""
+"""The tables of a model, and its page."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from hf2mnn.errors import ManifestError
-from hf2mnn.evaluate.figures import COLUMNS
-from hf2mnn.files import whole_file
-from hf2mnn.report.evidence import Evidence, read_evidence
+from hf2mnn.core.errors import ManifestError
+from hf2mnn.core.files import whole_file
+from hf2mnn.evaluation.figures import COLUMNS
+from hf2mnn.report.evidence import BENCHMARK, REFERENCE_FOLDER, Evidence, read_evidence
 from hf2mnn.report.page import render_page
 from hf2mnn.report.table import SUMMARY, RowSpec, make_table, write_table
 
@@ -18,7 +18,7 @@ FIGURES, PAGE = "figures.csv", "report.html"
 
 def check_upstream(evidence: Evidence) -> None:
     """Raises ManifestError where two stages of a model were not made of the same things."""
-    reference = evidence.manifests["reference"].digest()
+    reference = evidence.manifests[REFERENCE_FOLDER].digest()
     for row in evidence.rows:
         stages = {stage: row.manifests[stage] for stage in ("evaluate", "diagnose") if stage in row.manifests}
         for stage, manifest in stages.items():
@@ -33,11 +33,13 @@ def check_upstream(evidence: Evidence) -> None:
             raise ManifestError(
                 f"{row.manifests['bundle'].folder} was made again after its evaluation; run 'hf2mnn evaluate' again"
             )
-    speed = evidence.manifests.get("speed")
+    speed = evidence.manifests.get(BENCHMARK)
     for row in evidence.rows if speed else []:
         timed, bundle = speed.inputs.get(row.name), row.manifests.get("bundle")
         if timed and bundle and timed != bundle.digest():
-            raise ManifestError(f"{speed.folder} timed another bundle than {bundle.folder}; run 'hf2mnn speed' again")
+            raise ManifestError(
+                f"{speed.folder} timed another bundle than {bundle.folder}; run 'hf2mnn benchmark' again"
+            )
 
 
 def make_report(model: str, folder: Path, specs: list[RowSpec]) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from rich.table import Table
 from hf2mnn.report.console import console_to
 
 if TYPE_CHECKING:
-    from hf2mnn.evaluate.tune import Trial, Tuned
+    from hf2mnn.evaluation.tune import Trial, Tuned
 
 HEADS = {
     "load_s": "load ms",

@@ -8,22 +8,22 @@ from typing import Any
 
 import pandas as pd
 
-from hf2mnn.errors import Hf2mnnError
-from hf2mnn.evaluate.names import COMPARED
-from hf2mnn.files import whole_file
-from hf2mnn.report.evidence import Evidence, Row
+from hf2mnn.core.errors import Hf2mnnError
+from hf2mnn.core.files import whole_file
+from hf2mnn.evaluation.names import COMPARED
+from hf2mnn.report.evidence import REFERENCE_FOLDER, Evidence, Row
 
 FIGURES = [*COMPARED, "mean_kld_low", "mean_kld_high", "cache_parity"]
 """Of an evaluation's summary."""
 SPEEDS = ["load_s", "first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s", "vision_s", "bundle_mb"]
-"""Medians of `hf2mnn.evaluate.speed`."""
+"""Medians of `hf2mnn.evaluation.benchmark`."""
 COLUMNS = ["model", "variant", *FIGURES, "bytes", *SPEEDS, "findings", "verdict", "required", "reason", "cause"]
 SUMMARY = "summary.csv"
 NAMES = ("model", "variant", "verdict", "reason", "cause")
 PASS, FAIL, REFERENCE = "pass", "FAIL", "reference"
 # Gates on figures that must not be lower; of all others, the value must not be higher.
 AT_LEAST = ("top1_agreement", "greedy_match", "vision_cosine", "tokenizer_match", "template_match")
-# Where there was nothing to measure there is nothing to keep: no pictures, no tokenizer, no template, no diagnosis.
+# Where there was nothing to measure there is nothing to keep: no images, no tokenizer, no template, no diagnosis.
 OPTIONAL = ("vision_cosine", "tokenizer_match", "template_match", "findings", "cache_parity")
 EXACT = {"top1_agreement": 1.0, "top5_overlap": 1.0, "mean_kld": 0.0, "greedy_match": 1.0, "vision_cosine": 1.0}
 
@@ -84,11 +84,11 @@ def _row(evidence: Evidence, row: Row, spec: RowSpec, right: float) -> dict[str,
 
 def make_table(evidence: Evidence, specs: list[RowSpec]) -> pd.DataFrame:
     """The comparison with COLUMNS, PyTorch first, then the rows in their order."""
-    labelled, right = (evidence.manifests["reference"].results[key] for key in ("labelled", "right"))
+    labelled, right = (evidence.manifests[REFERENCE_FOLDER].results[key] for key in ("labelled", "right"))
     accuracy = right / labelled if labelled else None
     source = {"model": evidence.model, "variant": "pytorch", **EXACT, "task_accuracy": accuracy, "verdict": REFERENCE}
     source |= {"required": False, "reason": "", "cause": ""}
-    if all(row.summary.get("vision_cosine") is None for row in evidence.rows):  # a set without pictures
+    if all(row.summary.get("vision_cosine") is None for row in evidence.rows):  # a set without images
         del source["vision_cosine"]
     made = [_row(evidence, row, spec, right) for row, spec in zip(evidence.rows, specs, strict=True)]
     frame = pd.DataFrame([source, *made], columns=COLUMNS)

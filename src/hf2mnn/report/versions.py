@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hf2mnn.errors import Hf2mnnError
-from hf2mnn.evaluate.speed import time_versions
-from hf2mnn.manifest import Manifest
+from hf2mnn.core.errors import Hf2mnnError
+from hf2mnn.core.manifest import Manifest
 from hf2mnn.metrics import relative_error
 from hf2mnn.reference.golden import Golden
-from hf2mnn.report.evidence import BUNDLES, SPEED, Evidence, Row, read_evidence
+from hf2mnn.report.evidence import Evidence, Row, read_evidence
 from hf2mnn.report.table import SUMMARY, read_table
 
 LESS_IS_BETTER = ("mean_kld", "median_kld", "p99_kld", "rms_probability_change", "degenerate", "vision_error")
@@ -24,14 +23,14 @@ MORE_IS_BETTER += ("vision_cosine", "tokenizer_match", "template_match")
 SPEEDS = {"load_s": False, "first_token_s": False, "prefill_tokens_per_s": True, "decode_tokens_per_s": True}
 SPEEDS |= {"vision_s": False, "bundle_mb": False}
 """Measures of speed, and whether more is better."""
-SETTINGS = ("threads", "prompt_tokens", "answer_tokens", "picture_side")
-"""Of `hf2mnn.evaluate.speed`; times under others say nothing of each other."""
+SETTINGS = ("threads", "prompt_tokens", "answer_tokens", "image_side")
+"""Of `hf2mnn.evaluation.benchmark`; times under others say nothing of each other."""
 CHANGED = 1e-5
 """Relative error above which a layer of PyTorch's has changed; the same weights on the same machine give 0."""
 SMALLEST = 0.02
 """Share of a measure of speed below which no change is told; memory of one bundle differs by 0.7 % from run to run."""
 Speeds = Sequence[dict[str, Any]]
-"""For each version, "bundles" of a speed.json."""
+"""For each version, "bundles" of a benchmark.json."""
 COLUMNS = ["variant", "figure", "one", "other", "change"]
 
 
@@ -72,7 +71,8 @@ def _changed_figures(one: Row, other: Row) -> list[tuple]:
 
 def _changed_speed(speeds: Speeds, name: str) -> list[tuple]:
     """Measures whose ranges do not meet, and whose medians differ by more than SMALLEST. Of seven runs in turns, chance
-    alone parts the ranges once in 1,716 times, and quartiles once in 12."""
+    alone parts the ranges once in 1,716 times, and quartiles once in 12.
+    """
     both, rows = [side.get(name, {}).get("measures", {}) for side in speeds], []
     for measure, more in SPEEDS.items():
         if not all(measure in measures for measures in both):
@@ -99,7 +99,7 @@ def first_changed_point(one: Evidence, other: Evidence) -> str:
     for kind in kinds:
         a, b = probes[0][kind], probes[1][kind]
         pixels = [
-            [golden.picture(name).pixel_values for name in probe.pictures]
+            [golden.image(name).pixel_values for name in probe.images]
             for golden, probe in zip(goldens, (a, b), strict=True)
         ]
         if not np.array_equal(a.ids, b.ids) or not all(map(np.array_equal, *pixels)):
@@ -178,7 +178,7 @@ def _tools(evidence: Evidence) -> dict[str, str]:
 
 def _files(evidence: Evidence) -> dict[str, str]:
     """sha256 of each file of the checkpoint."""
-    return {name: entry["sha256"] for name, entry in evidence.manifests.get("source", Manifest("")).outputs.items()}
+    return {name: entry["sha256"] for name, entry in evidence.manifests.get("checkpoint", Manifest("")).outputs.items()}
 
 
 def changed_inputs(one: Evidence, other: Evidence) -> list[str]:
@@ -195,7 +195,8 @@ def changed_inputs(one: Evidence, other: Evidence) -> list[str]:
 
 def compare_versions(one: Evidence, other: Evidence, speeds: Speeds | None = None) -> Versions:
     """Compare the conversions that both have by name. `speeds` are those of both versions timed against each other;
-    without them the times of two runs are taken, which are worth less: machines are not always equally busy."""
+    without them the times of two runs are taken, which are worth less: machines are not always equally busy.
+    """
     apart = timed_apart(one, other) if speeds is None else None
     if speeds is None:
         speeds = [{} if apart else (evidence.speed or {}).get("bundles", {}) for evidence in (one, other)]
@@ -214,20 +215,3 @@ def compare_versions(one: Evidence, other: Evidence, speeds: Speeds | None = Non
     }
     frame = pd.DataFrame(changes, columns=COLUMNS)
     return Versions(str(one.folder), str(other.folder), frame, sentences, only, changed_inputs(one, other))
-
-
-def time_both(one: Evidence, other: Evidence, python: Path | None = None) -> Speeds:
-    """The bundles that both have by name, timed against each other as the first version's were; the other's in the
-    engine of `python`, a toolchain's.
-
-    Raises:
-        Hf2mnnError: the first version was never timed, so there is nothing that says how.
-    """
-    if one.speed is None:
-        raise Hf2mnnError(f"{one.folder} has no {SPEED}/speed.json, which says how to time; run 'hf2mnn speed' first")
-    names = [row.name for row in one.rows if "bundle" in row.manifests]
-    shared = [name for name in names if any(row.name == name and "bundle" in row.manifests for row in other.rows)]
-    if not shared:
-        raise Hf2mnnError(f"{one.folder} and {other.folder} have no bundle of one name that could be timed")
-    folders = ({name: side.folder / BUNDLES / name for name in shared} for side in (one, other))
-    return time_versions(*folders, one.speed, python)

@@ -1,5 +1,6 @@
 """config.json and llm_config.json: what the engine reads of them (`llmconfig.hpp`, `llm.cpp` and `omni.cpp` of MNN
-3.6.1), and whether it is so."""
+3.6.1), and whether it is so.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hf2mnn.core.errors import BundleError
+from hf2mnn.core.untrusted import read_json
 from hf2mnn.doctor.decoder import decoder_sizes
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import DEFAULTS, Bundle
-from hf2mnn.errors import BundleError
 from hf2mnn.mnn.bundle import CONFIG, TOKENIZER
 from hf2mnn.mnn.paths import BASE, leading_out
 from hf2mnn.quant.embedding import embedding_in_weights
-from hf2mnn.untrusted import read_json
 
 BACKENDS = ("cpu", "metal", "cuda", "opencl", "opengl", "vulkan", "hexagon", "npu", "auto")
 LEVELS = ("low", "normal", "high")
@@ -90,7 +91,8 @@ def path_outside(bundle: Bundle) -> Iterator[Finding]:
 
 def _asked_files(bundle: Bundle) -> dict[str, str]:
     """Keys of the files that the engine opens, and what happens without one; weight files, and vision, have checks of
-    their own."""
+    their own.
+    """
     inside = True
     asked = {
         "llm_model": "the engine does not load the bundle",
@@ -135,7 +137,7 @@ def vision_missing(bundle: Bundle) -> Iterator[Finding]:
             place(bundle, "is_visual"),
             "the config says that the model sees, but there is no vision tower",
             f"is_visual is true, {path.name} is not there",
-            "the engine does not load the bundle, or crashes at the first picture",
+            "the engine does not load the bundle, or crashes at the first image",
             "convert the vision tower too ('hf2mnn mnn' does), or copy it with its weight file",
         )
     if not visual and path.is_file():
@@ -145,7 +147,7 @@ def vision_missing(bundle: Bundle) -> Iterator[Finding]:
             place(bundle, "is_visual"),
             "there is a vision tower, but the config does not say that the model sees",
             f"{path.name} is there, is_visual is {json.dumps(bundle.model.get('is_visual'))}",
-            "pictures are ignored: the model answers as if it had seen none",
+            "images are ignored: the model answers as if it had seen none",
             f'write "is_visual": true into {bundle.file("llm_config").name}, with image_mean, image_norm and the ids',
         )
 

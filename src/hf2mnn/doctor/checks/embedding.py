@@ -9,16 +9,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from hf2mnn.checkpoint.folder import LFS_POINTER
+from hf2mnn.core.errors import BundleError
 from hf2mnn.doctor.checks.config import place
 from hf2mnn.doctor.decoder import DecoderSizes, decoder_sizes
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Bundle
-from hf2mnn.errors import BundleError
-from hf2mnn.evaluate.causes import differing, wrong_rows
+from hf2mnn.evaluation.causes import differing, wrong_rows
 from hf2mnn.mnn.graph import FLOAT16
 from hf2mnn.quant.embedding import BITS, TIED, beside, embedding_in_weights, embedding_rows, parse_tied, tied_settings
 from hf2mnn.quant.weights import Operator, operators
-from hf2mnn.source.checkpoint import LFS_POINTER
 
 SAMPLE = 256
 """Rows that are looked at, evenly spread."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from hf2mnn.core.errors import Hf2mnnError
+from hf2mnn.core.verify import changed
 from hf2mnn.doctor.checks.graph import FETCH, is_pointer
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Bundle, Model
-from hf2mnn.errors import Hf2mnnError
 from hf2mnn.mnn.graph import LINEAR
-from hf2mnn.verify import changed
 
 GARBAGE = "the engine says that it has loaded it, and answers finite garbage (about -3.4e38)"
 REMAKE = "copy or download the file again, or make the bundle again with 'hf2mnn quantize'"

@@ -23,7 +23,8 @@ def _stored(model: Model) -> list[WeightInfo]:
 
 def block_per_channel(model: Model) -> Iterator[Finding]:
     """MNN's converter stores one scale a channel, without a word, where the block does not divide the inputs or is no
-    multiple of 16. A patch embedding has no blocks."""
+    multiple of 16. A patch embedding has no blocks.
+    """
     stored = _stored(model)
     if not stored:
         return
@@ -63,7 +64,8 @@ def _exact(values: np.ndarray) -> bool:
 
 def _halves(model: Model, operator: Operator) -> bool:
     """Whether half floats would do. Scales that are half floats already, with zeros that are none, are those of a
-    packed checkpoint taken over bit by bit: rounded, they would not be its weights any more."""
+    packed checkpoint taken over bit by bit: rounded, they would not be its weights any more.
+    """
     alpha = model.file.alpha(operator)
     fits = np.abs(alpha).max(initial=0) <= np.finfo(np.float16).max
     taken = alpha.shape[2] == 2 and _exact(alpha[:, :, 1]) and not _exact(alpha[:, :, 0])
@@ -115,6 +117,6 @@ def vision_bits(bundle: Bundle) -> Iterator[Finding]:
             model.path.name,
             f"a small vision tower has weights of {min(one.bits for one in low)} bits",
             f"{len(low)} of {len(stored)} layers; {weights:,} weights in all",
-            "what is seen in pictures suffers far more than text does from as many bits in the decoder",
+            "what is seen in images suffers far more than text does from as many bits in the decoder",
             f"""'hf2mnn quantize' with --vision '{{"bits": 8}}', for about {more:,} bytes more""",
         )

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from hf2mnn.checkpoint.folder import LFS_POINTER
+from hf2mnn.core.errors import ConversionError, ExportError
+from hf2mnn.core.manifest import tool_versions
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Model, OnnxPatient
-from hf2mnn.errors import ConversionError, ExportError
-from hf2mnn.manifest import tool_versions
 from hf2mnn.mnn.graph import UNSUPPORTED
-from hf2mnn.source.checkpoint import LFS_POINTER
 
 FETCH = "fetch the file again with its contents: 'git lfs pull' in its folder, or the hub's own client"
 AGAIN = "make it again: 'hf2mnn mnn', then 'hf2mnn quantize'; or fetch it again from where it came"
@@ -56,7 +56,8 @@ def unreadable_onnx(patient: OnnxPatient) -> Iterator[Finding]:
 
 def unknown_operators(model: Model) -> Iterator[Finding]:
     """Operators that the installed engine has no code for: what the converter passed through, and types that this
-    release's schema (`MNN.fbs`) has no name for."""
+    release's schema (`MNN.fbs`) has no name for.
+    """
     # The converter's dump gives a type without a name as its number.
     left = [op for op in model.graph.ops if op["type"] in UNSUPPORTED or op["type"].isdecimal()]
     if left:

@@ -1,18 +1,19 @@
-"""What happens to a picture before the vision tower sees it: the bundle's settings against the checkpoint's, or against
-what hf2mnn has noted of it in the bundle."""
+"""What happens to an image before the vision tower sees it: the bundle's settings against the checkpoint's, or against
+what hf2mnn has noted of it in the bundle.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+from hf2mnn.checkpoint.facts import model_facts
 from hf2mnn.doctor.checks.config import place
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Bundle
-from hf2mnn.evaluate.causes import differing
+from hf2mnn.evaluation.causes import differing
 from hf2mnn.families import family_named
 from hf2mnn.families.vision import BUILT_IN
-from hf2mnn.source.facts import model_facts
 
 ENGINE = {
     "image_mean": [122.7709383, 116.7460125, 104.09373615],
@@ -24,7 +25,7 @@ ENGINE = {
 """What the engine takes where a key is left out (`omni.hpp` of MNN 3.6.1)."""
 NORMALIZATION, IDS = ("image_mean", "image_norm"), ("image_pad", "vision_start", "vision_end")
 NOTED = ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels", "image_mean", "image_std")
-"""Of the "hf2mnn" key, by which `hf2mnn ask` and the evaluation resize a picture."""
+"""Of the "hf2mnn" key, by which `hf2mnn ask` and the evaluation resize an image."""
 SMALL, LARGE = 14, 16
 """Sides of the engine's patches; the larger for a tower that asks for `idx_tensor` (`Omni::qwen2VisionProcess`)."""
 
@@ -49,9 +50,9 @@ def image_normalization(bundle: Bundle) -> Iterator[Finding]:
             "image_normalization",
             Severity.ERROR,
             place(bundle, key),
-            f"pictures are normalized by another {key} than the checkpoint's ({meaning})",
+            f"images are normalized by another {key} than the checkpoint's ({meaning})",
             _said(bundle, key, value, wanted),
-            "the model sees colours and contrasts that it was not trained on: worse answers about every picture",
+            "the model sees colours and contrasts that it was not trained on: worse answers about every image",
             f"write the checkpoint's value into {bundle.file('llm_config').name}",
         )
 
@@ -62,9 +63,9 @@ def vision_ids(bundle: Bundle) -> Iterator[Finding]:
             "vision_ids",
             Severity.ERROR,
             place(bundle, key),
-            f"the engine marks a picture by another token than the model was trained with ({key})",
+            f"the engine marks an image by another token than the model was trained with ({key})",
             _said(bundle, key, value, wanted),
-            "the model does not find the picture, or takes it for text",
+            "the model does not find the image, or takes it for text",
             f"write the checkpoint's id into {bundle.file('llm_config').name}",
         )
 
@@ -78,9 +79,9 @@ def image_sizes(bundle: Bundle) -> Iterator[Finding]:
                 "image_sizes",
                 Severity.ERROR,
                 f"{bundle.file('llm_config').name}: hf2mnn.{key}",
-                f"pictures are resized or cut by another {key} than the checkpoint's",
+                f"images are resized or cut by another {key} than the checkpoint's",
                 f"{key} is {value}, the checkpoint's is {wanted}",
-                "pictures reach the model at another size than it was trained for: worse answers",
+                "images reach the model at another size than it was trained for: worse answers",
                 "convert the checkpoint again",
             )
     yield from _tower_sizes(bundle)
@@ -100,7 +101,7 @@ def _tower_sizes(bundle: Bundle) -> Iterator[Finding]:
             f"{bundle.models['vision'].path.name}: patches",
             "the vision tower reads patches of another size than the engine cuts",
             f"it reads {reads} values a patch, the engine gives {fed} (patches of {side} x {side}, two frames)",
-            "the engine crashes at the first picture, or answers nonsense about it",
+            "the engine crashes at the first image, or answers nonsense about it",
             "this engine cannot run this vision tower; see whether a later MNN does",
         )
     facts = bundle.facts or {}
@@ -112,7 +113,7 @@ def _tower_sizes(bundle: Bundle) -> Iterator[Finding]:
                 bundle.file("llm_config").name,
                 f"the checkpoint's {key} is another than the engine has built in",
                 f"{key} is {facts[key]}, the engine's is {built_in}",
-                "pictures are cut into other patches, or patches are merged otherwise: nonsense about every picture",
+                "images are cut into other patches, or patches are merged otherwise: nonsense about every image",
                 "this engine cannot run this vision tower; see whether a later MNN does",
             )
 

@@ -69,7 +69,8 @@ def weights_overlap(model: Model) -> Iterator[Finding]:
 
 def _parameters(model: Model) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Name, gamma and beta of every normalization that reads them from the weight file, and of those that are a part of
-    a rotation, which reads them from the graph alone."""
+    a rotation, which reads them from the graph alone.
+    """
     for op in model.graph.of_type("LayerNorm"):
         if place := op["main"].get("external"):
             sizes = [size // 4 * 4 for size in place[1:3]]

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from hf2mnn.core.errors import CheckpointError, QuantizationError
 from hf2mnn.doctor.checks.graph import AGAIN
 from hf2mnn.doctor.checks.weights import sampled
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Model
-from hf2mnn.errors import QuantizationError, SourceError
 from hf2mnn.mnn.graph import FLOAT16
 from hf2mnn.quant.folding import FOLDED
 from hf2mnn.quant.names import LM_HEAD
@@ -37,7 +37,7 @@ def _error(model: Model, operator: Operator, parameter: str) -> float | None:
     """Relative error of the sampled rows; None where the checkpoint has no such weight that is read in rows."""
     try:
         exact = model.checkpoint.stored(parameter)
-    except SourceError:
+    except CheckpointError:
         return None
     if exact is None:
         return None
@@ -59,7 +59,8 @@ def _bits(operator: Operator) -> int:
 
 def not_the_checkpoint(model: Model) -> Iterator[Finding]:
     """Rows of every linear layer whose module can be told from its name, against the checkpoint's. A bundle
-    with folded scales (awq) is left out: its weights are not the checkpoint's by design."""
+    with folded scales (awq) is left out: its weights are not the checkpoint's by design.
+    """
     if model.checkpoint is None or model.foreign or (model.path.parent / FOLDED).is_file():
         return
     off, compared = {}, 0

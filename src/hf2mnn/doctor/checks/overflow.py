@@ -11,8 +11,8 @@ from hf2mnn.doctor.checks.config import place
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Bundle
 from hf2mnn.mnn.settings import engine_settings, vision_settings
-from hf2mnn.points import ROWS
 from hf2mnn.reference.golden import ACTIVATIONS, Golden
+from hf2mnn.reference.tap_points import ROWS
 
 LARGEST = float(np.finfo(np.float16).max)
 MARGIN = 4
@@ -27,7 +27,7 @@ def _half(precision: str, backend: str) -> bool:
 
 
 def largest_activations(reference: Path) -> dict[str, float]:
-    """The largest size of each recorded point (`hf2mnn.points`), over the probes of a reference."""
+    """The largest size of each recorded point (`hf2mnn.reference.tap_points`), over the probes of a reference."""
     found: dict[str, float] = {}
     for probe in Golden(reference).probes():
         for name, rows in {**probe.points, "inputs_embeds": probe.inputs_embeds}.items():

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hf2mnn.checkpoint.folder import Checkpoint
+from hf2mnn.core.errors import BundleError, CheckpointError
 from hf2mnn.doctor.checks.config import place
 from hf2mnn.doctor.checks.image import ENGINE, IDS
 from hf2mnn.doctor.decoder import decoder_sizes
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Bundle
-from hf2mnn.errors import BundleError, SourceError
 from hf2mnn.families import family_named
 from hf2mnn.mnn.template import unsupported
 from hf2mnn.mnn.tokenizer import encode_tokenizer, unreached_words
 from hf2mnn.mnn.tokenizer_file import HUGGINGFACE, TokenizerFile, parse_tokenizer
-from hf2mnn.source.checkpoint import Checkpoint
 
 COMPARED = ("pipeline", HUGGINGFACE)
 """Kinds of file whose tokens are stored as the checkpoint has them."""
@@ -59,7 +59,7 @@ def tokenizer_ids(bundle: Bundle) -> Iterator[Finding]:
 
 
 def _wanted_tokens(bundle: Bundle) -> Iterator[tuple[str, int, str | None]]:
-    """Key, id and text of the tokens that a picture is marked with; the text where the family is known."""
+    """Key, id and text of the tokens that an image is marked with; the text where the family is known."""
     texts = {}
     if bundle.facts:
         family = family_named(bundle.facts["model_type"], bundle.folder)
@@ -82,7 +82,7 @@ def special_tokens(bundle: Bundle) -> Iterator[Finding]:
                 f"the token that the engine uses as {key} is not the tokenizer's",
                 f"{key} is {number}, which is "
                 + (f"{found!r}, not {text!r}" if found is not None else "no token of this tokenizer"),
-                "pictures are not where the model looks for them, and the template's marks are read as text",
+                "images are not where the model looks for them, and the template's marks are read as text",
                 AGAIN,
             )
     unknown = [number for number in tokenizer.stop if number not in tokenizer.known]
@@ -130,7 +130,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> TokenizerFile | None:
     """None for a kind of tokenizer that hf2mnn does not write."""
     try:
         return parse_tokenizer(encode_tokenizer(checkpoint.folder), checkpoint.folder)
-    except SourceError:
+    except CheckpointError:
         return None
 
 
@@ -156,7 +156,7 @@ def tokenizer_merges(bundle: Bundle) -> Iterator[Finding]:
         return
     try:
         words = unreached_words(bundle.checkpoint.folder)
-    except SourceError:
+    except CheckpointError:
         return
     if words:
         yield Finding(

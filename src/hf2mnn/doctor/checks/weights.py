@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from hf2mnn.core.errors import QuantizationError
 from hf2mnn.doctor.checks.graph import AGAIN
 from hf2mnn.doctor.finding import Finding, Severity
 from hf2mnn.doctor.patient import Model
-from hf2mnn.errors import QuantizationError
 from hf2mnn.mnn.graph import FLOAT16
 from hf2mnn.quant.weights import LEVELS, Operator
 
@@ -30,7 +30,8 @@ def sampled(operator: Operator) -> list[int]:
 
 def weights_of_another(model: Model) -> Iterator[Finding]:
     """A quantized weight has a header with its shape. Where the file has the right size and the headers do not fit,
-    another conversion has written into it: MNN's converter stages weights in its working directory, under one name."""
+    another conversion has written into it: MNN's converter stages weights in its working directory, under one name.
+    """
     foreign, quantized = model.foreign, [o for o in model.operators if o.stored and o.stored["type"] == LEVELS]
     if not foreign:
         return
@@ -80,7 +81,8 @@ def _matching(model: Model, holds: Callable[[Model, Operator], bool]) -> list[st
 
 def weights_constant(model: Model) -> Iterator[Finding]:
     """What MNN's converter leaves when it re-quantizes a model whose weight file it does not find; or a download that
-    only reserved its bytes."""
+    only reserved its bytes.
+    """
     found = _matching(model, _constant)
     if found:
         yield Finding(

@@ -6,9 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-from hf2mnn.mnn.child import end_with
+from hf2mnn.core.shortage import sentence
+from hf2mnn.machine.child import end_with
 from hf2mnn.mnn.worker.module import Refused
-from hf2mnn.shortage import sentence
 
 end_with(int(sys.argv[3]))
 code, job = 0, json.loads(Path(sys.argv[2]).read_text())

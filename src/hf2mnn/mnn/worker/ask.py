@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 
 from hf2mnn.mnn.template import engine_messages
-from hf2mnn.mnn.worker.session import Engine, picture_grid, picture_input, tag_pictures
+from hf2mnn.mnn.worker.session import Engine, image_grid, image_input, tag_images
 
 
 def run(job: dict[str, Any]) -> None:
     """The answer's text into job["result"] (JSON)."""
     engine, limit = Engine(Path(job["bundle"]), job["threads"]), job["max_new_tokens"]
-    arrays = [np.load(path) for path in job["pictures"]]
-    pictures = [picture_input(rgb) for rgb in arrays]
+    arrays = [np.load(path) for path in job["images"]]
+    images = [image_input(rgb) for rgb in arrays]
     if job["as_called"]:
         prompt = engine.native.apply_chat_template(engine_messages(job["messages"]))
-        _, answer = engine.as_called(tag_pictures(prompt, engine.family.image_text), pictures, limit)
+        _, answer = engine.as_called(tag_images(prompt, engine.family.image_text), images, limit)
     else:
-        prompt = tag_pictures(job["prompt"], engine.family.image_text)
-        ids = engine.encode(prompt, pictures)
-        grids = [picture_grid(rgb, engine.model) for rgb in arrays]
+        prompt = tag_images(job["prompt"], engine.family.image_text)
+        ids = engine.encode(prompt, images)
+        grids = [image_grid(rgb, engine.model) for rgb in arrays]
         positions = engine.family.position_ids(np.array(ids), grids, engine.model)
-        answer = engine.greedy(engine.prefill(ids, positions, pictures), limit)
+        answer = engine.greedy(engine.prefill(ids, positions, images), limit)
     Path(job["result"]).write_text(json.dumps({"text": engine.decode(answer)}))

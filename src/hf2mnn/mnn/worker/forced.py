@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from hf2mnn.mnn.worker.session import Engine, picture_input
-from hf2mnn.progress import steps
+from hf2mnn.core.progress import steps
+from hf2mnn.mnn.worker.session import Engine, image_input
 from hf2mnn.reference.golden import Golden
 
 
@@ -18,19 +18,19 @@ def run(job: dict[str, Any]) -> None:
     """For each of job["examples"] (ids) float32 [answer tokens, vocabulary] by id into job["result"] (safetensors), and
     token ids by id into job["tokens"] (JSON).
 
-    job["settings"] go over the bundle's own. With job["resize"] the engine itself resizes the original pictures to the
+    job["settings"] go over the bundle's own. With job["resize"] the engine itself resizes the original images to the
     sizes that the checkpoint's processor chooses.
     """
     engine = Engine(Path(job["bundle"]), job["threads"], job["settings"])
     golden, wanted, prompts = Golden(Path(job["reference"])), {}, {}
     chosen = (example for example in golden.examples() if example.id in job["examples"])
     for example in steps("MNN reads", chosen, "examples", len(job["examples"])):
-        pictures = []
-        for name in example.pictures:
-            picture = golden.picture(name)
-            size = picture.resized.shape[:2]
-            pictures.append(picture_input(picture.original if job["resize"] else picture.resized, size))
-        rows = [engine.prefill(example.input_ids.tolist(), example.position_ids, pictures)]
+        images = []
+        for name in example.images:
+            image = golden.image(name)
+            size = image.resized.shape[:2]
+            images.append(image_input(image.original if job["resize"] else image.resized, size))
+        rows = [engine.prefill(example.input_ids.tolist(), example.position_ids, images)]
         rows += [engine.logits([token]) for token in example.answer_ids[:-1].tolist()]
         wanted[example.id] = np.stack(rows)
         prompts[example.id] = [int(token) for token in engine.llm.tokenizer_encode(example.prompt)]

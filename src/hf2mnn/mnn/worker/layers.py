@@ -13,7 +13,8 @@ from hf2mnn.mnn.worker.module import Module, runtime_settings
 
 def run(job: dict[str, Any]) -> None:
     """For each of job["graphs"] {graph: path, part, inputs: names in order, outputs: names, fed: safetensors, result},
-    write the outputs, in whole, by name."""
+    write the outputs, in whole, by name.
+    """
     for graph in job["graphs"]:
         fed, settings = load_file(graph["fed"]), runtime_settings(Path(job["bundle"]), graph["part"])
         module = Module(Path(graph["graph"]), graph["inputs"], graph["outputs"], settings, job["threads"])

@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 
 from hf2mnn.mnn.template import render
-from hf2mnn.mnn.worker.session import Loaded, picture_input
+from hf2mnn.mnn.worker.session import Loaded, image_input
 
 SIDE = 84
-"""Pixels of a picture that every vision tower of the Qwen-VL families takes as it is (patches of 14, merged by two)."""
+"""Pixels of an image that every vision tower of the Qwen-VL families takes as it is (patches of 14, merged by two)."""
 SETTINGS = {"sampler_type": "greedy", "thread_num": 2}
 
 
-def picture() -> np.ndarray:
+def image() -> np.ndarray:
     """uint8 RGB [SIDE, SIDE, 3]: a red square on white."""
     pixels = np.full((SIDE, SIDE, 3), 255, np.uint8)
     pixels[SIDE // 4 : -SIDE // 4, SIDE // 4 : -SIDE // 4] = (220, 30, 30)
     return pixels
 
 
-def answer(engine: Loaded, prompt: str, pictures: list[dict[str, Any]], limit: int) -> dict[str, Any]:
+def answer(engine: Loaded, prompt: str, images: list[dict[str, Any]], limit: int) -> dict[str, Any]:
     """ids: of the prompt; answer: ids of the answer; text; longest: of its runs of one token.
 
     Raises:
@@ -32,15 +32,15 @@ def answer(engine: Loaded, prompt: str, pictures: list[dict[str, Any]], limit: i
     """
     engine.llm.reset()
     engine.llm.generate_init()
-    engine.logits(engine.encode(prompt, pictures))
-    ids, tokens = engine.as_called(prompt, pictures, limit)
+    engine.logits(engine.encode(prompt, images))
+    ids, tokens = engine.as_called(prompt, images, limit)
     longest = max((len(list(run)) for _, run in groupby(tokens)), default=0)
     return {"ids": ids, "answer": tokens, "text": engine.decode(tokens), "longest": longest}
 
 
 def run(job: dict[str, Any]) -> None:
     """Into job["result"] (JSON), step by step, so that what was reached is known when the engine dies: `step` (load,
-    template, text, picture, done), `template` (the chat as the engine and as Jinja render it), `text`, `picture`.
+    template, text, image, done), `template` (the chat as the engine and as Jinja render it), `text`, `image`.
 
     job: bundle, prompt, chat, template ("" for none), tokens (eos_token, bos_token), visual, max_new_tokens, result.
     """
@@ -62,6 +62,6 @@ def run(job: dict[str, Any]) -> None:
     reach("text")
     found["text"] = answer(engine, prompt, [], limit)
     if job["visual"]:
-        reach("picture")
-        found["picture"] = answer(engine, seen, [picture_input(picture())], limit)
+        reach("image")
+        found["image"] = answer(engine, seen, [image_input(image())], limit)
     reach("done")

@@ -1,6 +1,6 @@
 """MNN's LLM engine with one bundle loaded, for the child processes that may hold it.
 
-Right positions: engine 3.6.1 counts a picture's tokens instead of its rows and columns when it goes on after one
+Right positions: engine 3.6.1 counts an image's tokens instead of its rows and columns when it goes on after one
 (facts: Omni::gen_position_ids and MropeInfo). So the prompt is fed in segments, cut before each vision_start and
 before each vision_end, and before each the position counter of the engine's context is set to what it must be.
 """
@@ -25,17 +25,18 @@ from hf2mnn.reference.golden import GoldenExample
 GARBAGE = 1e30
 
 
-def picture_input(rgb: np.ndarray, size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """A picture (uint8 RGB [height, width, 3]) as the engine takes it: BGR, with the height and width it is to be seen
-    at, its own where `size` does not say otherwise."""
+def image_input(rgb: np.ndarray, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """An image (uint8 RGB [height, width, 3]) as the engine takes it: BGR, with the height and width it is to be seen
+    at, its own where `size` does not say otherwise.
+    """
     height, width = size or rgb.shape[:2]
     bgr = np.ascontiguousarray(rgb[:, :, ::-1])
     data = MNN.expr.const(bgr, list(bgr.shape), MNN.expr.NHWC, MNN.expr.uint8)
     return {"data": data, "height": height, "width": width}
 
 
-def picture_grid(rgb: np.ndarray, model: dict[str, Any]) -> np.ndarray:
-    """grid_thw int64 [3] of a picture that has its right size; `model` is model.json."""
+def image_grid(rgb: np.ndarray, model: dict[str, Any]) -> np.ndarray:
+    """grid_thw int64 [3] of an image that has its right size; `model` is model.json."""
     return np.array([1, *(side // model["patch_size"] for side in rgb.shape[:2])])
 
 
@@ -68,16 +69,17 @@ class Loaded:
             raise Refused("the bundle answers garbage (logits equal, huge or not finite): its weights are not its own")
         return values
 
-    def encode(self, prompt: str, pictures: list[dict[str, Any]]) -> list[int]:
-        """The prompt's tokens, those of its pictures by the engine's own image processing among them."""
-        return [int(token) for token in self.llm.tokenizer_encode({"text": prompt, "images": pictures})]
+    def encode(self, prompt: str, images: list[dict[str, Any]]) -> list[int]:
+        """The prompt's tokens, those of its images by the engine's own image processing among them."""
+        return [int(token) for token in self.llm.tokenizer_encode({"text": prompt, "images": images})]
 
-    def as_called(self, prompt: str, pictures: list[dict[str, Any]], limit: int) -> tuple[list[int], list[int]]:
+    def as_called(self, prompt: str, images: list[dict[str, Any]], limit: int) -> tuple[list[int], list[int]]:
         """The prompt's tokens, and the greedy answer, by the engine's own image processing and positions: what
-        `response` gives a caller."""
+        `response` gives a caller.
+        """
         self.llm.reset()
         self.llm.generate_init()
-        ids = self.encode(prompt, pictures)
+        ids = self.encode(prompt, images)
         return ids, [int(token) for token in self.native.generate(ids, limit)]
 
     def decode(self, ids: list[int]) -> str:
@@ -103,7 +105,7 @@ class Engine(Loaded):
         """float32 [len(ids), vocabulary] after each of `ids`, text that joins the engine's cache at `position`."""
         self.llm.set_config({"all_logits": True})
         try:
-            self._leave_pictures()
+            self._leave_images()
             rows, read = [], 0
             for part in self._parts(ids):
                 self.move(position + read)
@@ -115,7 +117,8 @@ class Engine(Loaded):
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens of the cache; the engine does so with its next forward, and until then counts
-        as before."""
+        as before.
+        """
         if length < self.native.get_current_history():
             self.native.erase_history(length, 0)
 
@@ -124,18 +127,19 @@ class Engine(Loaded):
         # Not through `llm.context`: reading it ends the process once an answer was no whole UTF-8.
         self.native.set_context({"all_seq_len": position, "gen_seq_len": 0})
 
-    def _leave_pictures(self) -> None:
-        """Encoding an empty prompt makes the engine forget a picture's positions; then it counts from the context."""
+    def _leave_images(self) -> None:
+        """Encoding an empty prompt makes the engine forget an image's positions; then it counts from the context."""
         self.llm.tokenizer_encode("")
 
     def _parts(self, ids: list[int]) -> list[list[int]]:
         """A text as it must be read: of a model with deepstack the first token by itself, for the engine adds what it
-        has seen of a picture to whatever longer text comes next (`Omni::embedding`)."""
+        has seen of an image to whatever longer text comes next (`Omni::embedding`).
+        """
         return [ids[:1], ids[1:]] if self.family.deepstack and len(ids) > 1 else [ids]
 
     def text(self, ids: list[int], position: int) -> np.ndarray:
         """Logits [vocabulary] after a text that joins the cache at `position`."""
-        self._leave_pictures()
+        self._leave_images()
         read = 0
         for part in self._parts(ids):
             self.move(position + read)
@@ -143,20 +147,20 @@ class Engine(Loaded):
             read += len(part)
         return row
 
-    def prefill(self, ids: list[int], positions: np.ndarray, pictures: list[dict[str, Any]]) -> np.ndarray:
+    def prefill(self, ids: list[int], positions: np.ndarray, images: list[dict[str, Any]]) -> np.ndarray:
         """Logits [vocabulary] after a prompt, every token at its right position [rows, tokens].
 
-        `pictures` come from `picture_input`.
+        `images` come from `image_input`.
         """
-        start = self.read_pictures(ids, positions, pictures)
+        start = self.read_images(ids, positions, images)
         return self.text(ids[start:], int(positions[0, start]))
 
-    def read_pictures(self, ids: list[int], positions: np.ndarray, pictures: list[dict[str, Any]]) -> int:
-        """Empty the cache and read a prompt up to the end of its last picture; gives how many tokens those are."""
+    def read_images(self, ids: list[int], positions: np.ndarray, images: list[dict[str, Any]]) -> int:
+        """Empty the cache and read a prompt up to the end of its last image; gives how many tokens those are."""
         self.llm.reset()
-        start, left = 0, iter(pictures)
+        start, left = 0, iter(images)
         for begin, end in image_runs(ids, self.model.get("image_token_id")):
-            # Text up to the token before the picture (vision_start), then that token with the picture.
+            # Text up to the token before the image (vision_start), then that token with the image.
             if begin - 1 > start:
                 self.text(ids[start : begin - 1], int(positions[0, start]))
             coded = self.llm.tokenizer_encode({"text": "<img>image_0</img>", "images": [next(left)]})
@@ -166,7 +170,7 @@ class Engine(Loaded):
                     " patch size, merge size or vision ids of the bundle are not the checkpoint's"
                 )
             self.move(int(positions[0, begin - 1]))
-            # A prompt may not end in a picture (Omni::embedding then repeats the tokens before it), so vision_end goes
+            # A prompt may not end in an image (Omni::embedding then repeats the tokens before it), so vision_end goes
             # along, at a wrong position, and is taken back.
             self.logits(coded)
             self.truncate(self.native.get_current_history() - 1)
@@ -180,10 +184,10 @@ class Engine(Loaded):
             answer.append(int(self.logits(answer[-1:]).argmax()))
         return answer
 
-    def judge(self, example: GoldenExample, pictures: list[dict[str, Any]], limit: int) -> tuple[np.ndarray, list[int]]:
+    def judge(self, example: GoldenExample, images: list[dict[str, Any]], limit: int) -> tuple[np.ndarray, list[int]]:
         """Teacher-forced logits [m, vocabulary] and the greedy answer, both by cached decode with right positions."""
         wanted = example.answer_ids.tolist()
-        rows = [self.prefill(example.input_ids.tolist(), example.position_ids, pictures)]
+        rows = [self.prefill(example.input_ids.tolist(), example.position_ids, images)]
         rows += [self.logits([token]) for token in wanted[:-1]]
         chosen = [int(row.argmax()) for row in rows]
         same = next((i for i, (ours, theirs) in enumerate(zip(chosen, wanted, strict=True)) if ours != theirs), None)
@@ -207,7 +211,7 @@ def image_runs(ids: list[int], image: int | None) -> Iterator[tuple[int, int]]:
             begin = None
 
 
-def tag_pictures(prompt: str, image_text: str) -> str:
-    """The template's picture (start, pad, end) as the tag that the engine looks for, numbered in order."""
+def tag_images(prompt: str, image_text: str) -> str:
+    """The template's image (start, pad, end) as the tag that the engine looks for, numbered in order."""
     parts = prompt.split(image_text) if image_text else [prompt]
     return parts[0] + "".join(f"<img>image_{i}</img>{part}" for i, part in enumerate(parts[1:]))

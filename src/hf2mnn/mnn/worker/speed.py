@@ -1,5 +1,6 @@
 """One measurement of one bundle: a process of its own, so that its memory is the bundle's and nothing is warm from
-before but the file system's cache."""
+before but the file system's cache.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from hf2mnn.machine.usage import resident_mb
 from hf2mnn.mnn.settings import engine_settings, vision_settings
 from hf2mnn.mnn.worker.module import Module, runtime_settings
-from hf2mnn.mnn.worker.session import Engine, Refused, picture_input
-from hf2mnn.usage import resident_mb
+from hf2mnn.mnn.worker.session import Engine, Refused, image_input
 
 ROUNDS, BUDGET = 3, 3.0
 """After one round to warm up: rounds of a small model, whose median counts; no new one begins after so many seconds."""
@@ -38,7 +39,7 @@ def seconds(action: Callable[[], Any]) -> float:
 
 
 def plain_tokens(engine: Engine, count: int) -> list[int]:
-    """Ids of ordinary text, the same at every call: none that a chat template, a picture or a stop uses.
+    """Ids of ordinary text, the same at every call: none that a chat template, an image or a stop uses.
 
     Special tokens, and rows of the embedding that no token has, decode to nothing.
     """
@@ -117,10 +118,10 @@ def text_measures(clocked: Clocked, ids: list[int], prompt_tokens: int) -> dict[
     }
 
 
-def picture_seconds(engine: Engine, width: int, height: int) -> float:
-    """The engine's own way with a picture of the right size: normalization, patches and vision tower."""
+def image_seconds(engine: Engine, width: int, height: int) -> float:
+    """The engine's own way with an image of the right size: normalization, patches and vision tower."""
     rgb = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    prompt = {"text": "<img>image_0</img>", "images": [picture_input(rgb)]}
+    prompt = {"text": "<img>image_0</img>", "images": [image_input(rgb)]}
     return median(rounds(lambda: seconds(lambda: engine.llm.tokenizer_encode(prompt))))
 
 
@@ -144,9 +145,9 @@ def tower_seconds(engine: Engine, width: int, height: int) -> float:
 
 
 def run(job: dict[str, Any]) -> None:
-    """Into job["result"] (JSON): measures by name, what the cache is worth by length, the settings, the picture.
+    """Into job["result"] (JSON): measures by name, what the cache is worth by length, the settings, the image.
 
-    job: bundle, settings (over config.json's), prompt_tokens, answer_tokens, picture_side (pixels), lengths, result.
+    job: bundle, settings (over config.json's), prompt_tokens, answer_tokens, image_side (pixels), lengths, result.
     Peak memory is that of everything but the tower alone, which is loaded a second time for it.
     """
     bundle = Path(job["bundle"])
@@ -159,13 +160,13 @@ def run(job: dict[str, Any]) -> None:
     ids = plain_tokens(engine, max([request, *(length + 1 for length in job["lengths"])]))
     measures |= text_measures(clocked, ids[:request], job["prompt_tokens"])
     cache = [clocked.cache_worth(ids[: length + 1]) for length in job["lengths"]]
-    picture, seeing = None, engine.family.sees
+    image, seeing = None, engine.family.sees
     if seeing:
-        picture = engine.family.picture_size(job["picture_side"], job["picture_side"], engine.model)
-        measures["picture_s"] = picture_seconds(engine, *picture)
+        image = engine.family.image_size(job["image_side"], job["image_side"], engine.model)
+        measures["image_s"] = image_seconds(engine, *image)
     peak = resident_mb("VmHWM")
     if seeing:
-        measures["vision_s"] = tower_seconds(engine, *picture)
+        measures["vision_s"] = tower_seconds(engine, *image)
     if peak is not None:
         measures |= {"base_mb": base, "peak_mb": peak, "bundle_mb": peak - base}
     config = json.loads((engine.folder / "config.json").read_text())
@@ -173,6 +174,6 @@ def run(job: dict[str, Any]) -> None:
         "measures": measures,
         "cache": cache,
         "engine": {"decoder": engine_settings(config), "vision": vision_settings(config)},
-        "picture": picture,
+        "image": image,
     }
     Path(job["result"]).write_text(json.dumps(result))

@@ -1,0 +1,5 @@
+"""python -m hf2mnn.cli"""
+
+from hf2mnn.cli import main
+
+main()

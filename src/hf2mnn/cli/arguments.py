@@ -1,0 +1,118 @@
+"""What the configuration asks of each stage, as inputs and options of its command.
+
+Paths of results are relative to results/<model>; user-provided files are paths as config.yaml has them.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+from hf2mnn.checkpoint.folder import ADAPTER_FILES, checkpoint_files
+from hf2mnn.config.schema import Config, Instance, LabelledSet
+
+SETS = ("evaluation", "calibration")
+"""Sets of examples: keys of a model in config.yaml, and folders of its results."""
+
+
+def _options(values: dict[str, object]) -> list[str]:
+    """Return --name value for each entry that is not None."""
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def fetch_options(model: Instance) -> list[str]:
+    """Return the options of `hf2mnn fetch`."""
+    given = model.source.model_dump(exclude_none=True, exclude_unset=True)
+    if isinstance(given.get("adapter"), dict):
+        given |= {f"adapter-{name}": value for name, value in given.pop("adapter").items()}
+    return _options(given)
+
+
+def source_files(model: Instance) -> list[str]:
+    """Return the files of a local checkpoint and adapter, or a pin; a hub's revision is among the options."""
+    source = model.source
+    files = [source.pin] if source.pin else checkpoint_files(source.path)
+    return files + (checkpoint_files(source.adapter, ADAPTER_FILES) if isinstance(source.adapter, str) else [])
+
+
+def example_files(model: Instance, name: str) -> list[str]:
+    """Return the files of a user-provided set, or of a data set's local copy; a hub's revision is among the options."""
+    chosen = getattr(model, name)
+    folder = chosen.path if isinstance(chosen, LabelledSet) else chosen
+    return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file()) if folder else []
+
+
+def example_options(model: Instance, name: str) -> list[str]:
+    """Return the options of `hf2mnn examples` for a set."""
+    chosen = getattr(model, name)
+    if not isinstance(chosen, LabelledSet):
+        return _options({"path": chosen})
+    place = {"path": chosen.path} if chosen.path else {"revision": chosen.revision}
+    return _options({"dataset": chosen.dataset, "samples": chosen.samples, "seed": chosen.seed} | place)
+
+
+def quantize_inputs(config: Config, variant: str) -> dict[str, str]:
+    """Return folders below results/<model> that the methods of a variant need, by option of `hf2mnn quantize`."""
+    chosen, found = config.variants[variant], {}
+    if chosen.auto:
+        found["plan"] = f"plans/{variant}"
+    if config.calibrated(variant):
+        found["calibration"] = "calibration"
+    if "checkpoint" in config.methods(variant):
+        found["checkpoint"] = "checkpoint"
+    return found
+
+
+def quantize_options(config: Config, variant: str, inputs: dict[str, str]) -> str:
+    """Return the options of `hf2mnn quantize` for a variant; `inputs` are those of its methods, by option."""
+    keys = {"bits", "block", "symmetric", "scale_bits", "method"}
+    parts = {"decoder": config.decoder_weights(variant), "vision": config.vision_weights(variant)}
+    described = {name: part.model_dump(include=keys) for name, part in parts.items()}
+    described["engine"] = config.engine(variant).model_dump()
+    texts = {name: json.dumps(settings, sort_keys=True) for name, settings in described.items()}
+    if config.variants[variant].auto:
+        inputs = inputs | {"plan": f"{inputs['plan']}/plan.yaml"}
+    return shlex.join(_options(texts | {"embedding": config.variants[variant].embedding} | inputs))
+
+
+def benchmark_options(config: Config, model: str, bundles: list[str]) -> str:
+    """Return the options of `hf2mnn benchmark` but for its threads."""
+    chosen = config.speed
+    named = [word for folder in bundles for word in ("--bundle", f"{Path(folder).name}={folder}")]
+    others = _options(
+        {
+            "baseline": config.baseline(model),
+            "repeats": chosen.repeats,
+            "prompt-tokens": chosen.prompt_tokens,
+            "answer-tokens": chosen.answer_tokens,
+            "image-side": chosen.image_side,
+        }
+    )
+    return shlex.join(named + others)
+
+
+def table_rows(config: Config, model: str) -> list[str]:
+    """Return the names of a model's conversions in the order of the table."""
+    return ["onnxruntime", *config.variants_of(model)]
+
+
+def row_settings(config: Config, model: str) -> str:
+    """Return the option --rows of `hf2mnn report`: JSON of each row's name, gates, and whether they must be kept."""
+    rows = table_rows(config, model)
+    described = [{"name": row, "required": config.required(row), "gates": config.row_gates(row)} for row in rows]
+    return json.dumps(described, sort_keys=True)
+
+
+def evidence(config: Config, model: str) -> list[str]:
+    """Return the folders below results/<model> that its report reads."""
+    variants = config.variants_of(model)
+    planned = [name for name in variants if config.variants[name].auto]
+    calibrated = [name for name in variants if config.calibrated(name)]
+    folders = ["checkpoint", "examples/evaluation", "reference/evaluation", "onnx", "graphs", "benchmark"]
+    folders += [f"evaluation/{row}" for row in table_rows(config, model)]
+    folders += [f"{folder}/{name}" for name in variants for folder in ("bundles", "diagnosis")]
+    folders += [f"plans/{name}" for name in planned]
+    folders += ["examples/calibration", "reference/calibration"] if planned or calibrated else []
+    folders += ["sensitivity"] if planned else []
+    return folders + (["calibration"] if calibrated else [])

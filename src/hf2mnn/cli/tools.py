@@ -1,0 +1,249 @@
+"""Commands beside the stages: pins, toolchains, tables, and what a user does with a finished bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf2mnn.cli.options import Hub, Out, Revision, example
+from hf2mnn.core.errors import GateError, Hf2mnnError
+
+app = typer.Typer()
+
+
+@app.command(epilog=example("hf2mnn pin Qwen/Qwen2-VL-2B-Instruct --revision main --out qwen2-vl-2b.json"))
+def pin(
+    repository: Annotated[str, typer.Argument(help="owner/name on a hub.")],
+    revision: Revision = None,
+    hub: Hub = "huggingface",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File for the commit with its files' sizes and hashes, JSON.")
+    ] = None,
+) -> None:
+    """Print the commit that a branch or tag is now, for config.yaml; nothing is downloaded."""
+    from hf2mnn.checkpoint.hub.base import pin_repository
+
+    pinned = pin_repository(repository, revision, hub)
+    if out:
+        pinned.save(out)
+    print(pinned.revision)
+
+
+@app.command(epilog=example("""hf2mnn toolchain '{"pins": {"MNN": "3.6.0"}}' --out .toolchains/mnn-3.6.0"""))
+def toolchain(
+    asked: Annotated[str, typer.Argument(help="What config.yaml has under toolchains.NAME, JSON: pins, others.")],
+    out: Out,
+    requirements: Annotated[Path, typer.Option(help="Pins of the packages that are not asked for.")] = Path(
+        "requirements.txt"
+    ),
+) -> None:
+    """Make an environment with other releases of the tools; its bin/hf2mnn runs every stage with them."""
+    from hf2mnn.config.schema import Toolchain, parse_json
+    from hf2mnn.config.toolchain import make_toolchain
+
+    make_toolchain(out, requirements, Toolchain(**parse_json(Toolchain, asked, "TOOLCHAIN")))
+
+
+@app.command(epilog=example("hf2mnn summarize results/*/summary.csv --out results/summary.csv"))
+def summarize(
+    tables: Annotated[list[Path], typer.Argument(help="The models' summary.csv.")],
+    out: Annotated[Path, typer.Option("--out", help="The joined table, csv.")],
+) -> None:
+    """Join the models' tables."""
+    from hf2mnn.report.table import join_tables
+
+    join_tables(tables, out)
+
+
+@app.command(epilog=example("hf2mnn table results/summary.csv"))
+def table(path: Annotated[Path, typer.Argument(help="A summary.csv.")]) -> None:
+    """Print a comparison, and the paths of the reports."""
+    from hf2mnn.cli.run_messages import print_summary
+
+    print_summary(path)
+
+
+@app.command(epilog=example("hf2mnn resources results"))
+def resources(folder: Annotated[Path, typer.Argument(help="The folder that holds a folder for each model.")]) -> None:
+    """Print the resources that each stage took: time, memory, and bytes written."""
+    from hf2mnn.report.resources import print_stages
+    from hf2mnn.stages import ORDER
+
+    print_stages(folder, ORDER)
+
+
+@app.command(epilog=example("hf2mnn gates results/summary.csv --out results/gates.txt"))
+def gates(
+    path: Annotated[Path, typer.Argument(help="A summary.csv.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write when every required row keeps its gates.")
+    ] = None,
+) -> None:
+    """Fail where a required row misses a gate."""
+    from hf2mnn.core.files import whole_file
+    from hf2mnn.report.table import missed_gates, read_table
+
+    frame = read_table(path)
+    missed = missed_gates(frame)
+    if missed:
+        raise GateError(f"{len(missed)} required of {len(frame)} rows miss their gates: {' | '.join(missed)}")
+    if out:
+        with whole_file(out) as partial:
+            partial.write_text(f"{int(frame['required'].sum())} required rows keep their gates\n")
+
+
+@app.command(epilog=example("hf2mnn verify results/shapes-vl/bundles/int4"))
+def verify(
+    folders: Annotated[list[Path], typer.Argument(help="Bundles, or folders of any stage.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Read every byte of bundles, or of any stage's folder, and say whether they are those that were made. Needs no
+    network and no other folder.
+    """
+    from hf2mnn.core.verify import print_verdicts, verify_folder
+
+    verdicts = [verify_folder(folder) for folder in folders]
+    print_verdicts(verdicts, as_json)
+    if not all(verdict.whole for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+@app.command(epilog=example('hf2mnn ask results/shapes-vl/bundles/int4 --image cat.png "What is this?"'))
+def ask(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to ask.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image to ask about; give it again for more.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    conversation: Annotated[
+        Path | None, typer.Option(help="A JSON file of messages, in place of a prompt; its last one is answered.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
+    threads: Annotated[int, typer.Option(help="Threads; 0 for the bundle's own number.", min=0)] = 0,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which the engine is stopped.", min=1)] = 600,
+    as_called: Annotated[
+        bool, typer.Option("--as-called", help="Leave template, image size and positions to the engine.")
+    ] = False,
+) -> None:
+    """Ask a finished bundle something, in MNN's engine."""
+    from hf2mnn.mnn.ask import ask_bundle, continue_conversation, read_conversation
+
+    if (prompt is None) == (conversation is None):
+        raise Hf2mnnError("give either a prompt or --conversation FILE")
+    if conversation and (image or system):
+        raise Hf2mnnError("a conversation brings its images and system prompt along; leave out --image and --system")
+    options = {"threads": threads, "time_limit": time_limit, "as_called": as_called}
+    if conversation:
+        print(continue_conversation(bundle, *read_conversation(conversation), max_new_tokens, **options))
+    else:
+        print(ask_bundle(bundle, prompt, image or [], max_new_tokens, system, **options))
+
+
+@app.command(epilog=example("hf2mnn doctor results/shapes-vl/bundles/int4 --checkpoint results/shapes-vl/checkpoint"))
+def doctor(
+    path: Annotated[
+        Path, typer.Argument(help="A bundle's folder, a .mnn or .onnx file, or a folder of the onnx or mnn stage.")
+    ],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder of the checkpoint that it was made of: to compare with.")
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="Folder of the reference stage: for ranges of values.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="Also load the bundle in the engine and ask it something.")
+    ] = False,
+    prompt: Annotated[str, typer.Option(help="What --run asks.")] = "What is the capital of France?",
+    time_limit: Annotated[float, typer.Option(help="Seconds after which --run stops the engine.", min=1)] = 300,
+) -> None:
+    """Find out from its files why a bundle talks nonsense, crashes or is slow; whoever made it.
+
+    Exit code 0: nothing, or advice only; 3: warnings; 4: errors; 1: it could not be examined.
+    """
+    from hf2mnn.doctor.examine import by_severity, look_at
+    from hf2mnn.doctor.show import as_json as to_json
+    from hf2mnn.doctor.show import as_text, exit_code
+
+    seen = look_at(path, checkpoint, reference)
+    if run and seen.bundle is None:
+        raise Hf2mnnError(f"--run asks a bundle, and {path} is another thing ({seen.kind}); give the bundle's folder")
+    if run:
+        from hf2mnn.doctor.run import run_bundle
+
+        seen.findings = by_severity([*seen.findings, *run_bundle(seen.bundle, prompt, time_limit)])
+        seen.checks.append("run_bundle")
+    print(to_json(seen) if as_json else as_text(seen))
+    raise typer.Exit(exit_code(seen.findings))
+
+
+@app.command(epilog=example("hf2mnn tune results/shapes-vl/bundles/int4 --dry-run"))
+def tune(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Try only this: thread_num, precision, memory, attention_mode, dynamic_option; again for more."
+        ),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of a typical prompt.", min=1)] = 256,
+    answer_tokens: Annotated[int, typer.Option(help="Length of a typical answer.", min=1)] = 64,
+    image_side: Annotated[int, typer.Option(help="Sides of its image in pixels.", min=1)] = 224,
+    repeats: Annotated[int, typer.Option(help="Processes to time each setting with, in turns.", min=1)] = 5,
+    max_kld: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest mean KL divergence from the bundle's most exact settings; left out, that of the present"
+            " settings or 0.001, whichever is larger.",
+            min=0,
+        ),
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which one process is stopped.", min=1)] = 7200,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure, and write nothing.")] = False,
+) -> None:
+    """Find the engine's fastest settings for a bundle on this machine, and write them into its config.json."""
+    from hf2mnn.evaluation.tune import SETTINGS, tune_bundle
+    from hf2mnn.report.speed import print_tuned
+
+    tuned = tune_bundle(
+        bundle,
+        setting or SETTINGS,
+        prompt_tokens,
+        answer_tokens,
+        image_side,
+        repeats,
+        max_kld,
+        time_limit,
+        dry_run,
+    )
+    print_tuned(tuned, written=not dry_run)
+
+
+@app.command(epilog=example("hf2mnn synth --like qwen2-vl-2b --tokenizer models/shapes-vl --out /data/synthetic-2b"))
+def synth(
+    out: Out,
+    like: Annotated[
+        str,
+        typer.Option(
+            help="Shape of a real model: qwen2-vl-2b, qwen2.5-vl-3b, qwen3-vl-2b, qwen3-0.6b, llama-3.2-1b, ..."
+        ),
+    ],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder whose tokenizer, template and processor settings are taken.")
+    ] = None,
+    shards: Annotated[int, typer.Option(help="safetensors files.", min=1)] = 2,
+    seed: Annotated[int, typer.Option(help="Which random weights.")] = 0,
+) -> None:
+    """Make a checkpoint of a real model's shape with random weights, to try scale where none can be downloaded."""
+    from hf2mnn.checkpoint.synth import make_checkpoint_like
+
+    make_checkpoint_like(like, out, seed, shards, tokenizer)
+
+
+@app.command(epilog=example("hf2mnn schema > workflow/schemas/config.schema.yaml"))
+def schema() -> None:
+    """Print the JSON schema of config.yaml, as YAML."""
+    import yaml
+
+    from hf2mnn.config.schema import config_schema
+
+    print(yaml.safe_dump(config_schema(), sort_keys=False, allow_unicode=True, width=120), end="")

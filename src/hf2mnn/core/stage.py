@@ -1,0 +1,129 @@
+"""Stages: what is declared of each one, and how each opens its inputs and writes its folder.
+
+A stage is one file of `hf2mnn.stages`, one command, one rule and one folder of results. `Stage` holds what else is known
+of it; `open_stage` is the way from input folders to an output folder that all of them share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf2mnn.core.errors import ManifestError
+from hf2mnn.core.files import sha256
+from hf2mnn.core.manifest import Manifest, stage_folder, tool_versions
+from hf2mnn.machine.footprint import Footprint
+
+_command: list[str] = []
+
+
+def set_command(words: Sequence[str]) -> None:
+    """Set the command line of this process, which `open_stage` records in manifests."""
+    _command[:] = words
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Declaration of a stage.
+
+    Attributes:
+        name: Name of the stage, of its command, and of its module in `hf2mnn.stages`.
+        tools: Packages whose release changes the results.
+        footprint: Memory and time by the number of weights.
+        inputs: Names of the input folders and the stages that write them.
+        exceptions: Footprints of variants that need more or less than the others, by name.
+    """
+
+    name: str
+    tools: tuple[str, ...]
+    footprint: Footprint
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    exceptions: Mapping[str, Footprint] = field(default_factory=dict)
+
+    def footprint_of(self, variant: str | None) -> Footprint:
+        """Return the footprint for a variant, or for a run without one."""
+        return self.exceptions.get(variant or "", self.footprint)
+
+
+@dataclass
+class StageRun:
+    """A running stage.
+
+    Attributes:
+        folder: Folder to write to; it gets its final name when the stage ends.
+        inputs: Verified manifests of the input folders, by name.
+        manifest: Manifest of this stage; `results` and `settings` may still be set.
+    """
+
+    folder: Path
+    inputs: dict[str, Manifest]
+    manifest: Manifest
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """Figures that the manifest reports."""
+        return self.manifest.results
+
+
+def load_inputs(stage: Stage, folders: Mapping[str, Path | None]) -> dict[str, Manifest]:
+    """Load and verify the manifests of input folders; entries that are None are left out.
+
+    Raises:
+        ManifestError: A folder has no manifest, is of another stage, or its files were changed.
+    """
+    loaded = {name: Manifest.load(folder) for name, folder in folders.items() if folder is not None}
+    for name, manifest in loaded.items():
+        expected = stage.inputs.get(name)
+        if expected and manifest.stage != expected:
+            raise ManifestError(
+                f"{manifest.folder} is a folder of the stage '{manifest.stage}', and the {name} of"
+                f" 'hf2mnn {stage.name}' is one of '{expected}': give that folder"
+            )
+        manifest.verify()
+    return loaded
+
+
+@contextmanager
+def open_stage(
+    stage: Stage,
+    destination: Path,
+    inputs: Mapping[str, Path | None] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    files: Mapping[str, Path] | None = None,
+    paths: Mapping[str, Path | str] | None = None,
+    tools: Sequence[str] | None = None,
+) -> Iterator[StageRun]:
+    """Verify a stage's inputs, yield a folder to write to, and publish it with a manifest when the block succeeds.
+
+    Args:
+        stage: The stage that runs.
+        destination: Its output folder; replaced as a whole.
+        inputs: Folders of other stages by name; None for one that is not used.
+        settings: Settings that change the results, for the manifest.
+        files: User-provided files by name; their sha256 counts as an input.
+        paths: Locations of inputs that no stage has made, for the reader of a report.
+        tools: Packages to record in place of `stage.tools`.
+
+    Raises:
+        ManifestError: An input is not what its manifest says, or is of another stage.
+        Hf2mnnError: `destination` holds files that no stage has made.
+    """
+    loaded = load_inputs(stage, inputs or {})
+    digests = {name: manifest.digest() for name, manifest in loaded.items()}
+    digests |= {name: sha256(path) for name, path in (files or {}).items()}
+    provenance = {name: origin for manifest in loaded.values() for name, origin in manifest.provenance.items()}
+    manifest = Manifest(
+        stage=stage.name,
+        command=list(_command),
+        inputs=digests,
+        settings=dict(settings or {}),
+        tools=tool_versions(*(stage.tools if tools is None else tools)),
+        paths={name: str(path) for name, path in (paths or {}).items()},
+        provenance=provenance,
+    )
+    with stage_folder(destination, manifest) as folder:
+        yield StageRun(folder, loaded, manifest)

@@ -1,0 +1,51 @@
+"""baseline: the float32 bundle of a model and its runs, which the diagnoses of all variants compare with.
+
+Reads the reference, the ONNX graphs and MNN's graphs.
+Writes the bundle, which is as large as the model in float32, and its logits; nothing keeps it after the diagnoses.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf2mnn.core.stage import Stage, open_stage
+from hf2mnn.machine.footprint import Footprint
+
+STAGE = Stage(
+    "baseline",
+    tools=("MNN", "onnx", "numpy"),
+    footprint=Footprint(1500, 4.2, 60, 240),
+    inputs={"reference": "reference", "onnx": "export", "graphs": "convert"},
+)
+
+
+def run(reference: Path, onnx: Path, graphs: Path, destination: Path, threads: int, time_limit: float) -> Path:
+    """Make the float32 bundle, and run it as it is and with the engine's own resizing of images.
+
+    Args:
+        reference: Folder of the reference stage.
+        onnx: Folder of the export stage.
+        graphs: Folder of the convert stage.
+        destination: Output folder.
+        threads: Threads of the engine.
+        time_limit: Seconds after which the engine is stopped.
+
+    Raises:
+        ManifestError: An input is not what its manifest says.
+        EngineError: The engine failed or was stopped.
+    """
+    from hf2mnn.evaluation.error_budget import BUNDLE, Bench
+    from hf2mnn.mnn.bundle import EngineSettings
+    from hf2mnn.mnn.convert import WeightFormat
+    from hf2mnn.quant.methods import Methods
+    from hf2mnn.quant.variant import Choice, make_variant
+    from hf2mnn.reference.golden import Golden
+
+    folders = {"reference": reference, "onnx": onnx, "graphs": graphs}
+    with open_stage(STAGE, destination, folders, {"threads": threads}) as stage:
+        bundle = stage.folder / BUNDLE
+        bundle.mkdir()
+        exact = Choice(WeightFormat(), WeightFormat(), EngineSettings())
+        make_variant(onnx, graphs, bundle, exact, Methods(), max(threads, 1))
+        Bench(Golden(reference), bundle, onnx, threads, time_limit).save_baseline(stage.folder)
+    return destination

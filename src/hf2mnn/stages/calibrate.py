@@ -1,0 +1,65 @@
+"""calibrate: inputs of every linear layer on the calibration set, for awq and gptq.
+
+Reads a checkpoint, its answers to the calibration set, and those to the evaluation set, which must share no example.
+Writes sampled rows of the inputs of each layer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf2mnn.core.errors import ManifestError
+from hf2mnn.core.stage import Stage, open_stage
+from hf2mnn.machine.footprint import Footprint
+
+STAGE = Stage(
+    "calibrate",
+    tools=("torch", "transformers"),
+    footprint=Footprint(3000, 9.0, 60, 120),
+    inputs={"checkpoint": "fetch", "calibration": "reference", "evaluation": "reference"},
+)
+
+
+def run(
+    checkpoint: Path,
+    calibration: Path,
+    evaluation: Path | None,
+    destination: Path,
+    rows: int,
+    threads: int,
+    weights: str = "auto",
+) -> Path:
+    """Record at most `rows` rows of the inputs of each linear layer.
+
+    Args:
+        checkpoint: Folder of the fetch stage.
+        calibration: Folder of the reference stage for the calibration set.
+        evaluation: Folder of the reference stage for the evaluation set.
+        destination: Output folder.
+        rows: Tokens or patches to keep for each layer.
+        threads: Threads of PyTorch.
+        weights: "resident", "mapped" or "auto"; the file has the same bytes.
+
+    Raises:
+        EvaluationSetError: The two sets share an example.
+        ManifestError: A folder is not whole, or `calibration` was answered by another checkpoint.
+    """
+    from hf2mnn.checkpoint.folder import Checkpoint
+    from hf2mnn.reference.golden import Golden
+    from hf2mnn.reference.pytorch import use_threads
+    from hf2mnn.reference.record_inputs import record_layer_inputs, refuse_overlap
+
+    folders = {"checkpoint": checkpoint, "calibration": calibration, "evaluation": evaluation}
+    with open_stage(STAGE, destination, folders, {"rows": rows, "threads": threads}) as stage:
+        answered = stage.inputs["calibration"]
+        if answered.inputs.get("checkpoint") != stage.inputs["checkpoint"].digest():
+            raise ManifestError(f"{calibration} was not answered by the model in {checkpoint}; run 'hf2mnn reference'")
+        golden = Golden(calibration)
+        if evaluation:
+            refuse_overlap(golden, Golden(evaluation), answered.paths.get("examples", calibration))
+        stage.manifest.provenance = {
+            "calibration": {name: digest for name, digest in answered.inputs.items() if name != "checkpoint"}
+        }
+        use_threads(threads)
+        stage.results.update(record_layer_inputs(Checkpoint(checkpoint), golden, stage.folder, rows, weights))
+    return destination

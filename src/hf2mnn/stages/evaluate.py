@@ -1,0 +1,50 @@
+"""evaluate: the answers of one conversion, in the runtime that runs it, against the reference.
+
+Reads the reference, the ONNX graphs, and a bundle unless the graphs themselves are evaluated in ONNX Runtime.
+Writes tables of positions, answers, images and cache parity, figures with intervals, and a summary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf2mnn.core.stage import Stage, open_stage
+from hf2mnn.machine.footprint import Footprint
+
+STAGE = Stage(
+    "evaluate",
+    tools=("MNN", "onnxruntime", "numpy"),
+    # The engine has float32 weights where a bundle asks for that (4.0 bytes), and half of that or less where not.
+    footprint=Footprint(1500, 4.2, 60, 240),
+    inputs={"reference": "reference", "onnx": "export", "bundle": "quantize"},
+    # ONNX Runtime casts and transposes weights while it loads them: 5.8 bytes at the peak, 4.5 afterwards.
+    exceptions={"onnxruntime": Footprint(800, 5.8, 60, 240)},
+)
+
+
+def run(reference: Path, onnx: Path, destination: Path, bundle: Path | None, threads: int, time_limit: float) -> Path:
+    """Evaluate `bundle` in MNN's engine, or, where it is None, the ONNX graphs in ONNX Runtime.
+
+    Args:
+        reference: Folder of the reference stage.
+        onnx: Folder of the export stage.
+        destination: Output folder.
+        bundle: Folder of the quantize stage.
+        threads: Threads of the runtime.
+        time_limit: Seconds after which the engine is stopped.
+
+    Raises:
+        ManifestError: An input is not what its manifest says.
+        EngineError: The engine was stopped.
+    """
+    from hf2mnn.evaluation.runtimes import evaluate
+    from hf2mnn.reference.golden import Golden
+
+    folders = {"reference": reference, "onnx": onnx, "bundle": bundle}
+    tools = ("MNN" if bundle else "onnxruntime", "numpy")
+    with open_stage(STAGE, destination, folders, {"threads": threads}, tools=tools) as stage:
+        size = sum(entry["size"] for entry in stage.inputs["bundle" if bundle else "onnx"].outputs.values())
+        limit = stage.inputs["reference"].settings["max_new_tokens"]
+        summary = evaluate(Golden(reference), onnx, bundle, stage.folder, size, limit, threads, time_limit)
+        stage.results.update(measured=(bundle or onnx).name, **summary)
+    return destination

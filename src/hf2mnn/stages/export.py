@@ -1,0 +1,40 @@
+"""export: a checkpoint as portable ONNX graphs with an explicit KV cache.
+
+Reads a checkpoint.
+Writes decoder.onnx, embedding.onnx, vision.onnx (of a model with images), model.json and the tokenizer's files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf2mnn.core.stage import Stage, open_stage
+from hf2mnn.machine.footprint import Footprint
+
+STAGE = Stage(
+    "export",
+    tools=("torch", "transformers", "onnx", "onnx-ir", "onnxscript"),
+    footprint=Footprint(1000, 0.02, 30, 2),
+    inputs={"checkpoint": "fetch"},
+)
+
+
+def run(checkpoint: Path, destination: Path) -> Path:
+    """Export the graphs of the checkpoint in a folder of the fetch stage.
+
+    Raises:
+        ManifestError: `checkpoint` is not what its manifest says.
+        CheckpointError: Weights and configuration are not of one model.
+        ExportError: A graph came out other than it must be.
+    """
+    from hf2mnn.checkpoint.folder import Checkpoint
+    from hf2mnn.onnx.export import OPSET, export_graphs
+
+    with open_stage(STAGE, destination, {"checkpoint": checkpoint}, {"opset": OPSET}) as stage:
+        source = stage.inputs["checkpoint"]
+        stage.manifest.provenance = {
+            "checkpoint": {**source.settings, "files": source.outputs},
+            **source.provenance,
+        }
+        export_graphs(Checkpoint(checkpoint), stage.folder)
+    return destination

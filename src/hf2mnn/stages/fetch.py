@@ -1,0 +1,85 @@
+"""fetch: a checkpoint, from a folder or a hub, checked before anything is computed.
+
+Reads a local folder, a repository of a hub or a pin, and optionally a LoRA adapter to merge.
+Writes links to the checkpoint's files, and the weights that an adapter changes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf2mnn.checkpoint.fetch import AdapterSource, errors_name, link_files, merge_adapter
+from hf2mnn.checkpoint.folder import Checkpoint, checkpoint_files
+from hf2mnn.checkpoint.hub.base import gather, hub_named, pin_repository
+from hf2mnn.checkpoint.hub.pin import Pin, load_pin
+from hf2mnn.checkpoint.preflight import check_checkpoint
+from hf2mnn.checkpoint.room import check_room
+from hf2mnn.core.errors import CheckpointError
+from hf2mnn.core.stage import Stage, open_stage
+from hf2mnn.machine.footprint import Footprint
+from hf2mnn.stages import conversion_memory_mb
+
+STAGE = Stage("fetch", tools=("torch", "transformers", "numba"), footprint=Footprint(700, 0, 240, 30))
+
+
+def run(
+    destination: Path,
+    path: Path | None = None,
+    repository: str | None = None,
+    revision: str | None = None,
+    hub: str = "huggingface",
+    pin: Path | None = None,
+    files: Path | None = None,
+    adapter: AdapterSource | None = None,
+) -> Path:
+    """Link the files of a checkpoint into `destination`; each file of a hub is checked by its size and hash.
+
+    Args:
+        destination: Output folder.
+        path: Local checkpoint folder.
+        repository: owner/name on a hub.
+        revision: Commit, tag or branch; None for the hub's default branch.
+        hub: "huggingface" or "modelscope".
+        pin: File of `hf2mnn pin`, in place of repository and revision.
+        files: Folder of user-provided files: those that match are used and not downloaded.
+        adapter: LoRA adapter to merge.
+
+    Raises:
+        CheckpointError: The checkpoint or adapter is missing, incomplete, inconsistent or of an unsupported family.
+    """
+    if [path, repository, pin].count(None) != 2:
+        raise CheckpointError("give either a local folder or a hub repository or a pin as source, exactly one of them")
+    if path is not None:
+        _fetch_folder(destination, Path(path), files, adapter)
+    else:
+        pinned = load_pin(pin) if pin is not None else pin_repository(repository, revision, hub)
+        _fetch_pinned(destination, pinned, files, adapter)
+    return destination
+
+
+def _fetch_folder(destination: Path, path: Path, files: Path | None, adapter: AdapterSource | None) -> None:
+    if files is not None:
+        raise CheckpointError("--files goes with a repository or a pin: files of a local folder are used as they are")
+    if Path(destination).resolve() == path.resolve():
+        raise CheckpointError(f"{destination} is the checkpoint itself; give --out another folder")
+    checkpoint = Checkpoint(path)
+    check_checkpoint(checkpoint)
+    check_room(path, destination, conversion_memory_mb)
+    with open_stage(STAGE, destination, paths={"path": path}, tools=()) as stage:
+        link_files({found.name: found for found in map(Path, checkpoint_files(path))}, stage.folder)
+        if adapter:
+            merge_adapter(checkpoint, adapter, stage.folder, stage.manifest)
+
+
+def _fetch_pinned(destination: Path, pin: Pin, files: Path | None, adapter: AdapterSource | None) -> None:
+    hub = hub_named(pin.hub)
+    found = gather(hub, pin, files)
+    settings = {"hub": pin.hub, "repository": pin.repository, "revision": pin.branch, "commit": pin.revision}
+    with open_stage(STAGE, destination, settings=settings, tools=(hub.package,)) as stage:
+        link_files(found, stage.folder)
+        with errors_name(stage.folder, pin.repository):
+            checkpoint = Checkpoint(stage.folder)
+            check_checkpoint(checkpoint)
+            check_room(stage.folder, destination, conversion_memory_mb)
+            if adapter:
+                merge_adapter(checkpoint, adapter, stage.folder, stage.manifest)

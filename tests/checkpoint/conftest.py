@@ -1,0 +1,59 @@
+"""A small whole checkpoint in two shards, to be broken in many ways, and servers that speak as the hubs do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hf2mnn.checkpoint.synth import Shape, make_checkpoint_like
+from hub_server import Served, serving
+from support import SHAPES_VL
+
+SMALL = Shape(
+    "qwen2_vl",
+    text={
+        "hidden_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 256,
+        "vocab_size": 640,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+    },
+    vision={"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 128},
+    tied=True,
+)
+
+
+@pytest.fixture(scope="session")
+def small_shape() -> Shape:
+    return SMALL
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole checkpoint. Tests only read it."""
+    folder = make_checkpoint_like(SMALL, tmp_path_factory.mktemp("small") / "checkpoint", tokenizer=SHAPES_VL)
+    for name in ("manifest.json", ".hf2mnn"):
+        (folder / name).unlink()
+    return folder
+
+
+@pytest.fixture
+def checkpoint(small: Path, tmp_path: Path) -> Path:
+    """A copy of it, with what a stage must never touch."""
+    folder = Path(shutil.copytree(small, tmp_path / "checkpoint"))
+    (folder / "modeling_x.py").write_text("raise SystemExit('code of a stranger')\n")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    (folder / "README.md").write_text("# A model\n")
+    return folder
+
+
+@pytest.fixture
+def hub(checkpoint: Path) -> Iterator[Served]:
+    """A server of both hubs that has the checkpoint as owner/name."""
+    with serving({path.name: path.read_bytes() for path in checkpoint.iterdir()}) as served:
+        yield served

@@ -1,0 +1,245 @@
+"""The engine's settings: what is chosen, what is refused, and what is written. Predictions are the real engine's; where
+a test needs to know what is fast, the times are given.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf2mnn.core.errors import BundleError, ConfigError, EngineError
+from hf2mnn.core.manifest import MARK, Manifest
+from hf2mnn.evaluation import tune
+from hf2mnn.evaluation.tune import Trial, better, choose, tune_bundle, values_of
+from hf2mnn.mnn.ask import ask_bundle
+from hf2mnn.mnn.bundle import EngineSettings
+from hf2mnn.mnn.convert import WeightFormat
+from hf2mnn.quant.variant import Choice
+from hf2mnn.report.speed import print_tuned
+from hf2mnn.stages.quantize import run as quantize
+
+SMALL = {"prompt_tokens": 8, "answer_tokens": 2, "image_side": 56, "time_limit": 60}
+
+Times = Callable[[dict[str, Any]], list[float]]
+"""Settings over config.json's to seconds of a request, repeat by repeat."""
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    """The float bundle, to change."""
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def int8(onnx_folder: Path, bundle: Path, tmp_path: Path) -> Path:
+    formats = WeightFormat(bits=8, block=32), WeightFormat(bits=8)
+    return quantize(onnx_folder, bundle, tmp_path / "int8", Choice(*formats, EngineSettings("low", "low", 2)), 1)
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> Callable[[Times], list[dict[str, Any]]]:
+    """Sets what each setting takes, on a machine of two cores, and gives the list of what is then timed."""
+
+    def give(times: Times) -> list[dict[str, Any]]:
+        timed: list[dict[str, Any]] = []
+
+        def measure(bundle: Path, settings: dict[str, Any], **_: object) -> dict[str, Any]:
+            repeat = timed.count(settings)
+            timed.append(settings)
+            seconds = times(settings)
+            figures = {"image_s": 0.0, "first_token_s": 0.0, "decode_s": seconds[repeat % len(seconds)]}
+            return {"measures": {**figures, "decode_tokens_per_s": 1.0}}
+
+        monkeypatch.setattr(tune, "measure", measure)
+        monkeypatch.setattr(tune, "cores", lambda: 2)
+        return timed
+
+    return give
+
+
+def faster(key: str, value: Any) -> Times:
+    return lambda settings: [0.5 if settings.get(key) == value else 1.0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# What is chosen
+
+
+def test_the_fastest_setting_is_written_for_both_parts(copy: Path, given: Callable, tmp_path: Path) -> None:
+    """The manifest still vouches for the bundle, the bundle still answers, and a link to its old file is untouched."""
+    given(faster("thread_num", 1))
+    os.link(copy / "config.json", tmp_path / "shared.json")
+    before, answer = contents(copy), ask_bundle(copy, "What?", [], 4)
+    tuned = tune_bundle(copy, ["thread_num"], **SMALL)
+    config = json.loads((copy / "config.json").read_text())
+    assert tuned.changed == {"thread_num": 1}
+    assert config == {**json.loads(before["config.json"]), "thread_num": 1, "mllm": {**config["mllm"], "thread_num": 1}}
+    assert (tmp_path / "shared.json").read_bytes() == before["config.json"]
+    manifest = Manifest.load(copy)
+    assert manifest.verify() == copy
+    described = manifest.results["tuned"]
+    assert described["settings"] == {"thread_num": 1}
+    assert described["seconds"] == {"before": 1.0, "after": 0.5}
+    changed = {name for name, content in contents(copy).items() if content != before[name]}
+    assert changed == {"config.json", "manifest.json"}
+    assert ask_bundle(copy, "What?", [], 4) == answer
+
+
+def test_a_bundle_that_was_copied_without_its_hidden_files_is_tuned_as_well(copy: Path, given: Callable) -> None:
+    """As `cp BUNDLE/* ELSEWHERE` leaves it."""
+    (copy / MARK).unlink()
+    given(faster("thread_num", 1))
+    assert tune_bundle(copy, ["thread_num"], **SMALL).changed == {"thread_num": 1}
+    assert Manifest.load(copy).verify() == copy and not (copy / MARK).exists()
+
+
+def test_a_dry_run_leaves_every_byte(copy: Path, given: Callable) -> None:
+    given(faster("thread_num", 1))
+    before = contents(copy)
+    assert tune_bundle(copy, ["thread_num"], **SMALL, dry_run=True).changed == {"thread_num": 1}
+    assert contents(copy) == before
+
+
+def test_within_the_spread_the_present_settings_stay(copy: Path, given: Callable) -> None:
+    """A tenth faster in the median, where repeats differ by a half."""
+    given(lambda settings: [0.6, 0.9, 1.2] if settings else [0.8, 1.0, 1.4])
+    before = contents(copy)
+    tuned = tune_bundle(copy, ["thread_num", "precision"], **SMALL)
+    assert tuned.changed == {} and tuned.after is None
+    assert "the present settings stay" in tuned.verdict
+    assert contents(copy) == before
+
+
+def test_what_was_luck_does_not_pass_the_second_timing(copy: Path, given: Callable) -> None:
+    """Fast in its group (5 repeats), and no longer so when the whole is timed against the present settings."""
+    given(lambda settings: [0.5] * 5 + [1.0] * 5 if settings else [1.0])
+    tuned = tune_bundle(copy, ["thread_num"], **SMALL)
+    assert [trial.median for trial in tuned.trials if trial.group == "in all"] == [1.0, 1.0]
+    assert tuned.changed == {} and "the present settings stay" in tuned.verdict
+
+
+def test_settings_are_tried_from_the_best_so_far(copy: Path, given: Callable) -> None:
+    """In turns within a group, each repeat beginning with the next one."""
+    timed = given(faster("thread_num", 2))
+    tune_bundle(copy, ["thread_num", "precision"], **SMALL, repeats=2)
+    present, one, two = {}, {"thread_num": 1}, {"thread_num": 2}
+    low, normal = {**two, "precision": "low"}, {**two, "precision": "normal"}
+    assert timed[:6] == [present, one, two, one, two, present]
+    assert timed[6:12] == [two, low, normal, low, normal, two]
+    assert timed[12:] == [present, two, two, present]
+
+
+@pytest.mark.parametrize(
+    ("present", "other", "chosen"),
+    [
+        ([1.0, 1.0, 1.0], [0.9, 0.9, 0.9], True),
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], False),
+        ([1.0, 1.0, 1.0], [1.1, 1.1, 1.1], False),
+        ([0.8, 1.0, 1.2], [0.9, 0.9, 0.9], False),
+        ([1.0, 1.0, 1.0], [0.7, 0.9, 1.1], False),
+        ([0.98, 1.0, 1.02], [0.88, 0.9, 0.92], True),
+    ],
+)
+def test_better_is_beyond_the_spread_of_both(present: list[float], other: list[float], chosen: bool) -> None:
+    assert better(Trial("", "", {}, 0, present), Trial("", "", {}, 0, other)) is chosen
+
+
+def test_of_settings_that_are_as_fast_the_most_exact_is_taken() -> None:
+    present = Trial("", "present", {}, 3e-4, [10.0, 10.0, 10.1])
+    coarse, exact = Trial("", "coarse", {}, 5e-4, [5.0, 5.1, 5.3]), Trial("", "exact", {}, 1e-4, [5.0, 5.2, 5.3])
+    late = Trial("", "late", {}, 0, [9.0, 9.1, 9.2])
+    assert choose(present, [coarse, exact, late]) is exact
+    assert choose(present, [coarse, late]) is coarse
+    assert choose(exact, [late, present]) is exact
+    # Rounding is no reason: of equal divergence the faster.
+    again = Trial("", "again", {}, 1e-4 + 1e-9, [5.0, 5.1, 5.2])
+    assert choose(present, [exact, again]) is again
+
+
+def test_real_times_decide_by_the_same_rule(copy: Path) -> None:
+    tuned = tune_bundle(copy, ["thread_num"], **SMALL, repeats=2, dry_run=True)
+    assert all(len(trial.seconds) == 2 and min(trial.seconds) > 0 for trial in tuned.trials)
+    assert all(len(trial.peak_mb) in (0, 2) for trial in tuned.trials)
+    assert bool(tuned.changed) == (tuned.after is not None)
+    if tuned.after:
+        assert better(tuned.before, tuned.after)
+
+
+# What is refused
+
+
+def test_a_setting_that_changes_answers_is_refused(copy: Path, given: Callable) -> None:
+    """A cache in 8 bits: the fastest, and not timed where nothing may change."""
+    timed = given(faster("attention_mode", 10))
+    before = contents(copy)
+    tuned = tune_bundle(copy, ["attention_mode"], **SMALL, max_kld=0)
+    refused = next(trial for trial in tuned.trials if trial.label == "10")
+    assert refused.kld > 0 and refused.seconds == [] and not refused.chosen
+    assert {"attention_mode": 10} not in timed
+    assert tuned.changed == {} and contents(copy) == before
+    said = io.StringIO()
+    print_tuned(tuned, written=True, file=said)
+    assert "refused" in said.getvalue() and "written" not in said.getvalue()
+
+
+@pytest.mark.slow
+def test_a_wider_bound_lets_it_pass(copy: Path, given: Callable) -> None:
+    given(faster("attention_mode", 10))
+    tuned = tune_bundle(copy, ["attention_mode"], **SMALL, max_kld=10, dry_run=True)
+    assert tuned.changed == {"attention_mode": 10}
+    assert tuned.before.kld == 0 < tuned.after.kld
+
+
+def test_settings_that_miss_the_bound_give_way_to_exact_ones(int8: Path, given: Callable) -> None:
+    """However slow those are; left out, the bound is what the bundle has."""
+    given(lambda settings: [2.0 if settings else 1.0])
+    assert tune_bundle(int8, ["thread_num"], **SMALL, dry_run=True).changed == {}
+    tuned = tune_bundle(int8, ["thread_num"], **SMALL, max_kld=1e-12)
+    assert tuned.changed == {"precision": "high", "memory": "high"}
+    assert tuned.before.kld > 1e-12 >= tuned.after.kld
+    assert "do not keep the bound" in tuned.verdict
+    config = json.loads((int8 / "config.json").read_text())
+    assert config["memory"] == config["mllm"]["memory"] == "high"
+    Manifest.load(int8).verify()
+
+
+def test_settings_that_mean_nothing_for_a_bundle_are_not_tried() -> None:
+    assert values_of("memory", False, "high", 2) == values_of("dynamic_option", False, "high", 2) == []
+    assert values_of("memory", True, "low", 2) == ["low", "high"]
+    assert values_of("dynamic_option", True, "high", 2) == []
+    assert [values_of("thread_num", True, "low", cores) for cores in (1, 2, 6, 8)] == [
+        [1],
+        [1, 2],
+        [1, 2, 4, 6],
+        [1, 2, 4, 8],
+    ]
+
+
+def test_a_setting_that_there_is_not(copy: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no setting 'chunk'.*thread_num"):
+        tune_bundle(copy, ["chunk"])
+
+
+def test_a_bundle_that_is_not_whole_is_refused(copy: Path) -> None:
+    (copy / "config.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"config\.json is not the file that was made"):
+        tune_bundle(copy)
+
+
+def test_a_bundle_that_does_not_load_is_named(copy: Path) -> None:
+    (copy / "llm.mnn").write_bytes(b"no graph")
+    manifest = Manifest.load(copy)
+    manifest.folder = None
+    manifest.save(copy)
+    with pytest.raises(EngineError, match=rf"{copy} cannot be tuned: "):
+        tune_bundle(copy, ["thread_num"], **SMALL)
