@@ -1,22 +1,22 @@
-"""Compare methods of quantization with each other and with the MNN converter's own, in one run on one machine.
+"""Compare methods of quantization with each other and with those of MNN's converter, in one run on one machine.
 
-    shapes-vl     the embedded model, decoder and vision tower with the same bits and block, judged in the engine by
-                  636 questions of its own world
-    student-t     one layer of 1024 x 1536 weights, Student-t with 6 degrees of freedom: no activations, no answers
+    shapes-vl     the embedded model, decoder and vision tower with the same bits and block, evaluated in the engine by
+                  636 questions about its images
+    student-t     one layer of 1024 x 1536 weights, Student-t with 6 degrees of freedom; weight errors only
     qwen2-vl-2b   the decoder of a model of Qwen2-VL-2B's shape with random weights, 4 bits: time and memory
 
 quant.csv has a row for each tool, method, bits and block: weight_error, the norm of all weights' errors over that of
-the weights; mean_kld in nats and top1_agreement against PyTorch float32, as the bundle's config.json lets the engine
-run; bytes of the weight files; seconds and peak_rss_mb of the quantization alone. Other figures of the same answers are
-in quant-answers.csv, and in quant-ratios.csv each mean_kld over that of the converter's hqq with the same bits and
-block: both answered the same questions, so a ratio is surer than the two that it is made of.
+the weights; mean_kld in nats and top1_agreement against PyTorch float32, with the bundle's engine settings; bytes of
+the weight files; seconds and peak_rss_mb of the quantization alone. quant-answers.csv has more figures of the same
+answers. quant-ratios.csv has each mean_kld over that of the converter's hqq with the same bits and block: both answered
+the same questions, so a ratio is more precise than its two terms.
 
-hf2mnn quantizes a float model of MNN; recording activations for awq and gptq is not in its seconds. The converter
-quantizes only while it converts from ONNX, so its seconds hold the conversion; its row "float" is that conversion
-without quantization. Memory is the peak of one process: of Python with its libraries (some 300 MB) for hf2mnn, of the
-converter itself for the converter.
+hf2mnn quantizes a float model of MNN; recording inputs for awq and gptq is not in its seconds. The converter quantizes
+only while it converts from ONNX, so its seconds include the conversion; its row "float" is that conversion without
+quantization. Memory is the peak of one process: for hf2mnn of Python with its libraries (some 300 MB), else of the
+converter itself.
 
-A row that was measured on this machine with the present code and tools is kept.
+A row that was measured on this machine with the current code and tools is kept.
 """
 
 from __future__ import annotations
@@ -47,36 +47,38 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
 
+import mnn_quantizer
 from hf2mnn.core.errors import Hf2mnnError
-from hf2mnn.core.files import whole_file, whole_folder
+from hf2mnn.core.files import atomic_file, atomic_folder
 from hf2mnn.core.fingerprint import fingerprint
-from hf2mnn.core.manifest import Manifest, stage_folder, tool_versions
-from hf2mnn.evaluation.names import LOGITS, POSITIONS, SUMMARY
-from hf2mnn.families import family_named
+from hf2mnn.core.stage import open_stage
+from hf2mnn.evaluation.findings import POSITIONS, SUMMARY
+from hf2mnn.families import get_family
 from hf2mnn.machine.hardware import cores, describe_machine
 from hf2mnn.mnn import convert
 from hf2mnn.mnn.bundle import (
     DECODER,
+    GRAPHS,
     PARTS,
     TOKENIZER,
-    TOOLS,
     VISION,
     EngineSettings,
     convert_decoder,
-    convert_vision,
-    describe,
     write_configs,
     write_embedding,
 )
-from hf2mnn.mnn.convert import WeightFormat, convert_onnx, write_graph
+from hf2mnn.mnn.convert import convert_onnx, read_graph, write_graph
 from hf2mnn.mnn.tokenizer import write_tokenizer
 from hf2mnn.quant.blob import pack, unpack
-from hf2mnn.quant.folding import Scales, folded_points
+from hf2mnn.quant.folding import Scales, folded_tap_points
+from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.gptq import gptq_rows
 from hf2mnn.quant.methods import CALIBRATED, Methods
 from hf2mnn.quant.rounding import round_rows
 from hf2mnn.quant.variant import Choice, Part
+from hf2mnn.quant.weights import WeightFile, operators
 from hf2mnn.quant.write import write_weights
+from hf2mnn.stages import stage_named
 from hf2mnn.stages.quantize import run as quantize
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -90,17 +92,17 @@ ANSWERS = ["mean_kld_low", "mean_kld_high", "median_kld", "greedy_match", "task_
 
 ENGINE = EngineSettings("low", "low")
 SHAPE, DEGREES, SEED = (1024, 1536), 6, 0
-"""Of the Student-t weights: outputs and inputs."""
+"""Shape [outputs, inputs], degrees of freedom and seed of the Student-t weights."""
 CALIBRATION_ROWS = 4096
 ROWS_AT_ONCE = 4096
 RESAMPLES = 2000
 NEEDS_GB, WORKS_GB = 35, 10
-"""Disk for the 2B shape: from nothing, and beside checkpoint, ONNX and float model."""
+"""Free disk space for the 2B shape: for all folders, and if those up to the graphs exist."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row. `method` "float" is the converter's float32 model."""
+    """A row of quant.csv. `method` "float" is the converter's float32 model."""
 
     data: str
     tool: str
@@ -118,7 +120,7 @@ class Case:
 
 
 def cases(data: str, full: bool) -> list[Case]:
-    """The grid, without methods that have nothing to go by; `full` has more blocks where each is to be evaluated."""
+    """Return the rows of a data set; `full` adds blocks of 32 and of a channel to shapes-vl."""
     methods = [(OURS, "rtn"), (OURS, "hqq"), (OURS, "mse"), (CONVERTER, "rtn"), (CONVERTER, "hqq")]
     if data == SHAPES_VL:
         # 128 does not divide the 192 inputs of its vision tower.
@@ -132,52 +134,52 @@ def cases(data: str, full: bool) -> list[Case]:
     return [Case(data, CONVERTER, "float", 32, 0), *grid]
 
 
-# What is measured: in a process of its own, so that its peak is its own.
+# Measurements, each in a process of its own because of its peak memory
 
 
 def load_kernels() -> None:
-    """Let numba compile, or read what it has compiled before: that is not part of a quantization."""
-    rows, upper = np.ones((8, 16), np.float32), np.eye(16, dtype=np.float32)
-    levels = [round_rows(rows, 4, 16, False, 16, "mse"), gptq_rows(rows, 4, 16, False, 16, upper)]
-    unpack(pack(levels[0].levels, 4), rows.size, 4)
+    """Compile the kernels or load them from the cache, which is not a part of quantization."""
+    rows, Hinv = np.ones((8, 16), np.float32), np.eye(16, dtype=np.float32)
+    gptq_rows(rows, 4, 16, False, 16, Hinv)
+    unpack(pack(round_rows(rows, 4, 16, False, 16, "mse").q, 4), rows.size, 4)
 
 
 def _peak_kb(status: str) -> int:
-    """The largest of the peaks in texts of /proc/self/status. What wait4 says of a process begins with its parent's."""
+    """Return the largest peak in texts of /proc/self/status; that of wait4 would include the parent's memory."""
     return max(map(int, re.findall(r"VmHWM:\s+(\d+) kB", status)))
 
 
 def _timed(job: Callable[..., None], case: Case, *arguments: Any) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        noted = Path(name, "status")
-        # The converter's own peak is not to be had from outside.
-        convert.CALL += f"; open({str(noted)!r}, 'a').write(open('/proc/self/status').read())"
+        status = Path(name, "status")
+        # Only the converter itself can read its peak.
+        convert.CALL += f"; open({str(status)!r}, 'a').write(open('/proc/self/status').read())"
         if case.tool == OURS:
             load_kernels()
         started = time.monotonic()
         job(case, *arguments)
         seconds = time.monotonic() - started
-        peak = _peak_kb(noted.read_text() + (Path("/proc/self/status").read_text() if case.tool == OURS else ""))
+        peak = _peak_kb(status.read_text() + (Path("/proc/self/status").read_text() if case.tool == OURS else ""))
     return {"seconds": round(seconds, 2), "peak_rss_mb": round(peak / 1024, 1)}
 
 
 def timed(job: Callable[..., None], case: Case, *arguments: Any) -> dict[str, float]:
-    """Seconds of `job(case, *arguments)` in a new process, and the peak in MB of the process that does the work."""
+    """Run `job(case, *arguments)` in a new process; return seconds and peak memory of the quantization."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["hf2mnn.quant.stages", "hf2mnn.mnn.bundle", "rich.table"])
+    processes.set_forkserver_preload(["hf2mnn.quant.variant", "hf2mnn.mnn.bundle", "rich.table"])
     with ProcessPoolExecutor(1, mp_context=processes) as pool:
         return pool.submit(_timed, job, case, *arguments).result()
 
 
 def quantize_bundle(case: Case, root: Path, folder: Path, threads: int) -> None:
-    """Ours, of both parts of the float bundle in `root`."""
-    activations = root / "activations" if case.method in CALIBRATED else None
-    quantize(root / "onnx", root / "base", folder, Choice(case.form, case.form, ENGINE), threads, activations)
+    """Quantize both parts by hf2mnn."""
+    inputs = root / "inputs" if case.method in CALIBRATED else None
+    quantize(root / "onnx", root / "graphs", folder, Choice(case.form, case.form, ENGINE), threads, inputs)
 
 
 def quantize_decoder(case: Case, root: Path, folder: Path, threads: int) -> None:
-    """Ours, of the float decoder in `root`."""
-    part, methods = Part("decoder", root / "onnx", root / "base"), Methods()
+    """Quantize the decoder by hf2mnn."""
+    part, methods = Part("decoder", root / "onnx", root / "graphs"), Methods()
     formats = part.formats(Choice(case.form, case.form, ENGINE), methods)
     folder.mkdir(parents=True)
     weights = folder / f"{part.file}.weight"
@@ -186,30 +188,29 @@ def quantize_decoder(case: Case, root: Path, folder: Path, threads: int) -> None
 
 
 def convert_parts(case: Case, root: Path, folder: Path) -> None:
-    """The converter's, of the graphs in `root`."""
+    """Quantize the graphs by MNN's converter."""
     onnx_folder = root / "onnx"
     if case.data == STUDENT_T:
-        convert_onnx(onnx_folder / "decoder.onnx", folder / DECODER, case.form)
+        mnn_quantizer.convert(onnx_folder / "decoder.onnx", folder / DECODER, case.form)
     else:
-        convert_decoder(onnx_folder, folder, model_facts(root)["num_hidden_layers"], case.form)
+        mnn_quantizer.convert_decoder(onnx_folder, folder, model_info(root)["num_hidden_layers"], case.form)
     if case.data == SHAPES_VL:
-        convert_vision(onnx_folder, folder, case.form)
+        mnn_quantizer.convert_vision(onnx_folder, folder, case.form)
 
 
 def convert_bundle(case: Case, root: Path, folder: Path) -> dict[str, float]:
-    """Time the converter, and put what it gives into a bundle; embedding and tokenizer are no part of the time."""
-    inputs = {"onnx": Manifest.load(root / "onnx").digest()}
-    manifest = Manifest("mnn", inputs, describe(case.form, case.form, ENGINE), tool_versions(*TOOLS))
-    with stage_folder(folder, manifest) as partial:
-        took = timed(convert_parts, case, root, partial)
-        write_embedding(root / "onnx", partial)
-        write_tokenizer(root / "onnx", partial / TOKENIZER)
-        write_configs(partial, model_facts(root), ENGINE)
-    return took
+    """Make a bundle by MNN's converter; embedding and tokenizer are not timed."""
+    settings = Choice(case.form, case.form, ENGINE).settings()
+    with open_stage(stage_named("quantize"), folder, {"onnx": root / "onnx"}, settings) as stage:
+        costs = timed(convert_parts, case, root, stage.folder)
+        write_embedding(root / "onnx", stage.folder)
+        write_tokenizer(root / "onnx", stage.folder / TOKENIZER)
+        write_configs(stage.folder, model_info(root), ENGINE)
+    return costs
 
 
 def make(case: Case, root: Path, folder: Path, threads: int) -> dict[str, float]:
-    """Quantize into `folder`, and give what that took."""
+    """Quantize into `folder`; return seconds and peak memory."""
     if case.tool == OURS:
         return timed(quantize_bundle if case.data == SHAPES_VL else quantize_decoder, case, root, folder, threads)
     if case.data == SHAPES_VL:
@@ -218,39 +219,42 @@ def make(case: Case, root: Path, folder: Path, threads: int) -> dict[str, float]
     return timed(convert_parts, case, root, folder)
 
 
-# What came of it.
+# Results
 
 
 def _folded(root: Path, folder: Path) -> Scales:
-    """The scales of channels that awq has folded into the weights of `folder`, none for other methods."""
-    scales, points = Scales(), folded_points(folder)
-    if points:
-        model = model_facts(root)
-        for fold in family_named(model["model_type"], folder).folds(model):
-            if fold.producer in points:
-                scales.add(fold, points[fold.producer])
+    """Return the channel scales that awq has folded into the weights of `folder`; other methods have none."""
+    scales, factors = Scales(), folded_tap_points(folder)
+    if factors:
+        model = model_info(root)
+        for fold in get_family(model["model_type"], folder).folds(model):
+            if fold.smooth_layer in factors:
+                scales.add(fold, factors[fold.smooth_layer])
     return scales
 
 
 def weight_error(root: Path, folder: Path) -> float:
-    """Norm of the errors of all weights of `folder`, over the norm of the float model's."""
+    """Return the norm of the errors of all weights of `folder` over the norm of the float weights."""
     error, norm, scales = 0.0, 0.0, _folded(root, folder)
     for name in [name for name, (file, _) in PARTS.items() if (folder / file).is_file()]:
-        right, made = (Part(name, root / "onnx", place) for place in (root / "base", folder))
+        part = Part(name, root / "onnx", root / "graphs")
+        graph = read_graph(folder / part.file)
+        file = WeightFile(graph, folder / f"{part.file}.weight")
         # The patch embedding is two operators of one name.
-        for wanted, found in zip(right.operators, made.operators, strict=True):
-            columns = scales.columns.get(found.name, np.ones(found.inputs, np.float32))
-            rows = scales.rows.get(found.name, np.ones(found.outputs, np.float32))
-            whole = made.weights.rows(found)
-            for begin in range(0, found.outputs, ROWS_AT_ONCE):
-                span = slice(begin, min(begin + ROWS_AT_ONCE, found.outputs))
-                weights = right.weights.rows(wanted, span.start, span.stop)
-                error += float(np.square(whole[span] * rows[span, None] / columns - weights).sum(dtype=np.float64))
+        for exact, stored in zip(part.operators, operators(graph, part.modules), strict=True):
+            columns = scales.columns.get(stored.name, np.ones(stored.inputs, np.float32))
+            rows = scales.rows.get(stored.name, np.ones(stored.outputs, np.float32))
+            quantized = file.rows(stored)
+            for begin in range(0, stored.outputs, ROWS_AT_ONCE):
+                span = slice(begin, min(begin + ROWS_AT_ONCE, stored.outputs))
+                weights = part.weights.rows(exact, span.start, span.stop)
+                restored = quantized[span] * rows[span, None] / columns
+                error += float(np.square(restored - weights).sum(dtype=np.float64))
                 norm += float(np.square(weights).sum(dtype=np.float64))
     return (error / norm) ** 0.5
 
 
-def model_facts(root: Path) -> dict[str, Any]:
+def model_info(root: Path) -> dict[str, Any]:
     return json.loads((root / "onnx" / "model.json").read_text())
 
 
@@ -264,27 +268,26 @@ def evaluation_folder(root: Path, case: Case) -> Path:
 
 
 def answers(case: Case, root: Path, folder: Path) -> dict[str, Any]:
-    """The evaluation of a bundle, as its summary.json has it.
+    """Evaluate a bundle; return the content of summary.json.
 
     Raises:
-        Hf2mnnError: the engine does not run it.
+        Hf2mnnError: The engine does not run the bundle.
     """
     from hf2mnn.stages.evaluate import run as evaluate
 
-    place = evaluation_folder(root, case)
-    evaluate(root / "reference", root / "onnx", place, folder, threads=1, time_limit=3600)
-    summary = json.loads((place / SUMMARY).read_text())
-    (place / LOGITS).unlink()
+    destination = evaluation_folder(root, case)
+    evaluate(root / "reference", root / "onnx", destination, folder, threads=1, time_limit=3600)
+    summary = json.loads((destination / SUMMARY).read_text())
     if summary["fault"]:
         raise Hf2mnnError(f"{case.name}: {summary['fault']}")
     return summary
 
 
-# What is kept: a file for each row, of which the tables are made.
+# Measured rows: a file for each, and the tables
 
 
 class Rows:
-    """Measured rows under `folder`/rows, and the tables beside them."""
+    """Measured rows in `folder`/rows, and the tables in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -292,39 +295,41 @@ class Rows:
     def _path(self, case: Case) -> Path:
         return self.folder / "rows" / f"{case.name}.json"
 
-    def has(self, case: Case, circumstances: dict[str, Any]) -> bool:
-        """Whether the row was measured under these circumstances."""
+    def has(self, case: Case, conditions: dict[str, Any]) -> bool:
+        """Return whether the row was measured under these conditions."""
         path = self._path(case)
-        return path.is_file() and json.loads(path.read_text())["circumstances"] == circumstances
+        return path.is_file() and json.loads(path.read_text())["conditions"] == conditions
 
-    def put(self, case: Case, circumstances: dict[str, Any], figures: dict[str, Any]) -> None:
-        with whole_file(self._path(case)) as path:
-            record = {**asdict(case), **figures, "circumstances": circumstances}
+    def put(self, case: Case, conditions: dict[str, Any], figures: dict[str, Any]) -> None:
+        with atomic_file(self._path(case)) as path:
+            record = {**asdict(case), **figures, "conditions": conditions}
             path.write_text(json.dumps(record, indent=1) + "\n")
         table = self.table()
         for name, columns in (("quant.csv", COLUMNS), ("quant-answers.csv", [*KEY, *ANSWERS])):
             rows = table[table["data"] == SHAPES_VL] if columns != COLUMNS else table
-            with whole_file(self.folder / name) as path:
+            with atomic_file(self.folder / name) as path:
                 rows[columns].to_csv(path, index=False, float_format="%.6g")
 
     def table(self) -> pd.DataFrame:
-        """All rows that there are, in the order of the grid."""
+        """Return all rows in the order of the grid."""
         records = [json.loads(path.read_text()) for path in (self.folder / "rows").glob("*.json")]
-        order = {case: place for place, case in enumerate(c for data in DATA for c in cases(data, full=True))}
+        order = {case: index for index, case in enumerate(c for data in DATA for c in cases(data, full=True))}
         records = [record for record in records if Case(*(record[name] for name in KEY)) in order]
         records.sort(key=lambda record: order[Case(*(record[name] for name in KEY))])
         return pd.DataFrame(records, columns=[*COLUMNS, *ANSWERS])
 
 
 def ratios(table: pd.DataFrame, root: Path) -> pd.DataFrame:
-    """KEY, kld_ratio, kld_ratio_low, kld_ratio_high of what was evaluated in `root`: mean_kld over that of the
-    converter's hqq with the same bits and block, and its 95 % interval, from examples drawn for both alike.
+    """Return KEY, kld_ratio, kld_ratio_low, kld_ratio_high of the rows that were evaluated in `root`.
+
+    The ratio is mean_kld over that of the converter's hqq with the same bits and block. Its 95 % interval is a paired
+    bootstrap over examples.
     """
 
     def sums(case: Case) -> np.ndarray:
         return pd.read_parquet(evaluation_folder(root, case) / POSITIONS).groupby("id")["kld"].sum().to_numpy()
 
-    found = []
+    results = []
     for case in (Case(*row) for row in table.loc[table["mean_kld"].notna() & (table["bits"] < 16), KEY].to_numpy()):
         other = replace(case, tool=CONVERTER, method="hqq")
         if case != other and all((evaluation_folder(root, c) / POSITIONS).is_file() for c in (case, other)):
@@ -332,47 +337,49 @@ def ratios(table: pd.DataFrame, root: Path) -> pd.DataFrame:
             count = len(own)
             drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
             low, high = np.quantile(drawn @ own / (drawn @ theirs), [0.025, 0.975])
-            found.append((*asdict(case).values(), own.sum() / theirs.sum(), low, high))
-    return pd.DataFrame(found, columns=[*KEY, "kld_ratio", "kld_ratio_low", "kld_ratio_high"])
+            results.append((*asdict(case).values(), own.sum() / theirs.sum(), low, high))
+    return pd.DataFrame(results, columns=[*KEY, "kld_ratio", "kld_ratio_low", "kld_ratio_high"])
 
 
-def circumstances_of(base: str, threads: int) -> dict[str, dict[str, Any]]:
-    """By tool what a row depends on beside its case; `base` names what its data were made of."""
+def conditions_of(data: str, threads: int) -> dict[str, dict[str, Any]]:
+    """Return by tool what a row depends on beside its case; `data` identifies its inputs."""
     machine = describe_machine()
-    found = {name: machine[name] for name in ("cpu", "cores", "MNN")} | {"base": base}
-    return {OURS: found | {"code": fingerprint("quantize"), "threads": threads}, CONVERTER: found}
+    shared = {name: machine[name] for name in ("cpu", "cores", "MNN")} | {"data": data}
+    code = fingerprint(stage_named("quantize"))
+    return {OURS: shared | {"code": code, "threads": threads}, CONVERTER: shared}
 
 
-# The data: a folder each, with onnx/ and base/, and what else its rows need.
+# Data: a folder each, with onnx/ and graphs/, and other inputs of its rows
 
 
 def prepare_student_t(root: Path, shape: tuple[int, int] = SHAPE) -> str:
     weight = np.random.default_rng(SEED).standard_t(DEGREES, shape).astype(np.float32)
-    with whole_folder(root) as folder:
+    with atomic_folder(root) as folder:
         (folder / "onnx").mkdir()
-        (folder / "base").mkdir()
+        (folder / "graphs").mkdir()
         node = helper.make_node("MatMul", ["x", "layer.weight"], ["y"])
-        given, made = (
+        x, y = (
             helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size])
             for name, size in (("x", shape[1]), ("y", shape[0]))
         )
         constant = numpy_helper.from_array(np.ascontiguousarray(weight.T), "layer.weight")
-        graph = helper.make_graph([node], "layer", [given], [made], [constant])
+        graph = helper.make_graph([node], "layer", [x], [y], [constant])
         path = folder / "onnx" / "decoder.onnx"
         onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
-        convert_onnx(path, folder / "base" / DECODER, WeightFormat())
+        graph, weights = GRAPHS["decoder"]
+        convert_onnx(path, folder / "graphs" / weights).save(folder / "graphs" / graph)
     return hashlib.sha256(weight.tobytes()).hexdigest()[:16]
 
 
 def prepare_shapes_vl(root: Path) -> str:
-    """The stages up to the base and the recorded activations; made again where model, sets or code changed."""
-    stages = ("source", "reference", "onnx", "mnn", "activations", "evaluate")
-    digest = hashlib.sha256("".join(map(fingerprint, stages)).encode())
+    """Run the stages up to graphs and recorded inputs, unless model, sets and code are unchanged."""
+    stages = ("fetch", "reference", "export", "convert", "calibrate", "evaluate")
+    digest = hashlib.sha256("".join(fingerprint(stage_named(stage)) for stage in stages).encode())
     for path in sorted(path for path in MODEL.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
         digest.update(path.read_bytes())
-    base, mark = digest.hexdigest()[:16], root / "made"
-    if mark.is_file() and mark.read_text() == base:
-        return base
+    data, mark = digest.hexdigest()[:16], root / "digest"
+    if mark.is_file() and mark.read_text() == data:
+        return data
     from hf2mnn.stages.calibrate import run as record_calibration
     from hf2mnn.stages.convert import run as convert_graphs
     from hf2mnn.stages.export import run as export_onnx
@@ -383,63 +390,66 @@ def prepare_shapes_vl(root: Path) -> str:
     root.mkdir(parents=True)
     program = MODEL / "training" / "make_benchmark.py"
     subprocess.run([sys.executable, program, "--out", root / "questions"], check=True)
-    source = fetch_checkpoint(root / "checkpoint", MODEL)
-    reference = run_reference(source, root / "questions", root / "reference", 64, cores())
-    calibration = run_reference(source, MODEL / "calibration", root / "calibration", 64, cores())
-    record_calibration(source, calibration, reference, root / "activations", CALIBRATION_ROWS, cores())
-    convert_graphs(export_onnx(source, root / "onnx"), root / "base")
-    mark.write_text(base)
-    return base
+    checkpoint = fetch_checkpoint(root / "checkpoint", MODEL)
+    reference = run_reference(checkpoint, root / "questions", root / "reference", 64, cores())
+    calibration = run_reference(checkpoint, MODEL / "calibration", root / "calibration", 64, cores())
+    record_calibration(checkpoint, calibration, reference, root / "inputs", CALIBRATION_ROWS, cores())
+    convert_graphs(export_onnx(checkpoint, root / "onnx"), root / "graphs")
+    mark.write_text(data)
+    return data
 
 
 def prepare_scale(root: Path) -> str:
-    """Whatever there is of checkpoint, source, onnx and base is taken as it is.
+    """Make checkpoint, onnx and graphs; existing folders are used without a check.
 
     Raises:
-        Hf2mnnError: too little space on the disk.
+        Hf2mnnError: The disk has too little free space.
     """
     from hf2mnn.checkpoint.synth import make_checkpoint_like
     from hf2mnn.stages.export import run as export_onnx
     from hf2mnn.stages.fetch import run as fetch_checkpoint
 
     root.mkdir(parents=True, exist_ok=True)
-    whole = (root / "base" / DECODER).is_file()
-    needs, free = WORKS_GB if whole else NEEDS_GB, shutil.disk_usage(root).free / 1e9
+    complete = (root / "graphs" / GRAPHS["decoder"][0]).is_file()
+    needs, free = WORKS_GB if complete else NEEDS_GB, shutil.disk_usage(root).free / 1e9
     if free < needs:
         raise Hf2mnnError(
-            f"{SCALE} needs {needs} GB, and the disk of {root} has {free:.0f} GB free; give --scale a folder elsewhere"
+            f"{SCALE} needs {needs} GB, but the disk of {root} has {free:.0f} GB free; set --scale to a folder on"
+            " another disk"
         )
-    if whole:
+    if complete:
         return "0"
     if not (root / "onnx" / "manifest.json").is_file():
         if not (root / "checkpoint" / "manifest.json").is_file():
             make_checkpoint_like(SCALE, root / "checkpoint", tokenizer=MODEL)
         export_onnx(fetch_checkpoint(root / "checkpoint", root / "checkpoint"), root / "onnx")
-    with whole_folder(root / "base") as folder:
-        convert_decoder(root / "onnx", folder, model_facts(root)["num_hidden_layers"])
+    with atomic_folder(root / "graphs") as folder:
+        convert_decoder(root / "onnx", folder, model_info(root)["num_hidden_layers"])
     return "0"
 
 
 DATA = {SHAPES_VL: prepare_shapes_vl, STUDENT_T: prepare_student_t, SCALE: prepare_scale}
 
 
-def measure(wanted: list[Case], rows: Rows, root: Path, circumstances: dict[str, Any], threads: int) -> None:
-    """Quantize one after another, then evaluate side by side, as many at a time as there are cores."""
+def measure(wanted: list[Case], rows: Rows, root: Path, conditions: dict[str, Any], threads: int) -> None:
+    """Quantize one after the other, then evaluate in parallel, as many at a time as there are cores."""
     work = root / "work"
     for first in range(0, len(wanted), cores()):
-        together, found = wanted[first : first + cores()], {}
+        batch, results = wanted[first : first + cores()], {}
         shutil.rmtree(work, ignore_errors=True)
-        for case in together:
+        for case in batch:
             print(case.name, end=": ", flush=True)
-            took, folder = make(case, root, work / case.name, threads), work / case.name
-            print(f"{took['seconds']} s, {took['peak_rss_mb']:.0f} MB", flush=True)
-            found[case] = took | {"weight_error": weight_error(root, folder), "bytes": weight_bytes(folder)}
-        judged = [case for case in together if case.data == SHAPES_VL]
+            costs, folder = make(case, root, work / case.name, threads), work / case.name
+            print(f"{costs['seconds']} s, {costs['peak_rss_mb']:.0f} MB", flush=True)
+            results[case] = costs | {"weight_error": weight_error(root, folder), "bytes": weight_bytes(folder)}
+        evaluated = [case for case in batch if case.data == SHAPES_VL]
         with ThreadPoolExecutor(cores()) as pool:
-            for case, summary in zip(judged, pool.map(lambda c: answers(c, root, work / c.name), judged), strict=True):
-                found[case] |= {name: summary[name] for name in ("mean_kld", "top1_agreement", *ANSWERS)}
-        for case, figures in found.items():
-            rows.put(case, circumstances[case.tool], figures)
+            for case, summary in zip(
+                evaluated, pool.map(lambda c: answers(c, root, work / c.name), evaluated), strict=True
+            ):
+                results[case] |= {name: summary[name] for name in ("mean_kld", "top1_agreement", *ANSWERS)}
+        for case, figures in results.items():
+            rows.put(case, conditions[case.tool], figures)
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -448,24 +458,24 @@ FORMS |= {"seconds": "{:.2f}", "peak_rss_mb": "{:.0f}"}
 
 
 def print_table(title: str, table: pd.DataFrame) -> None:
-    """Columns that hold something."""
-    shown = Table(title=title)
+    """Print a table without empty columns."""
+    printed = Table(title=title)
     columns = [name for name in table.columns if table[name].notna().any()]
     for name in columns:
-        shown.add_column(name, justify="left" if name in ("tool", "method") else "right")
+        printed.add_column(name, justify="left" if name in ("tool", "method") else "right")
     for row in table.to_dict("records"):
-        shown.add_row(*(FORMS.get(name, "{}" if name in KEY else "{:.2f}").format(row[name]) for name in columns))
-    Console(width=None if sys.stdout.isatty() else 120).print(shown)
+        printed.add_row(*(FORMS.get(name, "{}" if name in KEY else "{:.2f}").format(row[name]) for name in columns))
+    Console(width=None if sys.stdout.isatty() else 120).print(printed)
 
 
 def finish(rows: Rows) -> None:
-    """Print what there is, and write the ratios."""
+    """Print the tables, and write the ratios."""
     table = rows.table()
-    for data, found in table.groupby("data", sort=False):
-        print_table(data, found[COLUMNS[1:]])
+    for data, group in table.groupby("data", sort=False):
+        print_table(data, group[COLUMNS[1:]])
     compared = ratios(table, rows.folder / SHAPES_VL)
     if len(compared):
-        with whole_file(rows.folder / "quant-ratios.csv") as path:
+        with atomic_file(rows.folder / "quant-ratios.csv") as path:
             compared.to_csv(path, index=False, float_format="%.4g")
         print_table(f"{SHAPES_VL}: mean KL divergence over that of the converter's hqq", compared.drop(columns="data"))
 
@@ -479,23 +489,23 @@ def main(arguments: list[str] | None = None) -> None:
   python bench/quant.py student-t --again
   python bench/quant.py qwen2-vl-2b --scale /data/scale""",
     )
-    parser.add_argument("data", nargs="*", metavar="DATA", help=f"{', '.join(DATA)}; left out, the first two")
+    parser.add_argument("data", nargs="*", metavar="DATA", help=f"{', '.join(DATA)}; default: the first two")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "results" / "bench", help="default: results/bench")
     parser.add_argument("--scale", type=Path, help=f"folder for the 2B shape; default: {SCALE} in --out")
-    parser.add_argument("--threads", type=int, default=cores(), help="to quantize with; default: all cores")
-    parser.add_argument("--full", action="store_true", help="shapes-vl with blocks of 32 and of a channel (0) too")
-    parser.add_argument("--again", action="store_true", help="measure what was measured already too")
+    parser.add_argument("--threads", type=int, default=cores(), help="threads of the quantization; default: all cores")
+    parser.add_argument("--full", action="store_true", help="add blocks of 32 and of a channel (0) to shapes-vl")
+    parser.add_argument("--again", action="store_true", help="measure existing rows again")
     args = parser.parse_args(arguments)
     if unknown := [name for name in args.data if name not in DATA]:
-        parser.error(f"there is no {unknown[0]}; these are: {', '.join(DATA)}")
+        parser.error(f"unknown data {unknown[0]!r}; use {', '.join(DATA)}")
     rows = Rows(args.out)
-    # Of processes that are started: two engines' bars over each other say nothing.
+    # Child processes inherit this: two progress bars would overwrite each other.
     os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         for data in args.data or [SHAPES_VL, STUDENT_T]:
             root = args.scale if data == SCALE and args.scale else args.out / data
-            present = circumstances_of(DATA[data](root), args.threads)
+            present = conditions_of(DATA[data](root), args.threads)
             grid = cases(data, args.full)
             wanted = [case for case in grid if args.again or not rows.has(case, present[case.tool])]
             measure(wanted, rows, root, present, args.threads)

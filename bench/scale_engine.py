@@ -1,6 +1,6 @@
-"""One measurement of one bundle, hf2mnn's or llmexport's, in a process of its own: `run_worker` calls `run`.
+"""Engine measurement of one bundle in its own process; `hf2mnn.mnn.engine.run_worker` calls `run`.
 
-Nothing here knows who made the bundle: it is what an application does with `MNN.llm`, the same tokens for all.
+It uses `MNN.llm` as an application does, and is the same for bundles of hf2mnn and llmexport.
 """
 
 from __future__ import annotations
@@ -13,48 +13,50 @@ from typing import Any
 import MNN.llm
 import numpy as np
 
-from hf2mnn.machine.usage import resident_mb
-from hf2mnn.mnn.worker.module import Refused
-from hf2mnn.mnn.worker.overlay import overlay
-from hf2mnn.mnn.worker.session import GARBAGE, image_input
+from hf2mnn.core.errors import BundleFault
+from hf2mnn.machine.usage import own_peak_mb
+from hf2mnn.mnn.engine_facts import GARBAGE_LOGIT, IMAGE_TAG
+from hf2mnn.mnn.worker.session import engine_image, overlay
 
 CLOCK = time.perf_counter
 
 
 def run(job: dict[str, Any]) -> None:
-    """Figures by name into job["result"] (JSON).
+    """Write figures by name to the file job["result"] (JSON).
 
-    job: bundle, settings (over config.json's, for the vision tower too), prompt and answer (token ids), image (its
-    sides in pixels, 0 for none), result. The peak is that of the whole process before it has seen the image.
+    Args:
+        job: bundle; settings, which replace those of config.json, for the vision tower too; prompt and answer, token
+            ids; image, its side in pixels, 0 for none; result. `peak_rss_mb` is the peak of the process before the
+            image.
     """
     started = CLOCK()
     llm = MNN.llm.create(str(overlay(Path(job["bundle"]), job["settings"]) / "config.json"))
     if not llm._c_obj.load():
-        raise Refused(f"MNN's engine does not load {job['bundle']}")
+        raise BundleFault(f"MNN's engine cannot load {job['bundle']}")
     figures = {"load_s": CLOCK() - started}
 
-    def seconds(ids: list[int]) -> float:
-        begun = CLOCK()
-        row = llm.forward(ids).read().reshape(-1)
-        row.argmax()
-        taken = CLOCK() - begun
-        if not np.isfinite(row).all() or np.abs(row).max() > GARBAGE:
-            raise Refused(f"{job['bundle']} answers garbage")
-        return taken
+    def forward_seconds(ids: list[int]) -> float:
+        begin = CLOCK()
+        logits = llm.forward(ids).read().reshape(-1)
+        logits.argmax()
+        elapsed = CLOCK() - begin
+        if not np.isfinite(logits).all() or np.abs(logits).max() > GARBAGE_LOGIT:
+            raise BundleFault(f"{job['bundle']} gives garbage logits")
+        return elapsed
 
     prompt, answer = job["prompt"], job["answer"]
-    for _ in range(2):  # once to warm up
+    for _ in range(2):  # the first run warms up
         llm.reset()
-        figures["prefill_tokens_s"] = len(prompt) / seconds(prompt)
-    figures["decode_tokens_s"] = len(answer) / sum(seconds([token]) for token in answer)
-    figures["peak_rss_mb"] = resident_mb("VmHWM")
+        figures["prefill_tokens_s"] = len(prompt) / forward_seconds(prompt)
+    figures["decode_tokens_s"] = len(answer) / sum(forward_seconds([token]) for token in answer)
+    figures["peak_rss_mb"] = own_peak_mb()
     if side := job["image"]:
         rgb = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-        seen = {"text": "<img>image_0</img>", "images": [image_input(rgb)]}
+        prompt_with_image = {"text": IMAGE_TAG.format(0), "images": [engine_image(rgb)]}
         for _ in range(2):
-            begun = CLOCK()
-            tokens = llm.tokenizer_encode(seen)
-            figures["image_s"] = CLOCK() - begun
+            begin = CLOCK()
+            tokens = llm.tokenizer_encode(prompt_with_image)
+            figures["image_s"] = CLOCK() - begin
         if len(tokens) < 3:
-            raise Refused(f"{job['bundle']} makes no image tokens of an image")
+            raise BundleFault(f"{job['bundle']} encodes an image to no image tokens")
     Path(job["result"]).write_text(json.dumps(figures))

@@ -1,4 +1,4 @@
-"""Small evaluation sets: conversations in which images are named, and the images, drawn at random."""
+"""Small evaluation sets: conversations with names of images, and random images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def turn(images: Collection[str], *parts: str) -> dict[str, Any]:
-    """What a user says: names of `images` are images, anything else is text."""
+    """Return a message of the user: parts that are names of `images` are images, others are text."""
     content = [
         {"type": "image", "image": f"{part}.png"} if part in images else {"type": "text", "text": part}
         for part in parts
@@ -21,7 +21,7 @@ def turn(images: Collection[str], *parts: str) -> dict[str, Any]:
 
 
 def write_set(folder: Path, sizes: dict[str, tuple[int, int]], examples: dict[str, list[dict[str, Any]]]) -> Path:
-    """Write examples.jsonl of `examples` (messages by id), and an image of each of `sizes` (width, height)."""
+    """Write examples.jsonl with `examples` (messages by id), and an image for each of `sizes` (width, height)."""
     random = np.random.default_rng(5)
     for name, (width, height) in sizes.items():
         coarse = Image.fromarray(random.integers(0, 256, (height // 14, width // 14, 3), dtype=np.uint8))

@@ -1,8 +1,8 @@
-"""Small checkpoints of every family's true architecture, with random weights and shapes-vl's tokenizer.
+"""Small checkpoints of every family's architecture, with random weights and the tokenizer of shapes-vl.
 
-Sizes differ from each other wherever they may, so that none is taken for another: heads times head size is not the
-hidden size, there are one, two or eight queries to a key, embeddings tied or not, biases or none, several kinds of
-rotary positions.
+Sizes differ wherever they can, so that none can be mistaken for another: heads times head_dim is not the hidden size,
+there are one, two or eight query heads for each key-value head, embeddings are tied or not, with or without biases,
+with several kinds of rotary positions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_pos
 
 @dataclass(frozen=True)
 class Small(Shape):
-    """`images` are settings of the image processor."""
+    """Checkpoint with settings of the image processor (`images`) and a seed."""
 
     images: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -56,7 +56,7 @@ SHAPES = {
         {"depth": 2, "embed_dim": 96, "num_heads": 3, "hidden_size": 192},
         tied=False,
     ),
-    # Windows of 8 x 8 patches in four blocks of six; yarn stretches the rotary positions.
+    # Windows of 8 x 8 patches in four blocks of six; YaRN scales the rotary positions.
     "qwen2.5-vl": Small(
         "qwen2_5_vl",
         _text(4, 256, 448, 8, 1, None, rope_parameters={**YARN, "mrope_section": [4, 6, 6]}),
@@ -108,7 +108,7 @@ SHAPES = {
 
 
 def configuration(shape: Shape) -> PreTrainedConfig:
-    """Transformers' configuration, with shapes-vl's vocabulary and special tokens."""
+    """Return the configuration of transformers, with the vocabulary and special tokens of shapes-vl."""
     stored = json.loads((SHAPES_VL / "config.json").read_text())
     config = replace(shape, text={key: stored["text_config"][key] for key in TEXT_IDS} | shape.text).config()
     for key in IDS if shape.vision else ():
@@ -117,7 +117,7 @@ def configuration(shape: Shape) -> PreTrainedConfig:
 
 
 def make_small(shape: Small, folder: Path) -> Path:
-    """Write a checkpoint of bfloat16 weights, large enough that its answers differ from prompt to prompt."""
+    """Write a checkpoint with bfloat16 weights, large enough that its answers depend on the prompt."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""What many tests share: the embedded model, small checkpoints of other shapes, and one real run of the pipeline."""
+"""Shared fixtures: the embedded model, small checkpoints of other shapes, and one real run of the pipeline."""
 
 from __future__ import annotations
 
@@ -14,63 +14,81 @@ from hypothesis import settings
 
 from support import SHAPES_VL, TEXT, VISION, Workspace, float_bundle, make_workspace, run_cli
 
-# As the command line does it; torch reads this when it is imported.
+# As in the command line; torch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 settings.register_profile("long")
-"""That of `make fuzz`; see hostile.py."""
+"""Profile of `make fuzz`; see hostile.py."""
+settings.register_profile("quick", max_examples=25, deadline=None)
+if settings.get_current_profile_name() == "default":
+    settings.load_profile("quick")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Workers share the tests file by file, in this order: the pipeline's run begins first, what only reads it comes
-    last, so that no worker waits for another's run; in between, and then, files with many tests come first.
+    """Order the files, which workers take one by one.
+
+    The pipeline's run is first and files that read its results are last, so that no worker waits for it. Among the
+    others, files with many tests are first.
     """
     files: dict[Path, list[pytest.Item]] = {}
     for item in items:
         files.setdefault(item.path, []).append(item)
 
-    def place(path: Path) -> tuple[bool, bool, int, Path]:
+    def order(path: Path) -> tuple[bool, bool, int, Path]:
         reads = any("finished" in item.fixturenames for item in files[path])
         return path.name != "test_pipeline.py", reads, -len(files[path]), path
 
-    items[:] = [item for path in sorted(files, key=place) for item in files[path]]
+    items[:] = [item for path in sorted(files, key=order) for item in files[path]]
 
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    """A workspace in which nothing has run yet."""
+    """Workspace in which nothing has run."""
     return make_workspace(tmp_path / "workspace")
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The real pipeline on the embedded model, run once for all of xdist's workers. Tests only read it.
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Function that fills a folder once for all workers of xdist, and returns it; tests must not change it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
-    HF2MNN_FINISHED names a workspace in which it has run, to be read in place of a new one.
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = root / "shared" / name, root / "shared" / f"{name}.done"
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def finished(make_once: Callable[..., Path]) -> Workspace:
+    """The real pipeline on the embedded model, run once for all workers of xdist. Tests only read it.
+
+    HF2MNN_FINISHED names a workspace of an earlier run to use instead.
     """
     if "HF2MNN_FINISHED" in os.environ:
         return Workspace(Path(os.environ["HF2MNN_FINISHED"]))
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    made = Workspace(root / "pipeline")
-    with FileLock(root / "pipeline.lock"):
-        if not (root / "pipeline.done").exists():
-            make_workspace(made.folder).snakemake(check=True)
-            (root / "pipeline.done").touch()
-    return made
+    made = make_once("pipeline", lambda folder: make_workspace(folder / "ws").snakemake(check=True))
+    return Workspace(made / "ws")
 
 
 @pytest.fixture(scope="session")
 def results(finished: Workspace) -> Path:
-    """results/shapes-vl of the finished pipeline."""
+    """Folder results/shapes-vl of the finished pipeline."""
     return finished.folder / "results" / "shapes-vl"
 
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Builds a Qwen2-VL checkpoint with random weights of any shape, and shapes-vl's tokenizer and processor.
+    """Function that writes a Qwen2-VL checkpoint with random weights, and the tokenizer and processor of shapes-vl.
 
-    `text` and `vision` override settings of the decoder and the vision tower; `tied` says whether lm_head is the
-    embedding.
+    `text` and `vision` override settings of the decoder and the vision tower; with `tied`, lm_head is the embedding.
     """
 
     def make(text: dict | None = None, vision: dict | None = None, tied: bool = True, seed: int = 0) -> Path:
@@ -106,26 +124,54 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 
 @pytest.fixture(scope="session")
-def checkpoint_folder(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small checkpoint with random weights: for the converter, the engine and the quantizer."""
+def checkpoint_folder(make_checkpoint: Callable[..., Path], make_once: Callable[..., Path]) -> Path:
+    """Folder of the fetch stage of a small checkpoint with random weights, which tests only read."""
     from hf2mnn.stages.fetch import run as fetch_checkpoint
 
-    checkpoint = make_checkpoint(text=TEXT, vision=VISION, tied=False)
-    return fetch_checkpoint(tmp_path_factory.mktemp("source") / "source", checkpoint)
+    def make(folder: Path) -> None:
+        fetch_checkpoint(folder / "checkpoint", make_checkpoint(text=TEXT, vision=VISION, tied=False))
+
+    return make_once("source", make) / "checkpoint"
 
 
 @pytest.fixture(scope="session")
-def onnx_folder(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `onnx` stage's folder. Tests only read it."""
+def onnx_folder(checkpoint_folder: Path, make_once: Callable[..., Path]) -> Path:
+    """Folder of its export stage, which tests only read."""
     from hf2mnn.stages.export import run as export_onnx
 
-    return export_onnx(checkpoint_folder, tmp_path_factory.mktemp("onnx") / "onnx")
+    return make_once("onnx", lambda folder: export_onnx(checkpoint_folder, folder / "onnx")) / "onnx"
 
 
 @pytest.fixture(scope="session")
-def bundle(onnx_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The float32 bundle. Tests only read it."""
-    return float_bundle(onnx_folder, tmp_path_factory.mktemp("mnn") / "float")
+def bundle(onnx_folder: Path, make_once: Callable[..., Path]) -> Path:
+    """Its float32 bundle, which tests only read."""
+    return make_once("mnn", lambda folder: float_bundle(onnx_folder, folder / "float")) / "float"
+
+
+@pytest.fixture(scope="session")
+def graphs(bundle: Path) -> Path:
+    """Its folder of the convert stage, which tests only read."""
+    return bundle.with_name("float-graphs")
+
+
+@pytest.fixture(scope="session")
+def model_with_heads(make_checkpoint: Callable[..., Path], make_once: Callable[..., Path]) -> Callable[[int], Path]:
+    """Function that returns the stages of a tied model with so many heads for keys and values, of 4 for queries.
+
+    The folder has checkpoint, onnx, float and float-graphs; tests only read it.
+    """
+    from hf2mnn.stages.export import run as export_onnx
+    from hf2mnn.stages.fetch import run as fetch_checkpoint
+
+    def get(heads: int) -> Path:
+        def make(folder: Path) -> None:
+            checkpoint = make_checkpoint(TEXT | {"num_key_value_heads": heads}, VISION, tied=True)
+            export_onnx(fetch_checkpoint(folder / "checkpoint", checkpoint), folder / "onnx")
+            float_bundle(folder / "onnx", folder / "float")
+
+        return make_once(f"heads-{heads}", make)
+
+    return get
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Small evidence for the tests of the report: conversions in memory, and folders as the stages leave them."""
+"""Small evidence for tests of the report: variants in memory, and folders as the stages write them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pandas as pd
 from safetensors.numpy import save_file
 
 from hf2mnn.core.manifest import Manifest, stage_folder
-from hf2mnn.evaluation import figures, layers, parity
-from hf2mnn.evaluation.score import IMAGE_COLUMNS, POSITION_COLUMNS
+from hf2mnn.evaluation import aggregate, layers
+from hf2mnn.evaluation.score import IMAGE_COLUMNS, PARITY_COLUMNS, POSITION_COLUMNS
 from hf2mnn.reference.golden import PROBES
-from hf2mnn.report.evidence import Evidence, Row
+from hf2mnn.report.evidence import REFERENCE_FOLDER, Evidence, VariantEvidence
 
 SUMMARY: dict[str, Any] = {
     "fault": None,
@@ -35,63 +35,68 @@ SUMMARY: dict[str, Any] = {
     "labelled": 20,
 }
 POINTS = ["model.visual.patch_embed.proj", "model.language_model.layers.2", "model.language_model.layers.10", "lm_head"]
-"""In the order of computation, which is not that of the alphabet."""
+"""Tap points in the order of computation, which is not alphabetical."""
 
 
 def figure_table(**intervals: tuple[float, float, float]) -> pd.DataFrame:
-    """Figures over the whole set: value, low and high by name."""
-    return pd.DataFrame([("all", name, *seen, 100) for name, seen in intervals.items()], columns=figures.COLUMNS)
+    """Return figures over the whole set, given as value, low and high by name."""
+    rows = [("all", name, *interval, 100) for name, interval in intervals.items()]
+    return pd.DataFrame(rows, columns=aggregate.COLUMNS)
 
 
 def layer_table(local: dict[str, float] | None = None, points: list[str] = POINTS) -> pd.DataFrame:
-    """One probe, sound but for the errors `local` that MNN's own operators make, by point; 0.1 is allowed."""
+    """Return layers of a text probe with the given local errors by tap point; others are 1e-6, the tolerance is 0.1."""
     rows = []
     for order, point in enumerate(points):
-        part = "vision" if "visual" in point else "decoder"
-        alone = (local or {}).get(point, 1e-6)
-        errors = {"onnx_error": 1e-6, "onnx_cosine": 1.0, "mnn_error": 0.02, "mnn_cosine": 0.9998, "mnn_local": alone}
-        row = {"probe": "text", "part": part, "order": order, "point": point, "operator": "linear layer", **errors}
-        rows.append(row | {"tolerance": 0.1, "onnx_tolerance": 1e-3, "looks": ""})
+        row = {"probe": "text", "part": "vision" if "visual" in point else "decoder", "order": order, "point": point}
+        row |= {"operator": "linear layer", "onnx_error": 1e-6, "onnx_cosine": 1.0, "mnn_error": 0.02}
+        row |= {"mnn_cosine": 0.9998, "local_error": (local or {}).get(point, 1e-6)}
+        rows.append(row | {"tolerance": 0.1, "onnx_tolerance": 1e-3, "detail": ""})
     return pd.DataFrame(rows, columns=layers.COLUMNS)
 
 
-def finding(sentence: str) -> dict[str, Any]:
-    return {"part": "decoder", "point": None, "sentence": sentence}
-
-
-def make_row(name: str = "int4", findings: tuple[str, ...] = (), diagnosed: bool = True, **summary: Any) -> Row:
-    """A conversion as it is read, with SUMMARY but for what is given."""
-    return Row(
+def make_variant(
+    name: str = "int4", findings: tuple[str, ...] = (), diagnosed: bool = True, **summary: Any
+) -> VariantEvidence:
+    """Return a variant with the figures of SUMMARY, updated by `summary`, and findings with these messages."""
+    return VariantEvidence(
         name=name,
         summary=SUMMARY | summary,
         figures=figure_table(mean_kld=(0.1, 0.08, 0.12)),
         answers=pd.DataFrame(columns=["id", "template_match", "template_difference"]),
         positions=pd.DataFrame(columns=POSITION_COLUMNS),
-        parity=pd.DataFrame(columns=parity.COLUMNS),
+        parity=pd.DataFrame(columns=PARITY_COLUMNS),
         layers=layer_table() if diagnosed else None,
         budget=None,
-        findings=[finding(sentence) for sentence in findings],
+        findings=[{"part": "decoder", "point": None, "message": message} for message in findings],
         manifests={},
     )
 
 
 def make_speed(**measures: tuple[float, float, float]) -> dict[str, Any]:
-    """Of one bundle: median, lowest and highest run by measure."""
+    """Return the speed of one bundle: median, lowest and highest run by measure."""
     names = ("median", "lowest", "highest")
-    return {"measures": {measure: dict(zip(names, seen, strict=True)) for measure, seen in measures.items()}}
+    return {"measures": {measure: dict(zip(names, values, strict=True)) for measure, values in measures.items()}}
 
 
 def make_evidence(
-    rows: list[Row], folder: Path = Path("results/m"), speed: dict[str, Any] | None = None, right: int = 15
+    variants: list[VariantEvidence],
+    folder: Path = Path("results/m"),
+    speed: dict[str, Any] | None = None,
+    right: int = 15,
 ) -> Evidence:
-    """A model of whose 20 labelled questions PyTorch answers `right`; `speed` is what `make_speed` gives, by bundle."""
-    reference = Manifest("reference", results={"labelled": 20, "right": right})
-    return Evidence("m", folder, rows, {"reference": reference}, {"bundles": speed} if speed else None, None)
+    """Return a model with 20 labelled questions, of which PyTorch answers `right`; `speed` is by bundle."""
+    manifests = {REFERENCE_FOLDER: Manifest("reference", results={"labelled": 20, "right": right})}
+    return Evidence("m", folder, variants, manifests, {"bundles": speed} if speed else None, None)
 
 
 def write_reference(folder: Path, tokens: int = 4, larger: dict[str, float] | None = None) -> Path:
-    """What `hf2mnn reference` leaves, with two examples and a text probe of `tokens`; `larger` says by which share the
-    activations at a point are.
+    """Write a reference with two examples and a text probe.
+
+    Args:
+        folder: Output folder.
+        tokens: Tokens of the probe.
+        larger: Relative increase of the activations by tap point.
     """
     record = {"category": "any", "language": "en", "metric": "exact", "answer": "a", "images": []}
     record |= {"messages": [{"role": "user", "content": "Which?"}], "prompt": "Which?"}
@@ -118,36 +123,37 @@ def write_bundle(folder: Path, content: str = "weights") -> Path:
     return folder
 
 
-def write_evaluation(folder: Path, reference: Path, bundle: Path | None, row: Row) -> Path:
-    """What `hf2mnn evaluate` leaves of `row`."""
+def write_evaluation(folder: Path, reference: Path, bundle: Path | None, variant: VariantEvidence) -> Path:
+    """Write the folder of `hf2mnn evaluate`."""
     inputs = {"reference": reference} | ({"bundle": bundle} if bundle else {})
-    manifest = Manifest("evaluate", {name: Manifest.load(path).digest() for name, path in inputs.items()})
-    tables = {"figures": row.figures, "answers": row.answers, "metrics": row.positions, "parity": row.parity}
+    manifest = Manifest("evaluate", inputs={name: Manifest.load(path).digest() for name, path in inputs.items()})
+    tables = {"figures": variant.figures, "answers": variant.answers, "metrics": variant.positions}
+    tables |= {"parity": variant.parity, "images": pd.DataFrame(columns=IMAGE_COLUMNS)}
     with stage_folder(folder, manifest) as partial:
-        (partial / "summary.json").write_text(json.dumps(row.summary))
-        for name, frame in (tables | {"images": pd.DataFrame(columns=IMAGE_COLUMNS)}).items():
+        (partial / "summary.json").write_text(json.dumps(variant.summary))
+        for name, frame in tables.items():
             frame.to_parquet(partial / f"{name}.parquet", index=False)
     return folder
 
 
-def write_diagnosis(folder: Path, reference: Path, bundle: Path, row: Row) -> Path:
-    """What `hf2mnn diagnose` leaves of `row`."""
+def write_diagnosis(folder: Path, reference: Path, bundle: Path, variant: VariantEvidence) -> Path:
+    """Write the folder of `hf2mnn diagnose`."""
     inputs = {"reference": reference, "bundle": bundle}
-    manifest = Manifest("diagnose", {name: Manifest.load(path).digest() for name, path in inputs.items()})
+    manifest = Manifest("diagnose", inputs={name: Manifest.load(path).digest() for name, path in inputs.items()})
     with stage_folder(folder, manifest) as partial:
-        row.layers.to_parquet(partial / "layers.parquet", index=False)
+        variant.layers.to_parquet(partial / "layers.parquet", index=False)
         pd.DataFrame(columns=["source", "mean_kld", "positions"]).to_parquet(partial / "budget.parquet", index=False)
-        (partial / "findings.json").write_text(json.dumps(row.findings))
+        (partial / "findings.json").write_text(json.dumps(variant.findings))
     return folder
 
 
-def write_results(folder: Path, *rows: Row) -> Path:
-    """results/<model> before the report: ONNX Runtime, which has no bundle and no diagnosis, and `rows`."""
-    reference = write_reference(folder / "reference")
-    write_evaluation(folder / "evaluation" / "onnxruntime", reference, None, make_row("onnxruntime", labelled=1))
-    for row in rows:
-        row = replace(row, summary=row.summary | {"labelled": 1})
-        bundle = write_bundle(folder / "bundles" / row.name)
-        write_evaluation(folder / "evaluation" / row.name, reference, bundle, row)
-        write_diagnosis(folder / "diagnosis" / row.name, reference, bundle, row)
+def write_results(folder: Path, *variants: VariantEvidence) -> Path:
+    """Write results/<model> without a report: `variants`, and ONNX Runtime, which has no bundle and no diagnosis."""
+    reference = write_reference(folder / REFERENCE_FOLDER)
+    write_evaluation(folder / "evaluation" / "onnxruntime", reference, None, make_variant("onnxruntime", labelled=1))
+    for variant in variants:
+        variant = replace(variant, summary=variant.summary | {"labelled": 1})
+        bundle = write_bundle(folder / "bundles" / variant.name)
+        write_evaluation(folder / "evaluation" / variant.name, reference, bundle, variant)
+        write_diagnosis(folder / "diagnosis" / variant.name, reference, bundle, variant)
     return folder

@@ -1,4 +1,4 @@
-"""A task for a child process with MNN's engine: what a bundle predicts after single tokens."""
+"""Engine task: the logits of a bundle after single tokens."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from hf2mnn.mnn.worker.session import Engine
+from hf2mnn.mnn.worker.session import ModelSession
 
 
 def run(job: dict[str, Any]) -> None:
-    """float32 [tokens, vocabulary], a row after each of job["tokens"] alone, into job["result"] (npy)."""
-    engine, rows = Engine(Path(job["bundle"])), []
+    """Write float32 [tokens, vocabulary] to job["result"] (npy): a row after each of job["tokens"] alone."""
+    session, rows = ModelSession(Path(job["bundle"])), []
     for token in job["tokens"]:
-        engine.llm.reset()
-        rows.append(engine.logits([token]))
+        session.llm.reset()
+        rows.append(session.logits([token]))
     np.save(job["result"], np.stack(rows))

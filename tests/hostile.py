@@ -1,13 +1,13 @@
-"""Files as somebody makes them who means harm, and what a parser may do with one: give a value, or a sentence.
+"""Strategies for hostile files, and the contract of a parser: return a value or raise a one-line Hf2mnnError.
 
-Most are whole files with something changed, for a parser refuses noise at its first byte.
+Most files are valid ones with some parts changed, because a parser refuses noise at its first byte.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import time
+from _lsprof import Profiler  # the C core of cProfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,44 +15,46 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from hf2mnn.core.errors import LONGEST, Hf2mnnError
+from hf2mnn.core.errors import MAX_MESSAGE, Hf2mnnError
 
-SECONDS = 3.0
-"""Of this thread's own time, for a file of a few kilobytes: a collection of garbage with transformers loaded may take
-one."""
+MAX_CALLS = 1_000_000
+"""Largest number of function calls for a file of a few kilobytes; the largest valid ones need a third."""
 
 
-def cases(short: int = 25, long: int = 7500) -> settings:
-    """How many files a test tries: the same ones each time in `make test`, others in each `make fuzz`."""
-    chosen = settings.get_current_profile_name() == "long"  # which pytest knows when it reads the tests
-    return settings(max_examples=long if chosen else short, derandomize=not chosen, deadline=None, database=None)
+def cases(short: int = 10, long: int = 7500) -> settings:
+    """Return settings for `short` fixed files per test in `make test`, and `long` random ones in `make fuzz`."""
+    fuzz = settings.get_current_profile_name() == "long"  # known when pytest imports the tests
+    return settings(max_examples=long if fuzz else short, derandomize=not fuzz, deadline=None, database=None)
 
 
 @dataclass
 class Tally:
-    """What all tests together have tried."""
+    """Totals of all tests."""
 
     cases: int = 0
     refused: int = 0
-    slowest: float = 0.0
+    most_calls: int = 0
 
 
 TALLY = Tally()
 
 
 def survive(parse: Callable[..., Any], *arguments: Any) -> None:
-    """Fails where a parser neither gives a value nor refuses in one line that a terminal only shows, or takes long."""
-    begun = time.thread_time()
+    """Check that a parser returns or raises a printable one-line error, within `MAX_CALLS` function calls."""
+    profiler = Profiler()
+    profiler.enable(subcalls=False, builtins=True)
     try:
         parse(*arguments)
     except Hf2mnnError as error:
-        sentence = str(error)
-        assert sentence.isprintable()
-        assert len(sentence) <= 6 * LONGEST
+        message = str(error)
+        assert message.isprintable()
+        assert len(message) <= 6 * MAX_MESSAGE
         TALLY.refused += 1
-    spent = time.thread_time() - begun
-    TALLY.cases, TALLY.slowest = TALLY.cases + 1, max(TALLY.slowest, spent)
-    assert spent < SECONDS
+    finally:
+        profiler.disable()
+    calls = sum(entry.callcount for entry in profiler.getstats())
+    TALLY.cases, TALLY.most_calls = TALLY.cases + 1, max(TALLY.most_calls, calls)
+    assert calls < MAX_CALLS
 
 
 def nested(depth: int) -> Any:
@@ -74,10 +76,10 @@ VALUES = st.one_of(
 
 @st.composite
 def changed(draw: st.DrawFn, document: Any) -> Any:
-    """A JSON value with a few of its parts taken out or replaced."""
-    made = copy.deepcopy(document)
+    """Draw a JSON value with one to three parts removed or replaced."""
+    result = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
-        part = made
+        part = result
         while isinstance(part, dict | list) and part:
             keys = sorted(part) if isinstance(part, dict) else range(len(part))
             key = keys[draw(st.integers(0, len(keys) - 1))]
@@ -88,35 +90,35 @@ def changed(draw: st.DrawFn, document: Any) -> Any:
                     del part[key]
                 break
             part = part[key]
-    return made
+    return result
 
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bytes cut short, overwritten, or with others put in."""
-    place = draw(st.integers(0, len(content)))
-    match draw(st.sampled_from(("cut", "over", "in", "cut", "numbers"))):
-        case "cut":
-            return content[:place]
-        case "over":
-            put = draw(st.binary(min_size=1, max_size=4))
-            return content[:place] + put + content[place + len(put) :]
-        case "in":
-            return content[:place] + draw(st.binary(min_size=1, max_size=16)) + content[place:]
+    """Draw bytes that are truncated, overwritten, or have others inserted."""
+    position = draw(st.integers(0, len(content)))
+    match draw(st.sampled_from(("truncate", "overwrite", "insert", "truncate", "numbers"))):
+        case "truncate":
+            return content[:position]
+        case "overwrite":
+            patch = draw(st.binary(min_size=1, max_size=4))
+            return content[:position] + patch + content[position + len(patch) :]
+        case "insert":
+            return content[:position] + draw(st.binary(min_size=1, max_size=16)) + content[position:]
         case _:
-            put = draw(st.sampled_from([b"\0" * 8, b"\xff" * 4, b"\xff" * 8, b"\x7f" * 4, b"\0\0\0\x80"]))
-            return content[:place] + put + content[place + len(put) :]
+            patch = draw(st.sampled_from([b"\0" * 8, b"\xff" * 4, b"\xff" * 8, b"\x7f" * 4, b"\0\0\0\x80"]))
+            return content[:position] + patch + content[position + len(patch) :]
 
 
 @st.composite
 def json_files(draw: st.DrawFn, document: Any) -> bytes:
-    """The bytes of a JSON file that once held `document`."""
+    """Draw the bytes of a damaged JSON file of `document`."""
     kind = draw(st.integers(0, 9))
     if kind == 0:
         return draw(st.binary(max_size=200) | VALUES.map(lambda value: json.dumps(value).encode()))
     if kind == 1:
         return draw(damaged(json.dumps(document).encode()))
     text = json.dumps(draw(changed(document)))
-    if kind == 2 and text.startswith('{"'):  # a key that is there twice
+    if kind == 2 and text.startswith('{"'):  # a duplicate key
         text = text[:-1] + ", " + text[1 : text.index(":")] + ": 1}"
     return text.encode()

@@ -1,6 +1,6 @@
-"""A server on this machine that speaks as the hubs do, as well or as badly as a test asks.
+"""Local HTTP server with the APIs of both hubs and configurable failures.
 
-The hubs' own clients talk to it, so what is tested is what a user gets: the errors of a client, not of a stand-in.
+Tests use the hubs' own clients with it, so they get the clients' real exceptions.
 """
 
 from __future__ import annotations
@@ -18,17 +18,26 @@ from urllib.parse import parse_qs, unquote, urlsplit
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BRANCHES = ("main", "master", COMMIT)
 STEP = 4096
-"""Bytes that a slow transfer sends at a time."""
+"""Block size in bytes of a slow transfer."""
 
 
 @dataclass
 class Served:
-    """What the server does.
+    """State and configuration of the server.
 
-    `files` are those of owner/name. `fail` says how all requests fail: "unknown", "gated", "login", "forbidden",
-    "token", or a status. `transfer` says how the weights come, each way as often as it stands there, then well:
-    "cut" in the middle, "corrupted" in a byte, "truncated" with the length of what came, "slow", "stalled" in the
-    middle for good, "whole" (no ranges), or a status. `redirect` sends whoever asks for weights to another port.
+    Attributes:
+        files: Files of owner/name.
+        fail: Failure of all requests: "unknown", "gated", "login", "forbidden", "token", or a status.
+        transfer: Failures of the next transfers of weights, one each: "cut" in the middle, "corrupted" in a byte,
+            "truncated" with a matching length, "slow", "stalled" in the middle, "whole" (no ranges), or a status.
+        retry_after: Value of the header Retry-After.
+        redirect: Whether requests for weights are redirected to the other port.
+        requests: Methods and paths of all requests.
+        ranges: File names and values of the header Range.
+        tokens: For each request of a file, whether it used the other port, and its header Authorization.
+        half_sent: Set when a slow transfer has sent half of a file.
+        endpoint: URL of the server.
+        other_endpoint: URL of the other port.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -36,18 +45,16 @@ class Served:
     transfer: list[str] = field(default_factory=list)
     retry_after: str = ""
     redirect: bool = False
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
     tokens: list[tuple[bool, str]] = field(default_factory=list)
-    """For each request of a file: whether it came to the other port, and with which Authorization."""
-    sent: threading.Event = field(default_factory=threading.Event)
-    """Set when a slow transfer has sent half of a file."""
+    half_sent: threading.Event = field(default_factory=threading.Event)
     endpoint: str = ""
-    elsewhere: str = ""
+    other_endpoint: str = ""
 
     def of(self, name: str) -> list[str]:
-        """Requests of a file's contents."""
-        return [path for path in self.asked if path.startswith("GET ") and path.endswith(f"/{name}")]
+        """Return the requests for a file's content."""
+        return [path for path in self.requests if path.startswith("GET ") and path.endswith(f"/{name}")]
 
 
 REFUSALS = {
@@ -73,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None: ...
 
-    def say(self, status: int, body: bytes = b"", **headers: str) -> None:
+    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
@@ -81,39 +88,39 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(body)
 
-    def say_json(self, content: object) -> None:
-        self.say(200, json.dumps(content).encode(), Content_Type="application/json")
+    def reply_json(self, content: object) -> None:
+        self.reply(200, json.dumps(content).encode(), Content_Type="application/json")
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
         path, query = unquote(parts.path), parse_qs(parts.query)
         name = query.get("FilePath", [path.rpartition("/")[2]])[0]
-        if path == "/api/agent-harnesses":  # by which the client names whom it works for
-            return self.say(404)
-        self.served.asked.append(f"{self.command} {path}" + (f"/{name}" if "FilePath" in query else ""))
+        if path == "/api/agent-harnesses":  # an optional request of the client
+            return self.reply(404)
+        self.served.requests.append(f"{self.command} {path}" + (f"/{name}" if "FilePath" in query else ""))
         if self.served.fail:
             status, headers = REFUSALS.get(self.served.fail) or (int(self.served.fail), {})
             if self.served.retry_after:
                 headers = headers | {"Retry-After": self.served.retry_after}
-            return self.say(status, **headers)
+            return self.reply(status, **headers)
         revision = query.get("Revision", ["main"])[0]
         if path in (f"/api/models/owner/name/revision/{known}" for known in BRANCHES):
-            return self.say_json(self.info())
+            return self.reply_json(self.info())
         if path == "/api/v1/models/owner/name/repo/files" and revision in BRANCHES:
-            return self.say_json({"Code": 200, "Data": {"Files": self.listing()}})
+            return self.reply_json({"Code": 200, "Data": {"Files": self.listing()}})
         if path == "/api/v1/models/owner/name/repo" and revision in BRANCHES and name in self.served.files:
             return self.send_file(name)
         if path.startswith(("/owner/name/resolve/", "/cdn/")) and name in self.served.files:
             return self.send_file(name)
         code = "RevisionNotFound" if "/revision/" in path else "EntryNotFound"
-        return self.say(404, X_Error_Code=code, X_Error_Message=code)
+        return self.reply(404, X_Error_Code=code, X_Error_Message=code)
 
     def info(self) -> dict:
         siblings = []
         for name, stored in self.served.files.items():
             entry = {"rfilename": name, "size": len(stored), "blobId": blob_id(stored)}
             if is_lfs(name):
-                # The blob that git has is the pointer.
+                # The blob id of an LFS file is that of its pointer.
                 entry["lfs"] = {"size": len(stored), "sha256": hashlib.sha256(stored).hexdigest(), "pointerSize": 134}
                 entry["blobId"] = "f" * 40
             siblings.append(entry)
@@ -139,22 +146,24 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_file(self, name: str) -> None:
         stored = self.served.files[name]
-        there = self.headers.get("Host") == urlsplit(self.served.elsewhere).netloc
-        self.served.tokens.append((there, self.headers.get("Authorization", "")))
-        if self.served.redirect and is_lfs(name) and not there:
-            return self.say(302, Location=f"{self.served.elsewhere}/cdn/{name}?signature=1")
-        way = self.served.transfer.pop(0) if is_lfs(name) and self.served.transfer else ""
-        if way.isdigit():
-            return self.say(int(way), **({"Retry-After": self.served.retry_after} if self.served.retry_after else {}))
-        asked, first = self.headers.get("Range", ""), 0
-        if asked:
-            self.served.ranges.append(f"{name} {asked}")
-        if asked and way != "whole":
-            first = int(asked.removeprefix("bytes=").partition("-")[0])
-        if way == "corrupted":
+        redirected = self.headers.get("Host") == urlsplit(self.served.other_endpoint).netloc
+        self.served.tokens.append((redirected, self.headers.get("Authorization", "")))
+        if self.served.redirect and is_lfs(name) and not redirected:
+            return self.reply(302, Location=f"{self.served.other_endpoint}/cdn/{name}?signature=1")
+        failure = self.served.transfer.pop(0) if is_lfs(name) and self.served.transfer else ""
+        if failure.isdigit():
+            return self.reply(
+                int(failure), **({"Retry-After": self.served.retry_after} if self.served.retry_after else {})
+            )
+        requested, first = self.headers.get("Range", ""), 0
+        if requested:
+            self.served.ranges.append(f"{name} {requested}")
+        if requested and failure != "whole":
+            first = int(requested.removeprefix("bytes=").partition("-")[0])
+        if failure == "corrupted":
             middle = len(stored) // 2
             stored = stored[:middle] + bytes([stored[middle] ^ 255]) + stored[middle + 1 :]
-        if way == "truncated":
+        if failure == "truncated":
             stored = stored[: len(stored) // 2]
         body = stored[first:]
         self.send_response(206 if first else 200)
@@ -166,24 +175,24 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return None
-        if way == "cut":
+        if failure == "cut":
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
-        elif way in ("slow", "stalled"):
-            self.send_slowly(body, 0.5 if way == "slow" else 600)
+        elif failure in ("slow", "stalled"):
+            self.send_slowly(body, 0.5 if failure == "slow" else 600)
         else:
             self.wfile.write(body)
         return None
 
     def send_slowly(self, body: bytes, seconds: float) -> None:
-        """Half of it in steps, the rest `seconds` later."""
+        """Send the first half in blocks, and the rest `seconds` later."""
         half = len(body) // 2
         for start in range(0, half, STEP):
             self.wfile.write(body[start : min(start + STEP, half)])
         self.wfile.flush()
-        self.served.sent.set()
+        self.served.half_sent.set()
         threading.Event().wait(seconds)
         try:
             self.wfile.write(body[half:])
@@ -197,7 +206,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: object) -> None:
-        """A client that is gone is no error here."""
+        """Ignore clients that disconnect."""
 
 
 @contextmanager
@@ -205,7 +214,7 @@ def serving(files: dict[str, bytes]) -> Iterator[Served]:
     """Serve `files` as owner/name on two ports, the second for redirects, until the block ends."""
     served = Served(dict(files))
     servers = [Server(("127.0.0.1", 0), type("Bound", (Handler,), {"served": served})) for _ in range(2)]
-    served.endpoint, served.elsewhere = (f"http://127.0.0.1:{server.server_port}" for server in servers)
+    served.endpoint, served.other_endpoint = (f"http://127.0.0.1:{server.server_port}" for server in servers)
     threads = [threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True) for server in servers]
     for thread in threads:
         thread.start()

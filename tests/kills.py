@@ -1,6 +1,6 @@
-"""Kill stages at random moments, run them again by the same command, and hold what they make to an undisturbed run's.
+"""Kill stages at random moments, run the same command again, and compare the outputs with those of an undisturbed run.
 
-`make test-kills` does it 200 times and prints a table; tests/machine/test_kills.py a few times.
+`make test-kills` does this 200 times and prints a table; tests/failures/test_kills.py does it a few times.
 """
 
 from __future__ import annotations
@@ -21,229 +21,248 @@ from pathlib import Path
 
 import psutil
 
+from chain import STAGES as CHAIN
 from chain import command, make_chain
 from hf2mnn.core.files import read_sha256
 from hf2mnn.core.verify import verify_folder
 from support import BIN
 
-STAGES = ("source", "reference", "onnx", "graphs", "bundles/int4", "evaluation/int4", "report")
+STAGES = (*CHAIN, "report")
 NATIVE = ("graphs", "bundles/int4", "evaluation/int4")
-"""Those that start MNN, in a process of its own."""
+"""Stages that start MNN in a child process."""
 TARGETS = ("group", "stage", "child")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 REPORT = ("summary.csv", "summary.parquet", "figures.csv", "figures.parquet", "report.html")
-"""What the report writes beside the other stages' folders."""
+"""Files that the report writes beside the folders of other stages."""
 CHILD = {"graphs": 0.1, "bundles/int4": 0.05, "evaluation/int4": 0.5}
-"""Seconds that the first process of MNN's takes, or more, by stage."""
+"""Shortest duration of the first child process in seconds, by stage."""
 PATIENCE = 60.0
-"""Seconds within which a stage that was told to end has ended."""
+"""Seconds within which a stage must end after a signal."""
 
 
-def undisturbed(folder: Path, right: Path) -> bool:
-    """Whether a stage's folder is what an undisturbed run has made, and every byte of it whole."""
-    verdicts = [verify_folder(one) for one in (folder, right)]
-    return all(verdict.whole for verdict in verdicts) and verdicts[0].digest == verdicts[1].digest
+def same_outputs(folder: Path, expected: Path) -> bool:
+    """Return whether both stage folders match their manifests and have the same digest."""
+    verdicts = [verify_folder(path) for path in (folder, expected)]
+    return all(verdict.intact for verdict in verdicts) and verdicts[0].digest == verdicts[1].digest
 
 
 @dataclass(frozen=True)
-class Blow:
-    """share: when, in parts of the stage's duration. target: the whole process group, the stage's process alone, or the
-    process of MNN's that it has started (the first after that moment, and so far on its way).
+class Kill:
+    """A kill to be carried out.
+
+    Attributes:
+        stage: One of STAGES.
+        fraction: Moment as a fraction of the stage's duration.
+        signal: Signal to send.
+        target: "group" (all processes), "stage" (its process alone) or "child" (the first process of MNN after that
+            moment, when it is as far on its way).
+        again: Whether the stage's folder of an earlier run exists.
     """
 
     stage: str
-    share: float
+    fraction: float
     signal: signal.Signals
     target: str
     again: bool
-    """Whether the stage's folder of an earlier run is there."""
 
 
 @dataclass(frozen=True)
-class Hit:
-    """What a blow met. target: as in `Blow`, or "missed" where the stage had ended before; writing: a half-made folder
-    or file was there.
+class Result:
+    """Result of a kill.
+
+    Attributes:
+        kill: The kill.
+        target: As in `Kill`, or "missed" if the stage had ended before.
+        writing: Whether the stage had unfinished files.
+        problems: What is wrong afterwards.
     """
 
-    blow: Blow
+    kill: Kill
     target: str
     writing: bool
-    wrong: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
-def draw_blows(stage: str, count: int, seed: int) -> list[Blow]:
-    """One in each of `count` equal parts of the duration, in shuffled order; every kind as often as another."""
-    chance = random.Random(f"{stage} {seed}")
-    shares = [(index + chance.random()) / count for index in range(count)]
-    chance.shuffle(shares)
+def draw_kills(stage: str, count: int, seed: int) -> list[Kill]:
+    """Draw one kill in each of `count` equal parts of the duration, with all kinds equally often, in random order."""
+    rng = random.Random(f"{stage} {seed}")
+    fractions = [(index + rng.random()) / count for index in range(count)]
+    rng.shuffle(fractions)
     targets = TARGETS if stage in NATIVE else TARGETS[:2]
     kinds = [(number, target) for number in SIGNALS for target in targets]
-    chance.shuffle(kinds)
-    return [Blow(stage, share, *kinds[i % len(kinds)], i // len(kinds) % 2 == 1) for i, share in enumerate(shares)]
+    rng.shuffle(kinds)
+    return [Kill(stage, part, *kinds[i % len(kinds)], i // len(kinds) % 2 == 1) for i, part in enumerate(fractions)]
 
 
 class Bench:
-    """A stage of `chain`, run in a folder of its own with its own temporary files."""
+    """A stage of `chain` in its own folder, with its own temporary files."""
 
     def __init__(self, stage: str, chain: Path, folder: Path) -> None:
         self.stage, self.results, self.temporary = stage, folder / "results", folder / "temporary"
         self.temporary.mkdir(parents=True)
-        self.out = self.results / "made"
+        self.out = self.results / "out"
         self.arguments = [*command(chain, stage), "--out", self.out]
         if stage == "report":
             # It writes beside the folders that it reads.
             self.out.mkdir(parents=True)
-            for name in ("reference", "onnx", "mnn", "eval"):
-                (self.out / name).symlink_to(chain / name)
+            for path in chain.iterdir():
+                (self.out / path.name).symlink_to(path)
             self.arguments = command(self.out, stage)
         self.results.mkdir(exist_ok=True)
-        self.digest, self.duration = self._undisturbed()
-        self.kept = self._temporary()
+        self.digest, self.duration = self._run_undisturbed()
+        self.kept = self._temporary_files()
 
     def _start(self) -> subprocess.Popen:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         environment = {**os.environ, "TMPDIR": str(self.temporary)}
-        words = [BIN / "hf2mnn", *map(str, self.arguments)]
-        return subprocess.Popen(words, env=environment, start_new_session=True, **quiet)
+        arguments = [BIN / "hf2mnn", *map(str, self.arguments)]
+        return subprocess.Popen(arguments, env=environment, start_new_session=True, **pipes)
 
     def _run(self) -> tuple[int, str]:
         process = self._start()
-        said = process.communicate(timeout=600)[1]
-        return process.returncode, said
+        stderr = process.communicate(timeout=600)[1]
+        return process.returncode, stderr
 
-    def _undisturbed(self) -> tuple[str, float]:
-        """Twice: the first run fills the machine's caches, the second is timed."""
-        made = []
+    def _run_undisturbed(self) -> tuple[str, float]:
+        """Return digest and duration of a second run; the first fills the caches of the machine."""
+        runs = []
         for _ in range(2):
-            began = time.monotonic()
-            code, said = self._run()
-            assert code == 0, said
-            made.append((self._digest(), time.monotonic() - began))
-        assert made[0][0] == made[1][0], f"{self.stage} makes other files at its second run"
-        return made[1]
+            start = time.monotonic()
+            code, stderr = self._run()
+            assert code == 0, stderr
+            runs.append((self._digest(), time.monotonic() - start))
+        assert runs[0][0] == runs[1][0], f"two runs of {self.stage} write different files"
+        return runs[1]
 
     def _digest(self) -> str | None:
-        """Of what lies under the final name; None where nothing does, or a table of the report is missing."""
+        """Return the digest under the final name; None if it does not exist or a table of the report is missing."""
         if self.stage == "report":
             paths = [self.out / name for name in REPORT]
             return " ".join(map(read_sha256, paths)) if all(path.exists() for path in paths) else None
         if not self.out.exists():
             return None
         verdict = verify_folder(self.out)
-        return verdict.digest if verdict.whole and not verdict.unnamed else f"not whole: {verdict}"
+        return verdict.digest if verdict.intact and not verdict.unlisted else f"not intact: {verdict}"
 
-    def _temporary(self) -> set[str]:
+    def _temporary_files(self) -> set[str]:
         return {path.name for path in self.temporary.iterdir()}
 
-    def _half_made(self) -> list[str]:
-        there = {path for folder in (self.results, self.out) if folder.exists() for path in folder.glob(".*")}
-        return sorted(path.name for path in there if path.name != ".hf2mnn")
+    def _unfinished(self) -> list[str]:
+        paths = {path for folder in (self.results, self.out) if folder.exists() for path in folder.glob(".*")}
+        return sorted(path.name for path in paths if path.name != ".hf2mnn")
 
-    def _left_over(self) -> list[str]:
-        return self._half_made() + sorted(self._temporary() - self.kept)
+    def _leftovers(self) -> list[str]:
+        return self._unfinished() + sorted(self._temporary_files() - self.kept)
 
     def _clear(self) -> None:
         if self.stage != "report":
             shutil.rmtree(self.out, ignore_errors=True)
-        else:
-            for name in REPORT:
-                (self.out / name).unlink(missing_ok=True)
+            return
+        for name in REPORT:
+            (self.out / name).unlink(missing_ok=True)
 
-    def strike(self, blow: Blow) -> Hit:
-        """One blow, and what is wrong afterwards: at once, and when the same command has run again."""
-        if not blow.again:
+    def carry_out(self, kill: Kill) -> Result:
+        """Kill the stage, check its files, run it again, and check them again."""
+        if not kill.again:
             self._clear()
-        process, began = self._start(), time.monotonic()
+        process, start = self._start(), time.monotonic()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(blow.share * self.duration)
-            # On a machine with other work, it had taken longer before.
-            self.duration = time.monotonic() - began
-        writing, target = bool(self._half_made()), self._hit(process, blow)
-        said, wrong = process.communicate(timeout=PATIENCE)[1], []
+            process.wait(kill.fraction * self.duration)
+            # The stage ended before: other work on the machine made the first runs slower.
+            self.duration = time.monotonic() - start
+        writing, target = bool(self._unfinished()), self._send(process, kill)
+        stderr, problems = process.communicate(timeout=PATIENCE)[1], []
         time.sleep(0.05)  # the kernel ends the children
-        if any(psutil.pid_exists(one) and os.getpgid(one) == process.pid for one in _alive()):
-            wrong.append("a process of it goes on")
+        if any(psutil.pid_exists(pid) and os.getpgid(pid) == process.pid for pid in _alive()):
+            problems.append("a process of the stage is still running")
             os.killpg(process.pid, signal.SIGKILL)
         if self._digest() not in (None, self.digest):
-            wrong.append(f"half of it, or something else, is under the final name: {self._digest()}")
-        if blow.signal == signal.SIGTERM or target == "child":
-            wrong += [f"{name} is left" for name in self._left_over()]
-            wrong += ["a traceback"] if "Traceback" in said else []
-        code, said = self._run()
+            problems.append(f"incomplete or other files under the final name: {self._digest()}")
+        if kill.signal == signal.SIGTERM or target == "child":
+            problems += [f"{name} remains" for name in self._leftovers()]
+            problems += ["a traceback"] if "Traceback" in stderr else []
+        code, stderr = self._run()
         if code != 0:
-            wrong.append(f"it does not run again: {said[-500:]}")
+            problems.append(f"the stage does not run again: {stderr[-500:]}")
         if self._digest() != self.digest:
-            wrong.append(f"other files than those of an undisturbed run: {self._digest()}")
-        wrong += [f"{name} is left after the run that followed" for name in self._left_over()]
-        return Hit(blow, target, writing, wrong)
+            problems.append(f"other files than those of an undisturbed run: {self._digest()}")
+        problems += [f"{name} remains after the second run" for name in self._leftovers()]
+        return Result(kill, target, writing, problems)
 
-    def _hit(self, process: subprocess.Popen, blow: Blow) -> str:
+    def _send(self, process: subprocess.Popen, kill: Kill) -> str:
         if process.poll() is not None:
             return "missed"
-        if blow.target == "child":
-            return _hit_child(psutil.Process(process.pid), blow)
-        if blow.target == "group":
-            os.killpg(process.pid, blow.signal)
+        if kill.target == "child":
+            return _send_to_child(psutil.Process(process.pid), kill)
+        if kill.target == "group":
+            os.killpg(process.pid, kill.signal)
         else:
-            process.send_signal(blow.signal)
-        return blow.target
+            process.send_signal(kill.signal)
+        return kill.target
 
 
-def _hit_child(stage: psutil.Process, blow: Blow) -> str:
+def _send_to_child(stage: psutil.Process, kill: Kill) -> str:
     with suppress(psutil.NoSuchProcess):
         while not (children := stage.children()) and stage.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
-        time.sleep(blow.share * CHILD[blow.stage])
+        time.sleep(kill.fraction * CHILD[kill.stage])
         for child in children:
-            child.send_signal(blow.signal)
+            child.send_signal(kill.signal)
             return "child"
     return "missed"
 
 
 def _alive() -> list[int]:
-    return [one.pid for one in psutil.process_iter(["status"]) if one.info["status"] != psutil.STATUS_ZOMBIE]
+    processes = psutil.process_iter(["status"])
+    return [process.pid for process in processes if process.info["status"] != psutil.STATUS_ZOMBIE]
 
 
-def kill_stage(stage: str, count: int, seed: int, chain: Path, folder: Path) -> tuple[float, list[Hit]]:
-    """The stage's duration in seconds and `count` hits. A blow that came too late is dealt again, earlier."""
-    bench, hits = Bench(stage, chain, folder), []
-    for blow in draw_blows(stage, count, seed):
-        while (hit := bench.strike(blow)).target == "missed":
-            blow = Blow(stage, blow.share * 0.9, blow.signal, blow.target, blow.again)
-        hits.append(hit)
-    return bench.duration, hits
+def kill_stage(stage: str, count: int, seed: int, chain: Path, folder: Path) -> tuple[float, list[Result]]:
+    """Return the stage's duration in seconds and `count` results; a kill that comes too late is repeated earlier."""
+    bench, results = Bench(stage, chain, folder), []
+    for kill in draw_kills(stage, count, seed):
+        while (result := bench.carry_out(kill)).target == "missed":
+            kill = Kill(stage, kill.fraction * 0.9, kill.signal, kill.target, kill.again)
+        results.append(result)
+    return bench.duration, results
 
 
-def row(stage: str, duration: float, hits: list[Hit]) -> str:
-    """A line of the table in docs/faults.md."""
-    signals = [sum(hit.blow.signal == number for hit in hits) for number in SIGNALS]
-    targets = [sum(hit.target == target for hit in hits) for target in TARGETS]
-    shares = [hit.blow.share for hit in hits]
-    told = [f"{duration:.1f}", len(hits), *signals, *targets, sum(hit.writing for hit in hits)]
-    told += [f"{min(shares):.2f} to {max(shares):.2f}", sum(bool(hit.wrong) for hit in hits)]
-    return f"| {stage} | {' | '.join(map(str, told))} |"
+def table_row(stage: str, duration: float, results: list[Result]) -> str:
+    """Return a row of the table in docs/faults.md."""
+    signals = [sum(result.kill.signal == number for result in results) for number in SIGNALS]
+    targets = [sum(result.target == target for result in results) for target in TARGETS]
+    fractions = [result.kill.fraction for result in results]
+    cells = [f"{duration:.1f}", len(results), *signals, *targets, sum(result.writing for result in results)]
+    cells += [f"{min(fractions):.2f} to {max(fractions):.2f}", sum(bool(result.problems) for result in results)]
+    return f"| {stage} | {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
+    """Kill all stages and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="over all stages")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stage", choices=STAGES, action="append", help="only this one's share; again for more")
-    given = parser.parse_args()
-    lost = []
+    parser.add_argument("--kills", type=int, default=200, help="number of kills over all stages")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="kill only this stage; repeat for more")
+    options = parser.parse_args()
+    failed = []
     with tempfile.TemporaryDirectory(prefix="hf2mnn-kills-") as name:
         folder = Path(name)
         make_chain(folder / "chain")
         for index, stage in enumerate(STAGES):
-            if stage not in (given.stage or STAGES):
+            if stage not in (options.stage or STAGES):
                 continue
-            count = given.kills // len(STAGES) + (index < given.kills % len(STAGES))
-            duration, hits = kill_stage(stage, count, given.seed, folder / "chain", folder / stage.replace("/", "-"))
-            print(row(stage, duration, hits), flush=True)
-            lost += [hit for hit in hits if hit.wrong]
-    for hit in lost:
-        print(json.dumps({"blow": str(hit.blow), "target": hit.target, "wrong": hit.wrong}), file=sys.stderr)
-    sys.exit(bool(lost))
+            count = options.kills // len(STAGES) + (index < options.kills % len(STAGES))
+            duration, results = kill_stage(
+                stage, count, options.seed, folder / "chain", folder / stage.replace("/", "-")
+            )
+            print(table_row(stage, duration, results), flush=True)
+            failed += [result for result in results if result.problems]
+    for result in failed:
+        print(
+            json.dumps({"kill": str(result.kill), "target": result.target, "problems": result.problems}),
+            file=sys.stderr,
+        )
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A Kubernetes of one node, as far as Snakemake's plugin asks for one, and an S3 beside it.
+"""A Kubernetes cluster of one node, as far as Snakemake's plugin needs one, and an S3 server.
 
-The API server is a small one of ours that keeps secrets and jobs; the plugin and its client are the real ones. A pod is
-processes of this machine with the image's programs, an empty folder to work in, and no environment but what the pod
-names: of the folder from which the run was started they see nothing.
+The API server is a small Flask application with secrets and jobs; the plugin and its client are real. A pod is a
+process of this machine with the programs of the image, an empty working directory, and only the environment that the
+job names. It cannot read the folder from which the run was started.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ IMAGE = {"PATH": f"{REPOSITORY / 'workflow'}:{BIN}:/usr/local/bin:/usr/bin:/bin:
 """Environment of the image."""
 OWN = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 START = 'mount -t tmpfs none "$1" && mkdir "$1/workdir" && cd "$1/workdir" && shift && exec "$@"'
-"""Of a pod: its first argument is the folder in whose place it has an empty one, the others are its command."""
+"""Script of a pod: the first argument is the folder that an empty one replaces, the others are the command."""
 JOBS, PODS, SECRETS = (
     "/apis/batch/v1/namespaces/default/jobs",
     "/api/v1/namespaces/default/pods",
@@ -41,16 +41,22 @@ JOBS, PODS, SECRETS = (
 
 
 def missing() -> str:
-    """Why no pod can be started here; empty where one can."""
-    done = subprocess.run([*OWN, "mount", "-t", "tmpfs", "none", "/tmp"], capture_output=True, text=True)
-    return f"a pod needs file systems of its own, hence root: {done.stderr.strip()}" if done.returncode else ""
+    """Return why pods cannot be started on this machine; empty if they can."""
+    process = subprocess.run([*OWN, "mount", "-t", "tmpfs", "none", "/tmp"], capture_output=True, text=True)
+    return f"mount namespaces need root: {process.stderr.strip()}" if process.returncode else ""
 
 
 @dataclass
 class Pod:
-    """A job and its one pod. `asked` is the container as Kubernetes was asked for it."""
+    """A job and its only pod.
 
-    asked: dict[str, Any]
+    Attributes:
+        container: Container of the request.
+        process: Its process.
+        log: File with its output.
+    """
+
+    container: dict[str, Any]
     process: subprocess.Popen[str]
     log: Path
 
@@ -67,8 +73,14 @@ class Pod:
 
 @dataclass
 class Cluster:
-    """What runs and what has been asked for. Pods do not see the folder `hidden`; `pods` by the names of their jobs,
-    those that are gone among them.
+    """State of the cluster.
+
+    Attributes:
+        hidden: Folder that pods cannot read.
+        folder: Folder for logs and wheels.
+        s3: URL of the S3 server.
+        pods: Pods by the names of their jobs, ended ones included.
+        secrets: Secrets by name.
     """
 
     hidden: Path
@@ -79,7 +91,7 @@ class Cluster:
 
     @property
     def wheels(self) -> Path:
-        """What Snakemake installs in each pod, as the image has it."""
+        """Folder of the wheels that Snakemake installs in each pod; the image has one."""
         return self.folder / "wheels"
 
     def start(self, name: str, container: dict[str, Any]) -> None:
@@ -89,27 +101,27 @@ class Cluster:
             key = variable["valueFrom"]["secretKeyRef"]
             environment[variable["name"]] = base64.b64decode(self.secrets[key["name"]][key["key"]]).decode()
         log = self.folder / f"{name}.log"
-        words = self._pod(*container["command"], *container["args"])
+        command = self._pod(*container["command"], *container["args"])
         with log.open("w") as file:
-            process = subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd="/")
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd="/")
         self.pods[name] = Pod(container, process, log)
 
     def _pod(self, *command: str) -> list[str]:
         return [*OWN, "sh", "-c", START, "pod", str(self.hidden), *command]
 
-    def see(self, command: list[str]) -> str:
-        """What a command says in a pod."""
-        done = subprocess.run(self._pod(*command), env=IMAGE, capture_output=True, text=True, cwd="/")
-        return done.stdout + done.stderr
+    def run_in_pod(self, command: list[str]) -> str:
+        """Return the output of a command in a pod."""
+        process = subprocess.run(self._pod(*command), env=IMAGE, capture_output=True, text=True, cwd="/")
+        return process.stdout + process.stderr
 
     @property
     def bucket(self) -> Any:
-        """As boto3 has it."""
+        """The bucket of the runs."""
         secrets = dict(zip(("aws_access_key_id", "aws_secret_access_key"), KEYS.values(), strict=True))
         return boto3.resource("s3", endpoint_url=self.s3, region_name="us-east-1", **secrets).Bucket(BUCKET)
 
     def environment(self) -> dict[str, str]:
-        """For the machine from which runs are started."""
+        """Return the environment of the machine from which runs are started."""
         return {"KUBECONFIG": str(self.folder / "kubeconfig"), **KEYS}
 
 
@@ -117,22 +129,22 @@ def _serve(cluster: Cluster) -> flask.Flask:
     app = flask.Flask(__name__)
 
     @app.post(SECRETS)
-    def make_secret() -> dict:
-        given = flask.request.get_json()
-        cluster.secrets[given["metadata"]["name"]] = given["data"]
-        return given
+    def create_secret() -> dict:
+        request = flask.request.get_json()
+        cluster.secrets[request["metadata"]["name"]] = request["data"]
+        return request
 
     @app.delete(f"{SECRETS}/<name>")
-    def forget_secret(name: str) -> dict:
+    def delete_secret(name: str) -> dict:
         del cluster.secrets[name]
         return {}
 
     @app.post(JOBS)
-    def make_job() -> dict:
-        given = flask.request.get_json()
-        (container,) = given["spec"]["template"]["spec"]["containers"]
-        cluster.start(given["metadata"]["name"], container)
-        return given
+    def create_job() -> dict:
+        request = flask.request.get_json()
+        (container,) = request["spec"]["template"]["spec"]["containers"]
+        cluster.start(request["metadata"]["name"], container)
+        return request
 
     @app.get(f"{JOBS}/<name>/status")
     def job_status(name: str) -> dict:
@@ -147,7 +159,13 @@ def _serve(cluster: Cluster) -> flask.Flask:
     def list_pods() -> dict:
         name = flask.request.args["labelSelector"].removeprefix("job-name=")
         pod = cluster.pods[name]
-        container = {"name": "snakemake", "image": pod.asked["image"], "imageID": "", "ready": True, "restartCount": 0}
+        container = {
+            "name": "snakemake",
+            "image": pod.container["image"],
+            "imageID": "",
+            "ready": True,
+            "restartCount": 0,
+        }
         return {
             "items": [{"metadata": {"name": name}, "status": {"containerStatuses": [container | {"state": pod.state}]}}]
         }
@@ -165,7 +183,7 @@ def _serve(cluster: Cluster) -> flask.Flask:
 
 
 def _download_plugins(folder: Path) -> None:
-    """As the image does."""
+    """Download the storage plugins, as the image does."""
     pins = [
         line
         for line in (REPOSITORY / "requirements.txt").read_text().splitlines()
@@ -176,8 +194,10 @@ def _download_plugins(folder: Path) -> None:
 
 @contextmanager
 def kubernetes(hidden: Path) -> Iterator[Cluster]:
-    """A cluster with a bucket store, both on ports of their own; all pods end with it. They do not see the folder
-    `hidden`, in which runs are started.
+    """Start a cluster and an S3 server on free ports; all pods end with the block.
+
+    Args:
+        hidden: Folder in which runs are started, which pods cannot read.
     """
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="pods-") as folder:
@@ -188,13 +208,13 @@ def kubernetes(hidden: Path) -> Iterator[Cluster]:
         cluster.bucket.create()
         server = make_server("127.0.0.1", 0, _serve(cluster), threaded=True)
         Thread(target=server.serve_forever, daemon=True).start()
-        named = {"cluster": "here", "user": "me"}
+        context = {"cluster": "here", "user": "me"}
         config = {
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{server.port}"}}],
             "users": [{"name": "me", "user": {}}],
-            "contexts": [{"name": "here", "context": named}],
+            "contexts": [{"name": "here", "context": context}],
             "current-context": "here",
         }
         (cluster.folder / "kubeconfig").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Writes packed checkpoints as hubs have them: one value, one shift at a time, with nothing of what reads them."""
+"""Write prequantized checkpoints as hubs have them, one value and one shift at a time, independent of the reader."""
 
 from __future__ import annotations
 
@@ -13,55 +13,56 @@ import torch
 from safetensors.torch import load_file, save_file
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-"""Outputs of a word from its lowest bits on."""
+"""Outputs of a word, from its lowest bits."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """levels int [outputs, inputs], zeros int and scales float16 [outputs, groups]."""
+    """A quantized weight: q int [outputs, inputs]; zero_points int and scales float16 [outputs, groups]."""
 
-    levels: np.ndarray
-    zeros: np.ndarray
+    q: np.ndarray
+    zero_points: np.ndarray
     scales: np.ndarray
     bits: int
     group: int
 
     @property
     def weight(self) -> np.ndarray:
-        """float64 [outputs, inputs]."""
-        groups = np.arange(self.levels.shape[1]) // self.group
-        zeros, scales = self.zeros.astype(np.float64), self.scales.astype(np.float64)
-        return (self.levels.astype(np.float64) - zeros[:, groups]) * scales[:, groups]
+        """Dequantized weight, float64 [outputs, inputs]."""
+        groups = np.arange(self.q.shape[1]) // self.group
+        zero_points, scales = self.zero_points.astype(np.float64), self.scales.astype(np.float64)
+        return (self.q.astype(np.float64) - zero_points[:, groups]) * scales[:, groups]
 
 
 def quantize(weight: np.ndarray, bits: int, group: int, symmetric: bool, low: int = 0, seed: int = 0) -> Quantized:
-    """Round to nearest in groups of inputs (-1: one a row). Where it is not symmetric some zero points are drawn from
-    all of [`low`, 2^bits), so that the ends occur.
+    """Round to nearest in groups of inputs (-1: one group per row).
+
+    Where it is not symmetric, some zero points are drawn from all of [`low`, 2^bits), so that the ends occur.
     """
     outputs, inputs = weight.shape
     group, top = inputs if group == -1 else group, 2**bits - 1
     grouped = weight.astype(np.float64).reshape(outputs, inputs // group, group)
-    least, most = np.minimum(grouped.min(2), 0), np.maximum(grouped.max(2), 0)
+    minimum, maximum = np.minimum(grouped.min(2), 0), np.maximum(grouped.max(2), 0)
     if symmetric:
         scales = np.abs(grouped).max(2) / (top // 2)
-        zeros = np.full(scales.shape, (top + 1) // 2)
+        zero_points = np.full(scales.shape, (top + 1) // 2)
     else:
-        scales = (most - least) / top
+        scales = (maximum - minimum) / top
         random = np.random.default_rng(seed)
         drawn = random.integers(low, top + 1, scales.shape)
-        fitting = np.clip(np.rint(-least / scales), low, top).astype(int)
-        zeros = np.where(random.random(scales.shape) < 0.1, drawn, fitting)
+        fitting = np.clip(np.rint(-minimum / scales), low, top).astype(int)
+        zero_points = np.where(random.random(scales.shape) < 0.1, drawn, fitting)
     scales = scales.astype(np.float16)
-    levels = np.clip(np.rint(grouped / scales[:, :, None].astype(np.float64)) + zeros[:, :, None], 0, top)
-    return Quantized(levels.reshape(outputs, inputs).astype(int), zeros, scales, bits, group)
+    q = np.clip(np.rint(grouped / scales[:, :, None].astype(np.float64)) + zero_points[:, :, None], 0, top)
+    return Quantized(q.reshape(outputs, inputs).astype(int), zero_points, scales, bits, group)
 
 
 def word(values: list[int], bits: int) -> int:
-    """The first value in the lowest bits."""
+    """Pack values into one word, the first one in the lowest bits."""
     total = 0
-    for place, value in enumerate(values):
+    for position, value in enumerate(values):
         assert 0 <= value < 2**bits
-        total |= value << (bits * place)
+        total |= value << (bits * position)
     return total
 
 
@@ -70,34 +71,34 @@ def int32(rows: list[list[int]]) -> torch.Tensor:
 
 
 def pack_awq(layer: Quantized) -> dict[str, torch.Tensor]:
-    def across(rows: list[list[int]]) -> torch.Tensor:
-        """Eight outputs of a row to a word."""
+    def pack_rows(rows: list[list[int]]) -> torch.Tensor:
+        """Pack eight outputs of a row into each word."""
         starts = range(0, len(rows[0]), 8)
         return int32([[word([row[start + output] for output in AWQ_ORDER], 4) for start in starts] for row in rows])
 
     return {
-        "qweight": across(layer.levels.T.tolist()),
-        "qzeros": across(layer.zeros.T.tolist()),
+        "qweight": pack_rows(layer.q.T.tolist()),
+        "qzeros": pack_rows(layer.zero_points.T.tolist()),
         "scales": torch.from_numpy(layer.scales.T.copy()),
     }
 
 
-def pack_gptq(layer: Quantized, less: int) -> dict[str, torch.Tensor]:
-    """`less` is what is taken from zero points before they are stored: 1 in format gptq, 0 in gptq_v2."""
-    levels, bits, count = layer.levels.tolist(), layer.bits, 32 // layer.bits
-    outputs, inputs = layer.levels.shape
-    zeros = layer.zeros.T.tolist()
+def pack_gptq(layer: Quantized, offset: int) -> dict[str, torch.Tensor]:
+    """`offset` is subtracted from zero points before they are stored: 1 in format gptq, 0 in gptq_v2."""
+    q, bits, count = layer.q.tolist(), layer.bits, 32 // layer.bits
+    outputs, inputs = layer.q.shape
+    zero_points = layer.zero_points.T.tolist()
     return {
         "qweight": int32(
             [
-                [word([levels[output][start + i] for i in range(count)], bits) for output in range(outputs)]
+                [word([q[output][start + i] for i in range(count)], bits) for output in range(outputs)]
                 for start in range(0, inputs, count)
             ]
         ),
         "qzeros": int32(
             [
-                [word([row[start + i] - less for i in range(count)], bits) for start in range(0, outputs, count)]
-                for row in zeros
+                [word([row[start + i] - offset for i in range(count)], bits) for start in range(0, outputs, count)]
+                for row in zero_points
             ]
         ),
         "scales": torch.from_numpy(layer.scales.T.copy()),
@@ -107,11 +108,11 @@ def pack_gptq(layer: Quantized, less: int) -> dict[str, torch.Tensor]:
 
 def pack(layer: Quantized, kind: str) -> dict[str, torch.Tensor]:
     """`kind` is "awq", "gptq" or "gptq_v2"."""
-    return pack_awq(layer) if kind == "awq" else pack_gptq(layer, less=int(kind == "gptq"))
+    return pack_awq(layer) if kind == "awq" else pack_gptq(layer, offset=int(kind == "gptq"))
 
 
 def settings(kind: str, bits: int, group: int, symmetric: bool) -> dict[str, Any]:
-    """quantization_config as AutoAWQ and AutoGPTQ write it."""
+    """Return quantization_config as AutoAWQ and AutoGPTQ write it."""
     common = {"bits": bits, "group_size": group}
     if kind == "awq":
         skipped = {"modules_to_not_convert": ["visual"]}
@@ -127,14 +128,25 @@ def settings(kind: str, bits: int, group: int, symmetric: bool) -> dict[str, Any
     }
 
 
-def write_packed(
+def write_prequantized(
     checkpoint: Path, folder: Path, kind: str, bits: int = 4, group: int = 32, symmetric: bool = False, old: bool = True
 ) -> dict[str, Quantized]:
-    """A checkpoint with every linear layer of the decoder packed, the rest in float16; what was packed, by the
-    name of the parameter in transformers. `old`: names and config.json as before transformers 4.52, as on hubs.
+    """Quantize every linear layer of the decoder, and store the rest in float16.
+
+    Args:
+        checkpoint: Floating-point checkpoint.
+        folder: Output folder.
+        kind: "awq", "gptq" or "gptq_v2".
+        bits: Bits per weight.
+        group: Inputs per group.
+        symmetric: Whether all zero points are in the middle.
+        old: Names and config.json as before transformers 4.52, as on hubs.
+
+    Returns:
+        The quantized layers, by the names of their parameters in transformers.
     """
     shutil.copytree(checkpoint, folder)
-    made, stored = {}, {}
+    layers, stored = {}, {}
     for name, tensor in load_file(folder / "model.safetensors").items():
         parameter = "model.language_model." + name.removeprefix("model.") if name.startswith("model.") else name
         parameter = f"model.{parameter}" if parameter.startswith("visual.") else parameter
@@ -143,9 +155,9 @@ def write_packed(
             stored[name if old else parameter] = tensor.half().contiguous()
             continue
         low = int(kind == "gptq")
-        made[parameter] = quantize(tensor.float().numpy(), bits, group, symmetric, low, seed=len(made))
-        packed = pack(made[parameter], kind)
-        stored |= {f"{layer}.{suffix}": value.contiguous() for suffix, value in packed.items()}
+        layers[parameter] = quantize(tensor.float().numpy(), bits, group, symmetric, low, seed=len(layers))
+        tensors = pack(layers[parameter], kind)
+        stored |= {f"{layer}.{suffix}": value.contiguous() for suffix, value in tensors.items()}
         if kind != "awq" and name.endswith(("o_proj.weight", "mlp.down_proj.weight")):
             # AutoGPTQ's layers always have a bias.
             stored[f"{layer}.bias"] = torch.zeros(tensor.shape[0], dtype=torch.float16)
@@ -158,4 +170,4 @@ def write_packed(
         del config["rope_scaling"]["rope_type"]
     config["quantization_config"] = settings(kind, bits, group, symmetric)
     (folder / "config.json").write_text(json.dumps(config))
-    return made
+    return layers

@@ -1,7 +1,7 @@
-"""A SLURM of one node on this machine: its real daemons, configured in a folder of their own and gone afterwards.
+"""A SLURM cluster of one node on this machine: real daemons with a temporary configuration.
 
-The node is a network namespace that reaches the controller and nothing else, as on a cluster whose nodes have no way
-out; it sees the same files. Memory is held to what a job asked for, checked every second.
+The node is a network namespace that reaches only the controller, like the nodes of a cluster without internet access.
+It reads the same files. The memory of a job is limited to its request, checked every second.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from support import BIN, REPOSITORY
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "sinfo", "ip", "nsenter")
 HOST, NODE = "10.213.77.1", "10.213.77.2"
 PATIENCE = 20.0
-"""Seconds within which a daemon answers."""
+"""Seconds within which a daemon must respond."""
 PROFILE = [
     *("--workflow-profile", REPOSITORY / "profiles" / "slurm"),
-    # A site asks less often; its stages take longer.
+    # The default is longer than these stages run.
     *("--slurm-init-seconds-before-status-checks", "5"),
 ]
 CONFIG = """\
@@ -63,14 +63,14 @@ PartitionName=main Nodes=node Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str:
-    """Why no SLURM can be started here; empty where one can."""
+    """Return why SLURM cannot be started on this machine; empty if it can."""
     absent = [name for name in PROGRAMS if not shutil.which(name, path=_path())]
     if absent:
         return f"{', '.join(absent)} not found (Debian and Ubuntu: apt-get install slurm-wlm munge iproute2)"
     if os.geteuid() != 0:
-        return "a node with a network of its own needs root"
+        return "network namespaces need root"
     if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode != 0:
-        return "no network namespace can be made here (a container needs SYS_ADMIN and NET_ADMIN)"
+        return "network namespaces cannot be created (a container needs SYS_ADMIN and NET_ADMIN)"
     return ""
 
 
@@ -80,29 +80,29 @@ def _path() -> str:
 
 def _free_ports() -> list[int]:
     with ExitStack() as stack:
-        bound = [stack.enter_context(socket.socket()) for _ in range(2)]
-        for one in bound:
-            one.bind(("", 0))
-        return [one.getsockname()[1] for one in bound]
+        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for bound in sockets:
+            bound.bind(("", 0))
+        return [bound.getsockname()[1] for bound in sockets]
 
 
-def _run(*words: object) -> None:
-    subprocess.run([*map(str, words)], check=True, capture_output=True, env={**os.environ, "PATH": _path()})
+def _run(*command: object) -> None:
+    subprocess.run([*map(str, command)], check=True, capture_output=True, env={**os.environ, "PATH": _path()})
 
 
 @contextmanager
 def _network() -> Iterator[list[str]]:
-    """First words of a command on the node: a cable leads from it to this machine, and no route any further."""
+    """Yield the prefix of a command on the node, which is connected to this machine and has no other route."""
     name = f"hf2mnn-{os.getpid()}"
-    ours, theirs = f"hf{os.getpid()}a", f"hf{os.getpid()}b"
+    host_device, node_device = f"hf{os.getpid()}a", f"hf{os.getpid()}b"
     _run("ip", "netns", "add", name)
     try:
-        _run("ip", "link", "add", ours, "type", "veth", "peer", "name", theirs, "netns", name)
-        _run("ip", "address", "add", f"{HOST}/30", "dev", ours)
-        _run("ip", "link", "set", ours, "up")
+        _run("ip", "link", "add", host_device, "type", "veth", "peer", "name", node_device, "netns", name)
+        _run("ip", "address", "add", f"{HOST}/30", "dev", host_device)
+        _run("ip", "link", "set", host_device, "up")
         on_node = ["nsenter", f"--net=/run/netns/{name}"]  # not `ip netns exec`, which hides /sys/fs/cgroup
-        _run(*on_node, "ip", "address", "add", f"{NODE}/30", "dev", theirs)
-        for device in ("lo", theirs):
+        _run(*on_node, "ip", "address", "add", f"{NODE}/30", "dev", node_device)
+        for device in ("lo", node_device):
             _run(*on_node, "ip", "link", "set", device, "up")
         yield on_node
     finally:
@@ -110,10 +110,10 @@ def _network() -> Iterator[list[str]]:
 
 
 @contextmanager
-def _daemon(words: list[object], log: Path, **environment: str) -> Iterator[None]:
-    with log.open("ab") as said:
+def _daemon(command: list[object], log: Path, **environment: str) -> Iterator[None]:
+    with log.open("ab") as output:
         process = subprocess.Popen(
-            [*map(str, words)], stdout=said, stderr=said, env={**os.environ, "PATH": _path(), **environment}
+            [*map(str, command)], stdout=output, stderr=output, env={**os.environ, "PATH": _path(), **environment}
         )
         try:
             yield
@@ -126,26 +126,29 @@ def _daemon(words: list[object], log: Path, **environment: str) -> Iterator[None
                 process.wait()
 
 
-def _await(words: list[str], wanted: str, folder: Path, environment: dict[str, str]) -> None:
-    until, said = time.monotonic() + PATIENCE, ""
-    while time.monotonic() < until:
+def _wait_for_output(command: list[str], expected: str, folder: Path, environment: dict[str, str]) -> None:
+    end, output = time.monotonic() + PATIENCE, ""
+    while time.monotonic() < end:
         with suppress(subprocess.TimeoutExpired):
-            done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=5)
-            said = done.stdout + done.stderr
-            if done.returncode == 0 and wanted in done.stdout:
+            process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=5)
+            output = process.stdout + process.stderr
+            if process.returncode == 0 and expected in process.stdout:
                 return
         time.sleep(0.3)
     logs = "\n".join(f"{path.name}:\n{path.read_text()[-2000:]}" for path in sorted(folder.glob("*.log")))
-    raise RuntimeError(f"SLURM does not come up: {said}\n{logs}")
+    raise RuntimeError(f"SLURM does not start: {output}\n{logs}")
 
 
 @contextmanager
 def one_node(folder: Path, cpus: int = 4) -> Iterator[dict[str, str]]:
-    """The environment in which sbatch and the like speak to it. folder: for its configuration, state and logs; cpus:
-    how many the node says it has, whatever this machine has.
+    """Start a cluster and yield the environment for its commands (sbatch, squeue, ...).
+
+    Args:
+        folder: Folder for configuration, state and logs.
+        cpus: Number of CPUs of the node, whatever the machine has.
 
     Raises:
-        RuntimeError: the daemons do not answer, with what they have logged.
+        RuntimeError: The daemons do not respond; the message has their logs.
     """
     Path("/etc/slurm").mkdir(exist_ok=True)
     for name in ("munge", "etc", "state", "spool"):
@@ -168,10 +171,10 @@ def one_node(folder: Path, cpus: int = 4) -> Iterator[dict[str, str]]:
         on_node = stack.enter_context(_network())
         stack.enter_context(_daemon(["munged", "--foreground", "--force", *munge], folder / "munged.log"))
         conf = {"SLURM_CONF": environment["SLURM_CONF"]}
-        _await(["munge", "--socket", f"{folder}/munge/socket", "--no-input"], "MUNGE:", folder, environment)
+        _wait_for_output(["munge", "--socket", f"{folder}/munge/socket", "--no-input"], "MUNGE:", folder, environment)
         stack.enter_context(_daemon(["slurmctld", "-D", "-i"], folder / "slurmctld.log", **conf))
-        # A job's srun is given no SLURM_CONF by the plugin, so on the node the file is where it is looked for.
-        place = [
+        # The plugin does not pass SLURM_CONF to srun, so the node has the file at its default path.
+        slurmd = [
             "unshare",
             "--mount",
             "sh",
@@ -179,39 +182,53 @@ def one_node(folder: Path, cpus: int = 4) -> Iterator[dict[str, str]]:
             'mount --bind "$0" /etc/slurm && exec slurmd -D -N node',
             folder / "etc",
         ]
-        stack.enter_context(_daemon([*on_node, *place], folder / "slurmd.log", **conf))
-        _await(["sinfo", "--noheader", "--format=%T"], "idle", folder, environment)
+        stack.enter_context(_daemon([*on_node, *slurmd], folder / "slurmd.log", **conf))
+        _wait_for_output(["sinfo", "--noheader", "--format=%T"], "idle", folder, environment)
         yield environment
 
 
 @dataclass(frozen=True)
 class Site:
-    """environment: in which the commands of SLURM reach the node, and Snakemake's jobs the hub if they could."""
+    """A cluster and a hub.
+
+    Attributes:
+        environment: Environment of SLURM commands and of Snakemake, which names the hub.
+        hub: The hub, which the node cannot reach.
+    """
 
     environment: dict[str, str]
     hub: Served
 
-    def ask(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """A command of SLURM's."""
-        return subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a SLURM command."""
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
 
     def queue(self, state: str = "all") -> list[str]:
-        """Ids of the jobs in a state; by default of those that wait or run."""
+        """Return the ids of the jobs in a state, by default of pending and running ones."""
         states = ["--states", state] if state != "all" else []
-        return self.ask("squeue", "--noheader", "--format=%i", *states).stdout.split()
+        return self.run("squeue", "--noheader", "--format=%i", *states).stdout.split()
 
     def start(
         self, *arguments: object, cwd: Path, profile: list[object] = PROFILE, **environment: str
     ) -> subprocess.Popen[str]:
-        # Whoever runs the tests in the background has them ignore Ctrl-C, and their children with them.
-        words = ["env", "--default-signal=INT", BIN / "snakemake", "-s", REPOSITORY / "Snakefile", *profile, *arguments]
+        """Start Snakemake with the profile for SLURM."""
+        # Tests in the background ignore SIGINT, and their children inherit that.
+        command = [
+            "env",
+            "--default-signal=INT",
+            BIN / "snakemake",
+            "-s",
+            REPOSITORY / "Snakefile",
+            *profile,
+            *arguments,
+        ]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(
-            [*map(str, words)], cwd=cwd, env=self.environment | environment, start_new_session=True, **pipes
+            [*map(str, command)], cwd=cwd, env=self.environment | environment, start_new_session=True, **pipes
         )
 
     def snakemake(self, *arguments: object, cwd: Path, **others: object) -> tuple[int, str]:
-        """Exit code, and what it said."""
+        """Return exit code and output."""
         process = self.start(*arguments, cwd=cwd, **others)
-        said = process.communicate(timeout=900)[0]
-        return process.returncode, said
+        output = process.communicate(timeout=900)[0]
+        return process.returncode, output

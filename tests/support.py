@@ -22,7 +22,7 @@ TEXT = {
 }
 VISION = {"depth": 1, "embed_dim": 96, "num_heads": 3}
 """Settings of a small checkpoint, for `make_checkpoint`."""
-QUICK = "speed: {repeats: 1, prompt_tokens: 32, answer_tokens: 8}"
+QUICK = "benchmark: {repeats: 1, prompt_tokens: 32, answer_tokens: 8}"
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ def run_cli(
 
 
 def float_bundle(onnx_folder: Path, destination: Path) -> Path:
-    """A bundle of 32 bits, with what it is made of beside it."""
+    """Make a float32 bundle, and its graphs beside it in a folder whose name ends in "-graphs"."""
     from hf2mnn.mnn.bundle import EngineSettings
-    from hf2mnn.mnn.convert import WeightFormat
+    from hf2mnn.quant.formats import WeightFormat
     from hf2mnn.quant.variant import Choice
     from hf2mnn.stages.convert import run as convert_graphs
     from hf2mnn.stages.quantize import run as quantize
 
-    base = convert_graphs(onnx_folder, destination.with_name(f"{destination.name}-base"))
-    return quantize(onnx_folder, base, destination, Choice(WeightFormat(), WeightFormat(), EngineSettings()), 1)
+    graphs = convert_graphs(onnx_folder, destination.with_name(f"{destination.name}-graphs"))
+    return quantize(onnx_folder, graphs, destination, Choice(WeightFormat(), WeightFormat(), EngineSettings()), 1)

@@ -144,7 +144,7 @@ STARTS = {
     "evaluate": ["--reference", "nowhere", "--onnx", "nowhere", "--out", "x"],
     "speed": ["--bundle", "x=nowhere", "--baseline", "x", "--out", "x"],
     "diagnose": ["--reference", "nowhere", "--onnx", "x", "--base", "x", "--bundle", "x", "--out", "x"],
-    "report": ["m", "nowhere", "--rows", "[]"],
+    "report": ["m", "nowhere", "--variants", "[]"],
     "summarize": ["nowhere.csv", "--out", "x.csv"],
     "gates": ["nowhere.csv"],
     "compare": ["nowhere", "nowhere"],

@@ -1,7 +1,7 @@
-"""MNN's engine as a tokenizer.
+"""MNN's engine as a tokenizer, without a model.
 
-It does not need a model for that: its load fails at the empty model file, but after reading the tokenizer. It runs in a
-child process, because it crashes rather than raises.
+Its load fails at the empty model file, after the tokenizer is loaded. It runs in a child process, because it crashes
+rather than raises.
 """
 
 from __future__ import annotations

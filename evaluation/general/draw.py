@@ -1,6 +1,6 @@
-"""How the pictures of the general sets are drawn, with Pillow alone: the same release draws the same pixels.
+"""Draw the images of the general sets with Pillow alone; a release of Pillow always draws the same pixels.
 
-Functions with parameters draw pictures of several sets; PICTURES are those of the evaluation set.
+Functions with parameters draw images of several sets; IMAGES are those of the evaluation set.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from PIL import Image, ImageDraw, ImageFont
 
 SCALE = 3
-"""Everything is drawn this many times larger and averaged, for smooth edges."""
+"""Factor by which everything is drawn larger and then averaged, for smooth edges."""
 Color = str | tuple[int, int, int]
 Point = tuple[float, float]
 
@@ -21,7 +21,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, YELLOW = "#2f6db5", "#e8862e", "#3f9b5f", "#c9
 
 
 class Canvas:
-    """A picture of `width` x `height` pixels; all lengths in these, colours as Pillow takes them."""
+    """Image of `width` x `height` pixels; lengths are in pixels, colours as in Pillow."""
 
     def __init__(self, width: int, height: int, color: Color = PAPER) -> None:
         self.width, self.height = width, height
@@ -46,14 +46,14 @@ class Canvas:
         self.pen.rounded_rectangle(corners, round * SCALE, fill, edge, thick * SCALE)
 
     def oval(self, x: float, y: float, across: float, down: float, fill: Color) -> None:
-        """Around its centre; `across` and `down` are radii."""
+        """Draw an ellipse around (x, y); `across` and `down` are radii."""
         self.pen.ellipse(self._points([(x - across, y - down), (x + across, y + down)]), fill)
 
     def disk(self, x: float, y: float, radius: float, fill: Color) -> None:
         self.oval(x, y, radius, radius, fill)
 
     def slice(self, x: float, y: float, radius: float, start: float, end: float, fill: Color) -> None:
-        """Degrees clockwise from three o'clock."""
+        """Draw a slice; angles are in degrees, clockwise from three o'clock."""
         self.pen.pieslice(self._points([(x - radius, y - radius), (x + radius, y + radius)]), start, end, fill)
 
     def polygon(self, points: list[Point], fill: Color) -> None:
@@ -70,7 +70,7 @@ class Canvas:
             self.pen.text((x * SCALE, y * SCALE), words, fill, font, anchor)
 
     def sky(self, top: tuple[int, int, int], bottom: tuple[int, int, int], height: float) -> None:
-        """A vertical gradient over the upper `height`, in steps of four pixels (so that it packs)."""
+        """Draw a vertical gradient over the upper `height`, in steps of four pixels, so that it compresses well."""
         for y in range(0, math.ceil(height), 4):
             share = y / height
             color = tuple(round(a + (b - a) * share) for a, b in zip(top, bottom, strict=True))
@@ -528,7 +528,7 @@ def animal(kind: str) -> Image.Image:
     return canvas.finish()
 
 
-PICTURES: dict[str, Callable[[], Image.Image]] = {
+IMAGES: dict[str, Callable[[], Image.Image]] = {
     "receipt": lambda: receipt(
         "CORNER GROCERY",
         "14 Harbour Street  -  Tel. 555 0142",

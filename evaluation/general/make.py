@@ -1,4 +1,4 @@
-"""Draw the pictures of the general evaluation set and write its examples.jsonl.
+"""Draw the images of the general evaluation set, and write its examples.jsonl.
 
 python evaluation/general/make.py --out evaluation/general
 """
@@ -13,20 +13,20 @@ from typing import Any
 
 from PIL import Image
 
-from draw import PICTURES
+from draw import IMAGES
 
 Dialogue = tuple[str, str, list[dict[str, Any]]]
 """Category, language, messages."""
 
 
-class Picture(str):
-    """A name of a picture among texts."""
+class ImageName(str):
+    """Name of an image, among texts."""
 
 
 def user(*parts: str) -> dict[str, Any]:
     content = [
         {"type": "image", "image": f"images/{part}.png"}
-        if isinstance(part, Picture)
+        if isinstance(part, ImageName)
         else {"type": "text", "text": part}
         for part in parts
     ]
@@ -78,7 +78,7 @@ def single(category: str, language: str, *parts: str) -> Dialogue:
     return category, language, [user(*parts)]
 
 
-P = Picture
+P = ImageName
 EXAMPLES: list[Dialogue] = [
     single("language", "en", "Explain in three sentences why the sea is salty."),
     single("language", "zh", "请用三句话介绍一下长城的历史。"),
@@ -196,27 +196,27 @@ EXAMPLES: list[Dialogue] = [
 
 
 def records(examples: list[Dialogue]) -> list[dict[str, Any]]:
-    """Examples as lines of examples.jsonl; the number in an id counts within its category."""
-    made, counts = [], {}
+    """Return the records of examples.jsonl; ids are numbered within their category."""
+    lines, counts = [], {}
     for category, language, messages in examples:
         counts[category] = counts.get(category, 0) + 1
         identifier = f"{category}-{counts[category]:02}"
-        made.append({"id": identifier, "category": category, "language": language, "messages": messages})
-    return made
+        lines.append({"id": identifier, "category": category, "language": language, "messages": messages})
+    return lines
 
 
-def write(examples: list[Dialogue], pictures: dict[str, Callable[[], Image.Image]], about: str) -> None:
-    """The program: writes a set into the folder that the command line names."""
+def write(examples: list[Dialogue], images: dict[str, Callable[[], Image.Image]], about: str) -> None:
+    """Write the images and examples of a set to the folder of the command line."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     (out / "images").mkdir(parents=True, exist_ok=True)
-    for name, draw in pictures.items():
+    for name, draw in images.items():
         draw().save(out / "images" / f"{name}.png", optimize=True)
     lines = (json.dumps(record, ensure_ascii=False) for record in records(examples))
     (out / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{len(examples)} examples, {len(pictures)} pictures")
+    print(f"{len(examples)} examples, {len(images)} images")
 
 
 if __name__ == "__main__":
-    write(EXAMPLES, PICTURES, __doc__)
+    write(EXAMPLES, IMAGES, __doc__)

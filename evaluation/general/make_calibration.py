@@ -1,9 +1,9 @@
-"""Draw the pictures of the default calibration set and write its examples.jsonl.
+"""Draw the images of the default calibration set, and write its examples.jsonl.
 
 python evaluation/general/make_calibration.py --out evaluation/calibration
 
-The kinds of prompt that the general evaluation set has, with other words and other pictures: what a quantization is
-fitted to must not be what it is judged by.
+It has the kinds of prompts of the general evaluation set, with other texts and images: a model must not be evaluated on
+its calibration data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from draw import (
     tiles,
     tree,
 )
-from make import Dialogue, Picture, reply, single, system, user, write
+from make import Dialogue, ImageName, reply, single, system, user, write
 
 
 def meadow(crown: Color, grass: Color, clouds: int) -> Image.Image:
@@ -54,7 +54,7 @@ def meadow(crown: Color, grass: Color, clouds: int) -> Image.Image:
 
 
 def parking(colors: list[Color]) -> Image.Image:
-    """Two rows of cars, from left to right and from above."""
+    """Draw two rows of cars, from left to right and from top to bottom."""
     canvas = Canvas(532, 294, "#6a7178")
     for number, color in enumerate(colors):
         x, y = 20 + 170 * (number % 3), 126 + 132 * (number // 3)
@@ -78,7 +78,7 @@ def thermometer(degrees: int) -> Image.Image:
     return canvas.finish()
 
 
-PICTURES: dict[str, Callable[[], Image.Image]] = {
+IMAGES: dict[str, Callable[[], Image.Image]] = {
     "receipt": lambda: receipt(
         "MILLER HARDWARE",
         "208 Station Road  -  Tel. 555 0196",
@@ -164,7 +164,7 @@ TEA = """\
 红茶完全发酵，茶汤红亮，香气浓郁；青茶也叫乌龙茶，发酵程度在两者之间。黑茶要经过渥堆，存放的时间越长，味道越醇厚，云南的普洱就是有名的例子。\
 泡茶的水温也有讲究：绿茶用八十度左右的水，红茶用九十度以上，乌龙茶和黑茶则要用刚烧开的水。"""
 
-P = Picture
+P = ImageName
 EXAMPLES: list[Dialogue] = [
     single("language", "en", "Why does bread rise? Answer as if to a child of ten."),
     single("language", "en", "Write a polite e-mail that moves a dentist's appointment from Monday to next week."),
@@ -234,4 +234,4 @@ EXAMPLES: list[Dialogue] = [
 
 
 if __name__ == "__main__":
-    write(EXAMPLES, PICTURES, __doc__)
+    write(EXAMPLES, IMAGES, __doc__)

@@ -1,8 +1,8 @@
-"""Distances between two models' predictions, as the field defines them, from logits [positions, vocabulary].
+"""Distances between the predictions of two models, from logits of shape [positions, vocabulary].
 
-KL divergence, the share of equal top tokens, the RMS of the change of the right token's probability, the ratio of
-perplexities and the correlation of log-probabilities are those that llama.cpp's perplexity tool reports for
-quantized models; seq-rep-n is Welleck et al., 2020 (Neural Text Generation with Unlikelihood Training).
+KL divergence, the share of equal top tokens, the RMS of the probability change of the right token, the ratio of
+perplexities and the correlation of log-probabilities are those of llama.cpp's perplexity tool; seq-rep-n is that of
+Welleck et al., 2020 (Neural Text Generation with Unlikelihood Training).
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ import numpy as np
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 log-probabilities; the largest logit is taken off first, so nothing overflows."""
+    """Return float64 log-probabilities; the largest logit is subtracted first, which prevents overflow."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def kl_divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """KL(reference || other) in nats at each position: sum over tokens of p * (log p - log q)."""
+    """Return KL(reference || other) in nats at each position: the sum over tokens of p * (log p - log q)."""
     p, q = log_softmax(reference), log_softmax(other)
-    # Rounding can leave a tiny negative number where the two are equal; a divergence has none.
+    # Rounding can give a tiny negative number for equal predictions; a divergence is not negative.
     return np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
 
 
 def same_top(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Whether both would choose the same token at each position."""
+    """Return for each position whether both models choose the same token."""
     return reference.argmax(axis=-1) == other.argmax(axis=-1)
 
 
 def top_overlap(reference: np.ndarray, other: np.ndarray, count: int = 5) -> np.ndarray:
-    """Share of the `count` most likely tokens that both have, at each position."""
+    """Return the common share of the `count` most likely tokens at each position."""
     count = min(count, reference.shape[-1])
     tops = [np.argpartition(-logits, count - 1, axis=-1)[:, :count] for logits in (reference, other)]
     return (tops[0][:, :, None] == tops[1][:, None, :]).any(axis=-1).mean(axis=-1)
 
 
 def token_logprobs(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Log-probability in nats of `tokens` int [positions], one at each position."""
+    """Return the log-probability in nats of `tokens` (int, [positions]) at each position."""
     return np.take_along_axis(log_softmax(logits), np.asarray(tokens)[:, None], axis=-1)[:, 0]
 
 
 def cosine(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Cosine of each pair of rows; 0 where one of the two is all zero."""
+    """Return the cosine of each pair of rows; 0 if one row is all zero."""
     reference, other = reference.astype(np.float64), other.astype(np.float64)
     norms = np.linalg.norm(reference, axis=-1) * np.linalg.norm(other, axis=-1)
     dots = (reference * other).sum(axis=-1)
@@ -52,8 +52,9 @@ def cosine(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def relative_error(reference: np.ndarray, other: np.ndarray) -> float:
-    """L2 norm of the difference over that of `reference`; infinite where only `reference` is all zero, or `other` is
-    not finite, since NaN would keep every bound.
+    """Return the L2 norm of the difference divided by that of `reference`.
+
+    It is infinite if only `reference` is all zero, or if `other` is not finite, because NaN would pass every bound.
     """
     if not np.isfinite(other).all():
         return float("inf")
@@ -63,18 +64,24 @@ def relative_error(reference: np.ndarray, other: np.ndarray) -> float:
 
 
 def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many tokens two answers, or letters two texts, share from their beginning."""
+    """Return the length of the common prefix of two token lists or texts."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def repetition(tokens: Sequence[int], n: int = 4) -> float:
-    """seq-rep-n: the share of n-grams that have been there before; 0 where there is none."""
+    """Return seq-rep-n: the share of n-grams that repeat an earlier one; 0 without n-grams."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def ends_in_a_loop(tokens: Sequence[int], times: int = 4, shortest: int = 12) -> bool:
-    """Whether an answer ends in the same piece again and again: at least `times`, and `shortest` tokens of it."""
+    """Return whether an answer ends in a loop.
+
+    Args:
+        tokens: The answer.
+        times: Smallest number of repetitions.
+        shortest: Smallest length of the loop in tokens.
+    """
     tokens = list(tokens)
     for period in range(1, len(tokens) // times + 1):
         length = max(times * period, shortest)

@@ -1,11 +1,10 @@
-"""The comparison from end to end: what is measured of a process, what llmexport is given, what is kept."""
+"""Tests of bench/scale.py: resources of a process, inputs of llmexport, tables, and reuse of measurements."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,55 +14,59 @@ import pandas as pd
 import psutil
 import pytest
 
-from hf2mnn.config.schema import Weights, parse_json
+from hf2mnn.config.load import parse_option
+from hf2mnn.config.variants import Weights
 from hf2mnn.core.errors import Hf2mnnError, MachineError
 from support import REPOSITORY, SHAPES_VL, TEXT, VISION
 
 COLUMNS = "tool,step,wall_s,cpu_s,peak_rss_mb,bytes_written"
 ENGINE_COLUMNS = "bundle,figure,median,low,high,ratio,rounds"
-# Holds 200 MB, writes 8 MB that are gone at the end, and starts one that nobody waits for, as os.popen does: it holds
-# 100 MB and computes for half a second.
-LEFT_ALONE = "import time\nheld = bytearray(b'.') * 100_000_000\nwhile time.process_time() < 0.5: pass"
+# Allocates 200 MB, writes and deletes 8 MB, and starts an orphan, as os.popen does, which allocates 100 MB and computes
+# for half a second.
+ORPHAN = "import time\ndata = bytearray(b'.') * 100_000_000\nwhile time.process_time() < 0.5: pass"
 PARENT = f"""
 import os, subprocess, sys
-held = bytearray(b".") * 200_000_000
+data = bytearray(b".") * 200_000_000
 with open("scratch", "wb") as file:
     file.write(bytes(8_000_000))
 os.remove("scratch")
-subprocess.Popen([sys.executable, "-c", {LEFT_ALONE!r}], stdout=subprocess.PIPE).stdout.read()
+subprocess.Popen([sys.executable, "-c", {ORPHAN!r}], stdout=subprocess.PIPE).stdout.read()
 os._exit(0)
 """
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[ModuleType]:
-    """bench/scale.py, which is a program and in no package; the engine's child finds scale_engine.py beside it."""
+    """Import bench/scale.py; its folder is on the path for the modules next to it, also in child processes."""
     sys.path.insert(0, str(REPOSITORY / "bench"))
     yield importlib.import_module("scale")
     sys.path.remove(str(REPOSITORY / "bench"))
 
 
-def test_a_process_is_measured_with_all_that_it_starts(bench: ModuleType, tmp_path: Path) -> None:
-    taken = bench.measured([sys.executable, "-c", PARENT], tmp_path / "log", cwd=tmp_path)
-    assert 0.5 < taken.cpu_s < 5
-    assert taken.wall_s > 0.4
-    # Two interpreters come on top, and not the memory of this process, which a child shares while it starts.
-    assert 300 < taken.peak_rss_mb < 350
-    assert 8_000_000 <= taken.bytes_written < 12_000_000
+@pytest.fixture(scope="module")
+def steps(bench: ModuleType) -> ModuleType:
+    return importlib.import_module("scale_steps")
 
 
-def test_what_a_failed_process_said_is_told_and_nothing_of_it_goes_on(bench: ModuleType, tmp_path: Path) -> None:
+def test_usage_includes_all_child_processes(bench: ModuleType, tmp_path: Path) -> None:
+    usage = bench.run_measured([sys.executable, "-c", PARENT], tmp_path / "log", cwd=tmp_path)
+    assert usage.cpu_s >= 0.5
+    assert usage.wall_s > 0.4
+    # Both processes and their interpreters, but not the memory of this process, which a child shares until exec.
+    assert 300 < usage.peak_rss_mb < 350
+    assert 8_000_000 <= usage.bytes_written < 12_000_000
+
+
+def test_failed_process_is_reported_and_its_children_are_killed(bench: ModuleType, tmp_path: Path) -> None:
     program = "import subprocess\nsubprocess.Popen(['sleep', '60'])\nprint('no such weight', flush=True)\nexit(3)"
-    started = time.monotonic()
     with pytest.raises(Hf2mnnError, match=r"exit code 3.*no such weight"):
-        bench.measured([sys.executable, "-c", program], tmp_path / "log")
-    assert time.monotonic() - started < 10
+        bench.run_measured([sys.executable, "-c", program], tmp_path / "log")
     assert [process for process in psutil.Process().children() if process.name() == "sleep"] == []
 
 
-def test_llmexport_is_given_settings_as_they_were_before_transformers_5(bench: ModuleType, tmp_path: Path) -> None:
+def test_llmexport_gets_settings_of_transformers_4(steps: ModuleType, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in SHAPES_VL.iterdir() if path.is_file()}
-    flat = bench.flat_checkpoint(SHAPES_VL, tmp_path / "flat")
+    flat = steps.flat_checkpoint(SHAPES_VL, tmp_path / "flat")
     config = json.loads((flat / "config.json").read_text())
     nested = json.loads((SHAPES_VL / "config.json").read_text())
     assert config["hidden_size"] == nested["text_config"]["hidden_size"]
@@ -77,49 +80,51 @@ def test_llmexport_is_given_settings_as_they_were_before_transformers_5(bench: M
     assert "<|image_pad|>" in tokenizer["additional_special_tokens"]
     assert tokenizer["chat_template"] == (SHAPES_VL / "chat_template.jinja").read_text()
     assert (flat / "model.safetensors").readlink() == SHAPES_VL / "model.safetensors"
-    # Through links nothing was changed, a second time neither; what is flat already stays as it is.
-    again = bench.flat_checkpoint(flat, tmp_path / "again")
-    bench.flat_checkpoint(SHAPES_VL, flat)
+    # Files behind the links do not change, and a flat checkpoint stays the same.
+    again = steps.flat_checkpoint(flat, tmp_path / "again")
+    steps.flat_checkpoint(SHAPES_VL, flat)
     assert json.loads((again / "config.json").read_text()) == config
     assert before == {path: path.read_bytes() for path in SHAPES_VL.iterdir() if path.is_file()}
 
 
-def test_the_bundle_to_compare_is_like_llmexports(bench: ModuleType) -> None:
+def test_matched_variant_has_the_formats_of_llmexport(steps: ModuleType) -> None:
     real = {"vision_config": {"embed_dim": 1280}, "tie_word_embeddings": True}
-    like = bench.formats(real)["int4 rtn"]
-    decoder, vision = (parse_json(Weights, like[like.index(part) + 1], part) for part in ("--decoder", "--vision"))
+    options = steps.quantize_options(real)["int4 rtn"]
+    decoder, vision = (
+        parse_option(Weights, options[options.index(part) + 1], part) for part in ("--decoder", "--vision")
+    )
     assert [decoder[key] for key in ("bits", "block", "method", "symmetric")] == [4, 64, "rtn", False]
     assert [vision[key] for key in ("bits", "block", "method", "symmetric")] == [4, 128, "rtn", False]
-    assert like[-2:] == ["--embedding", "lm_head"]
-    # A block of 128 does not divide what the embedded model's vision tower reads; an untied model has no such lm_head.
-    small = bench.formats({"vision_config": {"embed_dim": 192}})["int4 rtn"]
+    assert options[-2:] == ["--embedding", "lm_head"]
+    # A block of 128 does not divide the width of the embedded model's vision tower; an untied model needs its embedding.
+    small = steps.quantize_options({"vision_config": {"embed_dim": 192}})["int4 rtn"]
     assert '"block": 64' in small[3]
     assert "--embedding" not in small
 
 
-def test_totals_are_of_one_bundle_and_medians_of_all_repeats(bench: ModuleType) -> None:
+def test_totals_are_those_of_one_bundle_and_medians_over_repeats(bench: ModuleType) -> None:
     def rows(repeat: int, seconds: float) -> list[dict]:
-        steps = ["source", "onnx", "mnn", "quantize int4 rtn", "quantize int4"]
-        made = [("hf2mnn", step, seconds * (i + 1), 100.0 * (i + 1)) for i, step in enumerate(steps)]
-        made.append(("llmexport", "export", 30 * seconds, 900.0))
+        names = ["fetch", "export", "convert", "quantize int4 rtn", "quantize int4"]
+        entries = [("hf2mnn", name, seconds * (i + 1), 100.0 * (i + 1)) for i, name in enumerate(names)]
+        entries.append(("llmexport", "total", 30 * seconds, 900.0))
         return [
             {"tool": tool, "step": step, "repeat": repeat, "wall_s": wall, "cpu_s": wall, "peak_rss_mb": peak}
             | {"bytes_written": 10}
-            for tool, step, wall, peak in made
+            for tool, step, wall, peak in entries
         ]
 
     table = bench.summarize(pd.DataFrame([row for repeat, s in enumerate([1, 9, 2]) for row in rows(repeat, s)]))
     assert ",".join(table.columns) == COLUMNS
     assert table["tool"].tolist() == ["hf2mnn"] * 7 + ["llmexport"]
-    found = table.set_index("step")
-    assert found.loc["onnx", "wall_s"] == 4
-    assert found.loc["total int4 rtn", COLUMNS.split(",")[2:]].tolist() == [20, 20, 400, 40]
-    assert found.loc["total int4", "wall_s"] == 2 * (1 + 2 + 3 + 5)
-    assert found.loc["export", "wall_s"] == 60
+    by_step = table.set_index("step")
+    assert by_step.loc["export", "wall_s"] == 4
+    assert by_step.loc["total int4 rtn", COLUMNS.split(",")[2:]].tolist() == [20, 20, 400, 40]
+    assert by_step.loc["total int4", "wall_s"] == 2 * (1 + 2 + 3 + 5)
+    assert by_step.loc["total", "wall_s"] == 60
 
 
-def test_ratios_are_those_within_each_round(bench: ModuleType) -> None:
-    # The machine halves its speed in the second round; and only the first has an image.
+def test_ratios_are_taken_within_each_round(bench: ModuleType) -> None:
+    # The machine is half as fast in the second round; only the first round has an image.
     rounds = [
         {"hf2mnn int4": {"decode_tokens_s": 20.0, "image_s": 3.0}, "llmexport": {"decode_tokens_s": 16.0}},
         {"hf2mnn int4": {"decode_tokens_s": 10.0}, "llmexport": {"decode_tokens_s": 8.0}},
@@ -133,26 +138,29 @@ def test_ratios_are_those_within_each_round(bench: ModuleType) -> None:
     assert table.iloc[2]["ratio"] == 1
 
 
+Quick = tuple[ModuleType, list[str], dict[str, str]]
+
+
 @pytest.fixture
-def quick(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, list[str], dict]:
-    """With steps that only make their folders, what ran is counted; and their code, to be changed."""
-    ran, code = [], {"onnx": "present"}
+def quick(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Quick:
+    """Replace the steps by ones that only make their folders; return the names of those that ran, and their code."""
+    ran, code = [], {"export": "present"}
 
-    def steps(checkpoint: Path, root: Path, variants: list[str], threads: int) -> list:
-        names, made = ["source", "onnx", "mnn", "quantize int4 rtn"], []
-        for name in names:
+    def hf2mnn_steps(checkpoint: Path, root: Path, variants: list[str], threads: int) -> list:
+        def step(name: str) -> object:
             command = (sys.executable, "-c", f"import os; os.mkdir({str(root / name)!r})")
-            made.append(bench.Step("hf2mnn", name, command, root / name, code["onnx"] if name != "source" else ""))
-        return made
+            return bench.Step("hf2mnn", name, command, root / name, "" if name == "fetch" else code["export"])
 
-    run = bench.Turns.run
-    monkeypatch.setattr(bench.Turns, "run", lambda turns, *given: ran.append(given[0].name) or run(turns, *given))
-    monkeypatch.setattr(bench, "own_steps", steps)
-    monkeypatch.setattr(bench, "WARM_OURS", "")
+        return [step(name) for name in ("fetch", "export", "convert", "quantize int4 rtn")]
+
+    run = bench.ToolRuns.run
+    monkeypatch.setattr(bench.ToolRuns, "run", lambda runs, *args: ran.append(args[0].name) or run(runs, *args))
+    monkeypatch.setattr(bench, "hf2mnn_steps", hf2mnn_steps)
+    monkeypatch.setattr(bench, "WARM_UP_HF2MNN", "")
     return bench, ran, code
 
 
-def test_what_was_measured_is_kept(quick: tuple[ModuleType, list[str], dict], tmp_path: Path) -> None:
+def test_measurements_are_reused_until_code_changes(quick: Quick, tmp_path: Path) -> None:
     bench, ran, code = quick
     arguments = ["--checkpoint", str(SHAPES_VL), "--only", "hf2mnn", "--rounds", "0", "--out", str(tmp_path)]
     bench.main(arguments)
@@ -162,14 +170,13 @@ def test_what_was_measured_is_kept(quick: tuple[ModuleType, list[str], dict], tm
     ran.clear()
     bench.main(arguments)
     assert (ran, (tmp_path / "scale-shapes-vl.csv").read_text()) == ([], text)
-    code["onnx"] = "as it will be"
+    code["export"] = "changed"
     bench.main([*arguments, "--repeats", "2"])
-    assert ran == ["onnx", "mnn", "quantize int4 rtn", "source", "onnx", "mnn", "quantize int4 rtn"]
+    changed = ["export", "convert", "quantize int4 rtn"]
+    assert ran == [*changed, "fetch", *changed]
 
 
-def test_a_machine_too_small_is_told_before_anything_runs(
-    quick: tuple[ModuleType, list[str], dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_machine_is_checked_before_anything_runs(quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, ran, _ = quick
     monkeypatch.setattr(bench, "available_memory", lambda: 10**6)
     with pytest.raises(MachineError, match="--only hf2mnn"):
@@ -185,10 +192,10 @@ def test_a_machine_too_small_is_told_before_anything_runs(
 
 
 @pytest.mark.slow
-def test_a_small_model_from_end_to_end(
+def test_small_model_end_to_end(
     bench: ModuleType, make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is quantized as llmexport does it runs in the engine, its embedding read from lm_head."""
+    """The bundle with the formats of llmexport, whose embedding is in lm_head, runs in the engine."""
     for name, value in (("PROMPT", 32), ("ANSWER", 8), ("IMAGE", 56)):
         monkeypatch.setattr(bench, name, value)
     checkpoint = make_checkpoint(text=TEXT, vision=VISION, tied=True)

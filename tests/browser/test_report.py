@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from hf2mnn.report.page import render_page
-from made_evidence import make_evidence, make_table
+from page_evidence import make_evidence, make_table
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
@@ -95,7 +95,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     evidence = make_evidence(folder / "results")
     page = folder / "report.html"
-    page.write_text(render_page(evidence, make_table(evidence, {evidence.rows[-1].name: True})), encoding="utf-8")
+    page.write_text(render_page(evidence, make_table(evidence, {evidence.variants[-1].name: True})), encoding="utf-8")
     return page
 
 

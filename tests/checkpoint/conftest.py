@@ -1,16 +1,16 @@
-"""A small whole checkpoint in two shards, to be broken in many ways, and servers that speak as the hubs do."""
+"""A small complete checkpoint in two shards, copies of it to damage, and a server with the API of both hubs."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from hf2mnn.checkpoint.synth import Shape, make_checkpoint_like
 from hub_server import Served, serving
-from support import SHAPES_VL
+from support import SHAPES_VL, TEXT, VISION
 
 SMALL = Shape(
     "qwen2_vl",
@@ -35,18 +35,24 @@ def small_shape() -> Shape:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole checkpoint. Tests only read it."""
+    """The complete checkpoint. Tests only read it."""
     folder = make_checkpoint_like(SMALL, tmp_path_factory.mktemp("small") / "checkpoint", tokenizer=SHAPES_VL)
     for name in ("manifest.json", ".hf2mnn"):
         (folder / name).unlink()
     return folder
 
 
+@pytest.fixture(scope="session")
+def bases(make_checkpoint: Callable[..., Path]) -> dict[bool, Path]:
+    """bfloat16 checkpoints with an untied (False) and a tied (True) lm_head. Tests only read them."""
+    return {tied: make_checkpoint(text=TEXT, vision=VISION, tied=tied) for tied in (False, True)}
+
+
 @pytest.fixture
 def checkpoint(small: Path, tmp_path: Path) -> Path:
-    """A copy of it, with what a stage must never touch."""
-    folder = Path(shutil.copytree(small, tmp_path / "checkpoint"))
-    (folder / "modeling_x.py").write_text("raise SystemExit('code of a stranger')\n")
+    """A copy of it to damage, with files that no stage may read."""
+    folder = Path(shutil.copytree(small, tmp_path / "original"))
+    (folder / "modeling_x.py").write_text("raise SystemExit('untrusted code')\n")
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     (folder / "README.md").write_text("# A model\n")
     return folder
@@ -54,6 +60,6 @@ def checkpoint(small: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(checkpoint: Path) -> Iterator[Served]:
-    """A server of both hubs that has the checkpoint as owner/name."""
+    """A server with the API of both hubs, which serves the checkpoint as owner/name."""
     with serving({path.name: path.read_bytes() for path in checkpoint.iterdir()}) as served:
         yield served

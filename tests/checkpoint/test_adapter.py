@@ -1,4 +1,4 @@
-"""A LoRA adapter merged into a checkpoint: against PEFT's own model with the adapter, and what is refused by name."""
+"""LoRA adapters merged into checkpoints: compared with PEFT's own model, and errors for unsupported ones."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
 from hf2mnn.checkpoint.adapter import CONFIG, WEIGHTS, Adapter
+from hf2mnn.checkpoint.architecture import load_config
 from hf2mnn.checkpoint.fetch import AdapterSource
 from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.core.files import sha256
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.onnx.session import OnnxModel
-from hf2mnn.reference.model import load_config, load_model
+from hf2mnn.reference.model import load_model
 from hf2mnn.stages.export import run as export_onnx
 from hf2mnn.stages.fetch import run as fetch_checkpoint
-from prequantized_layers import write_packed
-from support import TEXT, VISION
+from prequantized_layers import write_prequantized
 
 DECODER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EVERYWHERE = r".*(_proj|qkv|attn\.proj|fc1|fc2|mlp\.0|mlp\.2)"
@@ -37,7 +37,7 @@ EVERYWHERE = r".*(_proj|qkv|attn\.proj|fc1|fc2|mlp\.0|mlp\.2)"
 
 @dataclass(frozen=True)
 class Kind:
-    """An adapter's settings for PEFT, and whether the model's embedding is its lm_head."""
+    """Settings of an adapter for PEFT, and whether the base model's lm_head is tied."""
 
     settings: dict[str, Any]
     tied: bool = False
@@ -69,13 +69,8 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def bases(make_checkpoint: Callable[..., Path]) -> dict[bool, Path]:
-    return {tied: make_checkpoint(text=TEXT, vision=VISION, tied=tied) for tied in (False, True)}
-
-
 def train(base: Path, settings: dict[str, Any], folder: Path) -> PeftModel:
-    """A PEFT model of the base in float32 whose adapter is random in every part, saved to `folder` by PEFT."""
+    """Return PEFT's float32 model of the base with a random adapter, and save the adapter to `folder`."""
     model = load_model(Checkpoint(base))
     model.config._name_or_path = str(base)
     with warnings.catch_warnings():
@@ -85,14 +80,14 @@ def train(base: Path, settings: dict[str, Any], folder: Path) -> PeftModel:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    spread = 0.2 if "lora_embedding" in name or "lora_A" in name or "lora_B" in name else 0.1
-                    parameter.add_(torch.randn_like(parameter) * spread)
+                    std = 0.2 if "lora_embedding" in name or "lora_A" in name or "lora_B" in name else 0.1
+                    parameter.add_(torch.randn_like(parameter) * std)
         model.save_pretrained(folder)
     return model.eval()
 
 
 def inputs(config: PreTrainedConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A text with an image: ids [1, tokens], pixels, grid_thw [1, 3]."""
+    """Return a prompt with an image: ids [1, tokens], pixels, grid_thw [1, 3]."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 500, (1, 20), generator=generator)
     ids[0, 3], ids[0, 4:10], ids[0, 10] = (
@@ -103,8 +98,8 @@ def inputs(config: PreTrainedConfig) -> tuple[torch.Tensor, torch.Tensor, torch.
     return ids, torch.randn(24, 1176, generator=generator), torch.tensor([[1, 4, 6]])
 
 
-def feed(model: torch.nn.Module) -> torch.Tensor:
-    """Logits, float32 [tokens, vocabulary]."""
+def compute_logits(model: torch.nn.Module) -> torch.Tensor:
+    """Return logits, float32 [tokens, vocabulary]."""
     ids, pixels, grid = inputs(model.config)
     with torch.no_grad():
         return model(
@@ -118,8 +113,8 @@ def feed(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def plain(bases: dict[bool, Path]) -> dict[bool, torch.Tensor]:
-    """What the bases say without an adapter."""
-    return {tied: feed(load_model(Checkpoint(base))) for tied, base in bases.items()}
+    """Logits of the base models."""
+    return {tied: compute_logits(load_model(Checkpoint(base))) for tied, base in bases.items()}
 
 
 def merged(base: Path, adapter: Path, destination: Path) -> Path:
@@ -127,29 +122,29 @@ def merged(base: Path, adapter: Path, destination: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_model_is_the_model_with_the_adapter(
+def test_merged_model_equals_peft(
     kind: str, bases: dict[bool, Path], plain: dict[bool, torch.Tensor], tmp_path: Path
 ) -> None:
-    described = KINDS[kind]
-    wanted = feed(train(bases[described.tied], described.settings, tmp_path / "adapter"))
-    assert (wanted - plain[described.tied]).abs().max() > 0.5 * plain[described.tied].std()
-    source = merged(bases[described.tied], tmp_path / "adapter", tmp_path / "checkpoint")
+    adapter = KINDS[kind]
+    expected = compute_logits(train(bases[adapter.tied], adapter.settings, tmp_path / "adapter"))
+    assert (expected - plain[adapter.tied]).abs().max() > 0.5 * plain[adapter.tied].std()
+    source = merged(bases[adapter.tied], tmp_path / "adapter", tmp_path / "checkpoint")
     Manifest.load(source).verify()
-    found = feed(load_model(Checkpoint(source)))
-    assert (found - wanted).abs().max() < 2e-5 * wanted.abs().max()
+    logits = compute_logits(load_model(Checkpoint(source)))
+    assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
 @pytest.fixture(scope="module")
 def trained(bases: dict[bool, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """An adapter of the tied base in all its parts, lm_head among them, and what PyTorch says with it."""
+    """An adapter of all layers of the tied base, with lm_head, and the logits of PEFT's model."""
     folder = tmp_path_factory.mktemp("adapter")
     settings = {"target_modules": EVERYWHERE, "modules_to_save": ["lm_head"], "alpha_pattern": {"layers.1.*q_proj": 9}}
-    return folder, feed(train(bases[True], settings, folder))
+    return folder, compute_logits(train(bases[True], settings, folder))
 
 
 @pytest.fixture
 def adapter(trained: tuple[Path, torch.Tensor], tmp_path: Path) -> Path:
-    """A copy of it, to be broken."""
+    """A copy of it to damage."""
     return Path(shutil.copytree(trained[0], tmp_path / "adapter"))
 
 
@@ -164,23 +159,23 @@ def configure(folder: Path, **settings: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
-def test_onnx_and_mapped_weights_are_the_model_with_the_adapter(
+def test_onnx_and_mapped_weights_equal_peft(
     trained: tuple[Path, torch.Tensor], bases: dict[bool, Path], tmp_path: Path
 ) -> None:
-    """bfloat16 and float32 stand side by side in its files."""
-    adapter, wanted = trained
+    """The merged files mix bfloat16 and float32."""
+    adapter, expected = trained
     source = merged(bases[True], adapter, tmp_path / "checkpoint")
     assert {str(Checkpoint(source).stored(name).dtype) for name in (NORM, QUERY)} == {"bfloat16", "float32"}
-    found = feed(load_model(Checkpoint(source), "mapped"))
-    assert (found - wanted).abs().max() < 2e-5 * wanted.abs().max()
+    logits = compute_logits(load_model(Checkpoint(source), "mapped"))
+    assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
     onnx = export_onnx(source, tmp_path / "onnx")
     runtime, (ids, pixels, grid) = OnnxModel(onnx, threads=1), inputs(load_config(Checkpoint(source)))
     logits = runtime.prefill(runtime.new_cache(), ids[0].numpy(), [(pixels.numpy(), grid[0].numpy())], all_logits=True)
-    np.testing.assert_allclose(logits, wanted.numpy(), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4, rtol=0)
     assert Manifest.load(onnx).provenance["adapter"] == Manifest.load(source).provenance["adapter"]
 
 
-def test_manifest_names_the_adapter_and_what_it_was_merged_into(
+def test_manifest_records_adapter_and_base(
     trained: tuple[Path, torch.Tensor], bases: dict[bool, Path], tmp_path: Path
 ) -> None:
     adapter, base = trained[0], bases[True]
@@ -194,11 +189,11 @@ def test_manifest_names_the_adapter_and_what_it_was_merged_into(
 
 
 def older(name: str) -> str:
-    """As transformers called it before 4.52."""
+    """Return the name of a tensor before transformers 4.52."""
     return name.replace("model.model.language_model.", "model.model.").replace("model.model.visual.", "model.visual.")
 
 
-def test_names_of_older_transformers_are_known(adapter: Path, bases: dict[bool, Path], tmp_path: Path) -> None:
+def test_names_of_older_transformers(adapter: Path, bases: dict[bool, Path], tmp_path: Path) -> None:
     new = merged(bases[True], adapter, tmp_path / "new")
     edit(adapter, lambda tensors: [tensors.update({older(name): tensors.pop(name)}) for name in list(tensors)])
     assert "base_model.model.visual.blocks.0.attn.qkv.lora_A.weight" in load_file(adapter / WEIGHTS)
@@ -206,8 +201,8 @@ def test_names_of_older_transformers_are_known(adapter: Path, bases: dict[bool, 
     assert sha256(old / "model.safetensors") == sha256(new / "model.safetensors")
 
 
-def test_shards_that_do_not_change_stay_links(small: Path, tmp_path: Path) -> None:
-    """And of one that does, each other tensor is what it was."""
+def test_unchanged_shards_stay_links(small: Path, tmp_path: Path) -> None:
+    """In a changed shard, all other tensors keep their bytes."""
     train(small, {"target_modules": r".*visual.*qkv"}, tmp_path / "adapter")
     source = merged(small, tmp_path / "adapter", tmp_path / "checkpoint")
     shards = {path.name: path.is_symlink() for path in sorted(source.glob("*.safetensors"))}
@@ -223,80 +218,89 @@ def test_shards_that_do_not_change_stay_links(small: Path, tmp_path: Path) -> No
 def test_untied_lm_head_is_in_the_index(small: Path, tmp_path: Path) -> None:
     train(small, {"target_modules": ["lm_head"]}, tmp_path / "adapter")
     source = merged(small, tmp_path / "adapter", tmp_path / "checkpoint")
-    places = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
-    assert places["lm_head.weight"] == places["model.embed_tokens.weight"]
+    weight_map = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    assert weight_map["lm_head.weight"] == weight_map["model.embed_tokens.weight"]
     assert not Checkpoint(source).tied
 
 
-# Refusals ------------------------------------------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------------------------------------------
 
 QUERY, NORM = "model.language_model.layers.0.self_attn.q_proj.weight", "model.language_model.norm.weight"
 KEY = f"base_model.model.{QUERY.removesuffix('.weight')}"
 
 
-def refusal(base: Path, adapter: Path) -> str:
-    with pytest.raises(CheckpointError) as refused:
+def merge_error(base: Path, adapter: Path) -> str:
+    with pytest.raises(CheckpointError) as error:
         Adapter(adapter).changes(Checkpoint(base))
-    assert len(str(refused.value).splitlines()) == 1
-    return str(refused.value)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "part"),
     [
-        ({"peft_type": "IA3"}, "is of type 'IA3'"),
-        ({"peft_type": None}, "is of type None"),
+        ({"peft_type": "IA3"}, "has peft_type 'IA3'"),
+        ({"peft_type": None}, "has peft_type None"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "has layer_replication"),
         ({"lora_bias": True}, "has lora_bias"),
         ({"fan_in_fan_out": True}, "has fan_in_fan_out"),
         ({"trainable_token_indices": [1]}, "has trainable_token_indices"),
         ({"alora_invocation_tokens": [1]}, "has alora_invocation_tokens"),
         ({"use_better_lora": True}, "has use_better_lora"),
-        ({"init_lora_weights": "pissa_niter_4"}, "began as 'pissa_niter_4'"),
-        ({"init_lora_weights": ["x"]}, "began as"),
-        ({"r": 0}, "says r 0"),
-        ({"r": True}, "says r True"),
-        ({"r": 5}, "says that its rank is 5"),
-        ({"lora_alpha": "8"}, "says lora_alpha '8'"),
-        ({"lora_alpha": None}, "says lora_alpha None"),
-        ({"lora_alpha": 10**400}, "says lora_alpha 1000"),
-        ({"rank_pattern": {"q_proj": 4.0}}, "says rank_pattern"),
-        ({"rank_pattern": {"q_proj": 3}}, "says that its rank is 3"),
-        ({"alpha_pattern": {"(": 3}}, "cannot be read"),
-        ({"alpha_pattern": {"(([a-z_.0-9]+)*)*X": 3}}, "cannot be read"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights 'pissa_niter_4', which changes the base model"),
+        ({"init_lora_weights": ["x"]}, "has init_lora_weights ['x'], which changes the base model"),
+        ({"r": 0}, "invalid r: 0"),
+        ({"r": True}, "invalid r: True"),
+        ({"r": 5}, "its settings give the rank 5"),
+        ({"lora_alpha": "8"}, "invalid lora_alpha: '8'"),
+        ({"lora_alpha": None}, "invalid lora_alpha: None"),
+        ({"lora_alpha": 10**400}, "invalid lora_alpha: 1000"),
+        ({"rank_pattern": {"q_proj": 4.0}}, "invalid rank_pattern"),
+        ({"rank_pattern": {"q_proj": 3}}, "its settings give the rank 3"),
+        ({"alpha_pattern": {"(": 3}}, "cannot be matched"),
+        ({"alpha_pattern": {"(([a-z_.0-9]+)*)*X": 3}}, "cannot be matched"),
         ({"alpha_pattern": {"q_proj": 3, "self_attn.*": 4}}, "several values in alpha_pattern"),
         ({"use_dora": True}, "lora_magnitude_vector"),
-        ({"use_rslora": 1}, "says use_rslora 1"),
-        ({"bias": "some"}, "says bias 'some'"),
+        ({"use_rslora": 1}, "invalid use_rslora: 1"),
+        ({"bias": "some"}, "invalid bias: 'some'"),
         ({"modules_to_save": ["lm_head", "score"]}, "names 'score' in modules_to_save"),
-        ({"modules_to_save": "lm_head"}, "says modules_to_save"),
-        ({"base_model_name_or_path": 3}, "says base_model_name_or_path 3"),
+        ({"modules_to_save": "lm_head"}, "invalid modules_to_save"),
+        ({"base_model_name_or_path": 3}, "invalid base_model_name_or_path: 3"),
     ],
 )
-def test_settings_that_are_not_understood_are_refused_by_name(
-    settings: dict[str, Any], said: str, adapter: Path, bases: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
+def test_unsupported_setting_is_named(
+    settings: dict[str, Any], part: str, adapter: Path, bases: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf2mnn.checkpoint.adapter.LONGEST_SEARCH", 0.2)
+    monkeypatch.setattr("hf2mnn.checkpoint.adapter.PATTERN_SECONDS", 0.2)
     configure(adapter, **settings)
-    assert said in refusal(bases[True], adapter)
+    assert part in merge_error(bases[True], adapter)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "part"),
     [
-        (lambda held: held.clear(), "holds no tensors"),
-        (lambda held: held.pop(f"{KEY}.lora_B.weight"), "and not lora_A.weight, lora_B.weight"),
-        (lambda held: held.update({f"{KEY}.lora_B.bias": torch.ones(128)}), "has no place"),
-        (lambda held: held.update({"q.lora_A.weight": torch.ones(4, 128)}), "names begin with base_model.model."),
-        (lambda held: held.update({f"{KEY}.lora_A.weight": torch.ones(4, 64)}), "as [4, 64]"),
-        (lambda held: held.update({f"{KEY}.lora_B.weight": torch.ones(128)}), "as [128]"),
-        (lambda held: held.update({f"{KEY}.lora_A.weight": torch.tensor(1.0)}), "as []"),
-        (lambda held: held.update({f"{KEY}.lora_A.weight": torch.ones(4, 128).double()}), "as F64, which is not read"),
-        (lambda held: held.update({f"{KEY}.weight": torch.ones(128, 128)}), "PEFT would not find it"),
-        (lambda held: held.update({"base_model.model.lm_head.weight": torch.ones(700, 128)}), "as [700, 128]"),
-        (lambda held: held.update({older(f"{KEY}.lora_A.weight"): torch.ones(4, 128)}), "for the same weight"),
+        (lambda tensors: tensors.clear(), "holds no tensors"),
+        (lambda tensors: tensors.pop(f"{KEY}.lora_B.weight"), "instead of lora_A.weight, lora_B.weight"),
+        (lambda tensors: tensors.update({f"{KEY}.lora_B.bias": torch.ones(128)}), "has no parameter for"),
         (
-            lambda held: held.update(
+            lambda tensors: tensors.update({"q.lora_A.weight": torch.ones(4, 128)}),
+            "names of PEFT begin with base_model.model.",
+        ),
+        (lambda tensors: tensors.update({f"{KEY}.lora_A.weight": torch.ones(4, 64)}), "of shape [4, 64]"),
+        (lambda tensors: tensors.update({f"{KEY}.lora_B.weight": torch.ones(128)}), "of shape [128]"),
+        (lambda tensors: tensors.update({f"{KEY}.lora_A.weight": torch.tensor(1.0)}), "of shape []"),
+        (
+            lambda tensors: tensors.update({f"{KEY}.lora_A.weight": torch.ones(4, 128).double()}),
+            "with the unsupported dtype F64",
+        ),
+        (lambda tensors: tensors.update({f"{KEY}.weight": torch.ones(128, 128)}), "PEFT would not load it"),
+        (
+            lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(700, 128)}),
+            "of shape [700, 128]",
+        ),
+        (lambda tensors: tensors.update({older(f"{KEY}.lora_A.weight"): torch.ones(4, 128)}), "for the same weight"),
+        (
+            lambda tensors: tensors.update(
                 {
                     "base_model.model.model.visual.patch_embed.proj.lora_A.weight": torch.ones(4, 3, 2, 14, 14),
                     "base_model.model.model.visual.patch_embed.proj.lora_B.weight": torch.ones(96, 4, 1, 1, 1),
@@ -306,47 +310,47 @@ def test_settings_that_are_not_understood_are_refused_by_name(
         ),
     ],
 )
-def test_tensors_without_a_place_are_refused_by_name(
-    change: Callable[[dict[str, torch.Tensor]], object], said: str, adapter: Path, bases: dict[bool, Path]
+def test_unsupported_tensor_is_named(
+    change: Callable[[dict[str, torch.Tensor]], object], part: str, adapter: Path, bases: dict[bool, Path]
 ) -> None:
     edit(adapter, change)
-    assert said in refusal(bases[True], adapter)
+    assert part in merge_error(bases[True], adapter)
 
 
 def test_adapter_of_another_model_is_refused(trained: tuple[Path, torch.Tensor], small: Path) -> None:
-    assert "for which" in refusal(small, trained[0])
+    assert "has no parameter for" in merge_error(small, trained[0])
 
 
-def test_numbers_that_are_none_leave_nothing(adapter: Path, bases: dict[bool, Path], tmp_path: Path) -> None:
-    edit(adapter, lambda held: held[f"{KEY}.lora_B.weight"].fill_(float("nan")))
-    with pytest.raises(CheckpointError, match=r"q_proj\.weight with the adapter holds NaN"):
+def test_merge_to_nan_leaves_no_output(adapter: Path, bases: dict[bool, Path], tmp_path: Path) -> None:
+    edit(adapter, lambda tensors: tensors[f"{KEY}.lora_B.weight"].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight has NaN or infinite values after the merge"):
         merged(bases[True], adapter, tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
 
 
 def test_pickled_adapter_is_refused(adapter: Path, bases: dict[bool, Path]) -> None:
     (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
-    assert "only adapter_model.bin; pickled weights can run code" in refusal(bases[True], adapter)
+    assert "only adapter_model.bin; pickled weights can run code" in merge_error(bases[True], adapter)
     (adapter / "adapter_model.bin").unlink()
-    assert "no adapter that PEFT has saved" in refusal(bases[True], adapter)
+    assert "give the folder of an adapter that PEFT has saved" in merge_error(bases[True], adapter)
 
 
 def test_links_and_pointers_are_refused(adapter: Path, bases: dict[bool, Path], tmp_path: Path) -> None:
     secret = (adapter / WEIGHTS).rename(tmp_path / "secret")
     (adapter / WEIGHTS).symlink_to(secret)
-    assert "is a link to" in refusal(bases[True], adapter)
+    assert "is a link to" in merge_error(bases[True], adapter)
     (adapter / WEIGHTS).unlink()
     (adapter / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert "git lfs pull" in refusal(bases[True], adapter)
+    assert "git lfs pull" in merge_error(bases[True], adapter)
 
 
-def test_packed_checkpoint_with_an_adapter_is_refused(
+def test_adapter_for_a_prequantized_checkpoint_is_refused(
     trained: tuple[Path, torch.Tensor], bases: dict[bool, Path], tmp_path: Path
 ) -> None:
-    write_packed(bases[True], tmp_path / "packed", kind="gptq", bits=4, group=64, symmetric=True)
-    assert "are packed (gptq)" in refusal(tmp_path / "packed", trained[0])
+    write_prequantized(bases[True], tmp_path / "prequantized", kind="gptq", bits=4, group=64, symmetric=True)
+    assert "is prequantized (gptq)" in merge_error(tmp_path / "prequantized", trained[0])
 
 
-def test_adapter_in_place_of_a_model_is_said(adapter: Path, tmp_path: Path) -> None:
+def test_adapter_in_place_of_a_model_is_refused(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds an adapter, not a model"):
         fetch_checkpoint(tmp_path / "checkpoint", adapter)

@@ -1,6 +1,6 @@
-"""A checkpoint folder read without loading it: what is missing, foreign or cut short is told in one sentence.
+"""Checkpoint folders read without loading the model: missing, unsupported and truncated files are one-line errors.
 
-A download that stopped half-way is the usual case, and must not surface hours later as a wrong answer.
+An interrupted download is the usual case, and must not surface hours later as a wrong answer.
 """
 
 from __future__ import annotations
@@ -13,26 +13,25 @@ from typing import Any
 
 import pytest
 
-from hf2mnn.checkpoint.facts import model_facts
-from hf2mnn.checkpoint.folder import Checkpoint, checkpoint_files
+from hf2mnn.checkpoint.folder import INDEX, Checkpoint, checkpoint_files
+from hf2mnn.checkpoint.model_info import model_info
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.families import FAMILIES
 from support import SHAPES_VL
 
 FIRST = "model-00001-of-00002.safetensors"
 SECOND = "model-00002-of-00002.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
-def refusal(folder: Path) -> str:
-    with pytest.raises(CheckpointError) as refused:
+def check_error(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as error:
         Checkpoint(folder).check()
-    assert len(str(refused.value).splitlines()) == 1
-    return str(refused.value)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
 
 
 def change(folder: Path, name: str, **changes: Any) -> None:
-    """Set keys of a JSON file; None removes one."""
+    """Set keys of a JSON file; None removes a key."""
     stored = json.loads((folder / name).read_text()) | changes
     (folder / name).write_text(json.dumps({key: value for key, value in stored.items() if value is not None}))
 
@@ -42,7 +41,7 @@ def remove_weights(folder: Path) -> None:
         path.unlink()
 
 
-def forget_eos(folder: Path) -> None:
+def remove_eos(folder: Path) -> None:
     (folder / "generation_config.json").unlink()
     text = json.loads((folder / "config.json").read_text())["text_config"]
     del text["eos_token_id"]
@@ -54,30 +53,30 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def leave_pointer(folder: Path) -> None:
+def write_pointer(folder: Path) -> None:
     (folder / FIRST).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
 
 
 def text_config(**changes: Any) -> Callable[[Path], None]:
-    def harm(folder: Path) -> None:
+    def edit(folder: Path) -> None:
         stored = json.loads((folder / "config.json").read_text())
         change(folder, "config.json", text_config=stored["text_config"] | changes)
 
-    return harm
+    return edit
 
 
-def test_whole_checkpoint_is_taken(checkpoint: Path) -> None:
+def test_complete_checkpoint_passes(checkpoint: Path) -> None:
     Checkpoint(checkpoint).check()
     Checkpoint(SHAPES_VL).check()
 
 
 @pytest.mark.parametrize(
-    ("harm", "says"),
+    ("edit", "parts"),
     [
         (lambda folder: (folder / "config.json").unlink(), ["has no config.json"]),
         (lambda folder: (folder / "config.json").write_text('{"model_type": '), ["config.json", "JSON", "again"]),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), ["config.json", "JSON", "again"]),
-        (lambda folder: (folder / "config.json").write_text("[]"), ["config.json holds no JSON object"]),
+        (lambda folder: (folder / "config.json").write_text("[]"), ["config.json is not a JSON object"]),
         (lambda folder: change(folder, "config.json", model_type="gemma"), ["'gemma'", *FAMILIES]),
         (lambda folder: change(folder, "config.json", model_type=None), ["model_type None", *FAMILIES]),
         (lambda folder: change(folder, "config.json", model_type=["qwen2_vl"]), ["config.json", *FAMILIES]),
@@ -85,65 +84,65 @@ def test_whole_checkpoint_is_taken(checkpoint: Path) -> None:
         (text_config(use_sliding_window=True), ["sliding window"]),
         (text_config(rope_parameters={"rope_type": "dynamic"}), ["'dynamic'"]),
         (remove_weights, ["has no *.safetensors", "save_pretrained"]),
-        (leave_pointer, [FIRST, "Git LFS pointer", "git lfs pull"]),
-        (truncate, [FIRST, "not a whole safetensors file"]),
-        (lambda folder: (folder / FIRST).write_bytes(b""), [FIRST, "not a whole safetensors file"]),
-        (lambda folder: (folder / FIRST).unlink(), [FIRST, "is missing though", INDEX]),
+        (write_pointer, [FIRST, "Git LFS pointer", "git lfs pull"]),
+        (truncate, [FIRST, "not a complete safetensors file"]),
+        (lambda folder: (folder / FIRST).write_bytes(b""), [FIRST, "not a complete safetensors file"]),
+        (lambda folder: (folder / FIRST).unlink(), [FIRST, "is missing, but", INDEX]),
         (lambda folder: (folder / INDEX).write_text('{"weight_map": []}'), [INDEX]),
         (lambda folder: (folder / INDEX).write_text('{"weight_map": {"one": 1}}'), [INDEX]),
         (lambda folder: (folder / "tokenizer.json").unlink(), ["no tokenizer.json"]),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), ["tokenizer.json", "JSON"]),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), ["no preprocessor_config.json"]),
-        (forget_eos, ["no eos_token_id"]),
+        (remove_eos, ["no eos_token_id"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_is_wrong_is_said(harm: Callable[[Path], object], says: list[str], checkpoint: Path) -> None:
-    harm(checkpoint)
-    sentence = refusal(checkpoint)
-    assert [part for part in says if part not in sentence] == []
+def test_error_names_file_and_fault(edit: Callable[[Path], object], parts: list[str], checkpoint: Path) -> None:
+    edit(checkpoint)
+    message = check_error(checkpoint)
+    assert [part for part in parts if part not in message] == []
 
 
-def test_folder_that_is_not_there(tmp_path: Path) -> None:
-    assert str(tmp_path / "nowhere") in refusal(tmp_path / "nowhere")
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    assert str(tmp_path / "nowhere") in check_error(tmp_path / "nowhere")
 
 
 def test_index_cannot_lead_out_of_the_folder(checkpoint: Path) -> None:
-    """The index is a stranger's: a path in it must not make a stage read, link or publish another file."""
+    """The index is untrusted: a path in it must not make a stage read, link or publish another file."""
     shutil.copyfile(checkpoint / FIRST, checkpoint.parent / "outside.safetensors")
     for name in ("../outside.safetensors", str(checkpoint.parent / "outside.safetensors")):
         (checkpoint / INDEX).write_text(json.dumps({"weight_map": {"one": name}}))
-        assert "leads out of the folder" in refusal(checkpoint)
+        assert "leads out of the folder" in check_error(checkpoint)
 
 
-def test_tensors_are_found_by_the_files_not_by_the_index(checkpoint: Path) -> None:
-    """An index may name the right files and the wrong places; the files' own headers are right."""
+def test_headers_of_the_files_override_the_index(checkpoint: Path) -> None:
+    """An index may name the right files and assign tensors to the wrong ones."""
     index = json.loads((checkpoint / INDEX).read_text())["weight_map"]
-    turned = {FIRST: SECOND, SECOND: FIRST}
-    change(checkpoint, INDEX, weight_map={name: turned[file] for name, file in index.items()})
+    swapped = {FIRST: SECOND, SECOND: FIRST}
+    change(checkpoint, INDEX, weight_map={name: swapped[file] for name, file in index.items()})
     assert Checkpoint(checkpoint).shards == {name: checkpoint / file for name, file in index.items()}
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize("eos", [7, [7, 8]], ids=["one", "two"])
 def test_stop_ids_of_both_layouts(flat: bool, eos: int | list[int], checkpoint: Path) -> None:
-    """Transformers 5 nests the decoder's settings; the checkpoints on the hub were saved before and are flat."""
+    """Transformers 5 nests the decoder's settings; older checkpoints on hubs are flat."""
     stored = json.loads((checkpoint / "config.json").read_text())
     text = stored.pop("text_config") | {"eos_token_id": eos}
     stored = {**text, **stored} if flat else {**stored, "text_config": text}
     (checkpoint / "config.json").write_text(json.dumps(stored))
     (checkpoint / "generation_config.json").unlink()
     assert Checkpoint(checkpoint).stop_ids == ([eos] if isinstance(eos, int) else eos)
-    assert model_facts(Checkpoint(checkpoint))["num_key_value_heads"] == 2
+    assert model_info(Checkpoint(checkpoint))["num_key_value_heads"] == 2
 
 
-def test_generation_config_says_first_what_ends_an_answer(checkpoint: Path) -> None:
+def test_stop_ids_of_generation_config_take_precedence(checkpoint: Path) -> None:
     change(checkpoint, "generation_config.json", eos_token_id=[3, 4])
     assert Checkpoint(checkpoint).stop_ids == [3, 4]
 
 
-def test_files_that_snakemake_watches(checkpoint: Path) -> None:
-    """A changed shard must make the run again; a changed README must not."""
+def test_files_that_trigger_a_new_run(checkpoint: Path) -> None:
+    """A changed shard triggers a new run; a changed README does not."""
     names = {Path(path).name for path in checkpoint_files(checkpoint)}
     assert {FIRST, "config.json", "tokenizer.json", INDEX} <= names
     assert not {"modeling_x.py", "pytorch_model.bin", "README.md"} & names

@@ -1,4 +1,4 @@
-"""The `source` stage: from a folder, and from hubs that are a real HTTP server on this machine (`hub_server`)."""
+"""The fetch stage, from folders and from hubs: a real HTTP server on this machine (`hub_server`)."""
 
 from __future__ import annotations
 
@@ -22,25 +22,27 @@ import pytest
 from safetensors.numpy import save
 
 from hf2mnn.checkpoint.fetch import AdapterSource
-from hf2mnn.checkpoint.hub import base as hubs
-from hf2mnn.checkpoint.hub.base import pin_repository
+from hf2mnn.checkpoint.hub import download
+from hf2mnn.checkpoint.hub.base import TransientError, retry
+from hf2mnn.checkpoint.hub.download import pin_repository
 from hf2mnn.checkpoint.synth import Shape, make_checkpoint_like
 from hf2mnn.core.errors import CheckpointError
-from hf2mnn.core.manifest import MARK, Manifest
+from hf2mnn.core.manifest import MARKER, Manifest
 from hf2mnn.core.progress import Progress
 from hf2mnn.stages.fetch import run as fetch_checkpoint
 from hub_server import COMMIT, Served
 from support import BIN, SHAPES_VL, run_cli
 
-STRANGE = {"modeling_x.py", "pytorch_model.bin", "README.md"}
+UNUSED = {"modeling_x.py", "pytorch_model.bin", "README.md"}
 FIRST = "model-00001-of-00002.safetensors"
 HUBS = ["huggingface", "modelscope"]
-NOWHERE = "http://127.0.0.1:9"
+OFFLINE = "http://127.0.0.1:9"
+"""A port on which nothing listens."""
 
 
 @pytest.fixture
 def environment(hub: Served, tmp_path: Path) -> dict[str, str]:
-    """What leads the clients to the server and to caches of this test."""
+    """Variables that direct the clients to the server and to caches of this test."""
     return {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(tmp_path / "hf-home"),
@@ -56,15 +58,15 @@ def environment(hub: Served, tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def caches(hub: Served, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same in this process, with clients that wait for nothing."""
+    """The same in this process, with clients that do not wait."""
     import modelscope_hub._download_control
     from huggingface_hub import constants, hf_api
 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    to(hub.endpoint, monkeypatch)
+    set_endpoint(hub.endpoint, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{environment['HF_HOME']}/hub")
-    # The client writes what it has in pieces of 10 MB; these files are smaller.
+    # The client writes in blocks of 10 MB; these files are smaller.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", f"{environment['HF_HOME']}/token")
     monkeypatch.setattr(hf_api.constants, "HF_HUB_OFFLINE", False)
@@ -72,8 +74,8 @@ def caches(hub: Served, environment: dict[str, str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(modelscope_hub._download_control._DownloadControl, "sleep", lambda *_: None)
 
 
-def to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both hubs are at `endpoint` from now on."""
+def set_endpoint(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Direct the clients of both hubs to `endpoint`."""
     from huggingface_hub import constants, file_download, hf_api
 
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", endpoint)
@@ -85,32 +87,32 @@ def to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
-def refusal(tmp_path: Path, hub: str, **given: object) -> str:
-    """The sentence with which the stage refuses owner/name; nothing is left of it."""
-    with pytest.raises(CheckpointError) as refused:
-        fetch_checkpoint(tmp_path / "results" / "source", repository="owner/name", hub=hub, **given)
-    assert len(str(refused.value).splitlines()) == 1
+def fetch_error(tmp_path: Path, hub: str, **arguments: object) -> str:
+    """Return the one-line error of the stage for owner/name, which leaves no output."""
+    with pytest.raises(CheckpointError) as error:
+        fetch_checkpoint(tmp_path / "results" / "source", repository="owner/name", hub=hub, **arguments)
+    assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "results" / "source").exists()
-    return str(refused.value)
+    return str(error.value)
 
 
-def assert_whole(folder: Path, served: Served) -> Manifest:
-    """Every file that a stage reads is what the server has; no other came."""
+def assert_complete(folder: Path, served: Served) -> Manifest:
+    """Check that exactly the files that stages read are there, as the server has them."""
     manifest = Manifest.load(folder)
     manifest.verify()
-    assert set(manifest.outputs) == set(served.files) - STRANGE
+    assert set(manifest.outputs) == set(served.files) - UNUSED
     for name in manifest.outputs:
         assert (folder / name).read_bytes() == served.files[name]
     return manifest
 
 
-def test_links_lead_to_the_originals(checkpoint: Path, tmp_path: Path) -> None:
-    """A 4 GB checkpoint is not copied, and a change of it is found by the manifest."""
+def test_output_is_links_to_the_originals(checkpoint: Path, tmp_path: Path) -> None:
+    """A 4 GB checkpoint is not copied, and the manifest detects changes of it."""
     folder = fetch_checkpoint(tmp_path / "checkpoint", checkpoint)
     manifest = Manifest.load(folder)
-    wanted = {path.name for path in checkpoint.iterdir()} - STRANGE
-    assert set(manifest.outputs) == wanted == {path.name for path in folder.iterdir()} - {"manifest.json", ".hf2mnn"}
-    for name in wanted:
+    names = {path.name for path in checkpoint.iterdir()} - UNUSED
+    assert set(manifest.outputs) == names == {path.name for path in folder.iterdir()} - {"manifest.json", ".hf2mnn"}
+    for name in names:
         assert (folder / name).is_symlink()
         assert (folder / name).samefile(checkpoint / name)
         assert manifest.outputs[name]["sha256"] == hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
@@ -118,24 +120,26 @@ def test_links_lead_to_the_originals(checkpoint: Path, tmp_path: Path) -> None:
     manifest.verify()
 
 
-def test_code_and_pickles_never_arrive(checkpoint: Path, tmp_path: Path) -> None:
-    """Whatever a stranger's repository holds: nothing that could run is where a stage looks."""
+def test_code_and_pickles_are_not_linked(checkpoint: Path, tmp_path: Path) -> None:
+    """No file of a repository that could run as code reaches a stage."""
     (checkpoint / "config.py").touch()
     (checkpoint / "model.safetensors.py").touch()
     folder = fetch_checkpoint(tmp_path / "checkpoint", checkpoint)
-    arrived = {path.suffix for path in folder.iterdir() if path.name != ".hf2mnn"}
-    assert arrived == {".jinja", ".json", ".safetensors"}
+    suffixes = {path.suffix for path in folder.iterdir() if path.name != ".hf2mnn"}
+    assert suffixes == {".jinja", ".json", ".safetensors"}
 
 
-def test_relative_folder_is_linked_for_good(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_folder_is_linked_absolutely(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    fetch_checkpoint(Path("results/source"), Path("checkpoint"))
+    fetch_checkpoint(Path("results/source"), Path("original"))
     monkeypatch.chdir("/")
     Manifest.load(tmp_path / "results" / "source").verify()
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["first time", "over an old one"])
-def test_failed_fetch_leaves_what_was_there(old: bool, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("old", [False, True], ids=["new", "existing"])
+def test_failed_fetch_leaves_the_output_unchanged(old: bool, checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "out" / "source"
     if old:
         fetch_checkpoint(target, checkpoint)
@@ -146,9 +150,9 @@ def test_failed_fetch_leaves_what_was_there(old: bool, checkpoint: Path, tmp_pat
     assert not old or (target / "config.json").exists()
 
 
-def test_checkpoint_is_not_replaced_by_links_to_itself(checkpoint: Path) -> None:
+def test_checkpoint_is_not_its_own_output(checkpoint: Path) -> None:
     """`--path X --out X` would delete the only copy of the weights."""
-    for name in STRANGE:
+    for name in UNUSED:
         (checkpoint / name).unlink()
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     with pytest.raises(CheckpointError):
@@ -157,41 +161,41 @@ def test_checkpoint_is_not_replaced_by_links_to_itself(checkpoint: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "given",
+    "arguments",
     [{}, {"path": Path("x"), "repository": "a/b"}, {"pin": Path("x"), "repository": "a/b"}],
     ids=["none", "path and repository", "pin and repository"],
 )
-def test_one_source_is_wanted(given: dict, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="either a local folder or a hub repository"):
-        fetch_checkpoint(tmp_path / "checkpoint", **given)
+def test_exactly_one_source_is_required(arguments: dict, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="give exactly one of --path"):
+        fetch_checkpoint(tmp_path / "checkpoint", **arguments)
 
 
 @pytest.mark.parametrize(
     "name", ["qwen", "a/b/c", "https://hub/a/b", "a/b c", "", "../x", "a/..", "-a/b", "a/b.git", "a/" + "b" * 200]
 )
-def test_what_is_no_repository_name_is_refused(name: str, hub: Served, caches: None, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError) as refused:
+def test_malformed_repository_is_refused(name: str, hub: Served, caches: None, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as error:
         fetch_checkpoint(tmp_path / "checkpoint", repository=name)
-    assert len(str(refused.value).splitlines()) == 1
-    assert hub.asked == []
+    assert len(str(error.value).splitlines()) == 1
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("revision", ["../../x", "/etc", "-x", "a b"])
-def test_what_is_no_revision_is_refused(revision: str, hub: Served, caches: None, tmp_path: Path) -> None:
-    """Names of revisions become paths in a cache."""
+def test_malformed_revision_is_refused(revision: str, hub: Served, caches: None, tmp_path: Path) -> None:
+    """Revisions become paths in a cache."""
     with pytest.raises(CheckpointError, match="is not a revision"):
         fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", revision=revision)
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 # Hubs ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", HUBS)
-def test_adapter_of_a_hub(
+def test_adapter_from_a_hub(
     name: str, checkpoint: Path, hub: Served, caches: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only its two files are fetched; the manifest says by which commit."""
+    """Only its two files are downloaded; the manifest records the commit."""
     module = "base_model.model.model.layers.0.mlp.up_proj"
     lora = {f"{module}.lora_A.weight": np.ones((2, 128)), f"{module}.lora_B.weight": np.ones((256, 2))}
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "owner/other"}
@@ -201,8 +205,8 @@ def test_adapter_of_a_hub(
         "adapter_model.bin": b"\x80\x04.",
         "tokenizer.json": b"{}",
     }
-    place = AdapterSource(repository="owner/name", hub=name)
-    manifest = Manifest.load(fetch_checkpoint(tmp_path / "checkpoint", checkpoint, adapter=place))
+    source = AdapterSource(repository="owner/name", hub=name)
+    manifest = Manifest.load(fetch_checkpoint(tmp_path / "checkpoint", checkpoint, adapter=source))
     manifest.verify()
     assert manifest.settings["adapter"] == {
         "hub": name,
@@ -211,58 +215,55 @@ def test_adapter_of_a_hub(
         "commit": COMMIT,
     }
     assert set(manifest.provenance["adapter"]["files"]) == {"adapter_config.json", "adapter_model.safetensors"}
-    assert not any("tokenizer" in asked or ".bin" in asked for asked in hub.asked)
-    if name == "huggingface":  # whose cache knows what a branch was
-        to(NOWHERE, monkeypatch)
-        again = Manifest.load(fetch_checkpoint(tmp_path / "again", checkpoint, adapter=place))
+    assert not any("tokenizer" in request or ".bin" in request for request in hub.requests)
+    if name == "huggingface":  # whose cache records the commits of branches
+        set_endpoint(OFFLINE, monkeypatch)
+        again = Manifest.load(fetch_checkpoint(tmp_path / "again", checkpoint, adapter=source))
         assert again.digest() == manifest.digest()
 
 
 @pytest.mark.parametrize("name", HUBS)
-def test_revision_of_a_hub(name: str, hub: Served, environment: dict[str, str], tmp_path: Path) -> None:
-    """The command as a user starts it. Only what stages read is asked for; no bar of a client is in the log."""
-    made = run_cli(
-        "source", "--repository", "owner/name", "--hub", name, "--out", "source", env=environment, cwd=tmp_path
-    )
-    assert made.returncode == 0, made.stderr
-    manifest = assert_whole(tmp_path / "checkpoint", hub)
+def test_fetch_from_a_hub(name: str, hub: Served, caches: None, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Only the files that stages read are requested, and no progress bar of a client is in the log."""
+    manifest = assert_complete(fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub=name), hub)
     branch = {"huggingface": "main", "modelscope": "master"}[name]
     assert manifest.settings == {"hub": name, "repository": "owner/name", "revision": branch, "commit": COMMIT}
-    assert not [path for path in hub.asked if path.rpartition("/")[2] in STRANGE]
-    assert "\r" not in made.stderr
-    assert "it/s" not in made.stderr
+    assert not [path for path in hub.requests if path.rpartition("/")[2] in UNUSED]
+    log = capfd.readouterr().err
+    assert "\r" not in log
+    assert "it/s" not in log
 
 
 @pytest.mark.parametrize("name", HUBS)
 def test_nothing_is_downloaded_twice(name: str, hub: Served, caches: None, tmp_path: Path) -> None:
     fetch_checkpoint(tmp_path / "one", repository="owner/name", hub=name)
-    hub.asked.clear()
-    assert_whole(fetch_checkpoint(tmp_path / "two", repository="owner/name", hub=name), hub)
-    assert len(hub.asked) == 1
+    hub.requests.clear()
+    assert_complete(fetch_checkpoint(tmp_path / "two", repository="owner/name", hub=name), hub)
+    assert len(hub.requests) == 1
 
 
-def test_others_find_what_was_downloaded(hub: Served, caches: None, tmp_path: Path) -> None:
-    """The cache is laid out as the client does it: its own functions have every file, by branch and by commit."""
+def test_client_finds_our_downloads(hub: Served, caches: None, tmp_path: Path) -> None:
+    """The cache has the client's layout: its own functions find every file by branch and by commit."""
     from huggingface_hub import snapshot_download
 
     fetch_checkpoint(tmp_path / "one", repository="owner/name")
     cache = os.environ["HF_HOME"] + "/hub"
     for revision in ("main", COMMIT):
         folder = Path(snapshot_download("owner/name", revision=revision, cache_dir=cache, local_files_only=True))
-        assert {path.name for path in folder.iterdir()} == set(hub.files) - STRANGE
+        assert {path.name for path in folder.iterdir()} == set(hub.files) - UNUSED
 
 
-def test_what_others_have_downloaded_is_taken(hub: Served, caches: None, tmp_path: Path) -> None:
+def test_downloads_of_the_client_are_used(hub: Served, caches: None, tmp_path: Path) -> None:
     from huggingface_hub import hf_hub_download
 
     hf_hub_download("owner/name", "tokenizer.json", cache_dir=os.environ["HF_HOME"] + "/hub", endpoint=hub.endpoint)
-    hub.asked.clear()
-    assert_whole(fetch_checkpoint(tmp_path / "one", repository="owner/name"), hub)
+    hub.requests.clear()
+    assert_complete(fetch_checkpoint(tmp_path / "one", repository="owner/name"), hub)
     assert hub.of("tokenizer.json") == []
 
 
 @pytest.mark.parametrize(
-    ("fail", "says"),
+    ("fail", "parts"),
     [
         ("unknown", ["owner/name", "log in with"]),
         ("login", ["owner/name", "log in with"]),
@@ -277,38 +278,39 @@ def test_what_others_have_downloaded_is_taken(hub: Served, caches: None, tmp_pat
     ],
 )
 @pytest.mark.parametrize("name", HUBS)
-def test_what_a_hub_refuses_is_one_sentence(
-    name: str, fail: str, says: list[str], hub: Served, caches: None, tmp_path: Path
+def test_error_of_a_hub_is_one_line_with_advice(
+    name: str, fail: str, parts: list[str], hub: Served, caches: None, tmp_path: Path
 ) -> None:
     hub.fail = fail
-    sentence = refusal(tmp_path, name)
-    assert [part for part in says if part not in sentence] == [], sentence
+    message = fetch_error(tmp_path, name)
+    assert [part for part in parts if part not in message] == [], message
 
 
 @pytest.mark.parametrize("name", HUBS)
-def test_how_long_a_hub_asks_to_wait_is_said(name: str, hub: Served, caches: None, tmp_path: Path) -> None:
+def test_error_has_the_wait_that_the_hub_requests(name: str, hub: Served, caches: None, tmp_path: Path) -> None:
     hub.fail, hub.retry_after = "429", "300"
-    assert "wait 300 s" in refusal(tmp_path, name)
+    assert "wait 300 s" in fetch_error(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", HUBS)
-def test_revision_that_is_not_there(name: str, hub: Served, caches: None, tmp_path: Path) -> None:
-    assert "revision 'v9'" in refusal(tmp_path, name, revision="v9")
+def test_missing_revision_is_named(name: str, hub: Served, caches: None, tmp_path: Path) -> None:
+    assert "revision 'v9'" in fetch_error(tmp_path, name, revision="v9")
 
 
 @pytest.mark.parametrize("name", HUBS)
-def test_no_hub_at_all(name: str, hub: Served, caches: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a train: what could not be reached, and each thing that can be done about it."""
-    to(NOWHERE, monkeypatch)
-    sentence = refusal(tmp_path, name)
-    for part in (NOWHERE, "cannot be reached", "_ENDPOINT", "--files", "run the same command again"):
-        assert part in sentence
+def test_error_without_a_network_has_all_advice(
+    name: str, hub: Served, caches: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_endpoint(OFFLINE, monkeypatch)
+    message = fetch_error(tmp_path, name)
+    for part in (OFFLINE, "cannot be reached", "_ENDPOINT", "--files", "run the same command again"):
+        assert part in message
 
 
-def test_repository_without_weights(hub: Served, caches: None, tmp_path: Path) -> None:
-    """Downloaded well, and still no checkpoint: the sentence of the check, with the name that was given."""
+def test_repository_without_weights_is_refused(hub: Served, caches: None, tmp_path: Path) -> None:
+    """The error of the check names the repository, not the folder of links."""
     hub.files = {name: stored for name, stored in hub.files.items() if "safetensors" not in name}
-    assert refusal(tmp_path, "huggingface").startswith("owner/name has no *.safetensors")
+    assert fetch_error(tmp_path, "huggingface").startswith("owner/name has no *.safetensors")
 
 
 # Transfers -----------------------------------------------------------------------------------------------------------
@@ -316,19 +318,21 @@ def test_repository_without_weights(hub: Served, caches: None, tmp_path: Path) -
 
 @pytest.mark.parametrize("way", ["slow", "cut", "corrupted", "truncated", "500", "503", "429"])
 @pytest.mark.parametrize("name", HUBS)
-def test_a_bad_transfer_is_made_good(name: str, way: str, hub: Served, caches: None, tmp_path: Path) -> None:
+def test_single_failure_of_a_transfer_is_recovered(
+    name: str, way: str, hub: Served, caches: None, tmp_path: Path
+) -> None:
     hub.transfer = [way]
-    assert_whole(fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub=name), hub)
+    assert_complete(fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub=name), hub)
     assert hub.transfer == []
 
 
 @pytest.mark.parametrize("name", HUBS)
-def test_a_cut_transfer_goes_on_where_it_stopped(name: str, hub: Served, caches: None, tmp_path: Path) -> None:
+def test_interrupted_transfer_is_resumed(name: str, hub: Served, caches: None, tmp_path: Path) -> None:
     hub.transfer = ["cut"]
     fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub=name)
-    (asked,) = hub.ranges
-    assert asked.startswith(f"{FIRST} bytes=")
-    assert 0 < int(asked.partition("=")[2].rstrip("-")) <= len(hub.files[FIRST]) // 2
+    (request,) = hub.ranges
+    assert request.startswith(f"{FIRST} bytes=")
+    assert 0 < int(request.partition("=")[2].rstrip("-")) <= len(hub.files[FIRST]) // 2
 
 
 @pytest.mark.parametrize("ways", [[], ["cut"], ["cut", "whole"], ["503"]], ids=" ".join)
@@ -336,22 +340,22 @@ def test_a_cut_transfer_goes_on_where_it_stopped(name: str, hub: Served, caches:
 def test_progress_counts_every_byte_once(
     name: str, ways: list[str], hub: Served, caches: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a transfer goes on, or begins again."""
+    """Also when a transfer is resumed or starts again."""
     counted: dict[str, int] = {}
 
     @contextmanager
     def count(label: str, total: int, unit: str) -> Iterator[Progress]:
-        assert (total, unit) == (len(hub.files[label.removeprefix("fetching ")]), "B")
-        yield Counter(counted, label.removeprefix("fetching "))
+        assert (total, unit) == (len(hub.files[label.removeprefix("downloading ")]), "B")
+        yield Counter(counted, label.removeprefix("downloading "))
 
-    monkeypatch.setattr(hubs, "progress", count)
+    monkeypatch.setattr(download, "progress", count)
     hub.transfer = ways
     fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub=name)
-    assert counted == {file: len(stored) for file, stored in hub.files.items() if file not in STRANGE}
+    assert counted == {file: len(stored) for file, stored in hub.files.items() if file not in UNUSED}
 
 
 class Counter:
-    """A progress that adds up in `counted`."""
+    """Progress that adds up in `counted`."""
 
     def __init__(self, counted: dict[str, int], name: str) -> None:
         self.counted, self.name = counted, name
@@ -361,89 +365,89 @@ class Counter:
 
 
 @pytest.mark.parametrize("name", HUBS)
-def test_a_server_without_ranges_sends_all_again(name: str, hub: Served, caches: None, tmp_path: Path) -> None:
+def test_server_without_ranges_sends_the_file_again(name: str, hub: Served, caches: None, tmp_path: Path) -> None:
     hub.transfer = ["cut", "whole"]
-    assert_whole(fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub=name), hub)
+    assert_complete(fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub=name), hub)
     assert len(hub.ranges) == 1
 
 
 @pytest.mark.parametrize("name", HUBS)
-def test_a_file_that_stays_another_is_refused_and_not_kept(
-    name: str, hub: Served, caches: None, tmp_path: Path
-) -> None:
+def test_corrupted_file_is_refused_and_removed(name: str, hub: Served, caches: None, tmp_path: Path) -> None:
     hub.transfer = ["corrupted"] * 100
-    sentence = refusal(tmp_path, name)
-    assert FIRST in sentence
-    assert hashlib.sha256(hub.files[FIRST]).hexdigest()[:16] in sentence
-    assert "--files" in sentence
-    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(FIRST) and "checkpoint" not in str(path)]
+    message = fetch_error(tmp_path, name)
+    assert FIRST in message
+    assert hashlib.sha256(hub.files[FIRST]).hexdigest()[:16] in message
+    assert "--files" in message
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(FIRST) and "original" not in str(path)]
     hub.transfer = []
-    assert_whole(fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub=name), hub)
+    assert_complete(fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub=name), hub)
 
 
 @pytest.mark.parametrize("way", ["cut", "truncated", "503"])
 @pytest.mark.parametrize("name", HUBS)
-def test_a_transfer_that_stays_bad_is_one_sentence(
+def test_repeated_failure_of_a_transfer_is_one_line(
     name: str, way: str, hub: Served, caches: None, tmp_path: Path
 ) -> None:
     hub.transfer = [way] * 1000
-    sentence = refusal(tmp_path, name)
-    assert FIRST in sentence
+    message = fetch_error(tmp_path, name)
+    assert FIRST in message
     hub.transfer = []
-    hub.asked.clear()
-    assert_whole(fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub=name), hub)
+    hub.requests.clear()
+    assert_complete(fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub=name), hub)
     assert hub.of("tokenizer.json") == []
 
 
-def test_token_is_not_sent_where_weights_are_redirected(
+def test_token_is_not_sent_to_the_host_of_a_redirect(
     hub: Served, caches: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights lie on another host, which has no business with the token; a cut there goes on there."""
+    """Weights are on another host; an interrupted transfer is resumed there."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     hub.redirect, hub.transfer = True, ["cut"]
-    assert_whole(fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name"), hub)
-    assert {token for there, token in hub.tokens if there} == {""}
-    assert {token for there, token in hub.tokens if not there} == {"Bearer hf_secret"}
+    assert_complete(fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name"), hub)
+    assert {token for redirected, token in hub.tokens if redirected} == {""}
+    assert {token for redirected, token in hub.tokens if not redirected} == {"Bearer hf_secret"}
     assert len(hub.ranges) >= 1
 
 
 def test_redirect_of_modelscope(hub: Served, caches: None, tmp_path: Path) -> None:
     hub.redirect = True
-    assert_whole(fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub="modelscope"), hub)
-    assert sum(there for there, _ in hub.tokens) == 2
+    assert_complete(fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub="modelscope"), hub)
+    assert sum(redirected for redirected, _ in hub.tokens) == 2
 
 
 @pytest.mark.parametrize("name", ["huggingface", pytest.param("modelscope", marks=pytest.mark.slow)])
-def test_a_killed_download_goes_on(
+def test_killed_download_is_resumed(
     name: str, hub: Served, environment: dict[str, str], small_shape: Shape, tmp_path: Path
 ) -> None:
-    """Kill -9 in the middle of the weights; the same command asks for the rest of them, and for nothing that is there.
+    """After kill -9 during the weights, the same command requests only the rest.
 
-    They are 26 MB, for the client of Hugging Face writes in pieces of 10.
+    The weights have 26 MB, because the client of Hugging Face writes blocks of 10 MB.
     """
     shape = replace(small_shape, text=small_shape.text | {"vocab_size": 98304})
-    made = make_checkpoint_like(shape, tmp_path / "large", shards=1, tokenizer=SHAPES_VL)
-    hub.files = {path.name: path.read_bytes() for path in made.iterdir() if path.name not in ("manifest.json", MARK)}
+    folder = make_checkpoint_like(shape, tmp_path / "large", shards=1, tokenizer=SHAPES_VL)
+    hub.files = {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("manifest.json", MARKER)
+    }
     hub.transfer = ["stalled"]
-    command = [BIN / "hf2mnn", "source", "--repository", "owner/name", "--hub", name, "--out", "source"]
+    command = [BIN / "hf2mnn", "fetch", "--repository", "owner/name", "--hub", name, "--out", "checkpoint"]
     with subprocess.Popen(command, cwd=tmp_path, env=os.environ | environment, stderr=subprocess.DEVNULL) as running:
-        assert hub.sent.wait(60)
+        assert hub.half_sent.wait(60)
         wait_for_part(tmp_path)
         running.send_signal(signal.SIGKILL)
     assert not (tmp_path / "checkpoint").exists()
-    hub.asked.clear()
+    hub.requests.clear()
     again = run_cli(*command[1:], env=environment, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert_whole(tmp_path / "checkpoint", hub)
+    assert_complete(tmp_path / "checkpoint", hub)
     weights = "model-00001-of-00001.safetensors"
-    (asked,) = hub.ranges
-    assert asked.startswith(f"{weights} bytes=")
-    assert 0 < int(asked.partition("=")[2].rstrip("-")) < len(hub.files[weights])
+    (request,) = hub.ranges
+    assert request.startswith(f"{weights} bytes=")
+    assert 0 < int(request.partition("=")[2].rstrip("-")) < len(hub.files[weights])
     assert hub.of("tokenizer.json") == []
 
 
 def wait_for_part(folder: Path) -> None:
-    """Until the first bytes of a file that is not whole are on the disk."""
+    """Wait until the first bytes of an incomplete file are on disk."""
     for _ in range(1000):
         if any(path.stat().st_size for path in folder.rglob("*.incomplete")):
             return
@@ -451,34 +455,34 @@ def wait_for_part(folder: Path) -> None:
     raise AssertionError("nothing was written")
 
 
-def test_two_processes_fetch_a_file_once(hub: Served, environment: dict[str, str], tmp_path: Path) -> None:
-    """Two models of one repository: the second waits for what the first fetches."""
+def test_concurrent_processes_download_a_file_once(hub: Served, environment: dict[str, str], tmp_path: Path) -> None:
+    """The second process waits for the download of the first."""
     program = """
-from hf2mnn.checkpoint.hub.base import gather, hub_named, pin_repository
-print(len(gather(hub_named("huggingface"), pin_repository("owner/name"))))
+from hf2mnn.checkpoint.hub.download import gather, get_hub, pin_repository
+print(len(gather(get_hub("huggingface"), pin_repository("owner/name"))))
 """
     hub.transfer = ["slow", "slow"]
-    running = [
+    processes = [
         subprocess.Popen([sys.executable, "-c", program], env=os.environ | environment, stdout=subprocess.PIPE)
         for _ in range(2)
     ]
-    found = [int(process.communicate(timeout=100)[0]) for process in running]
-    assert found == [len(hub.files) - len(STRANGE)] * 2
+    counts = [int(process.communicate(timeout=100)[0]) for process in processes]
+    assert counts == [len(hub.files) - len(UNUSED)] * 2
     assert len(hub.of(FIRST)) == 1
 
 
-def test_full_disk_is_said_before_anything_is_downloaded(
+def test_full_disk_is_detected_before_the_download(
     hub: Served, caches: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 1000))
-    sentence = refusal(tmp_path, "huggingface")
-    assert "GB free" in sentence
-    assert len(hub.asked) == 1
+    message = fetch_error(tmp_path, "huggingface")
+    assert "GB free" in message
+    assert len(hub.requests) == 1
 
 
 @pytest.mark.parametrize("name", HUBS)
-def test_disk_that_fills_up_on_the_way_is_said(
+def test_full_disk_during_the_download_is_reported(
     name: str, hub: Served, caches: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -486,16 +490,16 @@ def test_disk_that_fills_up_on_the_way_is_said(
 
     monkeypatch.setattr("hf2mnn.checkpoint.hub.huggingface.http_get", full)
     monkeypatch.setattr("modelscope_hub._download._finish_download", full)
-    sentence = refusal(tmp_path, name)
-    assert "cannot be written" in sentence
-    assert "No space left on device" in sentence
-    assert "make space" in sentence
+    message = fetch_error(tmp_path, name)
+    assert "cannot be written" in message
+    assert "No space left on device" in message
+    assert "free some space" in message
 
 
-# The cache, pins, and files put in place by hand ---------------------------------------------------------------------
+# Caches, pins and user-provided files -------------------------------------------------------------------------------
 
 
-def break_file(path: Path) -> None:
+def corrupt(path: Path) -> None:
     path = path.resolve()
     stored = bytearray(path.read_bytes())
     stored[len(stored) // 2] ^= 255
@@ -504,107 +508,107 @@ def break_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", HUBS)
-def test_a_file_that_rots_in_the_cache_is_fetched_again(
+def test_corrupted_file_in_the_cache_is_downloaded_again(
     name: str, hub: Served, caches: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    break_file(fetch_checkpoint(tmp_path / "one", repository="owner/name", hub=name) / FIRST)
-    hub.asked.clear()
-    assert_whole(fetch_checkpoint(tmp_path / "two", repository="owner/name", hub=name), hub)
+    corrupt(fetch_checkpoint(tmp_path / "one", repository="owner/name", hub=name) / FIRST)
+    hub.requests.clear()
+    assert_complete(fetch_checkpoint(tmp_path / "two", repository="owner/name", hub=name), hub)
     assert len(hub.of(FIRST)) == 1
-    assert "is removed from the cache: it has sha256" in capsys.readouterr().err
+    assert "from the cache: sha256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("revision", ["main", COMMIT], ids=["branch", "commit"])
 @pytest.mark.parametrize("fail", ["", "503"], ids=["no network", "hub down"])
-def test_whole_cache_serves_without_the_hub(
+def test_complete_cache_replaces_the_hub(
     revision: str, fail: str, hub: Served, caches: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch_checkpoint(tmp_path / "one", repository="owner/name")
     hub.fail = fail
     if not fail:
-        to(NOWHERE, monkeypatch)
-    manifest = assert_whole(fetch_checkpoint(tmp_path / "two", repository="owner/name", revision=revision), hub)
+        set_endpoint(OFFLINE, monkeypatch)
+    manifest = assert_complete(fetch_checkpoint(tmp_path / "two", repository="owner/name", revision=revision), hub)
     assert manifest.settings["commit"] == COMMIT
 
 
-def test_half_a_cache_does_not(hub: Served, caches: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched = fetch_checkpoint(tmp_path / "one", repository="owner/name")
-    (fetched / FIRST).resolve().unlink()
-    to(NOWHERE, monkeypatch)
-    assert "cannot be reached" in refusal(tmp_path, "huggingface", revision=COMMIT)
+def test_incomplete_cache_does_not(hub: Served, caches: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fetch_checkpoint(tmp_path / "one", repository="owner/name")
+    (folder / FIRST).resolve().unlink()
+    set_endpoint(OFFLINE, monkeypatch)
+    assert "cannot be reached" in fetch_error(tmp_path, "huggingface", revision=COMMIT)
 
 
 @pytest.mark.parametrize("name", HUBS)
-def test_pin_says_the_commit_and_what_its_files_are(
+def test_pin_command_prints_the_commit_and_writes_digests(
     name: str, hub: Served, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    made = run_cli("pin", "owner/name", "--hub", name, "--out", "pin.json", env=environment, cwd=tmp_path)
-    assert (made.returncode, made.stdout) == (0, f"{COMMIT}\n"), made.stderr
+    process = run_cli("pin", "owner/name", "--hub", name, "--out", "pin.json", env=environment, cwd=tmp_path)
+    assert (process.returncode, process.stdout) == (0, f"{COMMIT}\n"), process.stderr
     stored = json.loads((tmp_path / "pin.json").read_text())
     assert (stored["hub"], stored["repository"], stored["revision"]) == (name, "owner/name", COMMIT)
-    assert set(stored["files"]) == set(hub.files) - STRANGE
+    assert set(stored["files"]) == set(hub.files) - UNUSED
     weights = hub.files[FIRST]
     assert stored["files"][FIRST] == {"size": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
-    assert len(hub.asked) == 1
+    assert len(hub.requests) == 1
 
 
 @pytest.mark.parametrize("name", HUBS)
-def test_pin_and_files_by_hand_need_no_network(
+def test_pin_with_user_provided_files_needs_no_network(
     name: str, hub: Served, caches: None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pin_repository("owner/name", hub=name).save(tmp_path / "pin.json")
-    to(NOWHERE, monkeypatch)
-    hub.asked.clear()
-    made = fetch_checkpoint(tmp_path / "checkpoint", pin=tmp_path / "pin.json", files=checkpoint)
-    assert assert_whole(made, hub).settings["commit"] == COMMIT
-    assert (made / FIRST).resolve() == checkpoint / FIRST
-    assert hub.asked == []
+    set_endpoint(OFFLINE, monkeypatch)
+    hub.requests.clear()
+    folder = fetch_checkpoint(tmp_path / "checkpoint", pin=tmp_path / "pin.json", files=checkpoint)
+    assert assert_complete(folder, hub).settings["commit"] == COMMIT
+    assert (folder / FIRST).resolve() == checkpoint / FIRST
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("name", HUBS)
-def test_files_by_hand_that_do_not_match_are_not_taken(
+def test_user_provided_files_that_do_not_match_are_ignored(
     name: str, hub: Served, caches: None, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    hand = tmp_path / "hand"
-    hand.mkdir()
+    provided = tmp_path / "provided"
+    provided.mkdir()
     for file in (FIRST, "tokenizer.json", "config.json"):
-        shutil.copyfile(checkpoint / file, hand / file)
-    break_file(hand / FIRST)
-    (hand / "config.json").write_text("{}")
-    made = fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub=name, files=hand)
-    assert_whole(made, hub)
-    said = capsys.readouterr().err
-    assert f"{hand / FIRST} is not taken: it has sha256" in said
-    assert f"{hand / 'config.json'} is not taken: it has 2 bytes instead of" in said
-    assert (made / "tokenizer.json").resolve() == hand / "tokenizer.json"
+        shutil.copyfile(checkpoint / file, provided / file)
+    corrupt(provided / FIRST)
+    (provided / "config.json").write_text("{}")
+    folder = fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub=name, files=provided)
+    assert_complete(folder, hub)
+    log = capsys.readouterr().err
+    assert f"ignoring {provided / FIRST}: sha256" in log
+    assert f"ignoring {provided / 'config.json'}: 2 bytes instead of" in log
+    assert (folder / "tokenizer.json").resolve() == provided / "tokenizer.json"
     assert hub.of("tokenizer.json") == []
 
 
-def test_branch_that_moved_is_not_taken_for_the_pin(hub: Served, caches: None, tmp_path: Path) -> None:
-    """ModelScope gives what a branch has now; a pin says that this is something else."""
+def test_moved_branch_does_not_match_the_pin(hub: Served, caches: None, tmp_path: Path) -> None:
+    """ModelScope serves the current files of a branch."""
     pin_repository("owner/name", hub="modelscope").save(tmp_path / "pin.json")
     hub.files["tokenizer.json"] += b" "
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json of owner/name came as another file"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json of owner/name is corrupted"):
         fetch_checkpoint(tmp_path / "checkpoint", pin=tmp_path / "pin.json")
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "part"),
     [
-        (None, "there is no pin"),
+        (None, "no pin "),
         ("[]", "is not a pin"),
         ("{", "is not a pin"),
         ({"files": {"../x.json": {"size": 1, "sha256": "0" * 64}}}, "is not a pin"),
         ({"files": {"config.json": {"size": 1}}}, "is not a pin"),
         ({"files": {"config.json": {"size": -1, "sha256": "0" * 64}}}, "is not a pin"),
         ({"files": {"config.json": {"size": 1, "sha256": "../../x"}}}, "is not a pin"),
-        ({"hub": "elsewhere"}, "there is no hub 'elsewhere'; these are: huggingface, modelscope"),
+        ({"hub": "elsewhere"}, "unknown hub 'elsewhere'; choose one of: huggingface, modelscope"),
         ({"branch": "../../x"}, "is not a revision"),
         ({"repository": "../x"}, "is not a"),
     ],
 )
-def test_what_is_no_pin_is_refused(
-    change: str | dict | None, says: str, hub: Served, caches: None, tmp_path: Path
+def test_invalid_pin_is_refused(
+    change: str | dict | None, part: str, hub: Served, caches: None, tmp_path: Path
 ) -> None:
     path = tmp_path / "pin.json"
     if isinstance(change, dict):
@@ -612,31 +616,36 @@ def test_what_is_no_pin_is_refused(
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     elif change is not None:
         path.write_text(change)
-    with pytest.raises(CheckpointError) as refused:
+    with pytest.raises(CheckpointError) as error:
         fetch_checkpoint(tmp_path / "checkpoint", pin=path)
-    assert says in str(refused.value)
-    assert len(str(refused.value).splitlines()) == 1
+    assert part in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
 
 
-def test_files_by_hand_go_with_a_hub(checkpoint: Path, hub: Served, caches: None, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="--files goes with"):
+def test_user_provided_files_require_a_hub(checkpoint: Path, hub: Served, caches: None, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="--files is only for a repository or a pin"):
         fetch_checkpoint(tmp_path / "checkpoint", checkpoint, files=checkpoint)
-    assert "there is no folder" in refusal(tmp_path, "huggingface", files=tmp_path / "nowhere")
+    assert "no folder" in fetch_error(tmp_path, "huggingface", files=tmp_path / "nowhere")
 
 
-def test_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three times, as long apart as is asked; not where that is longer than a person should wait unknowing."""
-    waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
+def test_transient_errors_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most three attempts with the requested waits; none for a wait above `MAX_WAIT`."""
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
 
-    def fail(**how: object) -> Callable[[], None]:
+    def fail(**options: object) -> Callable[[], None]:
         def act() -> None:
-            raise hubs.TransientError("x", **how)
+            raise TransientError("x", **options)
 
         return act
 
-    for how, wanted in (({}, [2, 8]), ({"wait": 5}, [5, 8]), ({"wait": 300}, []), ({"at_once": True}, [])):
-        waited.clear()
-        with pytest.raises(hubs.TransientError):
-            hubs.persist(fail(**how))
-        assert waited == wanted
+    for options, expected in (
+        ({}, [2, 8]),
+        ({"wait": 5}, [5, 8]),
+        ({"wait": 300}, []),
+        ({"report_now": True}, []),
+    ):
+        waits.clear()
+        with pytest.raises(TransientError):
+            retry(fail(**options))
+        assert waits == expected

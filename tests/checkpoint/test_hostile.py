@@ -1,4 +1,4 @@
-"""A checkpoint of somebody who means harm: nothing of it runs, leads elsewhere, or asks for more than it has."""
+"""Hostile checkpoints: no code of theirs runs, no path leads out of the folder, no size exceeds the file."""
 
 from __future__ import annotations
 
@@ -13,66 +13,65 @@ from typing import Any
 
 import pytest
 
-from hf2mnn.checkpoint.folder import Checkpoint
+from hf2mnn.checkpoint.folder import INDEX, Checkpoint
 from hf2mnn.checkpoint.preflight import check_checkpoint
 from hf2mnn.checkpoint.tensors import stored_tensors
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.stages.fetch import run as fetch_checkpoint
 
 FIRST = "model-00001-of-00002.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 def change(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def refusal(folder: Path) -> str:
-    with pytest.raises(CheckpointError) as refused:
+def check_error(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as error:
         check_checkpoint(Checkpoint(folder))
-    return str(refused.value)
+    return str(error.value)
 
 
 class Trap:
-    """To read it from a pickle is to make a file."""
+    """Creates a folder when it is unpickled."""
 
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self.mark),)
+        return os.mkdir, (str(self.path),)
 
 
 # Code
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.ckpt", "pytorch_model-1.bin"])
-def test_pickled_weights_alone_are_refused_with_the_way_to_convert_them(name: str, checkpoint: Path) -> None:
+def test_pickled_weights_alone_are_refused_with_advice(name: str, checkpoint: Path) -> None:
     for path in [checkpoint / INDEX, checkpoint / "pytorch_model.bin", *checkpoint.glob("*.safetensors")]:
         path.unlink()
     (checkpoint / name).write_bytes(pickle.dumps(Trap(checkpoint / "trapped")))
-    said = refusal(checkpoint)
-    assert f"({name})" in said
-    assert "weights_only=True).save_pretrained" in said
+    message = check_error(checkpoint)
+    assert f"({name})" in message
+    assert "weights_only=True).save_pretrained" in message
     assert not (checkpoint / "trapped").exists()
 
 
 def test_pickled_weights_that_an_index_names_are_refused(checkpoint: Path) -> None:
     change(checkpoint / INDEX, weight_map={"lm_head.weight": "pytorch_model.bin"})
-    assert "names pytorch_model.bin, which is no safetensors file" in refusal(checkpoint)
+    assert "names pytorch_model.bin, not a safetensors file" in check_error(checkpoint)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_pickled_weights_beside_safetensors_are_never_read(whole: bool, checkpoint: Path, tmp_path: Path) -> None:
-    """Also where transformers would look for them, because the safetensors have no name of its own."""
+@pytest.mark.parametrize("indexed", [True, False])
+def test_pickled_weights_beside_safetensors_are_never_read(indexed: bool, checkpoint: Path, tmp_path: Path) -> None:
+    """Without an index, transformers does not recognize the safetensors and would load the pickle."""
     from hf2mnn.reference.model import load_model
 
     (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
-    if not whole:
+    if not indexed:
         (checkpoint / INDEX).unlink()
     source = fetch_checkpoint(tmp_path / "checkpoint", checkpoint)
     assert not (source / "pytorch_model.bin").exists()
-    if whole:
+    if indexed:
         load_model(Checkpoint(checkpoint))
     else:
         with pytest.raises(CheckpointError):
@@ -81,7 +80,7 @@ def test_pickled_weights_beside_safetensors_are_never_read(whole: bool, checkpoi
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "says"),
+    ("name", "changes", "key"),
     [
         ("config.json", {"auto_map": {"AutoConfig": "configuration_x.X"}}, "auto_map"),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["other/repo--tokenization_x.X", None]}}, "auto_map"),
@@ -90,23 +89,21 @@ def test_pickled_weights_beside_safetensors_are_never_read(whole: bool, checkpoi
         ("config.json", {"vision_config": {"_attn_implementation": {"": "owner/kernels:f"}}}, "_attn_implementation"),
     ],
 )
-def test_code_that_a_configuration_asks_for_is_refused(
-    name: str, changes: dict[str, Any], says: str, checkpoint: Path
-) -> None:
+def test_remote_code_is_refused(name: str, changes: dict[str, Any], key: str, checkpoint: Path) -> None:
     change(checkpoint / name, **changes)
-    said = refusal(checkpoint)
-    assert name in said
-    assert f"take {says} out of the file" in said
+    message = check_error(checkpoint)
+    assert name in message
+    assert f"remove {key} from the file" in message
 
 
-# Places
+# Paths
 
 
-def test_a_link_out_of_the_folder_is_refused_and_a_hubs_cache_is_not(checkpoint: Path, tmp_path: Path) -> None:
+def test_link_out_of_the_folder_is_refused_but_not_a_hubs_cache(checkpoint: Path, tmp_path: Path) -> None:
     blobs = tmp_path / "models--owner--name" / "blobs"
     snapshot = tmp_path / "models--owner--name" / "snapshots" / ("a" * 40)
-    for made in (blobs, snapshot):
-        made.mkdir(parents=True)
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
     for index, path in enumerate(sorted(checkpoint.iterdir())):
         blob = blobs / f"{index:064x}"
         shutil.copyfile(path, blob)
@@ -116,13 +113,13 @@ def test_a_link_out_of_the_folder_is_refused_and_a_hubs_cache_is_not(checkpoint:
     secret.write_text("secret")
     (snapshot / "chat_template.jinja").unlink(missing_ok=True)
     (snapshot / "chat_template.jinja").symlink_to(secret)
-    assert "a link to" in refusal(snapshot)
+    assert "a link to" in check_error(snapshot)
 
 
-def test_a_pipe_is_not_waited_for(checkpoint: Path) -> None:
+def test_named_pipe_is_refused(checkpoint: Path) -> None:
     (checkpoint / "config.json").unlink()
     os.mkfifo(checkpoint / "config.json")
-    assert "is not a file" in refusal(checkpoint)
+    assert "is not a regular file" in check_error(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -130,14 +127,14 @@ def test_a_pipe_is_not_waited_for(checkpoint: Path) -> None:
 )
 def test_an_index_names_only_safetensors_of_its_folder(name: str, checkpoint: Path) -> None:
     change(checkpoint / INDEX, weight_map={"lm_head.weight": name})
-    assert INDEX in refusal(checkpoint)
+    assert INDEX in check_error(checkpoint)
 
 
-def test_one_tensor_in_two_files(checkpoint: Path) -> None:
-    """PyTorch would be given one, and the conversion the other."""
+def test_tensor_in_two_files_is_refused(checkpoint: Path) -> None:
+    """PyTorch would load one of them, and the conversion the other."""
     (checkpoint / INDEX).unlink()
     shutil.copyfile(checkpoint / FIRST, checkpoint / "consolidated.safetensors")
-    assert "both hold" in refusal(checkpoint)
+    assert "both hold" in check_error(checkpoint)
 
 
 # Sizes
@@ -148,8 +145,8 @@ def tensors(header: Any, data: bytes = bytes(24), length: int | None = None) -> 
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-def entry(dtype: object = "F32", shape: object = (2, 3), place: object = (0, 24)) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": place}
+def entry(dtype: object = "F32", shape: object = (2, 3), offsets: object = (0, 24)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
 @pytest.mark.parametrize(
@@ -160,16 +157,16 @@ def entry(dtype: object = "F32", shape: object = (2, 3), place: object = (0, 24)
         tensors({"a": entry()}, length=99_999_999),
         tensors({"a": entry(shape=[1 << 62, 1 << 62, 16])}),
         tensors({"a": entry(shape=[1 << 32, 1 << 32])}),
-        tensors({"a": entry(place=[0, 1 << 40])}),
-        tensors({"a": entry(place=[24, 0])}),
-        tensors({"a": entry(place=[-24, 0])}),
+        tensors({"a": entry(offsets=[0, 1 << 40])}),
+        tensors({"a": entry(offsets=[24, 0])}),
+        tensors({"a": entry(offsets=[-24, 0])}),
         tensors({"a": entry(shape=[-2, -3])}),
         tensors({"a": entry(shape=[2.0, 3])}),
         tensors({"a": entry(shape=[True, 6])}),
         tensors({"a": entry("BF16")}),
-        tensors({"a": entry(), "b": entry(place=[0, 24])}),
+        tensors({"a": entry(), "b": entry(offsets=[0, 24])}),
         tensors({"a": entry(), "b": entry("U8", [12], [12, 24])}),
-        tensors({"a": entry(place=[0])}),
+        tensors({"a": entry(offsets=[0])}),
         tensors({"a": entry(shape="23")}),
         tensors({"a": 1}),
         tensors([]),
@@ -181,32 +178,32 @@ def entry(dtype: object = "F32", shape: object = (2, 3), place: object = (0, 24)
     ],
     ids=range(23),
 )
-def test_headers_that_lie(content: bytes, tmp_path: Path) -> None:
+def test_invalid_header_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         stored_tensors(path)
     path.write_bytes(tensors({"a": entry(), "__metadata__": {"format": "pt"}}))
     assert list(stored_tensors(path)) == ["a"]
 
 
 @pytest.mark.parametrize(
-    ("text", "vision", "says"),
+    ("text", "vision", "part"),
     [
-        ({"num_hidden_layers": 10**9}, {}, "asks for 1000000000 layers"),
-        ({}, {"depth": 10**9}, "asks for 1000000000 layers"),
-        ({"num_hidden_layers": 2**40}, {}, "num_hidden_layers 1099511627776, which cannot be"),
-        ({"num_attention_heads": 0}, {}, "num_attention_heads 0"),
-        ({"vocab_size": "640"}, {}, "vocab_size '640'"),
-        ({"vocab_size": True}, {}, "vocab_size True"),
-        ({"hidden_size": 128.5}, {}, "hidden_size 128.5"),
+        ({"num_hidden_layers": 10**9}, {}, "has 1000000000 layers"),
+        ({}, {"depth": 10**9}, "has 1000000000 layers"),
+        ({"num_hidden_layers": 2**40}, {}, "invalid num_hidden_layers: 1099511627776"),
+        ({"num_attention_heads": 0}, {}, "invalid num_attention_heads: 0"),
+        ({"vocab_size": "640"}, {}, "invalid vocab_size: '640'"),
+        ({"vocab_size": True}, {}, "invalid vocab_size: True"),
+        ({"hidden_size": 128.5}, {}, "invalid hidden_size: 128.5"),
     ],
 )
-def test_sizes_that_cannot_be(text: dict[str, Any], vision: dict[str, Any], says: str, checkpoint: Path) -> None:
+def test_impossible_size_is_refused(text: dict[str, Any], vision: dict[str, Any], part: str, checkpoint: Path) -> None:
     stored = json.loads((checkpoint / "config.json").read_text())
     change(
         checkpoint / "config.json",
         text_config=stored["text_config"] | text,
         vision_config=stored["vision_config"] | vision,
     )
-    assert says in refusal(checkpoint)
+    assert part in check_error(checkpoint)

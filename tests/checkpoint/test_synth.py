@@ -1,13 +1,10 @@
-"""Checkpoints of a shape with random weights: named as transformers saves them, hard to quantize, made in little
-memory.
-"""
+"""Synthetic checkpoints: names and shapes of real models, heavy-tailed weights, bounded memory."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+import tracemalloc
 from collections import namedtuple
 from dataclasses import replace
 from math import prod
@@ -22,7 +19,7 @@ from safetensors import safe_open
 from hf2mnn.checkpoint import synth
 from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.checkpoint.synth import (
-    LARGER,
+    OUTLIER_FACTOR,
     SHAPES,
     Shape,
     Tensor,
@@ -30,7 +27,7 @@ from hf2mnn.checkpoint.synth import (
     make_checkpoint_like,
     outlier_channels,
     split,
-    tensors_of,
+    tensor_shapes,
 )
 from hf2mnn.core.errors import CheckpointError, Hf2mnnError
 from hf2mnn.core.manifest import Manifest
@@ -56,12 +53,12 @@ MATRIX = Tensor("model.layers.0.mlp.up_proj.weight", (2048, 1024), 0)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint_like(TINY, tmp_path_factory.mktemp("synth") / "tiny", tokenizer=SHAPES_VL)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Files but for the manifest, which says how long it took."""
+    """Return all files except the manifest, which holds the run time."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
 
 
@@ -76,25 +73,25 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("llama-3.2-1b", 1_235_814_400),
     ],
 )
-def test_shapes_have_as_many_parameters_as_the_real_models(name: str, parameters: int) -> None:
-    """The numbers that the hub shows for the -Instruct models of these names."""
-    assert sum(map(prod, tensors_of(SHAPES[name].config()).values())) == parameters
+def test_parameter_counts_are_those_of_the_real_models(name: str, parameters: int) -> None:
+    """The hub shows these counts for the -Instruct models."""
+    assert sum(map(prod, tensor_shapes(SHAPES[name].config()).values())) == parameters
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_names_are_those_that_transformers_saves(tied: bool, tmp_path: Path) -> None:
+def test_names_equal_those_of_save_pretrained(tied: bool, tmp_path: Path) -> None:
     import transformers
 
     shape = replace(TINY, tied=tied)
     transformers.Qwen2VLForConditionalGeneration(shape.config()).save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "np") as tensors:
         saved = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    assert saved == tensors_of(shape.config())
+    assert saved == tensor_shapes(shape.config())
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_checkpoint_is_fetched_loaded_and_answers(tied: bool, tmp_path: Path) -> None:
-    folder = make_checkpoint_like(replace(TINY, tied=tied), tmp_path / "made", tokenizer=SHAPES_VL)
+def test_synthetic_checkpoint_is_fetched_and_runs(tied: bool, tmp_path: Path) -> None:
+    folder = make_checkpoint_like(replace(TINY, tied=tied), tmp_path / "synthetic", tokenizer=SHAPES_VL)
     source = fetch_checkpoint(tmp_path / "checkpoint", folder)
     model = load_model(Checkpoint(Manifest.load(source).verify()))
     with torch.no_grad():
@@ -107,55 +104,56 @@ def test_checkpoint_is_fetched_loaded_and_answers(tied: bool, tmp_path: Path) ->
         assert torch.isfinite(model.model.visual(pixels, grid).pooler_output).all()
 
 
-def test_shards_and_index_agree(made: Path) -> None:
-    index = json.loads((made / "model.safetensors.index.json").read_text())
+def test_shards_and_index_agree(synthetic: Path) -> None:
+    index = json.loads((synthetic / "model.safetensors.index.json").read_text())
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    assert sorted(path.name for path in made.glob("*.safetensors")) == names
+    assert sorted(path.name for path in synthetic.glob("*.safetensors")) == names
     size = 0
     for name in names:
-        with safe_open(made / name, "pt") as tensors:
+        with safe_open(synthetic / name, "pt") as tensors:
             assert tensors.metadata() == {"format": "pt"}
-            held = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-        assert set(held) == {key for key, file in index["weight_map"].items() if file == name}
-        assert all(value.dtype == torch.bfloat16 for value in held.values())
-        size += sum(value.nbytes for value in held.values())
+            stored = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+        assert set(stored) == {key for key, file in index["weight_map"].items() if file == name}
+        assert all(value.dtype == torch.bfloat16 for value in stored.values())
+        size += sum(value.nbytes for value in stored.values())
     assert size == index["metadata"]["total_size"]
 
 
 @pytest.mark.parametrize("shards", [1, 3, 200])
-def test_no_more_shards_than_asked_and_none_empty(shards: int) -> None:
-    shapes = tensors_of(TINY.config())
+def test_shards_are_limited_and_not_empty(shards: int) -> None:
+    shapes = tensor_shapes(TINY.config())
     files = split(shapes, shards)
     assert len(files) <= shards
     assert [tensor.name for file in files for tensor in file] == list(shapes)
     assert all(file and file[0].start == 0 for file in files)
 
 
-def test_special_tokens_are_the_tokenizers_and_the_vocabulary_the_shapes(made: Path) -> None:
-    config, theirs = json.loads((made / "config.json").read_text()), json.loads((SHAPES_VL / "config.json").read_text())
+def test_special_tokens_come_from_the_tokenizer_and_vocabulary_from_the_shape(synthetic: Path) -> None:
+    config = json.loads((synthetic / "config.json").read_text())
+    original = json.loads((SHAPES_VL / "config.json").read_text())
     for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-        assert config[name] == theirs[name]
+        assert config[name] == original[name]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        assert config["text_config"][name] == theirs["text_config"][name]
+        assert config["text_config"][name] == original["text_config"][name]
     assert config["text_config"]["vocab_size"] == TINY.text["vocab_size"]
     assert config["dtype"] == "bfloat16"
-    assert (made / "tokenizer.json").read_bytes() == (SHAPES_VL / "tokenizer.json").read_bytes()
+    assert (synthetic / "tokenizer.json").read_bytes() == (SHAPES_VL / "tokenizer.json").read_bytes()
 
 
-def test_same_arguments_give_the_same_bytes(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many threads draw, and into another folder."""
+def test_equal_arguments_give_equal_bytes(synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of threads and the folder do not matter."""
     monkeypatch.setattr(synth, "THREADS", 1)
-    assert contents(make_checkpoint_like(TINY, tmp_path / "again", tokenizer=SHAPES_VL)) == contents(made)
+    assert contents(make_checkpoint_like(TINY, tmp_path / "again", tokenizer=SHAPES_VL)) == contents(synthetic)
     other = contents(make_checkpoint_like(TINY, tmp_path / "other", seed=1, tokenizer=SHAPES_VL))
-    assert {name for name, stored in other.items() if stored != contents(made)[name]} == {
+    assert {name for name, stored in other.items() if stored != contents(synthetic)[name]} == {
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     }
 
 
-def test_weights_do_not_depend_on_how_they_are_split(made: Path, tmp_path: Path) -> None:
+def test_weights_do_not_depend_on_the_shards(synthetic: Path, tmp_path: Path) -> None:
     one = Checkpoint(make_checkpoint_like(TINY, tmp_path / "one", shards=1, tokenizer=SHAPES_VL))
-    two = Checkpoint(made)
+    two = Checkpoint(synthetic)
     assert set(one.shards) == set(two.shards)
     assert all(torch.equal(one.tensor(name), two.tensor(name)) for name in one.shards)
 
@@ -163,24 +161,24 @@ def test_weights_do_not_depend_on_how_they_are_split(made: Path, tmp_path: Path)
 def test_tails_are_heavier_than_normal() -> None:
     values = draw(MATRIX, 0, MATRIX.rows, 0).astype(np.float64)
     bulk = np.delete(values, outlier_channels(MATRIX, 0), axis=1)
-    spread = MATRIX.columns**-0.5
-    assert bulk.std() == pytest.approx(spread, rel=0.01)
-    assert abs(bulk.mean()) < 0.01 * spread
+    std = MATRIX.columns**-0.5
+    assert bulk.std() == pytest.approx(std, rel=0.01)
+    assert abs(bulk.mean()) < 0.01 * std
     kurtosis = ((bulk / bulk.std()) ** 4).mean() - 3
     assert 2.3 < kurtosis < 3.0  # 0 for a normal distribution, 3 for Student-t with 6 degrees of freedom
-    # Quartiles and hundredths of the distribution, from its table, over its standard deviation.
-    assert np.quantile(bulk, [0.75, 0.99]) / spread == pytest.approx(np.array([0.7176, 3.1427]) / 1.5**0.5, rel=0.01)
+    # Quantiles from the table of Student's t, divided by its standard deviation.
+    assert np.quantile(bulk, [0.75, 0.99]) / std == pytest.approx(np.array([0.7176, 3.1427]) / 1.5**0.5, rel=0.01)
 
 
-def test_outlier_channels_are_there() -> None:
+def test_outlier_channels_are_larger() -> None:
     sizes = draw(MATRIX, 0, MATRIX.rows, 0).astype(np.float64).std(axis=0)
-    (found,) = np.nonzero(sizes > LARGER / 2 * np.median(sizes))
-    assert sorted(found) == sorted(outlier_channels(MATRIX, 0))
-    assert len(found) == 4
-    assert sizes[found].mean() / np.median(sizes) == pytest.approx(LARGER, rel=0.05)
+    (outliers,) = np.nonzero(sizes > OUTLIER_FACTOR / 2 * np.median(sizes))
+    assert sorted(outliers) == sorted(outlier_channels(MATRIX, 0))
+    assert len(outliers) == 4
+    assert sizes[outliers].mean() / np.median(sizes) == pytest.approx(OUTLIER_FACTOR, rel=0.05)
 
 
-def test_rows_drawn_apart_are_not_the_same() -> None:
+def test_rows_and_tensors_are_drawn_independently() -> None:
     assert (draw(MATRIX, 0, 4, 0) != draw(MATRIX, 4, 4, 0)).any()
     assert (draw(MATRIX, 0, 4, 0) != draw(replace(MATRIX, name="other.weight"), 0, 4, 0)).any()
 
@@ -194,79 +192,67 @@ def test_norms_are_near_one_and_biases_small() -> None:
     assert bias.std() < 0.03
 
 
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """0.4 GB of weights, one tensor of them 0.2 GB, in less than 100 MB over what it takes to know their names."""
-    program = rf"""
-import re, sys
-from dataclasses import replace
-from pathlib import Path
-from hf2mnn.checkpoint import synth
-from hf2mnn.checkpoint.synth import SHAPES, make_checkpoint_like, tensors_of
-
-synth.THREADS = 2
-
-def peak():  # not ru_maxrss, which begins with that of the process that started this one
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
-
-shape = SHAPES["qwen2-vl-2b"]
-text = {{key: value for key, value in shape.text.items() if not key.endswith("_token_id")}}
-text |= {{"num_hidden_layers": 1, "vocab_size": 65536}}
-shape = replace(shape, text=text, vision={{**shape.vision, "depth": 1}})
-tensors_of(shape.config())
-before = peak()
-folder = make_checkpoint_like(shape, Path(sys.argv[1]), tokenizer=Path({str(SHAPES_VL)!r}))
-size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-print(size / 1e6, peak() - before)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "made")], capture_output=True, text=True, timeout=300, check=True
-    )
-    size, grown = map(float, done.stdout.split())
-    assert size > 400
-    assert grown < 100
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing 0.4 GB of weights, with one tensor of 0.2 GB, allocates less than 100 MB."""
+    monkeypatch.setattr(synth, "THREADS", 2)
+    shape = SHAPES["qwen2-vl-2b"]
+    text = {key: value for key, value in shape.text.items() if not key.endswith("_token_id")}
+    text |= {"num_hidden_layers": 1, "vocab_size": 65536}
+    shape = replace(shape, text=text, vision={**shape.vision, "depth": 1})
+    tensor_shapes(shape.config())  # loads torch and transformers
+    tracemalloc.start()  # counts numpy's arrays as well
+    try:
+        folder = make_checkpoint_like(shape, tmp_path / "synthetic", tokenizer=SHAPES_VL)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 400e6
+    assert peak < 100e6
 
 
-def test_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_detected_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**10, 9 * 10**9, 10**9))
-    with pytest.raises(CheckpointError, match=r"would take 4\.42 GB, and its disk has 1\.00 GB free") as refused:
-        make_checkpoint_like("qwen2-vl-2b", tmp_path / "made", tokenizer=SHAPES_VL)
-    assert "\n" not in str(refused.value)
+    with pytest.raises(
+        CheckpointError, match=r"the checkpoint needs 4\.46 GB in .*/synthetic, and its disk has 1\.00 GB free"
+    ) as error:
+        make_checkpoint_like("qwen2-vl-2b", tmp_path / "synthetic", tokenizer=SHAPES_VL)
+    assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_foreign_files_are_not_replaced(tmp_path: Path) -> None:
+def test_other_files_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(Hf2mnnError, match="holds files that no stage has made"):
+    with pytest.raises(Hf2mnnError, match="holds files that no stage wrote"):
         make_checkpoint_like(TINY, tmp_path, tokenizer=SHAPES_VL)
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_what_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+def test_invalid_argument_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     small = replace(TINY, text={**TINY.text, "vocab_size": 512})
-    for arguments, said in (
-        ({"shape": "qwen2-vl-1b"}, "no shape 'qwen2-vl-1b'; these are: qwen2-vl-2b, qwen2-vl-7b"),
+    for arguments, message in (
+        ({"shape": "qwen2-vl-1b"}, "unknown shape 'qwen2-vl-1b'; choose one of: qwen2-vl-2b, qwen2-vl-7b"),
         ({"shape": TINY, "shards": 0}, "0 shards"),
         ({"shape": TINY, "tokenizer": tmp_path / "empty"}, "empty has no config.json"),
         ({"shape": small, "tokenizer": SHAPES_VL}, "image_token_id 561, outside this shape's vocabulary of 512"),
     ):
-        with pytest.raises(CheckpointError, match=said) as refused:
-            make_checkpoint_like(destination=tmp_path / "made", **arguments)
-        assert "\n" not in str(refused.value)
-    assert not (tmp_path / "made").exists()
+        with pytest.raises(CheckpointError, match=message) as error:
+            make_checkpoint_like(destination=tmp_path / "synthetic", **arguments)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "synthetic").exists()
 
 
-def test_without_a_tokenizer_the_ids_are_the_models_own(tmp_path: Path) -> None:
-    folder = make_checkpoint_like(TINY, tmp_path / "made")
+def test_ids_without_a_tokenizer_are_those_of_the_family(tmp_path: Path) -> None:
+    folder = make_checkpoint_like(TINY, tmp_path / "synthetic")
     assert json.loads((folder / "config.json").read_text())["image_token_id"] == 151655
     with pytest.raises(CheckpointError, match=r"generation_config\.json|tokenizer\.json|preprocessor_config\.json"):
         fetch_checkpoint(tmp_path / "checkpoint", folder)
 
 
-def test_weights_are_exact_bfloat16_multiples(made: Path) -> None:
-    """An outlier is 8 times a value of the rest, which bfloat16 holds exactly."""
+def test_outliers_are_exact_multiples() -> None:
+    """An outlier is 8 times an ordinary value, which is exact in bfloat16."""
     drawn = draw(MATRIX, 0, 4, 0)
     assert drawn.dtype == ml_dtypes.bfloat16
-    few = np.unique(drawn[:, outlier_channels(MATRIX, 0)].astype(np.float32) / LARGER)
-    assert set(few) <= set(synth.levels(MATRIX).astype(np.float32))
+    values = np.unique(drawn[:, outlier_channels(MATRIX, 0)].astype(np.float32) / OUTLIER_FACTOR)
+    assert set(values) <= set(synth.quantiles(MATRIX).astype(np.float32))

@@ -1,4 +1,4 @@
-"""A real SLURM of one node, a hub that only the submitting host reaches, and one run of the pipeline on each side."""
+"""Fixtures: a SLURM cluster of one node, a hub that only the submitting host reaches, and a finished run on both."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     files = {path.name: path.read_bytes() for path in SHAPES_VL.iterdir() if path.is_file()}
     with one_node(folder / "slurm") as environment, serving(files) as hub:
         cache = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1"}
-        # A person's own offline setting would forbid what the submitting host is there for.
-        kept = {name: value for name, value in environment.items() if name != "HF_HUB_OFFLINE"}
-        yield Site(kept | cache, hub)
+        # The submitting host must reach the hub.
+        variables = {name: value for name, value in environment.items() if name != "HF_HUB_OFFLINE"}
+        yield Site(variables | cache, hub)
 
 
-def made(folder: Path) -> Workspace:
+def prepare(folder: Path) -> Workspace:
     workspace = make_workspace(folder)
     (folder / "config.yaml").write_text(CONFIG)
     few_examples(folder / "few", 3)
@@ -46,23 +46,23 @@ def made(folder: Path) -> Workspace:
 
 @pytest.fixture(scope="session")
 def on_cluster(site: Site, tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, str]:
-    """The whole pipeline as jobs of SLURM's, and what the run said. Tests only read it."""
-    workspace = made(tmp_path_factory.mktemp("cluster") / "workspace")
-    code, said = site.snakemake(cwd=workspace.folder)
-    assert code == 0, said
-    return workspace, said
+    """The pipeline as SLURM jobs, and the output of the run. Tests only read it."""
+    workspace = prepare(tmp_path_factory.mktemp("cluster") / "workspace")
+    code, output = site.snakemake(cwd=workspace.folder)
+    assert code == 0, output
+    return workspace, output
 
 
 @pytest.fixture(scope="session")
-def at_home(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The same without a scheduler. Tests only read it."""
-    workspace = made(tmp_path_factory.mktemp("home") / "workspace")
-    code, said = site.snakemake("--cores", os.cpu_count() or 1, cwd=workspace.folder, profile=[])
-    assert code == 0, said
+def on_workstation(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The pipeline without a scheduler. Tests only read it."""
+    workspace = prepare(tmp_path_factory.mktemp("workstation") / "workspace")
+    code, output = site.snakemake("--cores", os.cpu_count() or 1, cwd=workspace.folder, profile=[])
+    assert code == 0, output
     return workspace
 
 
 @pytest.fixture
 def copy(on_cluster: tuple[Workspace, str], tmp_path: Path) -> Workspace:
-    """The cluster's workspace, to change at will."""
+    """A copy of the cluster's workspace that tests may change."""
     return Workspace(shutil.copytree(on_cluster[0].folder, tmp_path / "copy", symlinks=True))

@@ -1,5 +1,6 @@
-"""The pipeline as pods that share nothing but a bucket: they make what a workstation makes, and what goes wrong is
-told. The plugins are the real ones, of Kubernetes and of S3; whom they talk to is in tests/pods.py.
+"""The pipeline as Kubernetes pods that share only a bucket: same outputs as on a workstation, and error messages.
+
+The Kubernetes and S3 plugins are real; the servers are in tests/pods.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import yaml
 
 from chain import few_examples
 from hf2mnn.core.verify import verify_folder
-from kills import undisturbed
+from kills import same_outputs
 from pods import BUCKET, Cluster, kubernetes, missing
 from support import BIN, QUICK, REPOSITORY, SHAPES_VL, Workspace
 
@@ -32,41 +33,41 @@ calibration: {{examples: 2, bits: [4]}}
 {QUICK}
 """
 STAGES = (
-    *("source", "examples/evaluation", "examples/calibration", "reference", "calibration", "activations"),
-    *("sensitivity", "onnx", "graphs", "plans/mixed", "bundles/int4-gptq", "bundles/mixed"),
+    *("checkpoint", "examples/evaluation", "examples/calibration", "reference/evaluation", "reference/calibration"),
+    *("calibration", "sensitivity", "onnx", "graphs", "plans/mixed", "bundles/int4-gptq", "bundles/mixed"),
     *("evaluation/onnxruntime", "evaluation/int4-gptq", "diagnosis/mixed"),
 )
-WHERE_STARTED = {"fetch_checkpoint", "copy_set", "join_tables", "check_gates", "all"}
+LOCAL_RULES = {"fetch_checkpoint", "collect_examples", "summarize_models", "check_gates", "all"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A folder where Snakemake is started; what it makes lies in the bucket, below the folder's name."""
+    """A folder in which Snakemake is started; its outputs are in the bucket, below the folder's name."""
 
     cluster: Cluster
     folder: Path
 
     def snakemake(self, *arguments: object) -> tuple[int, str]:
-        """(exit code, what it said)."""
+        """Return exit code and output."""
         options = ["--default-storage-prefix", f"s3://{BUCKET}/{self.folder.name}", "--container-image", "hf2mnn"]
         options += ["--storage-s3-endpoint-url", self.cluster.s3, "--kubernetes-omit-job-cleanup"]
         options += ["--precommand", self.precommand, "--seconds-between-status-checks", "1"]
         profile = ["--workflow-profile", "hf2mnn/profiles/kubernetes"]
         command = [BIN / "snakemake", "-s", "hf2mnn/Snakefile", *profile, *options, "--jobs", "2", *arguments]
         environment = {**os.environ, **self.cluster.environment()}
-        done = subprocess.run(
+        process = subprocess.run(
             [*map(str, command)], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=1200
         )
-        return done.returncode, done.stdout + done.stderr
+        return process.returncode, process.stdout + process.stderr
 
     @property
     def precommand(self) -> str:
-        """The profile's, with the folder in which wheels lie here."""
+        """The profile's precommand, with the folder of wheels on this machine."""
         profile = yaml.safe_load((REPOSITORY / "profiles" / "kubernetes" / "profile.yaml").read_text())
         return f"{profile['precommand'].rpartition('=')[0]}={self.cluster.wheels}"
 
     def download(self, part: str, folder: Path) -> Path:
-        """A part of what the run has in the bucket, below `folder`."""
+        """Download a folder of the run from the bucket to `folder`."""
         for item in self.cluster.bucket.objects.filter(Prefix=f"{self.folder.name}/{part}/"):
             path = folder / item.key.removeprefix(f"{self.folder.name}/")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,8 +75,8 @@ class Run:
         return folder / part
 
 
-def made(folder: Path) -> Path:
-    """A folder to start runs in, with a copy of the Snakefile and what it names below it."""
+def prepare(folder: Path) -> Path:
+    """Create a folder to start runs in, with a copy of the workflow."""
     folder.mkdir(parents=True)
     for name in ("Snakefile", "workflow", "envs", "profiles", "requirements.txt"):
         source, target = REPOSITORY / name, folder / "hf2mnn" / name
@@ -98,11 +99,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def run(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
-    """The whole pipeline as pods, and what the run said. Tests only read it."""
-    run = Run(cluster, made(tmp_path_factory.mktemp("pods") / "run"))
-    code, said = run.snakemake()
-    assert code == 0, said
-    return run, said
+    """The pipeline as pods, and the output of the run. Tests only read it."""
+    run = Run(cluster, prepare(tmp_path_factory.mktemp("pods") / "run"))
+    code, output = run.snakemake()
+    assert code == 0, output
+    return run, output
 
 
 @pytest.fixture(scope="module")
@@ -111,89 +112,90 @@ def in_pods(run: tuple[Run, str], tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def at_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workspace = Workspace(made(tmp_path_factory.mktemp("home") / "run"))
+def on_workstation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workspace = Workspace(prepare(tmp_path_factory.mktemp("workstation") / "run"))
     workspace.snakemake(check=True)
     return workspace.folder / "results" / "shapes-vl"
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_pods_make_what_a_workstation_makes(stage: str, in_pods: Path, at_home: Path) -> None:
-    assert undisturbed(in_pods / stage, at_home / stage)
+def test_same_outputs_as_on_a_workstation(stage: str, in_pods: Path, on_workstation: Path) -> None:
+    assert same_outputs(in_pods / stage, on_workstation / stage)
 
 
-def test_table_and_page_are_in_the_bucket(in_pods: Path) -> None:
+def test_summary_and_report_are_in_the_bucket(in_pods: Path) -> None:
     assert "int4-gptq" in (in_pods / "report.html").read_text(encoding="utf-8")
     assert (in_pods.parent / "summary.csv").is_file() and (in_pods.parent / "gates.txt").is_file()
 
 
-def test_run_ends_with_where_the_results_lie(run: tuple[Run, str]) -> None:
+def test_the_output_names_the_location_of_the_results(run: tuple[Run, str]) -> None:
     assert f"results: s3://{BUCKET}/{run[0].folder.name}/results\n" in run[1]
 
 
-def test_nothing_but_declared_folders_is_in_a_pod(run: tuple[Run, str]) -> None:
-    """All stages but those that read what lies where the run was started are pods, and nothing of that is there."""
-    started, said = run
-    assert set(re.findall(r"^localrule (\w+):$", said, re.MULTILINE)) == WHERE_STARTED
-    here = started.cluster.see(["ls", str(started.folder), "."])
-    assert "No such file or directory" in here and str(started.folder.name) in here
+def test_a_pod_has_only_declared_inputs(run: tuple[Run, str]) -> None:
+    """Only rules that read files of the starting machine run there, and pods cannot read its folder."""
+    started, output = run
+    assert set(re.findall(r"^localrule (\w+):$", output, re.MULTILINE)) == LOCAL_RULES
+    listing = started.cluster.run_in_pod(["ls", str(started.folder), "."])
+    assert "No such file or directory" in listing and str(started.folder.name) in listing
 
 
-def test_pods_ask_for_what_their_stages_take(run: tuple[Run, str]) -> None:
-    asked = {name: pod.asked["resources"]["requests"] for name, pod in run[0].cluster.pods.items()}
-    assert all(set(requests) == {"cpu", "memory", "ephemeral-storage"} for requests in asked.values())
-    assert all(int(requests["memory"].removesuffix("M")) >= 400 for requests in asked.values())
-    # The report reads everything and writes little; the others of so small a model get the least there is.
-    (report,) = {requests["ephemeral-storage"] for requests in asked.values()} - {"2000M"}
+def test_resource_requests(run: tuple[Run, str]) -> None:
+    requests_of = {name: pod.container["resources"]["requests"] for name, pod in run[0].cluster.pods.items()}
+    assert all(set(requests) == {"cpu", "memory", "ephemeral-storage"} for requests in requests_of.values())
+    assert all(int(requests["memory"].removesuffix("M")) >= 400 for requests in requests_of.values())
+    # The report reads all folders and writes little; the other stages of a small model get the minimum.
+    (report,) = {requests["ephemeral-storage"] for requests in requests_of.values()} - {"2000M"}
     assert 1000 < int(report.removesuffix("M")) < 2000
 
 
-def test_nothing_is_left_to_do(run: tuple[Run, str]) -> None:
-    code, said = run[0].snakemake("-n")
-    assert code == 0 and "Nothing to be done" in said, said
+def test_a_second_run_has_nothing_to_do(run: tuple[Run, str]) -> None:
+    code, output = run[0].snakemake("-n")
+    assert code == 0 and "Nothing to be done" in output, output
 
 
-def test_changed_setting_makes_that_variant_again(run: tuple[Run, str]) -> None:
+def test_a_changed_setting_reruns_its_variant(run: tuple[Run, str]) -> None:
     config = run[0].folder / "config.yaml"
     config.write_text(CONFIG.replace("block: 64", "block: 32"))
     try:
-        code, said = run[0].snakemake("-n")
+        code, output = run[0].snakemake("-n")
     finally:
         config.write_text(CONFIG)
-    assert code == 0 and re.search(r"^quantize_variant +1$", said, re.MULTILINE), said
-    assert "Params have changed" in said and "convert_graphs" not in said and "fetch_checkpoint" not in said
+    assert code == 0 and re.search(r"^quantize_variant +1$", output, re.MULTILINE), output
+    assert "Params have changed" in output
+    assert "convert_graphs" not in output and "fetch_checkpoint" not in output
 
 
-def test_plan_of_ones_own_reaches_the_pod_where_git_tracks_it(run: tuple[Run, str], tmp_path: Path) -> None:
+def test_a_user_provided_plan_tracked_by_git(run: tuple[Run, str], tmp_path: Path) -> None:
     started, config = run[0], run[0].folder / "config.yaml"
     (started.folder / "mine.yaml").write_text("decoder: {lm_head: {bits: 8, block: 0}}\n")
-    for words in (["init", "--quiet"], ["add", "mine.yaml"]):
-        subprocess.run(["git", *words], cwd=started.folder, check=True)
+    for arguments in (["init", "--quiet"], ["add", "mine.yaml"]):
+        subprocess.run(["git", *arguments], cwd=started.folder, check=True)
     config.write_text(CONFIG.replace("variants:\n", "variants:\n  mine: {bits: 4, block: 64, plan: mine.yaml}\n"))
     try:
-        code, said = started.snakemake("results/shapes-vl/bundles/mine")
+        code, output = started.snakemake("results/shapes-vl/bundles/mine")
     finally:
         config.write_text(CONFIG)
-    assert code == 0, said
-    made = started.download("results/shapes-vl/bundles/mine", tmp_path)
-    table = pd.read_csv(made / "weights.csv").set_index("operator")
-    assert verify_folder(made).whole and table.loc["lm_head", "bits"] == 8
+    assert code == 0, output
+    bundle = started.download("results/shapes-vl/bundles/mine", tmp_path)
+    table = pd.read_csv(bundle / "weights.csv").set_index("operator")
+    assert verify_folder(bundle).intact and table.loc["lm_head", "bits"] == 8
 
 
-def test_failing_pod_is_told_with_the_file_that_has_its_sentence(cluster: Cluster, tmp_path: Path) -> None:
-    run = Run(cluster, made(tmp_path / "failing"))
+def test_a_failed_pod_and_its_log(cluster: Cluster, tmp_path: Path) -> None:
+    run = Run(cluster, prepare(tmp_path / "failing"))
     (run.folder / "config.yaml").write_text(CONFIG.replace("budget: 5", "budget: 1KB"))
-    code, said = run.snakemake("--retries", "0", "results/shapes-vl/plans/mixed")
-    assert code == 1 and "Error in rule plan_bits" in said
-    (log,) = re.findall(r"\S+/kubernetes-logs/\S+\.log", said)
-    assert re.search(r"^hf2mnn: the budget leaves ", Path(log).read_text(), re.MULTILINE)
+    code, output = run.snakemake("--retries", "0", "results/shapes-vl/plans/mixed")
+    assert code == 1 and "Error in rule plan_bits" in output
+    (log,) = re.findall(r"\S+/kubernetes-logs/\S+\.log", output)
+    assert re.search(r"^error: the budget leaves ", Path(log).read_text(), re.MULTILINE)
     (kept,) = run.download("logs/plan_bits", tmp_path).rglob("*.log")
     assert "the budget leaves" in kept.read_text()
 
 
-def test_toolchains_are_refused_at_once(cluster: Cluster, tmp_path: Path) -> None:
-    run = Run(cluster, made(tmp_path / "toolchains"))
+def test_toolchains_are_refused_before_any_pod_starts(cluster: Cluster, tmp_path: Path) -> None:
+    run = Run(cluster, prepare(tmp_path / "toolchains"))
     (run.folder / "config.yaml").write_text(f"{CONFIG}\ntoolchains: {{old: {{pins: {{MNN: 3.6.0}}}}}}\n")
-    code, said = run.snakemake("-n")
-    assert code == 1 and "toolchains are environments, which object storage does not keep" in said
-    assert "Traceback" not in said
+    code, output = run.snakemake("-n")
+    assert code == 1 and "object storage does not keep toolchains" in output
+    assert "Traceback" not in output

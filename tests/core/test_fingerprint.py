@@ -1,172 +1,240 @@
-"""What makes a stage run again beside its inputs: the code that it reaches, and the releases of its tools.
+"""Fingerprints: an edit runs exactly the stages again that execute the edited code.
 
-A module that is missed here means results of old code that look new; one too many means hours of work done again.
+A missed module keeps results of old code; a module too many costs hours of repeated work.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hf2mnn.config.schema import Toolchain
+from hf2mnn.config.models import Toolchain
 from hf2mnn.core import fingerprint as fp
-from hf2mnn.core.fingerprint import STAGES, fingerprint, modules_of
+from hf2mnn.core.fingerprint import fingerprint, reached
+from hf2mnn.stages import ORDER, stage_named
+
+
+def fingerprints(**options: object) -> dict[str, str]:
+    return {name: fingerprint(stage_named(name), **options) for name in ORDER}
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the package, for this test the one that is fingerprinted."""
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package that is fingerprinted in place of the original."""
     folder = tmp_path / "src" / "hf2mnn"
     shutil.copytree(fp.ROOT, folder, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(fp, "ROOT", folder)
-    fp._imports.cache_clear()
-    yield folder
-    fp._imports.cache_clear()
+    return folder
 
 
-def edit(path: Path) -> None:
-    path.write_text(path.read_text() + "# edited\n")
-    fp._imports.cache_clear()
+def changed_by(path: Path, content: str) -> set[str]:
+    """Return the stages whose fingerprint changes with the new content of a file."""
+    before = fingerprints()
+    path.write_text(content)
+    after = fingerprints()
+    return {name for name in ORDER if before[name] != after[name]}
+
+
+def with_statement(path: Path) -> str:
+    """Return the content of a file with an additional statement."""
+    return path.read_text() + ("\nEDITED = 1\n" if path.suffix == ".py" else "<!-- edited -->\n")
 
 
 LOADED = """
 import importlib, json, sys
 loaded = {}
-for stage, module in json.loads(sys.argv[1]).items():
+for stage in json.loads(sys.argv[1]):
     for name in [name for name in sys.modules if name.split(".")[0] == "hf2mnn"]:
         del sys.modules[name]
-    importlib.import_module(module)
+    importlib.import_module("hf2mnn.stages." + stage)
     loaded[stage] = [name for name in sys.modules if name.split(".")[0] == "hf2mnn"]
 print(json.dumps(loaded))
 """
 
 
-def test_every_module_that_is_loaded_is_covered() -> None:
-    """Import each stage in a child and ask Python what it loaded: packages' own __init__ files run as well."""
-    command = [sys.executable, "-c", LOADED, json.dumps(STAGES)]
+def test_every_module_that_a_stage_loads_is_reached() -> None:
+    """A child imports each stage and reports what Python loaded, the __init__ files of packages too."""
+    command = [sys.executable, "-c", LOADED, json.dumps(ORDER)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for stage, loaded in json.loads(printed.splitlines()[-1]).items():
-        assert set(loaded) - set(modules_of(stage)[0]) == set(), stage
+        modules = {module for module in loaded if fp._counts(module)}
+        assert modules - set(reached(stage)[0]) == set(), stage
 
 
 @pytest.mark.parametrize(
     ("stage", "module"),
     [
-        ("source", "hf2mnn.families.qwen2_vl"),
-        ("source", "hf2mnn.core.files"),
-        ("evaluation", "hf2mnn.reference.examples"),
+        ("fetch", "hf2mnn.families.qwen2_vl"),
+        ("fetch", "hf2mnn.core.files"),
+        ("examples", "hf2mnn.reference.examples"),
         ("reference", "hf2mnn.reference.prompts"),
-        ("onnx", "hf2mnn.onnx.deepstack"),
-        ("onnx", "hf2mnn.core.manifest"),
-        ("mnn", "hf2mnn.mnn.graph"),  # from hf2mnn.mnn import graph as proof
-        ("evaluate", "hf2mnn.mnn.worker.__main__"),  # started by its name, imported by nobody
+        ("export", "hf2mnn.onnx.deepstack"),
+        ("export", "hf2mnn.core.manifest"),
+        ("convert", "hf2mnn.mnn.graph"),
+        ("evaluate", "hf2mnn.mnn.worker.__main__"),  # started by its name, imported by no module
         ("evaluate", "hf2mnn.onnx.session"),
         ("diagnose", "hf2mnn.mnn.worker.layers"),
         ("diagnose", "hf2mnn.evaluation.causes"),
-        ("speed", "hf2mnn.mnn.worker.speed"),
+        ("benchmark", "hf2mnn.mnn.worker.speed"),
         ("report", "hf2mnn.report.page"),
     ],
 )
-def test_modules_reached_indirectly_are_found(stage: str, module: str) -> None:
-    assert module in modules_of(stage)[0]
+def test_modules_are_reached_indirectly(stage: str, module: str) -> None:
+    assert module in reached(stage)[0]
 
 
 @pytest.mark.parametrize(
     ("stage", "prefix"),
     [
-        ("onnx", "hf2mnn.report"),
-        ("onnx", "hf2mnn.mnn"),
-        ("onnx", "hf2mnn.cli"),
-        ("mnn", "hf2mnn.report"),
-        ("mnn", "hf2mnn.evaluate"),
+        ("export", "hf2mnn.report"),
+        ("export", "hf2mnn.mnn"),
+        ("export", "hf2mnn.cli"),
+        ("convert", "hf2mnn.report"),
+        ("convert", "hf2mnn.evaluation"),
         ("reference", "hf2mnn.onnx"),
-        ("evaluation", "hf2mnn.reference.pytorch"),
+        ("examples", "hf2mnn.reference.pytorch"),
         ("evaluate", "hf2mnn.report"),
         ("evaluate", "hf2mnn.onnx.export"),
-        ("report", "hf2mnn.mnn"),  # a better converter changes the numbers in the table, not how the table is made
+        ("report", "hf2mnn.mnn"),  # a better converter changes the figures in the table, not the table itself
     ],
 )
-def test_stages_do_not_reach_what_is_not_theirs(stage: str, prefix: str) -> None:
+def test_stages_reach_no_module_of_later_stages(stage: str, prefix: str) -> None:
     """An edited page must not export a 7B model again."""
-    assert [module for module in modules_of(stage)[0] if module.startswith(prefix)] == []
+    assert [module for module in reached(stage)[0] if module.startswith(prefix)] == []
 
 
-@pytest.mark.parametrize(
-    ("stage", "tools"),
-    [
-        ("evaluation", {"datasets", "pillow"}),
-        ("reference", {"torch", "transformers", "tokenizers", "pillow"}),
-        ("onnx", {"torch", "transformers", "onnx", "onnx-ir", "onnxscript"}),
-        ("mnn", {"MNN", "onnx", "tokenizers"}),
-        ("evaluate", {"MNN", "onnxruntime", "tokenizers"}),
-    ],
-)
-def test_tools_whose_release_changes_results(stage: str, tools: set[str]) -> None:
-    """MNN's converter is called in a child, by `_tools` in a program text; tokenizers comes in through transformers."""
-    assert tools - set(modules_of(stage)[1]) == set()
-
-
-def test_releases_that_a_toolchain_asks_for_count_in_place_of_those_here() -> None:
-    """However they are spelt; the stages that another release does not touch are those that would run again."""
-    other = Toolchain(pins={"mnn": "3.6.0", "ONNX_IR": "1.0.0"})
-    changed = {stage for stage in STAGES if fingerprint(stage, other) != fingerprint(stage)}
-    assert changed == {stage for stage in STAGES if {"MNN", "onnx-ir"} & set(modules_of(stage)[1])}
-    newest = Toolchain(others="newest")
-    assert all(fingerprint(stage, newest) != fingerprint(stage) for stage in STAGES if modules_of(stage)[1])
-
-
-def test_onnx_does_not_depend_on_mnn() -> None:
-    """An upgrade of the engine leaves the portable graphs alone."""
-    assert not {"MNN", "onnxruntime"} & set(modules_of("onnx")[1])
+@pytest.mark.parametrize("stage", ORDER)
+def test_a_stage_never_reaches_the_declaration_of_another(stage: str) -> None:
+    assert [module for module in reached(stage)[0] if module.startswith(fp.STAGES)] == [f"{fp.STAGES}.{stage}"]
 
 
 @pytest.mark.parametrize(
     ("edited", "changed"),
     [
-        ("mnn/graph.py", {"mnn", "sensitivity", "plan", "quantize", "evaluate", "diagnose", "speed", "compare"}),
-        ("quant/rounding.py", {"sensitivity", "plan", "quantize", "diagnose"}),
+        ("quant/rounding.py", {"sensitivity", "plan", "quantize", "baseline"}),
         ("quant/plan.py", {"plan"}),
-        ("onnx/export.py", {"onnx"}),
-        ("onnx/session.py", {"evaluate", "diagnose"}),
-        ("mnn/worker/session.py", {"evaluate", "diagnose", "speed", "compare"}),
+        ("onnx/export.py", {"export"}),
+        ("onnx/session.py", {"evaluate", "diagnose", "baseline"}),
+        ("mnn/worker/session.py", {"baseline", "evaluate", "diagnose", "benchmark", "compare"}),
         ("mnn/worker/layers.py", {"diagnose"}),
-        ("evaluate/causes.py", {"diagnose"}),
-        ("evaluate/score.py", {"evaluate"}),
-        ("evaluate/speed.py", {"speed", "compare"}),
-        ("evaluate/tune.py", set()),
+        ("evaluation/causes.py", {"diagnose"}),
+        ("evaluation/benchmark.py", {"benchmark", "compare"}),
+        ("evaluation/tune.py", set()),
         ("report/table.py", {"report", "compare"}),
         ("report/versions.py", {"compare"}),
-        ("mnn/worker/speed.py", {"speed", "compare"}),
         ("report/page.html.jinja", {"report"}),
-        ("errors.py", set(STAGES)),
-        ("cli.py", set()),
+        ("core/errors.py", set()),
+        ("core/progress.py", set()),
+        ("machine/usage.py", set()),
+        ("machine/footprint.py", set()),
+        ("stages/convert.py", {"convert"}),
+        ("core/files.py", set(ORDER)),
+        ("cli/stages.py", set()),
     ],
 )
 def test_an_edit_changes_the_stages_that_reach_it_and_no_other(package: Path, edited: str, changed: set[str]) -> None:
-    before = {stage: fingerprint(stage) for stage in STAGES}
-    edit(package / edited)
-    after = {stage: fingerprint(stage) for stage in STAGES}
-    assert {stage for stage in STAGES if before[stage] != after[stage]} == changed
+    assert changed_by(package / edited, with_statement(package / edited)) == changed
 
 
-def test_fingerprint_is_that_of_the_contents(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not of the place: two checkouts, and the copy here, agree."""
-    copied = {stage: fingerprint(stage) for stage in STAGES}
-    monkeypatch.setattr(fp, "ROOT", Path(fp.__file__).parent)
-    fp._imports.cache_clear()
-    assert {stage: fingerprint(stage) for stage in STAGES} == copied
+def without_prose(path: Path) -> str:
+    """Return the code of a module without comments and formatting, and with other docstrings."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        for statement in getattr(node, "body", []) if isinstance(getattr(node, "body", None), list) else []:
+            if fp._is_docstring(statement):
+                statement.value.value = "Another docstring."
+    return ast.unparse(tree) + "\n# Another comment.\n"
 
 
-def test_an_upgraded_tool_changes_the_stages_that_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {stage: fingerprint(stage) for stage in STAGES}
-    monkeypatch.setattr(fp, "version", lambda package: "999" if package == "onnxscript" else "1")
-    ones = {stage: fingerprint(stage) for stage in STAGES}
+def test_docstrings_comments_and_formatting_change_nothing(package: Path) -> None:
+    """In any module: the whole copy is rewritten without its prose."""
+    before = fingerprints()
+    for path in package.rglob("*.py"):
+        path.write_text(without_prose(path))
+    assert fingerprints() == before
+
+
+def test_an_added_docstring_changes_nothing(package: Path) -> None:
+    path = package / "quant" / "rounding.py"
+    content = path.read_text().replace("\n\n\ndef ", '\n"""Another one below a constant."""\n\n\ndef ', 1)
+    assert changed_by(path, content) == set()
+
+
+def test_fingerprint_is_the_same_for_every_copy(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two checkouts, at any path, agree."""
+    copy = fingerprints()
+    monkeypatch.setattr(fp, "ROOT", Path(fp.__file__).parent.parent)
+    assert fingerprints() == copy
+
+
+# Tools
+
+TOOLS = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "tokenizers": "tokenizers",
+    "PIL": "pillow",
+    "datasets": "datasets",
+    "MNN": "MNN",
+    "_tools": "MNN",
+    "onnx": "onnx",
+    "onnx_ir": "onnx-ir",
+    "onnxscript": "onnxscript",
+    "onnxruntime": "onnxruntime",
+    "numba": "numba",
+    "scipy": "scipy",
+}
+"""Packages whose release can change a result, by the name of their module."""
+SHARED = "a module that several stages share imports it, but this stage does not call that function"
+RECORDED = "prompts and images are inputs that the reference stage recorded"
+EXACT = "it decodes integers, which every release does alike"
+NOT_DECLARED = {
+    "convert": {"onnx-ir": SHARED, "torch": SHARED},
+    "calibrate": {"pillow": RECORDED, "tokenizers": RECORDED},
+    "sensitivity": {"onnx": SHARED, "pillow": RECORDED, "tokenizers": RECORDED},
+    "plan": dict.fromkeys(("MNN", "numba", "onnx", "onnx-ir", "tokenizers", "torch"), SHARED),
+    "quantize": dict.fromkeys(("onnx-ir", "tokenizers", "torch"), SHARED),
+    "baseline": dict.fromkeys(("numba", "onnx-ir", "onnxruntime", "scipy", "tokenizers", "torch"), SHARED),
+    "evaluate": {**dict.fromkeys(("onnx", "onnx-ir", "torch"), SHARED), "transformers": RECORDED},
+    "diagnose": {**dict.fromkeys(("onnx-ir", "tokenizers", "torch"), SHARED), "numba": EXACT},
+    "benchmark": dict.fromkeys(("onnx", "onnx-ir", "tokenizers", "torch"), SHARED),
+    "compare": dict.fromkeys(("onnx", "onnx-ir", "tokenizers", "torch"), SHARED),
+}
+"""Reachable tools that a stage does not declare, with the reason."""
+
+
+@pytest.mark.parametrize("stage", ORDER)
+def test_reachable_tools_are_declared_or_listed_with_a_reason(stage: str) -> None:
+    tools = {TOOLS[package] for package in reached(stage)[1] if package in TOOLS}
+    undeclared = tools - set(stage_named(stage).tools)
+    assert undeclared == set(NOT_DECLARED.get(stage, {}))
+
+
+def test_releases_of_a_toolchain_count_in_place_of_the_installed_ones() -> None:
+    """However their names are spelt; exactly the stages that declare the tool run again."""
+    toolchain = Toolchain(pins={"mnn": "3.6.0", "ONNX_IR": "1.0.0"})
+    pinned, other = fingerprints(), fingerprints(release=toolchain.release)
+    assert {stage for stage in ORDER if pinned[stage] != other[stage]} == {
+        stage for stage in ORDER if {"MNN", "onnx-ir"} & set(stage_named(stage).tools)
+    }
+    newest = fingerprints(release=Toolchain(others="newest").release)
+    assert all(pinned[stage] != newest[stage] for stage in ORDER if stage_named(stage).tools)
+
+
+def test_the_export_does_not_depend_on_mnn() -> None:
+    """An upgrade of the engine keeps the portable graphs."""
+    assert not {"MNN", "_tools", "onnxruntime"} & set(reached("export")[1])
+
+
+def test_an_upgraded_tool_changes_the_stages_that_declare_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp, "version", lambda package: "1")
-    assert {stage for stage in STAGES if fingerprint(stage) != ones[stage]} == {"onnx"}
-    assert ones["onnx"] != before["onnx"]
+    before = fingerprints()
+    monkeypatch.setattr(fp, "version", lambda package: "2" if package == "onnxscript" else "1")
+    after = fingerprints()
+    assert {stage for stage in ORDER if before[stage] != after[stage]} == {"export"}

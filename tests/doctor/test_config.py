@@ -1,4 +1,4 @@
-"""A config that is wrong in one way has one finding, by the check that looks for it."""
+"""A configuration with one fault has one finding, of the check for that fault."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from broken import broken, found
+from faulty_bundles import changed_bundle, run_checks
 from hf2mnn.doctor.checks.config import CHECKS
-from hf2mnn.doctor.finding import Severity
-from support import TEXT
+from hf2mnn.doctor.findings import Severity
 
 WRONG: dict[str, tuple[dict[str, Any], str, str, Severity]] = {
-    "no config.json": ({"files": {"config.json": None}}, "config_unreadable", "it is not there", Severity.ERROR),
+    "no config.json": ({"files": {"config.json": None}}, "config_unreadable", "has no config.json", Severity.ERROR),
     "config.json is cut short": (
         {"files": {"config.json": b'{"llm_model": "llm.mn'}},
         "config_unreadable",
@@ -23,19 +22,19 @@ WRONG: dict[str, tuple[dict[str, Any], str, str, Severity]] = {
     "no llm_config.json": (
         {"files": {"llm_config.json": None}},
         "config_unreadable",
-        "it is not there",
+        "has no llm_config.json",
         Severity.ERROR,
     ),
     "llm_config.json is a list": (
         {"files": {"llm_config.json": b"[]"}},
         "config_unreadable",
-        "no object but list",
+        "holds no JSON object",
         Severity.ERROR,
     ),
     "tokenizer by default": (
         {"config": {"tokenizer_file": None}},
         "file_missing",
-        "does not say where it is, and the engine's default is tokenizer.txt",
+        "has no tokenizer_file, and the engine's default is tokenizer.txt",
         Severity.ERROR,
     ),
     "tokenizer named wrongly": (
@@ -53,7 +52,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str, Severity]] = {
         Severity.ERROR,
     ),
     "another folder": ({"config": {"base_dir": "elsewhere/"}}, "path_outside", "'elsewhere/'", Severity.ERROR),
-    "no vision tower": ({"files": {"visual.mnn": None}}, "vision_missing", "visual.mnn is not there", Severity.ERROR),
+    "no vision tower": ({"files": {"visual.mnn": None}}, "vision_missing", "visual.mnn is missing", Severity.ERROR),
     "vision left out": ({"model": {"is_visual": False}}, "vision_missing", "is_visual is false", Severity.ERROR),
     "no attention_mask": (
         {"model": {"attention_mask": None}},
@@ -62,16 +61,16 @@ WRONG: dict[str, tuple[dict[str, Any], str, str, Severity]] = {
         Severity.ERROR,
     ),
     "hidden_size": (
-        {"model": {"hidden_size": 256}},
+        {"model": {"hidden_size": 512}},
         "config_differs",
-        f"says 256, the graph has {TEXT['hidden_size']}",
+        "has 512, the graph has 256",
         Severity.ERROR,
     ),
-    "layer_nums": ({"model": {"layer_nums": None}}, "config_differs", "says 32, the graph has 2", Severity.WARNING),
+    "layer_nums": ({"model": {"layer_nums": None}}, "config_differs", "has 32, the graph has 4", Severity.WARNING),
     "key_value_shape": (
-        {"model": {"key_value_shape": [2, 1, 0, 4, 32]}},
+        {"model": {"key_value_shape": [2, 1, 0, 4, 16]}},
         "config_differs",
-        "the graph has 64",
+        "the graph has 128",
         Severity.ADVICE,
     ),
     "is_mrope": ({"model": {"is_mrope": None}}, "mrope", "position_ids is [3, tokens]", Severity.ERROR),
@@ -89,18 +88,23 @@ WRONG: dict[str, tuple[dict[str, Any], str, str, Severity]] = {
 
 
 @pytest.mark.parametrize(("change", "check", "evidence", "severity"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_found(
+def test_one_fault_has_one_finding(
     change: dict[str, Any], check: str, evidence: str, severity: Severity, bundle: Path, tmp_path: Path
 ) -> None:
-    (finding,) = found(CHECKS, broken(bundle, tmp_path / "broken", **change))
+    (finding,) = run_checks(CHECKS, changed_bundle(bundle, tmp_path / "changed", **change))
     assert (finding.check, finding.severity) == (check, severity)
     assert evidence in finding.evidence
 
 
-def test_the_cure_of_a_tokenizer_by_default_names_the_file_that_is_there(bundle: Path, tmp_path: Path) -> None:
-    (finding,) = found(CHECKS, broken(bundle, tmp_path / "broken", {"tokenizer_file": None}))
-    assert finding.cure == 'write "tokenizer_file": "tokenizer.mtok" into config.json: that file is there'
+def test_the_cure_of_a_missing_tokenizer_names_the_existing_file(bundle: Path, tmp_path: Path) -> None:
+    (finding,) = run_checks(CHECKS, changed_bundle(bundle, tmp_path / "changed", {"tokenizer_file": None}))
+    assert finding.cure == 'set "tokenizer_file": "tokenizer.mtok" in config.json: that file exists'
 
 
-def test_a_sound_config_has_none(bundle: Path, tmp_path: Path) -> None:
-    assert found(CHECKS, broken(bundle, tmp_path / "sound", {"backend_type": "opencl", "precision": "normal"})) == []
+def test_a_valid_configuration_has_no_finding(bundle: Path, tmp_path: Path) -> None:
+    assert (
+        run_checks(
+            CHECKS, changed_bundle(bundle, tmp_path / "valid", {"backend_type": "opencl", "precision": "normal"})
+        )
+        == []
+    )

@@ -1,4 +1,4 @@
-"""Embeddings that the engine reads as something else."""
+"""Embeddings whose file or position differs from what the engine reads."""
 
 from __future__ import annotations
 
@@ -11,27 +11,35 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from broken import broken, found
+from faulty_bundles import changed_bundle, run_checks
 from hf2mnn.checkpoint.folder import LFS_POINTER
+from hf2mnn.doctor.artifacts import Bundle
 from hf2mnn.doctor.checks.embedding import CHECKS
-from hf2mnn.doctor.patient import Bundle
 from hf2mnn.mnn.bundle import EMBEDDING
 from hf2mnn.mnn.convert import read_graph
 from hf2mnn.quant.embedding import tied_settings
 from hf2mnn.quant.weights import operators
-from support import SHAPES_VL, TEXT
+from support import SHAPES_VL
 
-HIDDEN = TEXT["hidden_size"]
+HIDDEN = 256
 WRONG: dict[str, tuple[Callable[[np.ndarray], bytes], str, str]] = {
-    "float16": (lambda rows: rows.astype(np.float16).tobytes(), "embedding_values", "in float16"),
-    "float32": (lambda rows: rows.tobytes(), "embedding_size", "in float32"),
+    "float16": (lambda rows: rows.astype(np.float16).tobytes(), "embedding_values", "is float16"),
+    "float32": (lambda rows: rows.tobytes(), "embedding_size", "is float32"),
     "cut short": (lambda rows: bfloat16(rows)[:-4096], "embedding_size", "too short"),
-    "of another hidden size": (lambda rows: bfloat16(rows) + bytes(2 * HIDDEN - 2), "embedding_size", "whole number"),
+    "of another hidden size": (
+        lambda rows: bfloat16(rows) + bytes(2 * HIDDEN - 2),
+        "embedding_size",
+        "not a whole number of rows",
+    ),
     "zero": (lambda rows: bytes(2 * rows.size), "embedding_values", "is zero"),
-    "constant": (lambda rows: bfloat16(np.ones_like(rows)), "embedding_values", "the same row everywhere"),
-    "noise": (lambda rows: np.random.default_rng(0).bytes(2 * rows.size), "embedding_values", "holds no weights"),
+    "constant": (lambda rows: bfloat16(np.ones_like(rows)), "embedding_values", "the same row for all tokens"),
+    "noise": (lambda rows: np.random.default_rng(0).bytes(2 * rows.size), "embedding_values", "does not hold weights"),
     "an LFS pointer": (lambda rows: LFS_POINTER + b"/spec/v1\noid sha256:0\n", "embedding_size", "Git LFS pointer"),
-    "shifted by a row": (lambda rows: bfloat16(np.roll(rows, -1, axis=0)), "embedding_differs", "the checkpoint's"),
+    "shifted by a row": (
+        lambda rows: bfloat16(np.roll(rows, -1, axis=0)),
+        "embedding_differs",
+        "differs from the checkpoint's",
+    ),
 }
 
 
@@ -45,53 +53,56 @@ def rows(bundle: Path) -> np.ndarray:
     return stored.astype(np.float32).reshape(-1, HIDDEN)
 
 
-@pytest.mark.parametrize(("spoil", "check", "sentence"), WRONG.values(), ids=WRONG)
-def test_a_file_that_is_read_wrongly_is_found(
-    spoil: Callable, check: str, sentence: str, rows: np.ndarray, bundle: Path, checkpoint_folder: Path, tmp_path: Path
+@pytest.mark.parametrize(("encode", "check", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_embedding_files(
+    encode: Callable, check: str, message: str, rows: np.ndarray, bundle: Path, checkpoint_folder: Path, tmp_path: Path
 ) -> None:
-    changed = broken(bundle, tmp_path / "broken", files={EMBEDDING: spoil(rows)}, checkpoint=checkpoint_folder)
-    (finding,) = found(CHECKS, changed)
+    changed = changed_bundle(
+        bundle, tmp_path / "changed", files={EMBEDDING: encode(rows)}, checkpoint=checkpoint_folder
+    )
+    (finding,) = run_checks(CHECKS, changed)
     assert finding.check == check
-    assert sentence in finding.sentence
+    assert message in finding.message
 
 
-def test_a_shift_is_named(rows: np.ndarray, bundle: Path, checkpoint_folder: Path, tmp_path: Path) -> None:
+def test_a_shift_of_rows_is_reported(rows: np.ndarray, bundle: Path, checkpoint_folder: Path, tmp_path: Path) -> None:
     shifted = {EMBEDDING: bfloat16(np.roll(rows, -1, axis=0))}
-    (finding,) = found(CHECKS, broken(bundle, tmp_path / "broken", files=shifted, checkpoint=checkpoint_folder))
+    (finding,) = run_checks(
+        CHECKS, changed_bundle(bundle, tmp_path / "changed", files=shifted, checkpoint=checkpoint_folder)
+    )
     assert "row i holds token i+1's" in finding.evidence
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e4])
-def test_weights_of_any_size_are_weights(size: float, rows: np.ndarray, bundle: Path, tmp_path: Path) -> None:
-    """Also with rows that no token uses, which are zero in many checkpoints."""
+def test_weights_of_any_magnitude_have_no_finding(size: float, rows: np.ndarray, bundle: Path, tmp_path: Path) -> None:
+    """Unused rows are zero in many checkpoints."""
     scaled = (rows * size).astype(np.float32)
     scaled[-50:] = 0
-    assert found(CHECKS, broken(bundle, tmp_path / "sound", files={EMBEDDING: bfloat16(scaled)})) == []
-
-
-# In lm_head -----------------------------------------------------------------------------------------------------------
+    assert run_checks(CHECKS, changed_bundle(bundle, tmp_path / "valid", files={EMBEDDING: bfloat16(scaled)})) == []
 
 
 @pytest.fixture(scope="module")
 def tied(results: Path) -> dict[str, Any]:
-    """What int4's llm_config.json would say if its lm_head were the embedding: the checkpoint's is tied."""
+    """`tie_embeddings` of the int4 bundle, if its lm_head were the embedding: the checkpoint is tied."""
     return tied_settings(operators(read_graph(results / "bundles" / "int4" / "llm.mnn"))[-1])
 
 
 def in_head(results: Path, folder: Path, tied: Any, checkpoint: Path | None = SHAPES_VL) -> Bundle:
     model = {"tie_embeddings": tied}
-    return broken(results / "bundles" / "int4", folder, model=model, files={EMBEDDING: None}, checkpoint=checkpoint)
+    return changed_bundle(
+        results / "bundles" / "int4", folder, model=model, files={EMBEDDING: None}, checkpoint=checkpoint
+    )
 
 
 def as_list(tied: dict[str, Any]) -> list[int]:
-    """Llmexport's form."""
+    """Return `tie_embeddings` as llmexport writes it."""
     keys = ("weight_offset", "alpha_offset", "alpha_size", "quant_bit", "quant_block")
     return [*(tied[key] for key in keys), int(tied["alpha_dtype"] == "fp16")]
 
 
-def test_an_embedding_in_lm_head_is_sound(results: Path, tied: dict[str, Any], tmp_path: Path) -> None:
+def test_an_embedding_in_lm_head_has_no_finding(results: Path, tied: dict[str, Any], tmp_path: Path) -> None:
     for name, stored in {"keys": tied, "list": as_list(tied)}.items():
-        assert found(CHECKS, in_head(results, tmp_path / name, stored)) == []
+        assert run_checks(CHECKS, in_head(results, tmp_path / name, stored)) == []
 
 
 @pytest.mark.parametrize(
@@ -108,28 +119,28 @@ def test_an_embedding_in_lm_head_is_sound(results: Path, tied: dict[str, Any], t
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_offsets_that_point_elsewhere_are_found(
+def test_wrong_offsets_or_formats_of_lm_head(
     change: dict[str, Any], evidence: str, results: Path, tied: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A negative number is one before the right place."""
+    """A negative number is relative to the right offset."""
     moved = {k: tied[k] + v if isinstance(v, int) and v < 0 else v for k, v in change.items()}
     for known in (SHAPES_VL, None):
-        (finding,) = found(CHECKS, in_head(results, tmp_path / str(bool(known)), tied | moved, known))
+        (finding,) = run_checks(CHECKS, in_head(results, tmp_path / str(bool(known)), tied | moved, known))
         assert finding.check == "tied_embedding"
         assert evidence in finding.evidence
 
 
 @pytest.mark.parametrize("stored", [[1, 2], "here", {"weight_offset": -1}, {}, [1, 2, 3, "4", 5]])
-def test_what_says_no_place_is_found(stored: Any, results: Path, tmp_path: Path) -> None:
-    (finding,) = found(CHECKS, in_head(results, tmp_path / "broken", stored))
+def test_tie_embeddings_without_a_position(stored: Any, results: Path, tmp_path: Path) -> None:
+    (finding,) = run_checks(CHECKS, in_head(results, tmp_path / "changed", stored))
     assert (finding.check, finding.where) == ("tied_embedding", "llm_config.json: tie_embeddings")
 
 
-def test_lm_head_is_no_embedding_of_an_untied_model(bundle: Path, tmp_path: Path) -> None:
+def test_lm_head_of_an_untied_model(bundle: Path, tmp_path: Path) -> None:
     head = operators(read_graph(bundle / "llm.mnn"))[-1]
     stored = {"weight_offset": head.parts[0][0], "alpha_offset": 0, "alpha_size": 0, "quant_bit": 8, "quant_block": 0}
-    untied = broken(bundle, tmp_path / "broken", model={"tie_embeddings": stored})
-    assert not json.loads((untied.folder / "llm_config.json").read_text())["hf2mnn"]["tie_word_embeddings"]
-    sentences = [finding.sentence for finding in found(CHECKS, untied)]
-    assert "another weight" in sentences[0]
-    assert "reads no embedding of" in sentences[1]
+    info = json.loads((bundle / "llm_config.json").read_text())["hf2mnn"] | {"tie_word_embeddings": False}
+    untied = changed_bundle(bundle, tmp_path / "changed", model={"tie_embeddings": stored, "hf2mnn": info})
+    messages = [finding.message for finding in run_checks(CHECKS, untied)]
+    assert "another weight" in messages[0]
+    assert "cannot read as an embedding" in messages[1]

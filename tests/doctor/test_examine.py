@@ -1,4 +1,4 @@
-"""What a path is, any file however broken, and what the command says of it."""
+"""Kinds of paths, unreadable files, and the output of the command."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from faulty_bundles import LLMEXPORT, changed_bundle, edit_graph, errors, link_copy, run_checks, unlink_copy
 from hf2mnn import cli
 from hf2mnn.core.errors import Hf2mnnError
-from hf2mnn.doctor.examine import BUNDLE_CHECKS, MODEL_CHECKS, ONNX_CHECKS, look_at
-from hf2mnn.doctor.finding import Finding, Severity
-from hf2mnn.doctor.patient import Bundle
-from hf2mnn.doctor.show import exit_code
+from hf2mnn.core.manifest import NAME
+from hf2mnn.doctor.artifacts import Bundle, MnnModel, OnnxFile
+from hf2mnn.doctor.checks import CHECKS
+from hf2mnn.doctor.examine import examine
+from hf2mnn.doctor.findings import Examination, Finding, Severity
 from hf2mnn.mnn.bundle import CONFIG, DECODER, MODEL_CONFIG, VISION
-from patients import LLMEXPORT, copied, edited, errors, own
+from support import SHAPES_VL
 
-BROKEN = {
+BUNDLE_CHECKS, MODEL_CHECKS, ONNX_CHECKS = CHECKS[Bundle], CHECKS[MnnModel], CHECKS[OnnxFile]
+UNREADABLE = {
     "empty": b"",
     "zeros": bytes(1000),
     "noise": np.random.default_rng(0).bytes(5000),
@@ -31,7 +34,7 @@ BROKEN = {
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    return copied(LLMEXPORT, tmp_path / "bundle")
+    return link_copy(LLMEXPORT, tmp_path / "bundle")
 
 
 @pytest.mark.parametrize(
@@ -40,34 +43,35 @@ def bundle(tmp_path: Path) -> Path:
         ("bundles/int4", "bundle", [*BUNDLE_CHECKS, *MODEL_CHECKS]),
         (f"bundles/int4/{CONFIG}", "bundle", [*BUNDLE_CHECKS, *MODEL_CHECKS]),
         (f"bundles/int4/{VISION}", "MNN model", MODEL_CHECKS),
-        ("graphs", "folder of the mnn stage", MODEL_CHECKS),
+        ("graphs", "folder of the convert stage", MODEL_CHECKS),
+        ("graphs/llm.json", "graph of the convert stage", MODEL_CHECKS),
         ("onnx", "folder of ONNX models", ONNX_CHECKS),
         ("onnx/vision.onnx", "ONNX model", ONNX_CHECKS),
     ],
 )
 def test_kinds(results: Path, path: str, kind: str, checks: list) -> None:
-    seen = look_at(results / path)
-    assert (seen.kind, seen.checks) == (kind, [check.__name__ for check in checks])
+    examination = examine(results / path)
+    assert (examination.kind, examination.checks) == (kind, [check.__name__ for check in checks])
 
 
-@pytest.mark.parametrize("path", ["source", "nothing", "onnx/model.json"])
-def test_what_is_nothing_of_the_kind(results: Path, path: str) -> None:
-    with pytest.raises(Hf2mnnError, match=r"there is no|is nothing that can be examined"):
-        look_at(results / path)
+@pytest.mark.parametrize("path", ["checkpoint", "nothing", "onnx/model.json"])
+def test_unknown_kinds(results: Path, path: str) -> None:
+    with pytest.raises(Hf2mnnError, match=r"does not exist: give|cannot be examined: give"):
+        examine(results / path)
 
 
-@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
-def test_graphs_that_are_none(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
+def test_unreadable_graphs(tmp_path: Path, content: bytes) -> None:
     for name, check in (("model.mnn", "unreadable_graph"), ("model.onnx", "unreadable_onnx")):
         (tmp_path / name).write_bytes(content)
         assert errors(tmp_path / name) == {check}
-        assert [finding.severity for finding in look_at(tmp_path / name).findings] == [Severity.ERROR]
+        assert [finding.severity for finding in examine(tmp_path / name).findings] == [Severity.ERROR]
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.99])
-def test_a_graph_that_was_cut_short(bundle: Path, kept: float) -> None:
-    """The converter crashes on it, or reads on behind its end. The rest of the bundle is examined all the same."""
-    path = own(bundle / DECODER)
+def test_truncated_graphs(bundle: Path, kept: float) -> None:
+    """The converter crashes on it, or reads past its end. The rest of the bundle is examined."""
+    path = unlink_copy(bundle / DECODER)
     os.truncate(path, int(path.stat().st_size * kept))
     (bundle / f"{VISION}.weight").unlink()
     assert errors(bundle) == {"unreadable_graph", "weight_file_missing"}
@@ -75,54 +79,51 @@ def test_a_graph_that_was_cut_short(bundle: Path, kept: float) -> None:
 
 @pytest.mark.parametrize("file", [CONFIG, MODEL_CONFIG])
 @pytest.mark.parametrize("content", [b"[]", b"\xff\xfe", b'{"llm_model": 3, "layer_nums": "x"}', b"[" * 9999])
-def test_settings_that_are_none(bundle: Path, file: str, content: bytes) -> None:
-    own(bundle / file).write_bytes(content)
+def test_unreadable_configurations(bundle: Path, file: str, content: bytes) -> None:
+    unlink_copy(bundle / file).write_bytes(content)
     assert not errors(bundle)
     assert Bundle(bundle).file("llm_model").name == DECODER
 
 
-def test_files_are_named_by_either_settings_and_stay_inside(bundle: Path) -> None:
-    """As the engine merges them, and joins paths: an absolute one is below the folder, and nothing above it is read."""
+def test_paths_in_both_configurations(bundle: Path) -> None:
+    """An absolute path is taken below the folder, as in the engine; a path outside the folder is not read."""
     (bundle / DECODER).rename(bundle / "other.mnn")
-    config = json.loads(own(bundle / MODEL_CONFIG).read_text())
+    config = json.loads(unlink_copy(bundle / MODEL_CONFIG).read_text())
     (bundle / MODEL_CONFIG).write_text(json.dumps(config | {"llm_model": "/other.mnn"}))
     assert Bundle(bundle).models["decoder"].path == bundle / "other.mnn"
     (bundle / MODEL_CONFIG).write_text(json.dumps(config | {"llm_model": "../bundle/other.mnn"}))
     assert list(Bundle(bundle).models) == ["vision"]
 
 
-def numbers(value: object, change: Callable[[int], int]) -> object:
-    """A graph with every number of its operators changed."""
+def change_numbers(value: object, change: Callable[[int], int]) -> object:
+    """Return a JSON value with every integer changed."""
     if isinstance(value, dict):
-        return {key: numbers(one, change) for key, one in value.items()}
+        return {key: change_numbers(item, change) for key, item in value.items()}
     if isinstance(value, list):
-        return [numbers(one, change) for one in value]
+        return [change_numbers(item, change) for item in value]
     return change(value) if type(value) is int else value
 
 
 @pytest.mark.parametrize("change", [lambda n: -n - 1, lambda n: 2 * n + 1, lambda _: 0, lambda _: 2**31 - 1])
-def test_graphs_with_numbers_that_cannot_be(bundle: Path, change: Callable[[int], int]) -> None:
-    """Sizes, offsets and shapes of a stranger's: findings, never an exception, and no memory for what is not there."""
+def test_impossible_numbers_in_graphs(bundle: Path, change: Callable[[int], int]) -> None:
+    """Impossible sizes, offsets and shapes give findings, without an exception and without allocating memory."""
 
-    def spoil(graph) -> None:
+    def edit(graph) -> None:
         for op in graph.of_type("Convolution", "LayerNorm"):
-            op["main"] = numbers(op["main"], change)
+            op["main"] = change_numbers(op["main"], change)
 
-    edited(bundle, spoil)
-    assert {finding.severity for finding in look_at(bundle).findings} & {Severity.ERROR, Severity.WARNING}
+    edit_graph(bundle, edit)
+    assert {finding.severity for finding in examine(bundle).findings} & {Severity.ERROR, Severity.WARNING}
 
 
-def test_a_check_that_trips_lets_the_others_look(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def trips(model) -> list[Finding]:
+def test_a_check_that_fails_does_not_stop_others(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(model) -> list[Finding]:
         raise KeyError(model.part)
 
-    monkeypatch.setattr("hf2mnn.doctor.examine.MODEL_CHECKS", [trips, *MODEL_CHECKS])
+    monkeypatch.setitem(CHECKS, MnnModel, (fails, *MODEL_CHECKS))
     (bundle / f"{DECODER}.weight").unlink()
-    said = [finding.check for finding in look_at(bundle).findings]
-    assert said.count("not_examined") == 2 and "weight_file_missing" in said
-
-
-# The command
+    names = [finding.check for finding in examine(bundle).findings]
+    assert names.count("not_examined") == 2 and "weight_file_missing" in names
 
 
 @pytest.mark.parametrize(
@@ -135,34 +136,48 @@ def test_a_check_that_trips_lets_the_others_look(bundle: Path, monkeypatch: pyte
     ],
 )
 def test_exit_codes(severities: list[Severity], code: int) -> None:
-    assert exit_code([Finding("check", severity, "", "", "", "", "") for severity in severities]) == code
+    texts = dict.fromkeys(("where", "message", "evidence", "effect", "cure"), "")
+    findings = [Finding(severity=severity, **texts) for severity in severities]
+    assert Examination(Path(), "bundle", findings=findings).exit_code == code
 
 
-def told(*arguments: object) -> tuple[int, str]:
-    """Exit code and output of `hf2mnn doctor`."""
-    done = CliRunner().invoke(cli.app, ["doctor", *map(str, arguments)])
-    return done.exit_code, done.stdout
+def run_doctor(*arguments: object) -> tuple[int, str]:
+    """Return exit code and output of `hf2mnn doctor`."""
+    process = CliRunner().invoke(cli.app, ["doctor", *map(str, arguments)])
+    return process.exit_code, process.stdout
 
 
 def test_the_command(bundle: Path) -> None:
-    """Errors come first; JSON says the same."""
+    """Errors come first; JSON has the same findings."""
     (bundle / f"{DECODER}.weight").unlink()
-    code, said = told(bundle)
+    code, output = run_doctor(bundle)
     assert code == 4
-    assert said.startswith(f"ERROR {DECODER}.weight: the weights of {DECODER} are not there [weight_file_missing]\n")
-    assert f"{bundle} (bundle, {len(BUNDLE_CHECKS) + len(MODEL_CHECKS)} checks)" in said.splitlines()[-1]
-    shown = json.loads(told(bundle, "--json")[1])
-    assert (shown["path"], shown["kind"]) == (str(bundle), "bundle")
-    assert shown["findings"][0]["check"] == "weight_file_missing" and "weights_constant" in shown["checks"]
+    assert output.startswith(f"ERROR {DECODER}.weight: the weight file of {DECODER} is missing [weight_file_missing]\n")
+    assert f"{bundle} (bundle, {len(BUNDLE_CHECKS) + len(MODEL_CHECKS)} checks)" in output.splitlines()[-1]
+    content = json.loads(run_doctor(bundle, "--json")[1])
+    assert (content["path"], content["kind"]) == (str(bundle), "bundle")
+    assert content["findings"][0]["check"] == "weight_file_missing" and "weights_constant" in content["checks"]
 
 
-def test_the_command_on_a_good_model(results: Path) -> None:
-    code, said = told(results / "bundles" / "int4" / VISION)
+def test_the_command_on_a_valid_model(results: Path) -> None:
+    code, output = run_doctor(results / "bundles" / "int4" / VISION)
     assert code == 0
-    assert said == f"no findings: {results / 'mnn' / 'int4' / VISION} (MNN model, {len(MODEL_CHECKS)} checks)\n"
+    assert output == f"no findings: {results / 'bundles' / 'int4' / VISION} (MNN model, {len(MODEL_CHECKS)} checks)\n"
 
 
 def test_only_a_bundle_is_run(results: Path) -> None:
-    done = CliRunner().invoke(cli.app, ["doctor", str(results / "bundles" / "int4" / VISION), "--run"])
-    assert isinstance(done.exception, Hf2mnnError)
-    assert "--run asks a bundle" in str(done.exception)
+    process = CliRunner().invoke(cli.app, ["doctor", str(results / "bundles" / "int4" / VISION), "--run"])
+    assert isinstance(process.exception, Hf2mnnError)
+    assert "--run needs a bundle" in str(process.exception)
+
+
+@pytest.mark.parametrize("variant", ["int4", "fp16"])
+def test_valid_bundles_have_no_finding(variant: str, results: Path, tmp_path: Path) -> None:
+    """With checkpoint and reference, so that every check applies; and without manifest and model.json."""
+    for name, changes in {
+        "known": {"checkpoint": SHAPES_VL, "reference": results / "reference/evaluation"},
+        "unknown": {"model": {"hf2mnn": None}, "files": {NAME: None}},
+    }.items():
+        assert (
+            run_checks(BUNDLE_CHECKS, changed_bundle(results / "bundles" / variant, tmp_path / name, **changes)) == []
+        )

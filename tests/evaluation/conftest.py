@@ -1,60 +1,87 @@
-"""The embedded model with a few examples, converted and quantized once: a folder as the pipeline leaves it."""
+"""The embedded model with a few examples, converted and quantized once for all workers."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from hf2mnn.mnn.bundle import EngineSettings
-from hf2mnn.mnn.convert import WeightFormat
+from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.variant import Choice
+from hf2mnn.stages.baseline import run as run_baseline
+from hf2mnn.stages.convert import run as convert_graphs
 from hf2mnn.stages.export import run as export_onnx
 from hf2mnn.stages.fetch import run as fetch_checkpoint
 from hf2mnn.stages.quantize import run as quantize
 from hf2mnn.stages.reference import run as run_reference
-from support import SHAPES_VL, float_bundle
+from support import SHAPES_VL
 
-CATEGORIES = {
-    "object": 3,
-    "colour": 3,
-    "count": 3,
-    "describe": 3,
-    "digit": 2,
-    "sum": 2,
-    "translate": 1,
-    "resized": 1,
-    "turns": 1,
-    "two images": 1,
-    "free text": 1,
+EXAMPLES = {
+    *("object-00", "colour-01", "count-00", "describe-00", "digit-01", "sum-00", "translate-00"),
+    *("resized-0", "turns-0", "two-0", "free-0"),
 }
-"""How many examples of each category are taken: 5 without an image, one with two."""
+"""Examples of the evaluation set: three without an image, one with two."""
 
 
 def few_examples(destination: Path) -> Path:
-    """An evaluation set of the first examples of each category."""
-    whole, left, chosen = SHAPES_VL / "evaluation", dict(CATEGORIES), []
-    for line in (whole / "examples.jsonl").read_text(encoding="utf-8").splitlines():
-        category = json.loads(line)["category"]
-        if left.get(category):
-            left[category] -= 1
-            chosen.append(line)
-    assert not any(left.values())
+    """Write an evaluation set of EXAMPLES."""
+    whole = SHAPES_VL / "evaluation"
+    lines = (whole / "examples.jsonl").read_text(encoding="utf-8").splitlines()
+    chosen = [line for line in lines if json.loads(line)["id"] in EXAMPLES]
+    assert len(chosen) == len(EXAMPLES)
     destination.mkdir()
     (destination / "examples.jsonl").write_text("\n".join(chosen), encoding="utf-8")
     (destination / "images").symlink_to(whole / "images")
     return destination
 
 
+def make_shapes(folder: Path) -> None:
+    """Run the stages up to the bundles fp32 and int4 and the baseline."""
+    folder.mkdir(parents=True)
+    checkpoint = fetch_checkpoint(folder / "checkpoint", SHAPES_VL)
+    reference = run_reference(
+        checkpoint,
+        few_examples(folder / "evaluation-set"),
+        folder / "reference" / "evaluation",
+        max_new_tokens=16,
+        threads=1,
+    )
+    onnx = export_onnx(checkpoint, folder / "onnx")
+    graphs = convert_graphs(onnx, folder / "graphs")
+    (folder / "bundles").mkdir()
+    exact, low = EngineSettings(), EngineSettings(precision="low", memory="low")
+    quantize(onnx, graphs, folder / "bundles" / "fp32", Choice(WeightFormat(), WeightFormat(), exact), 1)
+    quantize(onnx, graphs, folder / "bundles" / "int4", Choice(WeightFormat(4, 64), WeightFormat(8), low), 1)
+    run_baseline(reference, onnx, graphs, folder / "baseline", threads=1, time_limit=120)
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """results/shapes-vl with source, reference, onnx and the bundles float, fp32 and int4. Tests only add to it."""
-    folder = tmp_path_factory.mktemp("evaluated") / "results" / "shapes-vl"
-    source = fetch_checkpoint(folder / "checkpoint", SHAPES_VL)
-    run_reference(source, few_examples(folder / "evaluation"), folder / "reference", max_new_tokens=16, threads=1)
-    onnx, bundle = export_onnx(source, folder / "onnx"), float_bundle(folder / "onnx", folder / "bundles" / "float")
-    quantize(onnx, bundle, folder / "bundles" / "fp32", Choice(WeightFormat(), WeightFormat(), EngineSettings()), 1)
-    packed = EngineSettings(precision="low", memory="low")
-    quantize(onnx, bundle, folder / "bundles" / "int4", Choice(WeightFormat(4, 64), WeightFormat(8), packed), 1)
+    """results/shapes-vl up to the baseline. Tests only add to it, under names of their own."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / "evaluated" / "results" / "shapes-vl"
+    with FileLock(root / "evaluated.lock"):
+        if not (root / "evaluated.done").exists():
+            make_shapes(folder)
+            (root / "evaluated.done").touch()
     return folder
+
+
+@pytest.fixture(scope="session")
+def int8(onnx_folder: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An int8 bundle of the small checkpoint. Tests only read it."""
+    graphs = bundle.with_name(f"{bundle.name}-graphs")
+    choice = Choice(WeightFormat(8, 32), WeightFormat(8), EngineSettings(precision="low", memory="low", threads=3))
+    return quantize(onnx_folder, graphs, tmp_path_factory.mktemp("int8") / "int8", choice, 1)
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the float32 bundle of the small checkpoint, to change."""
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))

@@ -1,4 +1,4 @@
-"""Each check finds its own fault, says where it is, and finds nothing where all is right."""
+"""Each check reports its own fault with the tap point or key, and nothing on right data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from hf2mnn.evaluation import causes
-from hf2mnn.evaluation.causes import unfused, wrong_embedding, wrong_layers, wrong_settings, wrong_tokens
+from hf2mnn.evaluation.causes import unfused_attention, wrong_embedding, wrong_layers, wrong_settings, wrong_tokens
 from hf2mnn.evaluation.layers import COLUMNS
 from hf2mnn.mnn.bundle import MODEL_CONFIG
 from hf2mnn.mnn.graph import Graph
@@ -44,20 +44,16 @@ def settings_with(shapes: Path, folder: Path, edit: Callable[[dict[str, Any]], o
         ("layer_nums", 3),
     ],
 )
-def test_a_setting_that_is_not_the_checkpoints_is_named_with_both_values(
-    shapes: Path, tmp_path: Path, key: str, value: Any
-) -> None:
+def test_a_wrong_setting_is_reported_with_both_values(shapes: Path, tmp_path: Path, key: str, value: Any) -> None:
     right = json.loads((shapes / "bundles" / "fp32" / MODEL_CONFIG).read_text())[key]
     (finding,) = settings_with(shapes, tmp_path, lambda stored: stored.update({key: value}))
     assert (finding.part, finding.point) == ("settings", key)
-    assert finding.sentence == f"{MODEL_CONFIG} says {key} {value}, the checkpoint's is {right}"
+    assert finding.message == f"{MODEL_CONFIG} has {key} {value}, the checkpoint has {right}"
     (finding,) = settings_with(shapes, tmp_path, lambda stored: stored.pop(key))
     assert finding.point == key
 
 
-def test_settings_that_say_the_same_are_right(shapes: Path, tmp_path: Path) -> None:
-    """Floats that another program has written with fewer digits, and keys of which nothing is known."""
-
+def test_rounded_floats_and_unknown_keys_are_right(shapes: Path, tmp_path: Path) -> None:
     def rewrite(stored: dict[str, Any]) -> None:
         stored["image_mean"] = [round(value, 5) for value in stored["image_mean"]]
         stored["something"] = "else"
@@ -68,35 +64,36 @@ def test_settings_that_say_the_same_are_right(shapes: Path, tmp_path: Path) -> N
 # Tokenizer
 
 
-def tokens_of(made: dict[str, list[int]], **right: list[int]) -> list[causes.Finding]:
+def check_tokens(tokens: dict[str, list[int]], **right: list[int]) -> list[causes.Finding]:
     examples = [SimpleNamespace(id=name, input_ids=np.array(ids)) for name, ids in right.items()]
-    return wrong_tokens(SimpleNamespace(examples=lambda: iter(examples)), made, IMAGE)
+    return wrong_tokens(SimpleNamespace(examples=lambda: iter(examples)), tokens, IMAGE)
 
 
-def test_the_same_tokens_are_right_and_a_image_is_one() -> None:
-    assert tokens_of({"a": [1, 2, IMAGE, 3]}, a=[1, 2, IMAGE, IMAGE, IMAGE, 3], other=[5]) == []
-    assert tokens_of({"a": [1, 1, 2]}, a=[1, 1, 2]) == []
+def test_equal_tokens_are_right_and_an_image_is_one_token() -> None:
+    assert check_tokens({"a": [1, 2, IMAGE, 3]}, a=[1, 2, IMAGE, IMAGE, IMAGE, 3], other=[5]) == []
+    assert check_tokens({"a": [1, 1, 2]}, a=[1, 1, 2]) == []
 
 
 @pytest.mark.parametrize("shift", [1, -2])
-def test_shifted_ids_are_called_so(shift: int) -> None:
-    made = {name: [token + shift for token in ids] for name, ids in {"a": [3, 7], "b": [4]}.items()}
-    (finding,) = tokens_of(made, a=[3, 7], b=[4])
+def test_shifted_ids_are_recognized(shift: int) -> None:
+    tokens = {name: [token + shift for token in ids] for name, ids in {"a": [3, 7], "b": [4]}.items()}
+    (finding,) = check_tokens(tokens, a=[3, 7], b=[4])
     assert finding.part == "tokenizer"
-    assert finding.sentence.endswith(f"of 2 of 2 prompts: every id is shifted by {shift:+d}")
+    assert finding.message.endswith(f"for 2 of 2 prompts: every id is shifted by {shift:+d}")
 
 
 @pytest.mark.parametrize(
-    "made", [{"a": [3, 7], "b": [5, 9]}, {"a": [3, 7], "b": [4]}, {"a": [3, 7], "b": [4, 8, 8]}, {"a": [3, 7], "b": []}]
+    "tokens",
+    [{"a": [3, 7], "b": [5, 9]}, {"a": [3, 7], "b": [4]}, {"a": [3, 7], "b": [4, 8, 8]}, {"a": [3, 7], "b": []}],
 )
-def test_other_tokens_are_counted_and_the_first_is_named(made: dict[str, list[int]]) -> None:
-    (finding,) = tokens_of(made, a=[3, 7], b=[4, 9])
-    assert finding.sentence.endswith("of 1 of 2 prompts: first in b")
+def test_prompts_with_wrong_ids_are_counted_and_the_first_is_named(tokens: dict[str, list[int]]) -> None:
+    (finding,) = check_tokens(tokens, a=[3, 7], b=[4, 9])
+    assert finding.message.endswith("for 1 of 2 prompts: first in b")
 
 
-def test_prompts_that_are_shifted_by_different_numbers_are_not_called_shifted() -> None:
-    (finding,) = tokens_of({"a": [4, 8], "b": [6]}, a=[3, 7], b=[4])
-    assert finding.sentence.endswith("2 of 2 prompts: first in a")
+def test_prompts_with_different_shifts_are_not_shifted() -> None:
+    (finding,) = check_tokens({"a": [4, 8], "b": [6]}, a=[3, 7], b=[4])
+    assert finding.message.endswith("for 2 of 2 prompts: first in a")
 
 
 # Embedding
@@ -109,47 +106,47 @@ def table() -> np.ndarray:
 
 @pytest.fixture
 def embedding(table: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> Callable[[np.ndarray], list[causes.Finding]]:
-    """Findings on a bundle's table, read in two blocks."""
+    """Return a function from a stored embedding, read in two blocks, to findings."""
 
-    def found(stored: np.ndarray) -> list[causes.Finding]:
+    def check(stored: np.ndarray) -> list[causes.Finding]:
         one, other = stored.astype(np.float32), table.astype(np.float32)
         blocks = [(one[:20], other[:20]), (one[20:], other[20:])]
         monkeypatch.setattr(causes, "embedding_blocks", lambda *_: iter(blocks))
-        monkeypatch.setattr(causes, "tied_in", lambda _: None)
+        monkeypatch.setattr(causes, "read_tied", lambda _: None)
         return wrong_embedding(Path(), Path())
 
-    return found
+    return check
 
 
-def test_a_right_embedding_is_right(embedding: Callable, table: np.ndarray) -> None:
+def test_a_right_embedding_has_no_finding(embedding: Callable, table: np.ndarray) -> None:
     assert embedding(table) == []
 
 
-def test_one_wrong_value_is_a_wrong_row(embedding: Callable, table: np.ndarray) -> None:
+def test_a_wrong_value_makes_a_wrong_row(embedding: Callable, table: np.ndarray) -> None:
     stored = table.copy()
     stored[[4, 30], [1, 2]] = 0
     (finding,) = embedding(stored)
-    assert (finding.part, finding.sentence) == ("embedding", "2 of 50 rows of the embedding are not the checkpoint's")
+    assert (finding.part, finding.message) == ("embedding", "2 of 50 rows of the embedding are not the checkpoint's")
 
 
 @pytest.mark.parametrize("shift", [1, -1, 2, -2])
-def test_shifted_rows_are_called_so(embedding: Callable, table: np.ndarray, shift: int) -> None:
+def test_shifted_rows_are_recognized(embedding: Callable, table: np.ndarray, shift: int) -> None:
     (finding,) = embedding(np.roll(table, -shift, axis=0))
-    assert finding.sentence == (
+    assert finding.message == (
         "50 of 50 rows of the embedding are not the checkpoint's:"
         f" row i holds token i{shift:+d}'s, the ids are shifted by {abs(shift)}"
     )
 
 
-def test_rows_of_another_model_are_not_called_shifted(embedding: Callable, table: np.ndarray) -> None:
-    assert "shifted" not in embedding(table[::-1])[0].sentence
+def test_rows_of_another_model_are_not_shifted(embedding: Callable, table: np.ndarray) -> None:
+    assert "shifted" not in embedding(table[::-1])[0].message
 
 
 # Attention
 
 
 def decoder(*caches: bool | None, inputs: tuple[str, ...] = ("input_ids",)) -> Graph:
-    """One attention a layer with these `kv_cache`; None is one that is left as a multiplication."""
+    """Return a decoder with one attention for each `kv_cache`; None is an attention that is not fused."""
     ops = [{"type": "Input", "name": name, "outputIndexes": [i], "main": {}} for i, name in enumerate(inputs)]
     names = list(inputs)
     for layer, cached in enumerate(caches):
@@ -159,59 +156,59 @@ def decoder(*caches: bool | None, inputs: tuple[str, ...] = ("input_ids",)) -> G
     return Graph({"oplists": ops, "tensorName": names, "outputName": []})
 
 
-def test_fused_attentions_are_right() -> None:
-    assert unfused(decoder(True, True), 2) == []
+def test_fused_attentions_have_no_finding() -> None:
+    assert unfused_attention(decoder(True, True), 2) == []
 
 
 @pytest.mark.parametrize("caches", [(True, None, True), (True, False, True)])
-def test_an_attention_that_keeps_no_cache_is_named(caches: tuple) -> None:
-    (finding,) = unfused(decoder(*caches), 3)
+def test_an_attention_without_cache_is_named(caches: tuple) -> None:
+    (finding,) = unfused_attention(decoder(*caches), 3)
     assert (finding.part, finding.point) == ("decoder", "layers.1.self_attn.context")
-    assert finding.sentence == ("2 of 3 attentions are fused with a KV cache; not fused: layers.1.self_attn.context")
+    assert finding.message == ("2 of 3 attentions are fused with a KV cache; not fused: layers.1.self_attn.context")
 
 
-def test_a_layer_that_is_missing_or_a_cache_that_is_asked_for_is_a_finding() -> None:
-    (finding,) = unfused(decoder(True, True), 3)
-    assert "not fused: unknown" in finding.sentence
-    assert unfused(decoder(True, True, inputs=("input_ids", "past_key_values")), 2)
+def test_a_missing_layer_or_a_cache_input_is_a_finding() -> None:
+    (finding,) = unfused_attention(decoder(True, True), 3)
+    assert "not fused: unknown" in finding.message
+    assert unfused_attention(decoder(True, True, inputs=("input_ids", "past_key_values")), 2)
 
 
 # Layers
 
 
 def frame(*rows: dict[str, Any]) -> pd.DataFrame:
-    sound = dict.fromkeys(COLUMNS, 0.0) | {"probe": "text", "part": "decoder", "operator": "linear layer", "looks": ""}
+    sound = dict.fromkeys(COLUMNS, 0.0) | {"probe": "text", "part": "decoder", "operator": "linear layer", "detail": ""}
     sound |= {"tolerance": 0.1, "onnx_tolerance": 0.001}
     return pd.DataFrame([sound | {"order": order, "point": f"p{order}"} | row for order, row in enumerate(rows)])
 
 
-def test_points_within_tolerance_are_right_however_large_the_accumulated_error() -> None:
-    """What has come from layers before is no fault of this one; nor is a point that was not measured."""
-    assert wrong_layers(frame({"mnn_error": 5.0, "mnn_local": 0.1}, {"mnn_local": np.nan})) == []
+def test_points_within_tolerance_are_right_at_any_accumulated_error() -> None:
+    """The accumulated error comes from layers before; a point without a value is not measured."""
+    assert wrong_layers(frame({"mnn_error": 5.0, "local_error": 0.1}, {"local_error": np.nan})) == []
     assert wrong_layers(pd.DataFrame(columns=COLUMNS)) == []
 
 
-def test_a_point_out_of_tolerance_is_named_with_what_it_looks_like() -> None:
-    found = wrong_layers(frame({}, {"mnn_local": 0.25}, {"mnn_local": 9.0, "looks": "it gives only zeros"}))
-    assert [(finding.part, finding.point) for finding in found] == [("decoder", "p1"), ("decoder", "p2")]
-    assert found[0].sentence == "p1 (linear layer): its values are off by 0.25 of their size"
-    assert found[1].sentence == "p2 (linear layer): it gives only zeros"
+def test_a_point_out_of_tolerance_is_named_with_its_detail() -> None:
+    findings = wrong_layers(frame({}, {"local_error": 0.25}, {"local_error": 9.0, "detail": "it gives only zeros"}))
+    assert [(finding.part, finding.point) for finding in findings] == [("decoder", "p1"), ("decoder", "p2")]
+    assert findings[0].message == "p1 (linear layer): its values are off by 0.25 of their size"
+    assert findings[1].message == "p2 (linear layer): it gives only zeros"
 
 
-def test_the_first_of_many_are_named_and_the_others_counted() -> None:
-    """In the order of computation, a point that is wrong in both probes once."""
-    bad = [{"mnn_local": 1.0} for _ in range(5)]
+def test_the_first_points_are_named_and_the_others_counted() -> None:
+    """Points are in the order of computation, each once for both probes."""
+    bad = [{"local_error": 1.0} for _ in range(5)]
     rows = [
         row | {"probe": probe, "order": o, "point": f"p{o}"} for probe in ("image", "text") for o, row in enumerate(bad)
     ]
-    found = wrong_layers(frame(*reversed(rows)))
-    assert [finding.point for finding in found] == ["p0", "p1", "p2", None]
-    assert found[-1].sentence == "2 more points of the decoder leave tolerance"
+    findings = wrong_layers(frame(*reversed(rows)))
+    assert [finding.point for finding in findings] == ["p0", "p1", "p2", None]
+    assert findings[-1].message == "2 more tap points of the decoder exceed their tolerance"
 
 
 def test_vision_comes_before_the_decoder_and_the_onnx_graph_before_mnn() -> None:
-    found = wrong_layers(
-        frame({"mnn_local": 1.0}, {"part": "vision", "mnn_local": 1.0}, {"part": "vision", "onnx_error": 0.5})
+    findings = wrong_layers(
+        frame({"local_error": 1.0}, {"part": "vision", "local_error": 1.0}, {"part": "vision", "onnx_error": 0.5})
     )
-    assert [finding.part for finding in found] == ["vision", "vision", "decoder"]
-    assert found[0].sentence == "the ONNX graph leaves PyTorch at p2: error 0.5"
+    assert [finding.part for finding in findings] == ["vision", "vision", "decoder"]
+    assert findings[0].message == "the ONNX graph deviates from PyTorch at p2: error 0.5"

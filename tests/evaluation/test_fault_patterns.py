@@ -1,4 +1,4 @@
-"""What a wrong operator looks like, on operators small enough to break in every way."""
+"""Recognition of wrong operators, on small operators with each fault."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from hf2mnn.evaluation.fault_patterns import Sight, look
+from hf2mnn.evaluation.fault_patterns import Deviation, recognize_pattern
 
 RANDOM = np.random.default_rng(0)
 INPUT = RANDOM.normal(size=(9, 6)).astype(np.float32)
@@ -18,9 +18,7 @@ BIASES = {name: RANDOM.normal(size=4).astype(np.float32) for name in WEIGHTS}
 
 
 def linear_layers() -> onnx.ModelProto:
-    """The same layer in three blocks: a MatMul, a Gemm that turns its weight, and a MatMul without a bias; and another
-    layer whose name begins alike.
-    """
+    """Return one layer in three blocks: a MatMul, a Gemm with transB, a MatMul without bias; and a layer `fc2`."""
     flipped, bare, other = "m.layers.1.fc", "m.layers.2.fc", "m.layers.1.fc2"
     stored = {f"{name}.weight.T": weight for name, weight in WEIGHTS.items() if name != flipped}
     stored |= {f"{flipped}.weight": np.ascontiguousarray(WEIGHTS[flipped].T), f"{other}.weight.T": WEIGHTS[flipped] * 2}
@@ -40,51 +38,50 @@ def right_of(name: str) -> np.ndarray:
     return INPUT @ WEIGHTS[name] + (0 if name.endswith("2.fc") else BIASES[name])
 
 
-def seen_as(
-    seen: np.ndarray, point: str = "m.layers.0.fc", operator: str = "linear layer", tolerance: float = 1e-4
+def recognized(
+    actual: np.ndarray, point: str = "m.layers.0.fc", operator: str = "linear layer", tolerance: float = 1e-4
 ) -> str:
-    right = right_of(point) if point in WEIGHTS else seen + 1
-    return look(
-        Sight(point, operator, seen, right, tolerance, seen.shape[-1]), linear_layers(), Path(), {"x": INPUT}.get
-    )
+    expected = right_of(point) if point in WEIGHTS else actual + 1
+    deviation = Deviation(point, operator, actual, expected, tolerance, actual.shape[-1])
+    return recognize_pattern(deviation, linear_layers(), Path(), {"x": INPUT}.get)
 
 
 @pytest.mark.parametrize("point", WEIGHTS)
 @pytest.mark.parametrize("other", WEIGHTS)
-def test_another_blocks_weights_are_recognized_however_the_graph_holds_them(point: str, other: str) -> None:
-    """With their bias, turned or not; one's own are not another's."""
-    assert seen_as(right_of(other), point) == (f"it has the weights of {other}" if other != point else "")
+def test_weights_of_another_block_are_recognized(point: str, other: str) -> None:
+    """The graph may have a bias, or the weight transposed. A layer's own weights are right."""
+    assert recognized(right_of(other), point) == (f"it has the weights of {other}" if other != point else "")
 
 
 def test_rounded_weights_are_recognized_within_tolerance() -> None:
     rounded = right_of("m.layers.2.fc") * 1.05
-    assert seen_as(rounded, tolerance=0.1) == "it has the weights of m.layers.2.fc"
-    assert seen_as(rounded, tolerance=0.01) == ""
+    assert recognized(rounded, tolerance=0.1) == "it has the weights of m.layers.2.fc"
+    assert recognized(rounded, tolerance=0.01) == ""
 
 
 def test_a_layer_of_another_name_or_kind_is_no_sibling() -> None:
-    """`fc2` is not `fc`, and what no layer computes is nobody's."""
-    assert seen_as(INPUT @ WEIGHTS["m.layers.1.fc"] * 2) == ""
-    assert seen_as(RANDOM.normal(size=(9, 4))) == ""
-    assert seen_as(right_of("m.layers.1.fc"), point="m.norm") == ""
-    assert seen_as(right_of("m.layers.1.fc"), operator="normalization") == ""
+    """`fc2` is not `fc`; values that no layer computes match no layer."""
+    assert recognized(INPUT @ WEIGHTS["m.layers.1.fc"] * 2) == ""
+    assert recognized(RANDOM.normal(size=(9, 4))) == ""
+    assert recognized(right_of("m.layers.1.fc"), point="m.norm") == ""
+    assert recognized(right_of("m.layers.1.fc"), operator="normalization") == ""
 
 
 @pytest.mark.parametrize("operator", ["linear layer", "normalization", "attention", "rotary position embedding"])
-def test_nothing_at_all_is_called_so(operator: str) -> None:
-    assert seen_as(np.zeros((9, 4)), operator=operator) == "it gives only zeros"
+def test_zeros_are_recognized(operator: str) -> None:
+    assert recognized(np.zeros((9, 4)), operator=operator) == "it gives only zeros"
 
 
 def rotate(pairs: np.ndarray, angles: np.ndarray, first: int = 1, second: int = 1) -> np.ndarray:
-    """[rows, heads, 2 halves, size / 2] turned; -1 flips the sign of the sine in that half."""
+    """Rotate [rows, heads, 2 halves, size / 2]; -1 flips the sign of the sine in that half."""
     a, b = pairs[:, :, 0], pairs[:, :, 1]
-    turned = [a * np.cos(angles) - first * b * np.sin(angles), b * np.cos(angles) + second * a * np.sin(angles)]
-    return np.stack(turned, axis=2).reshape(len(pairs), -1)
+    rotated = [a * np.cos(angles) - first * b * np.sin(angles), b * np.cos(angles) + second * a * np.sin(angles)]
+    return np.stack(rotated, axis=2).reshape(len(pairs), -1)
 
 
 @pytest.mark.parametrize("kind", ["query", "key"])
 @pytest.mark.parametrize(
-    ("first", "second", "says"),
+    ("first", "second", "detail"),
     [
         (-1, 1, "a sign is flipped in the first half of the rotation"),
         (1, -1, "a sign is flipped in the second half of the rotation"),
@@ -93,28 +90,27 @@ def rotate(pairs: np.ndarray, angles: np.ndarray, first: int = 1, second: int = 
         (0, 1, ""),
     ],
 )
-def test_a_flipped_sign_is_told_from_another_rotation(kind: str, first: int, second: int, says: str) -> None:
+def test_a_flipped_sign_is_distinguished_from_another_rotation(kind: str, first: int, second: int, detail: str) -> None:
     pairs, angles = RANDOM.normal(size=(7, 3, 2, 5)), np.arange(7)[:, None, None] * 0.3 ** np.arange(5)
-    right, seen = (rotate(pairs, angles, *signs).astype(np.float32) for signs in ((1, 1), (first, second)))
+    right, actual = (rotate(pairs, angles, *signs).astype(np.float32) for signs in ((1, 1), (first, second)))
     point, projection = f"m.self_attn.{kind}", f"m.self_attn.{kind[0]}_proj"
     node = helper.make_node("MatMul", ["x", f"{projection}.weight.T"], [projection])
     model = helper.make_model(helper.make_graph([node], "g", [], []))
-    sight = Sight(point, "rotary position embedding", seen, right, 1e-4, 10)
-    assert look(sight, model, Path(), {projection: pairs.reshape(7, -1)}.get) == says
+    deviation = Deviation(point, "rotary position embedding", actual, right, 1e-4, 10)
+    assert recognize_pattern(deviation, model, Path(), {projection: pairs.reshape(7, -1)}.get) == detail
 
 
 def test_a_rotation_by_another_angle_is_no_flipped_sign() -> None:
-    """Positions off by one, or frequencies of another base, look like nothing that has a name."""
+    """Positions off by one and frequencies of another base are not recognized."""
     pairs, angles = RANDOM.normal(size=(7, 3, 2, 5)), np.arange(7)[:, None, None] * 0.3 ** np.arange(5)
     node = helper.make_node("MatMul", ["x", "m.self_attn.q_proj.weight.T"], ["m.self_attn.q_proj"])
     model = helper.make_model(helper.make_graph([node], "g", [], []))
     for wrong in (angles + 1, angles * 2):
-        sight = Sight(
-            "m.self_attn.query", "rotary position embedding", rotate(pairs, wrong), rotate(pairs, angles), 1e-4, 10
-        )
-        assert look(sight, model, Path(), {"m.self_attn.q_proj": pairs.reshape(7, -1)}.get) == ""
+        values = rotate(pairs, wrong), rotate(pairs, angles)
+        deviation = Deviation("m.self_attn.query", "rotary position embedding", *values, 1e-4, 10)
+        assert recognize_pattern(deviation, model, Path(), {"m.self_attn.q_proj": pairs.reshape(7, -1)}.get) == ""
 
 
-def test_a_rotation_whose_projection_is_not_in_the_graph_has_no_name() -> None:
-    """A vision tower's query comes out of one projection for all three."""
-    assert seen_as(np.ones((9, 4)), point="m.attn.query", operator="rotary position embedding") == ""
+def test_a_rotation_without_its_projection_in_the_graph_is_not_recognized() -> None:
+    """A vision tower has one projection for query, key and value."""
+    assert recognized(np.ones((9, 4)), point="m.attn.query", operator="rotary position embedding") == ""

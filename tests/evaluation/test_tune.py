@@ -1,6 +1,4 @@
-"""The engine's settings: what is chosen, what is refused, and what is written. Predictions are the real engine's; where
-a test needs to know what is fast, the times are given.
-"""
+"""Search of engine settings: choice, bound and written files, with predictions of the real engine and given times."""
 
 from __future__ import annotations
 
@@ -15,15 +13,11 @@ from typing import Any
 import pytest
 
 from hf2mnn.core.errors import BundleError, ConfigError, EngineError
-from hf2mnn.core.manifest import MARK, Manifest
+from hf2mnn.core.manifest import MARKER, Manifest
 from hf2mnn.evaluation import tune
 from hf2mnn.evaluation.tune import Trial, better, choose, tune_bundle, values_of
 from hf2mnn.mnn.ask import ask_bundle
-from hf2mnn.mnn.bundle import EngineSettings
-from hf2mnn.mnn.convert import WeightFormat
-from hf2mnn.quant.variant import Choice
 from hf2mnn.report.speed import print_tuned
-from hf2mnn.stages.quantize import run as quantize
 
 SMALL = {"prompt_tokens": 8, "answer_tokens": 2, "image_side": 56, "time_limit": 60}
 
@@ -32,20 +26,8 @@ Times = Callable[[dict[str, Any]], list[float]]
 
 
 @pytest.fixture
-def copy(bundle: Path, tmp_path: Path) -> Path:
-    """The float bundle, to change."""
-    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
-
-
-@pytest.fixture
-def int8(onnx_folder: Path, bundle: Path, tmp_path: Path) -> Path:
-    formats = WeightFormat(bits=8, block=32), WeightFormat(bits=8)
-    return quantize(onnx_folder, bundle, tmp_path / "int8", Choice(*formats, EngineSettings("low", "low", 2)), 1)
-
-
-@pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> Callable[[Times], list[dict[str, Any]]]:
-    """Sets what each setting takes, on a machine of two cores, and gives the list of what is then timed."""
+    """Return a function that sets the times of settings on two cores, and returns the list of timed settings."""
 
     def give(times: Times) -> list[dict[str, Any]]:
         timed: list[dict[str, Any]] = []
@@ -72,11 +54,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# What is chosen
+# Choice
 
 
 def test_the_fastest_setting_is_written_for_both_parts(copy: Path, given: Callable, tmp_path: Path) -> None:
-    """The manifest still vouches for the bundle, the bundle still answers, and a link to its old file is untouched."""
+    """The manifest still verifies, the bundle still answers, and a hard link to the old file is unchanged."""
     given(faster("thread_num", 1))
     os.link(copy / "config.json", tmp_path / "shared.json")
     before, answer = contents(copy), ask_bundle(copy, "What?", [], 4)
@@ -95,15 +77,15 @@ def test_the_fastest_setting_is_written_for_both_parts(copy: Path, given: Callab
     assert ask_bundle(copy, "What?", [], 4) == answer
 
 
-def test_a_bundle_that_was_copied_without_its_hidden_files_is_tuned_as_well(copy: Path, given: Callable) -> None:
-    """As `cp BUNDLE/* ELSEWHERE` leaves it."""
-    (copy / MARK).unlink()
+def test_a_bundle_without_hidden_files_is_tuned(copy: Path, given: Callable) -> None:
+    """`cp BUNDLE/* FOLDER` makes such a copy."""
+    (copy / MARKER).unlink()
     given(faster("thread_num", 1))
     assert tune_bundle(copy, ["thread_num"], **SMALL).changed == {"thread_num": 1}
-    assert Manifest.load(copy).verify() == copy and not (copy / MARK).exists()
+    assert Manifest.load(copy).verify() == copy and not (copy / MARKER).exists()
 
 
-def test_a_dry_run_leaves_every_byte(copy: Path, given: Callable) -> None:
+def test_a_dry_run_writes_nothing(copy: Path, given: Callable) -> None:
     given(faster("thread_num", 1))
     before = contents(copy)
     assert tune_bundle(copy, ["thread_num"], **SMALL, dry_run=True).changed == {"thread_num": 1}
@@ -111,7 +93,7 @@ def test_a_dry_run_leaves_every_byte(copy: Path, given: Callable) -> None:
 
 
 def test_within_the_spread_the_present_settings_stay(copy: Path, given: Callable) -> None:
-    """A tenth faster in the median, where repeats differ by a half."""
+    """The median is a tenth lower, the repeats differ by a half."""
     given(lambda settings: [0.6, 0.9, 1.2] if settings else [0.8, 1.0, 1.4])
     before = contents(copy)
     tuned = tune_bundle(copy, ["thread_num", "precision"], **SMALL)
@@ -120,16 +102,16 @@ def test_within_the_spread_the_present_settings_stay(copy: Path, given: Callable
     assert contents(copy) == before
 
 
-def test_what_was_luck_does_not_pass_the_second_timing(copy: Path, given: Callable) -> None:
-    """Fast in its group (5 repeats), and no longer so when the whole is timed against the present settings."""
+def test_a_lucky_setting_fails_the_second_timing(copy: Path, given: Callable) -> None:
+    """It is fast in its group (5 repeats), and slow in the comparison with the present settings."""
     given(lambda settings: [0.5] * 5 + [1.0] * 5 if settings else [1.0])
     tuned = tune_bundle(copy, ["thread_num"], **SMALL)
-    assert [trial.median for trial in tuned.trials if trial.group == "in all"] == [1.0, 1.0]
+    assert [trial.median for trial in tuned.trials if trial.group == "all"] == [1.0, 1.0]
     assert tuned.changed == {} and "the present settings stay" in tuned.verdict
 
 
 def test_settings_are_tried_from_the_best_so_far(copy: Path, given: Callable) -> None:
-    """In turns within a group, each repeat beginning with the next one."""
+    """Runs are interleaved within a group."""
     timed = given(faster("thread_num", 2))
     tune_bundle(copy, ["thread_num", "precision"], **SMALL, repeats=2)
     present, one, two = {}, {"thread_num": 1}, {"thread_num": 2}
@@ -154,19 +136,19 @@ def test_better_is_beyond_the_spread_of_both(present: list[float], other: list[f
     assert better(Trial("", "", {}, 0, present), Trial("", "", {}, 0, other)) is chosen
 
 
-def test_of_settings_that_are_as_fast_the_most_exact_is_taken() -> None:
+def test_of_equally_fast_settings_the_most_exact_is_chosen() -> None:
     present = Trial("", "present", {}, 3e-4, [10.0, 10.0, 10.1])
     coarse, exact = Trial("", "coarse", {}, 5e-4, [5.0, 5.1, 5.3]), Trial("", "exact", {}, 1e-4, [5.0, 5.2, 5.3])
     late = Trial("", "late", {}, 0, [9.0, 9.1, 9.2])
     assert choose(present, [coarse, exact, late]) is exact
     assert choose(present, [coarse, late]) is coarse
     assert choose(exact, [late, present]) is exact
-    # Rounding is no reason: of equal divergence the faster.
+    # Equal divergence up to rounding: the faster.
     again = Trial("", "again", {}, 1e-4 + 1e-9, [5.0, 5.1, 5.2])
     assert choose(present, [exact, again]) is again
 
 
-def test_real_times_decide_by_the_same_rule(copy: Path) -> None:
+def test_measured_times_decide_by_the_same_rule(copy: Path) -> None:
     tuned = tune_bundle(copy, ["thread_num"], **SMALL, repeats=2, dry_run=True)
     assert all(len(trial.seconds) == 2 and min(trial.seconds) > 0 for trial in tuned.trials)
     assert all(len(trial.peak_mb) in (0, 2) for trial in tuned.trials)
@@ -175,11 +157,11 @@ def test_real_times_decide_by_the_same_rule(copy: Path) -> None:
         assert better(tuned.before, tuned.after)
 
 
-# What is refused
+# Bound and errors
 
 
-def test_a_setting_that_changes_answers_is_refused(copy: Path, given: Callable) -> None:
-    """A cache in 8 bits: the fastest, and not timed where nothing may change."""
+def test_a_setting_that_exceeds_the_bound_is_refused(copy: Path, given: Callable) -> None:
+    """An 8-bit KV cache is not timed, although it is the fastest."""
     timed = given(faster("attention_mode", 10))
     before = contents(copy)
     tuned = tune_bundle(copy, ["attention_mode"], **SMALL, max_kld=0)
@@ -187,33 +169,36 @@ def test_a_setting_that_changes_answers_is_refused(copy: Path, given: Callable) 
     assert refused.kld > 0 and refused.seconds == [] and not refused.chosen
     assert {"attention_mode": 10} not in timed
     assert tuned.changed == {} and contents(copy) == before
-    said = io.StringIO()
-    print_tuned(tuned, written=True, file=said)
-    assert "refused" in said.getvalue() and "written" not in said.getvalue()
+    printed = io.StringIO()
+    print_tuned(tuned, written=True, file=printed)
+    assert "refused" in printed.getvalue() and "written" not in printed.getvalue()
 
 
 @pytest.mark.slow
-def test_a_wider_bound_lets_it_pass(copy: Path, given: Callable) -> None:
+def test_a_wider_bound_allows_it(copy: Path, given: Callable) -> None:
     given(faster("attention_mode", 10))
     tuned = tune_bundle(copy, ["attention_mode"], **SMALL, max_kld=10, dry_run=True)
     assert tuned.changed == {"attention_mode": 10}
     assert tuned.before.kld == 0 < tuned.after.kld
 
 
-def test_settings_that_miss_the_bound_give_way_to_exact_ones(int8: Path, given: Callable) -> None:
-    """However slow those are; left out, the bound is what the bundle has."""
+def test_present_settings_above_the_bound_are_replaced_by_exact_ones(
+    int8: Path, given: Callable, tmp_path: Path
+) -> None:
+    """This holds at any speed. The default bound is that of the present settings."""
+    int8 = Path(shutil.copytree(int8, tmp_path / "int8"))
     given(lambda settings: [2.0 if settings else 1.0])
     assert tune_bundle(int8, ["thread_num"], **SMALL, dry_run=True).changed == {}
     tuned = tune_bundle(int8, ["thread_num"], **SMALL, max_kld=1e-12)
     assert tuned.changed == {"precision": "high", "memory": "high"}
     assert tuned.before.kld > 1e-12 >= tuned.after.kld
-    assert "do not keep the bound" in tuned.verdict
+    assert "exceed the bound" in tuned.verdict
     config = json.loads((int8 / "config.json").read_text())
     assert config["memory"] == config["mllm"]["memory"] == "high"
     Manifest.load(int8).verify()
 
 
-def test_settings_that_mean_nothing_for_a_bundle_are_not_tried() -> None:
+def test_settings_without_effect_are_not_tried() -> None:
     assert values_of("memory", False, "high", 2) == values_of("dynamic_option", False, "high", 2) == []
     assert values_of("memory", True, "low", 2) == ["low", "high"]
     assert values_of("dynamic_option", True, "high", 2) == []
@@ -225,14 +210,14 @@ def test_settings_that_mean_nothing_for_a_bundle_are_not_tried() -> None:
     ]
 
 
-def test_a_setting_that_there_is_not(copy: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no setting 'chunk'.*thread_num"):
+def test_an_unknown_setting_is_refused(copy: Path) -> None:
+    with pytest.raises(ConfigError, match=r"setting 'chunk' cannot be tuned; use thread_num"):
         tune_bundle(copy, ["chunk"])
 
 
 def test_a_bundle_that_is_not_whole_is_refused(copy: Path) -> None:
     (copy / "config.json").write_text("{}")
-    with pytest.raises(BundleError, match=r"config\.json is not the file that was made"):
+    with pytest.raises(BundleError, match=r"config\.json differs from its entry"):
         tune_bundle(copy)
 
 

@@ -1,4 +1,4 @@
-"""The stages up to a bundle, made once; and disks that are small, full or read-only."""
+"""Fixtures: a finished chain of stages, and disks in memory that are small, full or read-only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[[str, str], Path]]:
-    """Mounts a disk in memory: a name and options of tmpfs. Skips where that is not permitted."""
+    """Mounts a tmpfs by name and options, and remounts an existing one; skips where mounting is not permitted."""
     mounted: list[Path] = []
 
     def make(name: str, options: str) -> Path:
@@ -28,9 +28,9 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str, str], Path]]:
             subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
             return folder
         folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "hf2mnn-test", folder], capture_output=True)
-        if done.returncode != 0:
-            pytest.skip("disks cannot be mounted here: run as root, in a container with SYS_ADMIN")
+        process = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "hf2mnn-test", folder], capture_output=True)
+        if process.returncode != 0:
+            pytest.skip("mounting is not permitted: run as root, in a container with SYS_ADMIN")
         mounted.append(folder)
         return folder
 

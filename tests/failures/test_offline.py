@@ -1,4 +1,4 @@
-"""Once the checkpoint is there nothing asks the network, and nothing installs packages."""
+"""After the checkpoint is fetched, the pipeline needs no network and installs no packages."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ raise SystemExit("pip was called")
 
 @pytest.fixture
 def without_network() -> list[str]:
-    """First words of a command in a namespace with no network at all."""
-    words = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]
+    """Command prefix for a namespace without a network."""
+    prefix = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]
     try:
-        subprocess.run([*words, "true"], check=True, capture_output=True)
+        subprocess.run([*prefix, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no network namespace can be made here")
-    return words
+        pytest.skip("network namespaces cannot be created")
+    return prefix
 
 
-def test_chain_after_the_source_needs_no_network(without_network: list[str], tmp_path: Path) -> None:
+def test_the_pipeline_after_fetch_needs_no_network(without_network: list[str], tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path / "workspace")
     (workspace.folder / "config.yaml").write_text(CONFIG)
     few_examples(workspace.folder / "few", 3)
     workspace.snakemake("results/shapes-vl/checkpoint", check=True)
-    # `pip` and `python -m pip` both import this one.
+    # `pip` and `python -m pip` import this module.
     (tmp_path / "trap" / "pip").mkdir(parents=True)
     (tmp_path / "trap" / "pip" / "__init__.py").write_text(TRAP.format(called=str(tmp_path / "called")))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "trap")}
@@ -49,7 +49,9 @@ def test_chain_after_the_source_needs_no_network(without_network: list[str], tmp
     (tmp_path / "called").unlink()
 
     command = [*without_network, BIN / "snakemake", "-s", REPOSITORY / "Snakefile", "--cores", "2"]
-    done = subprocess.run(command, cwd=workspace.folder, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(
+        command, cwd=workspace.folder, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
     assert not (tmp_path / "called").exists()
     assert (workspace.folder / "results" / "gates.txt").exists()

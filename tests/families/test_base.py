@@ -1,4 +1,4 @@
-"""What holds for every family: names of weights, and what is refused by name because it would be converted wrongly."""
+"""Tests of all families: names of weights, folds, and unsupported features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 
 from checkpoints import SHAPES, configuration
 from hf2mnn.core.errors import CheckpointError
-from hf2mnn.families import FAMILIES, Family, family_named
+from hf2mnn.families import FAMILIES, Family, get_family
 
 SOUND = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "sliding_window": None}
 
@@ -21,12 +21,12 @@ def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
 
 
-def test_every_family_has_a_small_checkpoint_to_be_tested_on() -> None:
+def test_every_family_has_a_small_checkpoint() -> None:
     assert {shape.model_type for shape in SHAPES.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize(
-    ("parameter", "older"),
+    ("parameter", "legacy"),
     [
         ("model.language_model.layers.3.self_attn.q_proj.bias", "model.layers.3.self_attn.q_proj.bias"),
         ("model.language_model.embed_tokens.weight", "model.embed_tokens.weight"),
@@ -35,22 +35,22 @@ def test_every_family_has_a_small_checkpoint_to_be_tested_on() -> None:
         ("model.visual.merger.mlp.2.bias", "visual.merger.mlp.2.bias"),
     ],
 )
-def test_weights_are_found_under_both_names(parameter: str, older: str) -> None:
-    """The hub's checkpoints of Qwen2-VL and Qwen2.5-VL have the older names."""
+def test_parameters_have_a_legacy_name(parameter: str, legacy: str) -> None:
+    """Published checkpoints of Qwen2-VL and Qwen2.5-VL have the legacy names."""
     for name in ("qwen2_vl", "qwen2_5_vl"):
-        assert FAMILIES[name].tensor_names(parameter, tied=True) == [parameter, older]
+        assert FAMILIES[name].tensor_names(parameter, tied=True) == [parameter, legacy]
 
 
 def test_a_tied_lm_head_is_the_embedding_and_an_untied_one_never_is(family: Family) -> None:
-    """An untied checkpoint without lm_head must be refused, not answered with the embedding."""
+    """An untied checkpoint without lm_head must be refused, not run with the embedding."""
     embedding = family.tensor_names(family.embedding, tied=True)
     assert family.tensor_names("lm_head.weight", tied=True) == embedding
     assert family.tensor_names("lm_head.weight", tied=False) == ["lm_head.weight"]
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
-def test_folds_name_modules_that_there_are(name: str) -> None:
-    """A fold of a layer that is not there would be passed over in silence."""
+def test_folds_name_existing_modules(name: str) -> None:
+    """A fold of a missing layer would be skipped silently."""
     shape = SHAPES[name]
     family, config = FAMILIES[shape.model_type], configuration(shape)
     text = config.get_text_config()
@@ -60,11 +60,11 @@ def test_folds_name_modules_that_there_are(name: str) -> None:
         modules = dict(getattr(transformers, family.architecture)(config).named_modules())
     folds = family.folds(facts)
     assert len(folds) == 4 * facts["num_hidden_layers"] + 2 * facts["vision_depth"]
-    assert {name for fold in folds for name in (fold.producer, *fold.readers)} <= set(modules)
+    assert {name for fold in folds for name in (fold.smooth_layer, *fold.balance_layers)} <= set(modules)
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("text", "message"),
     [
         ({"use_sliding_window": True}, "sliding window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
@@ -74,25 +74,25 @@ def test_folds_name_modules_that_there_are(name: str) -> None:
         ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "'longrope'"),
         ({"rope_parameters": None, "rope_scaling": {"rope_type": "dynamic"}}, "'dynamic'"),
         ({"rope_parameters": {"rope_type": "one that is new"}}, "'one that is new'"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rotary positions"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "invalid rope_parameters"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
 )
-def test_what_would_be_converted_wrongly_is_refused(family: Family, text: dict[str, Any], named: str) -> None:
-    with pytest.raises(CheckpointError, match=named):
+def test_unsupported_features_are_refused(family: Family, text: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
         family.check({"vision_config": {}}, SOUND | text)
 
 
 @pytest.mark.parametrize("rope", [{"type": "mrope"}, {"rope_type": "default"}, {"rope_type": "yarn"}, None])
-def test_the_rotary_positions_of_real_checkpoints_are_taken(rope: dict[str, Any] | None) -> None:
-    """The hub's say {"type": "mrope"}, newly saved ones "default"; a window that is off may still have a size."""
+def test_the_rope_parameters_of_published_checkpoints_are_accepted(rope: dict[str, Any] | None) -> None:
+    """Published ones have {"type": "mrope"}, newly saved ones "default"; a window that is off may still have a size."""
     config = dict.fromkeys(("image_token_id", "vision_start_token_id", "vision_end_token_id"), 1)
     text = {"rope_parameters": rope, "use_sliding_window": False, "sliding_window": 32768}
     FAMILIES["qwen2_vl"].check({**config, "vision_config": {}}, text)
 
 
-def test_a_mistral_slides_unless_it_says_otherwise() -> None:
-    """Its window has no switch, and is on where config.json leaves it out."""
+def test_mistral_has_a_sliding_window_by_default() -> None:
+    """Its window has no switch, and is on if config.json has no size."""
     rope = {"rope_parameters": SOUND["rope_parameters"]}
     for text in (rope, rope | {"sliding_window": 4096}):
         with pytest.raises(CheckpointError, match="sliding window"):
@@ -101,12 +101,12 @@ def test_a_mistral_slides_unless_it_says_otherwise() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen3_next", None])
-def test_another_family_is_refused_with_those_there_are(model_type: str | None) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json.*not converted.*llama.*qwen2_vl"):
-        family_named(model_type, Path("config.json"))
+def test_another_model_type_is_refused_with_the_supported_ones(model_type: str | None) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json.*not supported.*llama.*qwen2_vl"):
+        get_family(model_type, Path("config.json"))
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_vl_moe"])
-def test_a_mixture_of_experts_is_refused_as_one(model_type: str) -> None:
+def test_a_mixture_of_experts_is_refused_by_its_kind(model_type: str) -> None:
     with pytest.raises(CheckpointError, match="mixture of experts"):
-        family_named(model_type, Path("config.json"))
+        get_family(model_type, Path("config.json"))

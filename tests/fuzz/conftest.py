@@ -1,4 +1,4 @@
-"""Bounds that the parsers are held to, and what was tried."""
+"""Limit the memory of parsers, and print totals."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 
 from hostile import TALLY
 
-ROOM = 1 << 29
-"""Bytes of addresses beyond those that the process has when it begins."""
+MEMORY = 1 << 29
+"""Address space in bytes that a parser may add to that of the process."""
 
 
 @pytest.fixture(autouse=True)
-def bounded() -> Iterator[None]:
-    """A parser that allocates what a header asks for, and not what a file deserves, gets a MemoryError."""
+def limit_memory() -> Iterator[None]:
+    """Raise MemoryError in a parser that allocates by the claims of a header instead of the size of the file."""
     before = resource.getrlimit(resource.RLIMIT_AS)
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + ROOM, before[1]))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
 
@@ -27,5 +27,5 @@ def bounded() -> Iterator[None]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if TALLY.cases:
         terminalreporter.write_line(
-            f"{TALLY.cases} files: {TALLY.refused} refused, the slowest took {TALLY.slowest:.3f} s"
+            f"{TALLY.cases} files: {TALLY.refused} refused, at most {TALLY.most_calls} function calls"
         )

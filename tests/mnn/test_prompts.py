@@ -1,8 +1,7 @@
-"""Whole conversations: MNN's engine, with the template and tokenizer that are written for it, makes the text and the
-ids that transformers makes of them, for tokenizers and chat templates of every family's style.
+"""Conversations in MNN's engine have the text and ids of transformers, for tokenizers and templates of every family.
 
-No real tokenizer can be had here, so each is trained on this repository's examples with its family's own settings. The
-templates are ours, of the constructs that the families' own are made of.
+Real tokenizers are not available offline, so each is trained on this repository's examples with its family's settings.
+The templates are written for these tests, with the constructs of the families' templates.
 """
 
 from __future__ import annotations
@@ -22,8 +21,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf2mnn.core.errors import CheckpointError
+from hf2mnn.mnn.checkpoint_tokenizer import BYTE_TOKENS, META_SPACE
 from hf2mnn.mnn.template import engine_messages, unsupported
-from hf2mnn.mnn.tokenizer import BYTES, META_SPACE, departures, unreached_words, write_tokenizer
+from hf2mnn.mnn.tokenizer import write_tokenizer
+from hf2mnn.mnn.tokenizer_differences import tokenizer_differences, unreached_words
 from tokenizing import Engine
 
 ROOT = Path(__file__).parents[2]
@@ -48,12 +49,12 @@ def corpus() -> list[str]:
 
 
 def merges_of(splitter: pre_tokenizers.PreTokenizer, alphabet: list[str], size: int) -> tuple[list[str], list[Any]]:
-    """The tokens of a trained BPE in the order of their ids, and its merges."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = splitter
+    """Return the tokens of a trained BPE by id, and its merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = splitter
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(corpus(), trainer)
-    model = json.loads(made.to_str())["model"]
+    tokenizer.train_from_iterator(corpus(), trainer)
+    model = json.loads(tokenizer.to_str())["model"]
     return sorted(model["vocab"], key=model["vocab"].get), model["merges"]
 
 
@@ -63,7 +64,7 @@ def added(tokens: dict[str, int], special: tuple[str, ...]) -> list[dict[str, An
 
 
 def begun(bos: str, number: int) -> dict[str, Any]:
-    """The post-processor that puts a token before bare text, and not before a chat."""
+    """Return a post-processor that adds a token before plain text, and not before a chat."""
     first, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     token = {"id": bos, "ids": [number], "tokens": [bos]}
     return {"type": "TemplateProcessing", "single": [first, text], "pair": [text], "special_tokens": {bos: token}}
@@ -72,7 +73,7 @@ def begun(bos: str, number: int) -> dict[str, Any]:
 def byte_level(
     pattern: str, special: tuple[str, ...], plain: tuple[str, ...], nfc: bool, bos: str | None = None
 ) -> dict[str, Any]:
-    """As Qwen (NFC) and Llama 3 (`ignore_merges`, a post-processor with `bos`) have it."""
+    """Return a tokenizer as of Qwen (NFC) or Llama 3 (`ignore_merges`, a post-processor with `bos`)."""
     cut = pre_tokenizers.Split(Regex(pattern), "isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     splitter = pre_tokenizers.Sequence([cut, letters])
@@ -97,11 +98,11 @@ def byte_level(
 
 
 def meta_space(normalizer: dict[str, Any] | None = None, splitter: dict[str, Any] | None = None) -> dict[str, Any]:
-    """As SentencePiece models of Llama 2 and Mistral are converted; characters of no document are bytes."""
+    """Return a tokenizer as converted from SentencePiece of Llama 2 and Mistral; unknown characters are bytes."""
     words = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     vocabulary, merges = merges_of(words, [META_SPACE, "\n"], 3000)
     special = ("<unk>", "<s>", "</s>")
-    tokens = [*special, *sorted(BYTES), *vocabulary]
+    tokens = [*special, *sorted(BYTE_TOKENS), *vocabulary]
     decoders = [{"type": "Replace", "pattern": {"String": META_SPACE}, "content": " "}]
     decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     return {
@@ -126,7 +127,14 @@ def metaspace(scheme: str, split: bool = False) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Style:
-    """template: a file of `templates`. parts: a message may be a list of them. settings: tokenizer_config.json."""
+    """Tokenizer and template of a family.
+
+    Attributes:
+        tokenizer: Returns tokenizer.json.
+        template: File of `templates`.
+        parts: Whether a message may be a list of parts.
+        settings: tokenizer_config.json.
+    """
 
     tokenizer: Callable[[], dict[str, Any]]
     template: str
@@ -173,8 +181,8 @@ class Pair:
     reference: PreTrainedTokenizerBase
     checkpoint: Path
 
-    def right(self, chat: list[dict[str, Any]]) -> tuple[str, list[int]] | None:
-        """Text and ids of transformers; None for a conversation that the template refuses."""
+    def expected(self, chat: list[dict[str, Any]]) -> tuple[str, list[int]] | None:
+        """Return text and ids of transformers, or None for a conversation that the template rejects."""
         try:
             text = self.reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             ids = self.reference.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
@@ -183,13 +191,13 @@ class Pair:
         return text, ids
 
     def differences(self, chats: list[list[dict[str, Any]]]) -> list[Any]:
-        """(chat, engine's, right) of each conversation of which the engine makes another text or other ids."""
-        right = [(chat, found) for chat in chats if (found := self.right(chat)) is not None]
-        assert len(right) > len(chats) // 3
-        made = self.engine("apply_chat_template", [engine_messages(chat) for chat, _ in right])
-        ids = self.engine("tokenizer_encode", [text for _, (text, _) in right])
-        both = zip(right, made, ids, strict=True)
-        return [(chat, (text, own), found) for (chat, found), text, own in both if (text, own) != found]
+        """Return (chat, engine's, expected) of each conversation whose text or ids differ."""
+        valid = [(chat, expected) for chat in chats if (expected := self.expected(chat)) is not None]
+        assert len(valid) > len(chats) // 3
+        texts = self.engine("apply_chat_template", [engine_messages(chat) for chat, _ in valid])
+        ids = self.engine("tokenizer_encode", [text for _, (text, _) in valid])
+        results = zip(valid, zip(texts, ids, strict=True), strict=True)
+        return [(chat, result, expected) for (chat, expected), result in results if result != expected]
 
 
 @pytest.fixture(scope="module", params=STYLES)
@@ -236,7 +244,7 @@ def system(content: str) -> dict[str, Any]:
 
 
 def conversations() -> list[list[dict[str, Any]]]:
-    """Of texts alone."""
+    """Return conversations of text alone."""
     chats = [[user(text)] for text in [*TEXTS, *LONG]]
     chats += [[system(text), user("Hi"), reply(text), user(" and now? ")] for text in TEXTS]
     chats += [[user(a), reply(b), user(c)] for a, b, c in zip(TEXTS, TEXTS[3:], TEXTS[5:], strict=False)]
@@ -256,7 +264,7 @@ def text(words: str) -> dict[str, str]:
 
 
 def with_images() -> list[list[dict[str, Any]]]:
-    """Images and videos; to tokenizer and template they are three tokens, or two for what is no image's key."""
+    """Return conversations with images and videos, which the template writes as three tokens."""
     chats = [[user([IMAGE, text(words)])] for words in TEXTS]
     chats += [
         [user([IMAGE, IMAGE, text("Compare them.")])],
@@ -271,43 +279,43 @@ def with_images() -> list[list[dict[str, Any]]]:
     return chats
 
 
-def test_conversations_are_those_of_transformers(pair: Pair) -> None:
+def test_conversations_equal_transformers(pair: Pair) -> None:
     assert pair.differences(conversations()) == []
 
 
 @pytest.mark.parametrize("pair", [name for name, style in STYLES.items() if style.parts], indirect=True)
-def test_images_and_videos_stand_where_transformers_puts_them(pair: Pair) -> None:
+def test_images_and_videos_equal_transformers(pair: Pair) -> None:
     assert pair.differences(with_images()) == []
 
 
-# What the engine is known to tokenize otherwise is not among these, as in test_tokenizer.py; nor is white space at an
-# end, of which there is some above.
+# Without the known differences of the engine's tokenizer, as in test_tokenizer.py, and without white space at the ends,
+# which texts above have.
 characters = st.characters(exclude_categories=["Cs", "Cn"], exclude_characters="\x00\x01\x02\x03\x85\u017f\u2028\u2029")
 words = st.lists(st.sampled_from(TEXTS) | st.text(characters, max_size=12), max_size=4).map(" ".join).map(str.strip)
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.lists(st.tuples(words, st.lists(st.tuples(words, words), max_size=3), words), min_size=10, max_size=20))
-def test_any_conversation_is_that_of_transformers(pair: Pair, data: list[Any]) -> None:
+def test_random_conversations_equal_transformers(pair: Pair, data: list[Any]) -> None:
     chats = []
-    for first, turns, last in data:
-        middle = [turn for asked, answered in turns for turn in (user(asked), reply(answered))]
-        chats.append([*([system(first)] if len(turns) % 2 else []), *middle, user(last)])
+    for first, pairs, last in data:
+        middle = [message for question, answer in pairs for message in (user(question), reply(answer))]
+        chats.append([*([system(first)] if len(pairs) % 2 else []), *middle, user(last)])
     assert pair.differences(chats) == []
 
 
-# What differs, and is said --------------------------------------------------------------------------------------------
+# Known differences ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pair", ["llama3", "llama2"], indirect=True)
 def test_white_space_that_the_engine_does_not_trim(pair: Pair) -> None:
-    """Not wanted, but described in mnn/tokenizer.py: an engine without this makes a line there wrong."""
+    """A difference that mnn/tokenizer_differences.py documents: an engine without it makes that text wrong."""
     chats = [[user(f"{space}红{space}")] for space in "\u3000\u00a0\u2003\x0b\x0c\x1c"]
     assert [chat for chat, _, _ in pair.differences(chats)] == chats
 
 
 @pytest.mark.parametrize("pair", ["llama3"], indirect=True)
-def test_words_that_no_merges_lead_to_are_named(pair: Pair) -> None:
+def test_words_that_only_ignore_merges_reaches_are_named(pair: Pair) -> None:
     chats = [[user(f"Tiếng{UNREACHED}")], [user(f"{UNREACHED[1:]}nam")]]
     assert [chat for chat, _, _ in pair.differences(chats)] == chats[:1]
     ids = pair.engine("tokenizer_encode", [UNREACHED])[0]
@@ -315,25 +323,27 @@ def test_words_that_no_merges_lead_to_are_named(pair: Pair) -> None:
     assert pair.reference.decode(ids) == UNREACHED
     assert UNREACHED in unreached_words(pair.checkpoint)
     assert len(unreached_words(pair.checkpoint)) == 1
-    assert departures(pair.checkpoint) == [
-        "1 words that are one token are read as several, which spell the same (' Việt')"
+    assert tokenizer_differences(pair.checkpoint) == [
+        "1 words of one token become several tokens of the same text (' Việt')"
     ]
 
 
 @pytest.mark.parametrize("pair", ["qwen3"], indirect=True)
-def test_thinking_is_left_out_as_transformers_does(pair: Pair) -> None:
+def test_thinking_can_be_disabled_as_in_transformers(pair: Pair) -> None:
     chat = [user("What is 3 plus 4?")]
-    right = pair.reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    expected = pair.reference.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
     pair.engine("set_config", [{"jinja": {"context": {"enable_thinking": False}}}])
-    assert right.endswith("</think>\n\n")
-    assert pair.engine("apply_chat_template", [chat]) == [right]
+    assert expected.endswith("</think>\n\n")
+    assert pair.engine("apply_chat_template", [chat]) == [expected]
     pair.engine("set_config", [{"jinja": {"context": {}}}])
 
 
-SPOILT = {
+UNSUPPORTED = {
     "'</s>' with normalized": ("llama2", lambda stored: stored["added_tokens"][2].update(normalized=True)),
-    "does not fall back to bytes": ("llama2", lambda stored: stored["model"].update(byte_fallback=False)),
-    "model BPE that does not": ("llama2", lambda stored: stored["model"]["vocab"].pop("<0x00>")),
+    "model BPE without byte fallback": ("llama2", lambda stored: stored["model"].update(byte_fallback=False)),
+    "BPE without byte fallback": ("llama2", lambda stored: stored["model"]["vocab"].pop("<0x00>")),
     "decoder ByteLevel": ("mistral", lambda stored: stored["decoder"].update(type="ByteLevel")),
     "normalizer Prepend": ("llama2", lambda stored: stored["normalizer"]["normalizers"].pop()),
     "pre-tokenizer Metaspace": ("mistral", lambda stored: stored["pre_tokenizer"].update(replacement="_")),
@@ -344,19 +354,19 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("named", SPOILT)
-def test_a_tokenizer_that_would_be_misread_is_refused(named: str, tmp_path: Path) -> None:
-    style, spoil = SPOILT[named]
+@pytest.mark.parametrize("message", UNSUPPORTED)
+def test_unsupported_tokenizers_are_rejected(message: str, tmp_path: Path) -> None:
+    style, change = UNSUPPORTED[message]
     checkpoint = save(tmp_path / "checkpoint", STYLES[style])
     stored = json.loads((checkpoint / "tokenizer.json").read_text())
-    spoil(stored)
+    change(stored)
     (checkpoint / "tokenizer.json").write_text(json.dumps(stored))
-    with pytest.raises(CheckpointError, match=named):
+    with pytest.raises(CheckpointError, match=message):
         write_tokenizer(checkpoint, tmp_path / "tokenizer.mtok")
 
 
-def test_a_space_before_the_first_text_alone_needs_a_template_that_begins_with_a_token(tmp_path: Path) -> None:
-    """The engine cuts a prompt at its added tokens and does not know which part is the first."""
+def test_metaspace_before_the_first_text_needs_a_template_that_begins_with_a_token(tmp_path: Path) -> None:
+    """The engine splits a prompt at its added tokens and does not know the first part."""
     checkpoint = save(tmp_path / "checkpoint", STYLES["mistral"])
     write_tokenizer(checkpoint, tmp_path / "tokenizer.mtok")
     (checkpoint / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -364,8 +374,8 @@ def test_a_space_before_the_first_text_alone_needs_a_template_that_begins_with_a
         write_tokenizer(checkpoint, tmp_path / "tokenizer.mtok")
 
 
-def test_a_merge_from_one_word_into_the_next_is_made(tmp_path: Path) -> None:
-    """Then nothing is cut into words, and merging takes as long as it takes."""
+def test_merges_across_words_are_kept(tmp_path: Path) -> None:
+    """Then text is not split into words."""
     checkpoint = save(tmp_path / "checkpoint", STYLES["llama2"])
     stored = json.loads((checkpoint / "tokenizer.json").read_text())
     vocabulary = stored["model"]["vocab"]
@@ -381,5 +391,5 @@ def test_a_merge_from_one_word_into_the_next_is_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", STYLES)
-def test_the_templates_are_of_what_the_engine_runs(name: str) -> None:
+def test_templates_have_supported_constructs(name: str) -> None:
     assert unsupported((TEMPLATES / f"{STYLES[name].template}.jinja").read_text()) == []

@@ -1,4 +1,4 @@
-"""Each construct of a chat template that is named is one that the engine renders otherwise; nothing else is named."""
+"""Constructs of chat templates that `unsupported` names are those that the engine renders differently."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import json
 import pytest
 
 from hf2mnn.core.errors import BundleError
+from hf2mnn.mnn.checkpoint_tokenizer import chat_template
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.mnn.template import unsupported
-from hf2mnn.mnn.tokenizer import chat_template, write_tokenizer
+from hf2mnn.mnn.tokenizer import write_tokenizer
 from support import SHAPES_VL
 
 CHAT = [
@@ -19,7 +20,7 @@ CHAT = [
     {"role": "user", "content": "  Bye x "},
 ]
 LOOP = "{{% for m in messages %}}{}{{% endfor %}}"
-OTHERWISE = {
+DIFFERENT = {
     "{% for m in [] %}x{% else %}none{% endfor %}": "{% for %} with {% else %}",
     LOOP.format("{% if loop.index == 2 %}{% break %}{% endif %}{{ m.role }}"): "{% break %}",
     LOOP.format("{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.role }}"): "{% continue %}",
@@ -61,7 +62,7 @@ OTHERWISE = {
     "{# c #}\nx": "the line of a comment",
     "{{ 'x' }}\n": "a newline at the end",
 }
-ALIKE = (
+EQUAL = (
     "{{ messages|length }}",
     "{{ messages|map(attribute='role')|list|tojson }}",
     "{{ messages[-1].content.strip() }}{{ messages[1].content.split(' ')[0] }}",
@@ -86,35 +87,39 @@ ALIKE = (
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """By template: the engine's rendering of CHAT, and Jinja's."""
+    """Renderings of CHAT by the engine and by Jinja, by template."""
     folder = tmp_path_factory.mktemp("chat")
     write_tokenizer(SHAPES_VL, folder / "tokenizer.mtok")
     (folder / "config.json").write_text('{"tokenizer_file": "tokenizer.mtok"}')
     (folder / "llm_config.json").write_text('{"hidden_size": 8, "layer_nums": 1}')
     for name in ("llm.mnn", "llm.mnn.weight"):
         (folder / name).touch()
-    templates = [*OTHERWISE, *ALIKE]
+    templates = [*DIFFERENT, *EQUAL]
     job = {"config": str(folder / "config.json"), "chat": CHAT, "templates": templates}
     run_worker("render", job | {"result": str(folder / "rendered.json")}, 60)
     return dict(zip(templates, json.loads((folder / "rendered.json").read_text()), strict=True))
 
 
-@pytest.mark.parametrize(("template", "named"), OTHERWISE.items(), ids=OTHERWISE.values())
-def test_what_the_engine_renders_otherwise_is_named(template: str, named: str, rendered: dict[str, list[str]]) -> None:
-    made, right = rendered[template]
-    assert right is not None
-    assert made != right
+@pytest.mark.parametrize(("template", "named"), DIFFERENT.items(), ids=DIFFERENT.values())
+def test_constructs_that_the_engine_renders_differently_are_named(
+    template: str, named: str, rendered: dict[str, list[str]]
+) -> None:
+    engine, jinja = rendered[template]
+    assert jinja is not None
+    assert engine != jinja
     assert any(named in construct for construct in unsupported(template))
 
 
-@pytest.mark.parametrize("template", ALIKE)
-def test_what_the_engine_renders_alike_is_not_named(template: str, rendered: dict[str, list[str]]) -> None:
-    made, right = rendered[template]
-    assert made == right
+@pytest.mark.parametrize("template", EQUAL)
+def test_constructs_that_the_engine_renders_equally_are_not_named(
+    template: str, rendered: dict[str, list[str]]
+) -> None:
+    engine, jinja = rendered[template]
+    assert engine == jinja
     assert unsupported(template) == []
 
 
-def test_lines_are_named_and_the_demonstration_template_is_fine() -> None:
+def test_lines_are_named_and_the_demo_template_is_supported() -> None:
     assert unsupported("\n{{ 'a' }}\n{% break %}{{ 2 * 3 }}{{ 2 * 4 }}") == [
         "the operator * (line 3)",
         "{% break %} (line 3)",
@@ -123,6 +128,6 @@ def test_lines_are_named_and_the_demonstration_template_is_fine() -> None:
 
 
 @pytest.mark.parametrize("template", ["{% if %}", "{{ a", "{% endfor %}", "{{ " + "(" * 5000, "{{ 'a' | }}"])
-def test_what_is_no_template_is_refused(template: str) -> None:
+def test_invalid_templates_are_rejected(template: str) -> None:
     with pytest.raises(BundleError, match="the chat template is"):
         unsupported(template)

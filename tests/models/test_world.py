@@ -1,4 +1,4 @@
-"""The embedded model, and the program that teaches it: a wrong label would be taken for a wrong conversion."""
+"""Data generator and files of the embedded model; a wrong label would look like a wrong conversion."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from support import SHAPES_VL
 TRAINING = SHAPES_VL / "training"
 EVALUATION = SHAPES_VL / "evaluation"
 
-# The world's words, written down a second time on purpose.
-PLACES = {"top left": 0, "top right": 1, "bottom left": 2, "bottom right": 3}
-PLACES_ZH = {"左上角": 0, "右上角": 1, "左下角": 2, "右下角": 3}
+# Vocabulary of the data generator, repeated as an independent check.
+POSITIONS = {"top left": 0, "top right": 1, "bottom left": 2, "bottom right": 3}
+POSITIONS_ZH = {"左上角": 0, "右上角": 1, "左下角": 2, "右下角": 3}
 COLOURS_ZH = {"红色": "red", "绿色": "green", "蓝色": "blue", "黄色": "yellow", "紫色": "purple", "黑色": "black"}
 KINDS_ZH = {"圆形": "circle", "正方形": "square", "三角形": "triangle", "星形": "star"}
 Cells = list[tuple[str, str] | None]
@@ -33,7 +33,7 @@ Cells = list[tuple[str, str] | None]
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[ModuleType]:
-    """models/shapes-vl/training/world.py, which is a program's module and in no package."""
+    """Module models/shapes-vl/training/world.py, which is in no package."""
     specification = importlib.util.spec_from_file_location("shapes_vl_world", TRAINING / "world.py")
     module = importlib.util.module_from_spec(specification)
     sys.modules["shapes_vl_world"] = module  # dataclasses look their module up
@@ -43,7 +43,7 @@ def world() -> Iterator[ModuleType]:
 
 
 def thing(name: str) -> tuple[str, str]:
-    """(colour, kind) from "red star" or "红色星形" or "红色数字7"."""
+    """Return (colour, kind) for "red star", "红色星形" or "红色数字7"."""
     if " " in name:
         colour, kind = name.split(" ")
         return colour, kind
@@ -56,10 +56,10 @@ def kind_of(name: str) -> str:
 
 
 def right(text: str, answer: str, cells: Cells) -> bool:
-    """Whether `answer` answers `text` about `cells`, worked out from the words alone."""
+    """Return whether `answer` is right for the question `text` about `cells`, from the words alone."""
     things = [cell for cell in cells if cell]
     if match := re.fullmatch(r"What is at the (.+)\?|(.+)是什么？", text):
-        cell = cells[{**PLACES, **PLACES_ZH}[match[1] or match[2]]]
+        cell = cells[{**POSITIONS, **POSITIONS_ZH}[match[1] or match[2]]]
         return answer in ("nothing", "没有东西") if cell is None else thing(answer) == cell
     if match := re.fullmatch(r"What colour is the (.+)\?|(.+)是什么颜色？", text):
         kind = kind_of(match[1] or match[2])
@@ -70,20 +70,20 @@ def right(text: str, answer: str, cells: Cells) -> bool:
     if match := re.fullmatch(r"Is there a (.+)\?|有没有(.+)？", text):
         return {"yes": True, "有": True, "no": False, "没有": False}[answer] == (thing(match[1] or match[2]) in things)
     if match := re.fullmatch(r"Where is the (.+)\?|(.+)在哪里？", text):
-        places = [index for index, cell in enumerate(cells) if cell == thing(match[1] or match[2])]
-        return places == [{**PLACES, **PLACES_ZH}[answer]]
+        positions = [index for index, cell in enumerate(cells) if cell == thing(match[1] or match[2])]
+        return positions == [{**POSITIONS, **POSITIONS_ZH}[answer]]
     if text in ("Which number is written?", "写的是哪个数字？"):
         return [kind for _, kind in things if kind.isdigit()] == [answer]
     if text in ("Describe the picture.", "描述这张图片。"):
         parts = [re.split(r": |：", part) for part in re.split(r"; |；", answer)]
-        places = [{**PLACES, **PLACES_ZH}[place] for place, _ in parts]
-        said = [None if name in ("nothing", "没有东西") else thing(name) for _, name in parts]
-        return places == [0, 1, 2, 3] and said == cells
+        positions = [{**POSITIONS, **POSITIONS_ZH}[position] for position, _ in parts]
+        things = [None if name in ("nothing", "没有东西") else thing(name) for _, name in parts]
+        return positions == [0, 1, 2, 3] and things == cells
     if match := re.fullmatch(r"What is (\d) plus (\d)\?|(\d)加(\d)等于几？", text):
         return int(answer) == int(match[1] or match[3]) + int(match[2] or match[4])
     if match := re.fullmatch(r"What is (.+) in Chinese\?|(.+)用英语怎么说？", text):
-        asked = match[1] or match[2]
-        return thing(asked) == thing(answer) and (" " in asked) != (" " in answer)
+        phrase = match[1] or match[2]
+        return thing(phrase) == thing(answer) and (" " in phrase) != (" " in answer)
     raise AssertionError(f"unknown question {text!r}")
 
 
@@ -92,12 +92,12 @@ def cells_of(scene: object) -> Cells:
 
 
 def test_every_answer_is_right(world: ModuleType) -> None:
-    """All categories, both languages, hundreds of scenes, worked out again from the words."""
+    """All categories, both languages, hundreds of scenes."""
     rng = random.Random(1)
-    asked: dict[tuple[str, str], set[str]] = {}
+    answers_by_kind: dict[tuple[str, str], set[str]] = {}
     for _ in range(300):
         scene = world.draw_scene(rng)
-        for category in [*world.PICTURE_CATEGORIES, *world.TEXT_CATEGORIES]:
+        for category in [*world.IMAGE_CATEGORIES, *world.TEXT_CATEGORIES]:
             for language in ("en", "zh"):
                 question = world.ask(scene, category, language, rng)
                 if question is None:
@@ -105,10 +105,10 @@ def test_every_answer_is_right(world: ModuleType) -> None:
                 assert (question.category, question.language) == (category, language)
                 assert right(question.text, question.answer, cells_of(scene)), (question, scene)
                 assert question.text.isascii() == (language == "en") or category == "translate"
-                asked.setdefault((category, language), set()).add(question.answer)
-    assert len(asked) == 2 * 9
+                answers_by_kind.setdefault((category, language), set()).add(question.answer)
+    assert len(answers_by_kind) == 2 * 9
     # No category can be answered without looking: each has more than one answer.
-    assert {key: answers for key, answers in asked.items() if len(answers) < 2} == {}
+    assert {key: answers for key, answers in answers_by_kind.items() if len(answers) < 2} == {}
 
 
 def test_a_seed_is_a_picture(world: ModuleType) -> None:
@@ -121,31 +121,31 @@ def test_a_seed_is_a_picture(world: ModuleType) -> None:
     assert paint(7)[1] != paint(8)[1]
 
 
-def test_pictures_show_what_the_scene_says(world: ModuleType) -> None:
+def test_images_match_their_scene(world: ModuleType) -> None:
     """Each thing is painted in its cell and in its colour, and nothing in an empty cell."""
     rng = random.Random(3)
     for _ in range(60):
         scene = world.draw_scene(rng)
         width, height = scene.size
-        picture = np.asarray(world.paint(scene, rng)).astype(int)
+        image = np.asarray(world.paint(scene, rng)).astype(int)
         empty = np.asarray(world.paint(world.Scene((None,) * 4, scene.size), rng)).astype(int)
-        assert picture.shape == (height, width, 3)
-        painted = (picture != empty).any(axis=-1)
+        assert image.shape == (height, width, 3)
+        painted = (image != empty).any(axis=-1)
         for index, cell in enumerate(scene.cells):
             rows = slice(height // 2 * (index // 2), height // 2 * (index // 2 + 1))
             columns = slice(width // 2 * (index % 2), width // 2 * (index % 2 + 1))
-            pixels = picture[rows, columns][painted[rows, columns]]
+            pixels = image[rows, columns][painted[rows, columns]]
             if cell is None:
                 assert len(pixels) == 0
                 continue
             assert len(pixels) > 60
-            seen = np.median(pixels, axis=0)
-            distances = {name: np.abs(seen - rgb).sum() for name, (_, rgb) in world.COLOURS.items()}
+            colour = np.median(pixels, axis=0)
+            distances = {name: np.abs(colour - rgb).sum() for name, (_, rgb) in world.COLOURS.items()}
             assert min(distances, key=distances.get) == cell.colour
 
 
 def test_sizes_are_not_resized_by_the_processor(world: ModuleType) -> None:
-    """Some are tall and some wide: positions after a picture are where an engine goes wrong."""
+    """Some are tall and some wide, to detect wrong positions after an image."""
     assert [size for size in world.SIZES if size[0] % 28 or size[1] % 28] == []
     assert any(width < height for width, height in world.SIZES)
     assert any(width > height for width, height in world.SIZES)
@@ -153,25 +153,25 @@ def test_sizes_are_not_resized_by_the_processor(world: ModuleType) -> None:
     assert settings["patch_size"] * settings["merge_size"] == 28
 
 
-def test_evaluation_set_is_what_its_program_writes(tmp_path: Path) -> None:
-    """So that nobody has touched up an answer: the same bytes, the same pixels."""
+def test_the_program_reproduces_the_evaluation_set(tmp_path: Path) -> None:
+    """The same bytes and pixels: no answer was edited."""
     program = [sys.executable, TRAINING / "make_evaluation.py", "--out", tmp_path]
     subprocess.run(program, check=True, capture_output=True)
     assert (tmp_path / "examples.jsonl").read_bytes() == (EVALUATION / "examples.jsonl").read_bytes()
     names = sorted(path.name for path in (EVALUATION / "images").iterdir())
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == names
     for name in names:
-        made, stored = (np.asarray(Image.open(folder / "images" / name)) for folder in (tmp_path, EVALUATION))
-        np.testing.assert_array_equal(made, stored, err_msg=name)
+        drawn, stored = (np.asarray(Image.open(folder / "images" / name)) for folder in (tmp_path, EVALUATION))
+        np.testing.assert_array_equal(drawn, stored, err_msg=name)
 
 
-def test_evaluation_set_covers_what_it_must(world: ModuleType) -> None:
-    """Every category and language, and what can go wrong beside the task: resized, two pictures, turns, no picture."""
+def test_the_evaluation_set_covers_all_categories(world: ModuleType) -> None:
+    """Every category and language, and resized images, two images, several turns, no image."""
     records = [json.loads(line) for line in (EVALUATION / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
     labelled = [record for record in records if record["answer"] is not None]
     assert len(labelled) >= 100
     covered = {(record["category"], record["language"]) for record in labelled}
-    assert covered == {(c, lang) for c in world.PICTURE_CATEGORIES + world.TEXT_CATEGORIES for lang in ("en", "zh")}
+    assert covered == {(c, lang) for c in world.IMAGE_CATEGORIES + world.TEXT_CATEGORIES for lang in ("en", "zh")}
     assert {"resized", "turns", "two pictures", "system"} <= {record["category"] for record in records}
     assert len({record["id"] for record in records}) == len(records)
 
@@ -184,7 +184,7 @@ def tensors() -> dict[str, dict]:
 
 
 def test_model_is_small_and_bfloat16() -> None:
-    """It is committed: 12 MB with everything."""
+    """It is committed, with 12 MB in all."""
     files = [path for path in SHAPES_VL.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in files) <= 12_000_000
     assert {described["dtype"] for described in tensors().values()} == {"BF16"}
@@ -211,12 +211,12 @@ def test_model_has_every_trait_that_a_conversion_can_get_wrong() -> None:
 
 
 def test_tokenizer_knows_the_marks_of_qwen2_vl() -> None:
-    """Each one token, with the id that config.json says."""
+    """Each is one token, with the id in config.json."""
     tokenizer = Tokenizer.from_file(str(SHAPES_VL / "tokenizer.json"))
     config = json.loads((SHAPES_VL / "config.json").read_text())
     marks = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
     ids = {mark: tokenizer.encode(f"<|{mark}|>", add_special_tokens=False).ids for mark in marks}
-    assert {mark for mark, found in ids.items() if len(found) != 1} == set()
+    assert {mark for mark, tokens in ids.items() if len(tokens) != 1} == set()
     assert ids["image_pad"] == [config["image_token_id"]]
     assert ids["video_pad"] == [config["video_token_id"]]
     assert ids["vision_start"] == [config["vision_start_token_id"]]

@@ -1,4 +1,4 @@
-"""The KV cache by itself: whatever is appended and taken back, it holds what was kept, in order."""
+"""KV cache of the ONNX Runtime session: appending and truncating in any order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAYERS, HEADS, SIZE = 2, 3, 4
 
 
 def presents(tokens: list[int]) -> np.ndarray:
-    """A cache in which each token has left its own number everywhere."""
+    """Return presents whose values are the numbers of their tokens."""
     row = np.array(tokens, np.float32)[None, None, None, :, None, None]
     return np.broadcast_to(row, (LAYERS, 2, 1, len(tokens), HEADS, SIZE)).copy()
 
@@ -23,33 +23,33 @@ truncations = st.tuples(st.just("keep"), st.floats(0, 1))
 
 
 @given(st.lists(appends | truncations))
-@settings(max_examples=100, deadline=None)
-def test_the_cache_holds_what_was_kept(steps: list[tuple[str, float]]) -> None:
-    """Keys, values and positions stay together, or a second answer would be given from another prompt."""
-    cache, held, positions, number = KVCache(LAYERS, HEADS, SIZE, 3), [], [], 0
+@settings(max_examples=50, deadline=None)
+def test_the_cache_holds_the_tokens_that_were_not_truncated(steps: list[tuple[str, float]]) -> None:
+    """Keys, values and positions stay together."""
+    cache, tokens, positions, number = KVCache(LAYERS, HEADS, SIZE, 3), [], [], 0
     for step, amount in steps:
         if step == "append":
             new = list(range(number, number + int(amount)))
             number += len(new)
-            # Positions of an image: rows that differ, and a largest that is not the last.
+            # As for an image: rows that differ, and a largest position that is not the last.
             added = np.array([[7 * token % 11, token, 5] for token in new]).T
-            held, positions = held + new, [*positions, *added.T.tolist()]
-            cache.append(presents(held), added)
+            tokens, positions = tokens + new, [*positions, *added.T.tolist()]
+            cache.append(presents(tokens), added)
         else:
-            length = round(amount * len(held))
-            held, positions = held[:length], positions[:length]
+            length = round(amount * len(tokens))
+            tokens, positions = tokens[:length], positions[:length]
             cache.truncate(length)
-        assert len(cache) == len(held)
-        assert cache.past.shape == (LAYERS, 2, 1, len(held), HEADS, SIZE)
-        np.testing.assert_array_equal(cache.past, presents(held))
+        assert len(cache) == len(tokens)
+        assert cache.past.shape == (LAYERS, 2, 1, len(tokens), HEADS, SIZE)
+        np.testing.assert_array_equal(cache.past, presents(tokens))
         assert cache.positions.T.tolist() == positions
         assert cache.next_position == max((max(row) for row in positions), default=-1) + 1
 
 
 @given(length=st.integers(0, 5), wrong=st.integers(-9, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_misuse_is_refused_and_changes_nothing(length: int, wrong: int) -> None:
-    """Presents of another call, or a length that was never there, raise; a silent slice would shift every position."""
+    """Presents of another call and an invalid length raise; a silent slice would shift every position."""
     cache = KVCache(LAYERS, HEADS, SIZE, 3)
     cache.append(presents(list(range(length))), np.zeros((3, length), np.int64))
     if not 0 <= wrong <= length:

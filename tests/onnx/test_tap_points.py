@@ -1,4 +1,4 @@
-"""Points of the exported graphs: each is a module of the transformers model by name, and holds what that computes."""
+"""Tap points of the exported graphs: each has the name and the value of a module of the transformers model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,21 +14,13 @@ import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from hf2mnn.families import family_named
-from hf2mnn.onnx.tap_points import cut, expose, outputs_by_module, points_of
-from hf2mnn.reference.tap_points import ROWS, as_rows, kept_rows
-from hf2mnn.reference.tap_recorder import recorded
-from hf2mnn.stages.export import run as export_onnx
-from hf2mnn.stages.fetch import run as fetch_checkpoint
+from exported import Exported
+from hf2mnn.families import get_family
+from hf2mnn.onnx.session import causal_mask
+from hf2mnn.onnx.tap_points import add_outputs, outputs_by_module, replace_with_inputs, select_tap_points
+from hf2mnn.reference.tap_points import MAX_ROWS, as_matrix, evenly_spaced
+from hf2mnn.reference.tap_recorder import record_tap_points
 
-ROPE = {"rope_parameters": {"mrope_section": [4, 6, 6], "rope_theta": 10000.0, "rope_type": "default"}}
-LAYERS = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, **ROPE}
-SIZES = {"hidden_size": 128, "intermediate_size": 208, "num_attention_heads": 4}
-# Grouped queries and an lm_head that is the embedding; a key for each query and an lm_head of its own.
-SHAPES: dict[str, dict[str, Any]] = {
-    "grouped": {"text": {**LAYERS, **SIZES, "num_key_value_heads": 2}, "tied": True},
-    "single": {"text": {**LAYERS, **SIZES, "num_key_value_heads": 4}, "tied": False},
-}
 GRID = np.array([1, 6, 8])
 TOKENS = 11
 FIRST = "model.language_model.layers.0"
@@ -37,7 +28,14 @@ FIRST = "model.language_model.layers.0"
 
 @dataclass(frozen=True)
 class Twin:
-    """One model in PyTorch and as graphs, and both on the same input: PyTorch's points, and the graphs' inputs."""
+    """Model in PyTorch and as graphs.
+
+    Attributes:
+        model: Model of transformers.
+        folder: Folder of the graphs.
+        points: PyTorch's tap points.
+        inputs: Inputs of the graphs that give the same values.
+    """
 
     model: Qwen2VLForConditionalGeneration
     folder: Path
@@ -48,100 +46,101 @@ class Twin:
         return onnx.load(self.folder / f"{name}.onnx")
 
     def values(self, name: str) -> list[str]:
-        return points_of([output for node in self.graph(name).graph.node for output in node.output])
+        return select_tap_points([output for node in self.graph(name).graph.node for output in node.output])
 
-    def run(self, name: str, wanted: list[str], fed: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-        """`wanted` values of a graph, cut where `fed` has something."""
+    def run(self, name: str, names: list[str], fed: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Return values of a graph in which the tap points of `fed` are replaced by inputs."""
         graph = self.graph(name)
-        expose(graph, wanted)
-        given = cut(graph, list(fed or {}))
+        add_outputs(graph, names)
+        new_inputs = replace_with_inputs(graph, list(fed or {}))
         session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
-        inputs = self.inputs[name] | {given[point]: fed[point] for point in given}
-        return dict(zip(wanted, session.run(wanted, inputs), strict=True))
+        inputs = self.inputs[name] | {new_inputs[point]: fed[point] for point in new_inputs}
+        return dict(zip(names, session.run(names, inputs), strict=True))
 
 
 @torch.inference_mode()
-def make_twin(checkpoint: Path, folder: Path) -> Twin:
-    exported = export_onnx(fetch_checkpoint(folder / "checkpoint", checkpoint), folder / "onnx")
-    model = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+def make_twin(exported: Exported, folder: Path) -> Twin:
+    model = exported.torch
     random, text = np.random.default_rng(0), model.config.text_config
     embeds = random.standard_normal((1, TOKENS, text.hidden_size)).astype(np.float32)
     pixels = random.standard_normal((int(GRID.prod()), 1176)).astype(np.float32)
     positions = np.sort(random.integers(0, 30, (3, TOKENS)), axis=1)
-    with recorded(model) as points:
+    with record_tap_points(model) as points:
         model.model.visual(torch.from_numpy(pixels), torch.from_numpy(GRID)[None])
         state = model.model.language_model(
             inputs_embeds=torch.from_numpy(embeds), position_ids=torch.from_numpy(positions)[:, None], use_cache=False
         )
         model.lm_head(state.last_hidden_state)
-    size, heads = text.hidden_size // text.num_attention_heads, text.num_key_value_heads
-    future = np.triu(np.full((1, 1, TOKENS, TOKENS), np.finfo(np.float32).min, np.float32), 1)
+    head_dim, kv_heads = text.hidden_size // text.num_attention_heads, text.num_key_value_heads
     inputs = {
         "decoder": {
             "inputs_embeds": embeds,
-            "attention_mask": future,
+            "attention_mask": causal_mask(0, TOKENS),
             "position_ids": positions.astype(np.int32),
             "logits_index": np.array([0], np.int32),
-            "past_key_values": np.zeros((2, 2, 1, 0, heads, size), np.float32),
+            "past_key_values": np.zeros((text.num_hidden_layers, 2, 1, 0, kv_heads, head_dim), np.float32),
         },
-        "vision": family_named("qwen2_vl", folder).vision_inputs(pixels, GRID, {"merge_size": 2}),
+        "vision": get_family("qwen2_vl", folder).vision_inputs(pixels, GRID, {"merge_size": 2}),
     }
     # onnx reads no weights through hard links.
-    return Twin(model, Path(shutil.copytree(exported, folder / "copy")), dict(points), inputs)
+    return Twin(model, Path(shutil.copytree(exported.onnx, folder / "copy")), dict(points), inputs)
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=["2to1", "1to1"])
 def twin(
-    request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, exports: Callable[[str], Exported], tmp_path_factory: pytest.TempPathFactory
 ) -> Twin:
-    vision = {"depth": 2, "embed_dim": 96, "num_heads": 3}
-    checkpoint = make_checkpoint(**SHAPES[request.param], vision=vision)
-    return make_twin(checkpoint, tmp_path_factory.mktemp(request.param))
+    """Grouped queries, a tied lm_head and repeated layers; a key for each query and an untied lm_head."""
+    return make_twin(exports(request.param), tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("name", ["decoder", "vision"])
-def test_every_point_is_what_its_module_gives_in_pytorch(twin: Twin, name: str) -> None:
-    """By value, so that a name on the wrong tensor (before a bias, after an activation, key for query) is seen."""
+def test_tap_points_have_the_values_of_their_modules_in_pytorch(twin: Twin, name: str) -> None:
+    """Detects a name on the wrong tensor: before a bias, after an activation, key for query."""
     values, graph = twin.values(name), twin.graph(name)
-    outside = outputs_by_module(graph)
-    found = twin.run(name, values + list(outside.values()))
-    named = {value: value for value in values} | outside
+    renamed = outputs_by_module(graph)
+    results = twin.run(name, values + list(renamed.values()))
+    named = {value: value for value in values} | renamed
     for point, value in named.items():
-        rows = as_rows(found[value])
-        np.testing.assert_allclose(rows[kept_rows(len(rows))], twin.points[point], atol=1e-4, rtol=1e-4, err_msg=point)
-    assert len({found[value].tobytes() for value in named.values()}) == len(named), "two points are one value"
+        rows = as_matrix(results[value])
+        np.testing.assert_allclose(
+            rows[evenly_spaced(len(rows))], twin.points[point], atol=1e-4, rtol=1e-4, err_msg=point
+        )
+    assert len({results[value].tobytes() for value in named.values()}) == len(named), "two tap points are one value"
 
 
-def test_no_point_of_pytorch_is_missing_in_the_graphs(twin: Twin) -> None:
-    """Every module with a weight, every block, and query, key and context of every attention of the decoder; a vision
-    tower's query and key come out of one projection, and are points as well.
+def test_graphs_have_all_tap_points_of_pytorch(twin: Twin) -> None:
+    """Every module with a weight, every block, and query, key and context of every attention.
+
+    A vision tower's query and key are outputs of one projection, and are tap points as well.
     """
-    found = {
+    names = {
         point for name in ("decoder", "vision") for point in (*twin.values(name), *outputs_by_module(twin.graph(name)))
     }
-    assert found == twin.points.keys()
+    assert names == twin.points.keys()
     weighted = {
         name.removesuffix(".weight") for name, _ in twin.model.named_parameters() if name.endswith(".weight")
     } - {"model.language_model.embed_tokens"}
-    blocks = {f"model.language_model.layers.{i}" for i in (0, 1)} | {f"model.visual.blocks.{i}" for i in (0, 1)}
-    attentions = {f"model.language_model.layers.{i}.self_attn" for i in (0, 1)}
-    attentions |= {f"model.visual.blocks.{i}.attn" for i in (0, 1)}
-    inside = {f"{attention}.{part}" for attention in attentions for part in ("query", "key", "context")}
-    assert found == weighted | {"lm_head"} | blocks | inside
+    config = twin.model.config
+    layers = {f"model.language_model.layers.{i}" for i in range(config.text_config.num_hidden_layers)}
+    blocks = {f"model.visual.blocks.{i}" for i in range(config.vision_config.depth)}
+    attentions = {f"{layer}.self_attn" for layer in layers} | {f"{block}.attn" for block in blocks}
+    parts = {f"{attention}.{part}" for attention in attentions for part in ("query", "key", "context")}
+    assert names == weighted | {"lm_head"} | layers | blocks | parts
 
 
-def test_points_come_in_the_order_of_computation(twin: Twin) -> None:
-    """The first point out of tolerance is then the fault, and not what follows from it."""
+def test_tap_points_are_in_the_order_of_computation(twin: Twin) -> None:
+    """So the first one out of tolerance is the fault, and not a consequence of it."""
     values = twin.values("decoder")
     parts = ("input_layernorm", "self_attn.q_proj", "self_attn.query", "self_attn.context", "self_attn.o_proj")
     order = [f"{FIRST}.{part}" for part in (*parts, "post_attention_layernorm", "mlp.gate_proj", "mlp.down_proj")]
     order += [FIRST, FIRST.replace("0", "1"), "model.language_model.norm"]
-    places = [values.index(point) for point in order]
-    assert places == sorted(places)
+    indices = [values.index(point) for point in order]
+    assert indices == sorted(indices)
 
 
 @pytest.mark.parametrize("name", ["decoder", "vision"])
-def test_a_graph_that_is_cut_and_fed_its_own_values_computes_the_same(twin: Twin, name: str) -> None:
+def test_a_graph_with_its_own_values_as_inputs_gives_the_same_output(twin: Twin, name: str) -> None:
     points = twin.values(name)
     whole = twin.run(name, points)
     again = twin.run(name, points, fed=whole)
@@ -149,8 +148,8 @@ def test_a_graph_that_is_cut_and_fed_its_own_values_computes_the_same(twin: Twin
         np.testing.assert_allclose(again[point], whole[point], atol=1e-5, rtol=1e-5, err_msg=point)
 
 
-def test_another_value_at_one_point_changes_what_reads_it_and_nothing_else(twin: Twin) -> None:
-    """So the fault of one operator shows at that operator alone, however deep the graph goes on behind it."""
+def test_another_value_at_one_tap_point_changes_the_next_ones_only(twin: Twin) -> None:
+    """So the fault of one operator shows at that operator alone, however many follow it."""
     points = twin.values("decoder")
     whole = twin.run("decoder", points)
 
@@ -163,17 +162,16 @@ def test_another_value_at_one_point_changes_what_reads_it_and_nothing_else(twin:
     assert changed(f"{attention}.key") == [f"{attention}.context"]
     assert changed(f"{mlp}.gate_proj") == [f"{mlp}.down_proj"]
     assert sorted(changed(f"{FIRST}.input_layernorm")) == [f"{attention}.{part}_proj" for part in "kqv"]
-    # A block is read by the norm after it, and goes past all of the next one.
+    # The output of a block goes to the next normalization, and past the whole next block.
     following = FIRST.replace("0", "1")
     assert changed(FIRST)[0] == f"{following}.input_layernorm"
     assert not any(name.startswith(f"{FIRST}.") for name in changed(FIRST))
 
 
-def test_an_exposed_graph_is_the_same_graph(twin: Twin) -> None:
-    """Outputs are added behind those that are there, none twice."""
+def test_outputs_are_added_after_the_present_ones_and_none_twice(twin: Twin) -> None:
     graph = twin.graph("decoder")
     before = [value.name for value in graph.graph.output]
-    expose(graph, [FIRST, *before])
+    add_outputs(graph, [FIRST, *before])
     assert [value.name for value in graph.graph.output] == [*before, FIRST]
 
 
@@ -181,7 +179,7 @@ def test_an_exposed_graph_is_the_same_graph(twin: Twin) -> None:
     ("name", "point"),
     [
         ("model.layers.0.mlp", True),
-        ("lm_head", False),  # one word is any exporter's name for anything
+        ("lm_head", False),  # exporters use single words for any value
         ("logits", False),
         ("a.weight", False),
         ("a.bias", False),
@@ -193,14 +191,14 @@ def test_an_exposed_graph_is_the_same_graph(twin: Twin) -> None:
         ("0.a", False),
     ],
 )
-def test_points_are_told_from_parameters_and_other_names(name: str, point: bool) -> None:
-    assert points_of([name]) == [name] * point
+def test_parameters_and_other_names_are_no_tap_points(name: str, point: bool) -> None:
+    assert select_tap_points([name]) == [name] * point
 
 
-@pytest.mark.parametrize("count", [1, 2, ROWS - 1, ROWS, ROWS + 1, 1000])
-def test_kept_rows_are_few_and_spread_from_the_first_to_the_last(count: int) -> None:
-    rows = kept_rows(count)
-    assert len(rows) == min(count, ROWS)
+@pytest.mark.parametrize("count", [1, 2, MAX_ROWS - 1, MAX_ROWS, MAX_ROWS + 1, 1000])
+def test_evenly_spaced_rows_have_the_first_and_the_last(count: int) -> None:
+    rows = evenly_spaced(count)
+    assert len(rows) == min(count, MAX_ROWS)
     assert (rows[0], rows[-1]) == (0, count - 1)
     gaps = np.diff(rows)
     assert not len(gaps) or gaps.min() >= max(1, gaps.max() - 1)
@@ -212,4 +210,4 @@ def test_kept_rows_are_few_and_spread_from_the_first_to_the_last(count: int) -> 
 )
 def test_rows_are_tokens_whatever_axes_a_value_has(shape: tuple[int, ...], rows: tuple[int, int]) -> None:
     value = np.arange(np.prod(shape)).reshape(shape)
-    np.testing.assert_array_equal(as_rows(value), value.reshape(rows))
+    np.testing.assert_array_equal(as_matrix(value), value.reshape(rows))

@@ -17,21 +17,21 @@ from safetensors.numpy import save_file
 
 from hf2mnn.core.errors import QuantizationError
 from hf2mnn.core.manifest import Manifest
-from hf2mnn.evaluation.layers import Part as Inputs
-from hf2mnn.evaluation.layers import _run_mnn
-from hf2mnn.families import family_named
+from hf2mnn.evaluation.layers import GraphInputs, run_mnn
+from hf2mnn.families import get_family
 from hf2mnn.families.base import Fold
 from hf2mnn.metrics import relative_error
 from hf2mnn.mnn.ask import ask_bundle
 from hf2mnn.mnn.bundle import PARTS, EngineSettings, convert_decoder
-from hf2mnn.mnn.convert import WeightFormat, read_graph, write_graph
+from hf2mnn.mnn.convert import read_graph, write_graph
+from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.onnx.session import causal_mask
 from hf2mnn.quant import write
 from hf2mnn.quant.awq import fold_scales
-from hf2mnn.quant.folding import FOLDED, FoldedWeights, Scales, folded_points
+from hf2mnn.quant.folding import FOLDED, FoldedWeights, Scales, folded_tap_points
 from hf2mnn.quant.layer_inputs import Activations
 from hf2mnn.quant.methods import Methods
-from hf2mnn.quant.names import module_names
+from hf2mnn.quant.weights import module_names
 from hf2mnn.quant.rounding import round_rows
 from hf2mnn.quant.variant import Choice, Part
 from hf2mnn.quant.weights import Operator, WeightFile, operators
@@ -48,7 +48,7 @@ ENGINE = EngineSettings(threads=1)
 
 def facts_of(onnx_folder: Path) -> tuple[dict[str, Any], list[Fold]]:
     model = json.loads((onnx_folder / "model.json").read_text())
-    return model, family_named(model["model_type"], onnx_folder).folds(model)
+    return model, get_family(model["model_type"], onnx_folder).folds(model)
 
 
 def random_scales(folds: list[Fold], onnx_folder: Path, bundle: Path, part: str) -> Scales:
@@ -56,8 +56,8 @@ def random_scales(folds: list[Fold], onnx_folder: Path, bundle: Path, part: str)
     random, scales = np.random.default_rng(0), Scales()
     known = {operator.name: operator for operator in Part(part, onnx_folder, bundle).operators}
     for fold in folds:
-        if fold.readers[0] in known:
-            channels = known[fold.readers[0]].inputs // fold.groups
+        if fold.balance_layers[0] in known:
+            channels = known[fold.balance_layers[0]].inputs // fold.repeats
             scales.add(fold, np.exp(random.uniform(-2, 2, channels)).astype(np.float32))
     return scales
 
@@ -86,9 +86,9 @@ def run_part(bundle: Path, onnx_folder: Path, name: str, points: list[str]) -> d
         given["logits_index"] = np.array([0], np.int32)
     else:
         pixels = random.standard_normal((16, 3 * 2 * 14 * 14)).astype(np.float32)
-        given = family_named(model["model_type"], bundle).vision_inputs(pixels, np.array([1, 4, 4]), model)
+        given = get_family(model["model_type"], bundle).vision_inputs(pixels, np.array([1, 4, 4]), model)
     graph = read_graph(bundle / PARTS[name][0])
-    (values,) = _run_mnn(bundle, [Inputs("", name, {}, given)], {name: graph}, {name: points}, 1, 60)
+    (values,) = run_mnn(bundle, [GraphInputs("", name, {}, given)], {name: graph}, {name: points}, 1, 60)
     return values
 
 
@@ -105,8 +105,8 @@ def unchanged(onnx_folder: Path, bundle: Path, made: Path, name: str, points: li
 
 def points_of(folds: list[Fold], scales: Scales) -> list[str]:
     """Where scales are folded out and in again, and what reads them."""
-    inside = [fold for fold in folds if fold.producer in scales.rows]
-    return sorted({point for fold in inside for point in (fold.producer, *fold.passes, *fold.readers)})
+    inside = [fold for fold in folds if fold.smooth_layer in scales.rows]
+    return sorted({point for fold in inside for point in (fold.smooth_layer, *fold.tap_points, *fold.balance_layers)})
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(32, 1e-5), (16, 3e-3)])
@@ -124,7 +124,7 @@ def test_a_folded_decoder_computes_the_same(
     made = folded(onnx_folder, bundle, tmp_path / "folded", "decoder", bits, scales)
     points = [point for point in points_of(folds, scales) if not point.endswith("norm")]
     unchanged(onnx_folder, bundle, made, "decoder", ["logits", *points], bound)
-    saved = folded_points(made)
+    saved = folded_tap_points(made)
     assert set(saved) == set(scales.rows) | {f"model.language_model.layers.{i}.self_attn.context" for i in range(2)}
     assert saved[f"{LAYER}.self_attn.context"].shape == (128,)
 
@@ -177,10 +177,10 @@ def test_values_that_one_or_many_heads_see(
 def test_what_is_spread_is_gathered_again(groups: int) -> None:
     fold = Fold("producer", ("reader",), (), groups, 4)
     scales = np.arange(1, 13, dtype=np.float32)
-    spread = fold.spread(scales)
+    spread = fold.expand(scales)
     heads = [scales[head * 4 : head * 4 + 4] for head in range(3) for _ in range(groups)]
     assert spread.tolist() == np.concatenate(heads).tolist()
-    assert fold.gather(spread).tolist() == scales.tolist()
+    assert fold.reduce(spread).tolist() == scales.tolist()
 
 
 # The choice
@@ -247,7 +247,7 @@ def test_inputs_that_are_never_used_leave_all_as_it_is(tmp_path: Path) -> None:
 def activations(onnx_folder: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every layer of both parts, those that read the same with one tensor, as the stage keeps them."""
     tensors, readers, folds = {}, {}, facts_of(onnx_folder)[1]
-    shared = {reader: fold.readers[0] for fold in folds for reader in fold.readers}
+    shared = {reader: fold.balance_layers[0] for fold in folds for reader in fold.balance_layers}
     for part in PARTS:
         for seed, operator in enumerate(Part(part, onnx_folder, bundle).operators):
             if operator.kernel == 1:
@@ -281,17 +281,17 @@ def test_calibrated_methods_bring_outputs_closer(
     """Of all layers together, by the inputs that were recorded; scales folded out again."""
     kept = Activations(activations)
     floats, weights = read(bundle, onnx_folder, part)
-    folds = {reader: fold for fold in facts_of(onnx_folder)[1] for reader in fold.readers}
+    folds = {reader: fold for fold in facts_of(onnx_folder)[1] for reader in fold.balance_layers}
     harm: dict[str, list[float]] = {}
     for method, made in variants.items():
-        points, (layers, file) = folded_points(made), read(made, onnx_folder, part)
+        points, (layers, file) = folded_tap_points(made), read(made, onnx_folder, part)
         for source, operator in zip(floats, layers, strict=True):
             if operator.kernel > 1:
                 continue
             rows = file.rows(operator)
             fold = folds.get(operator.name)
-            if fold and fold.producer in points:
-                rows = rows / fold.spread(points[fold.producer])
+            if fold and fold.smooth_layer in points:
+                rows = rows / fold.expand(points[fold.smooth_layer])
             if operator.name in points:
                 rows = rows * points[operator.name][:, None]
             error = output_error(weights.rows(source), rows, kept.rows(operator.name))
@@ -304,8 +304,8 @@ def test_calibrated_methods_bring_outputs_closer(
 def test_scales_are_in_the_bundle_where_any_are_folded(variants: dict[str, Path], onnx_folder: Path) -> None:
     """And in its manifest; the engine answers from it."""
     assert [method for method, made in variants.items() if (made / FOLDED).exists()] == ["awq"]
-    producers = {fold.producer for fold in facts_of(onnx_folder)[1]}
-    assert producers & set(folded_points(variants["awq"])) >= {f"{LAYER}.input_layernorm", f"{LAYER}.mlp.up_proj"}
+    producers = {fold.smooth_layer for fold in facts_of(onnx_folder)[1]}
+    assert producers & set(folded_tap_points(variants["awq"])) >= {f"{LAYER}.input_layernorm", f"{LAYER}.mlp.up_proj"}
     for made in variants.values():
         assert Manifest.load(made).verify() == made
         assert set(Manifest.load(made).inputs) == {"onnx", "base", "activations"}
@@ -326,7 +326,7 @@ def test_threads_change_no_byte(
 
 def test_folds_on_both_parts_are_kept(variants: dict[str, Path]) -> None:
     """One file for the decoder's scales and the vision tower's."""
-    points = folded_points(variants["awq"])
+    points = folded_tap_points(variants["awq"])
     assert any(point.startswith("model.visual.") for point in points)
     assert any(point.startswith("model.language_model.") for point in points)
 

@@ -17,11 +17,12 @@ from hf2mnn.core.errors import BundleError, QuantizationError
 from hf2mnn.evaluation.causes import wrong_embedding
 from hf2mnn.metrics import relative_error
 from hf2mnn.mnn.bundle import EMBEDDING, MODEL_CONFIG, EngineSettings, embedding_table
-from hf2mnn.mnn.convert import WeightFormat, read_graph
+from hf2mnn.mnn.convert import read_graph
+from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.onnx.session import OnnxModel
-from hf2mnn.quant.embedding import embedding_blocks, tied_in
-from hf2mnn.quant.names import LM_HEAD
+from hf2mnn.quant.embedding import embedding_blocks, read_tied
+from hf2mnn.quant.formats import LM_HEAD
 from hf2mnn.quant.variant import Choice
 from hf2mnn.quant.weights import WeightFile, operators
 from hf2mnn.stages.export import run as export_onnx
@@ -127,9 +128,9 @@ def test_offsets_at_other_data_are_noticed(stages: tuple[Path, Path], key: str, 
     config["tie_embeddings"][key] -= 64
     (bundle / MODEL_CONFIG).write_text(json.dumps(config))
     (finding,) = wrong_embedding(bundle, stages[0])
-    assert "rows of the embedding are not the checkpoint's" in finding.sentence
+    assert "rows of the embedding are not the checkpoint's" in finding.message
     config["tie_embeddings"][key] += 10**9
     (bundle / MODEL_CONFIG).write_text(json.dumps(config))
     with pytest.raises(BundleError, match="ends before the embedding"):
         wrong_embedding(bundle, stages[0])
-    assert tied_in(bundle)["quant_bit"] == 4
+    assert read_tied(bundle)["quant_bit"] == 4

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from hf2mnn.core.errors import BundleFault, QuantizationError
 from hf2mnn.metrics import relative_error
-from hf2mnn.mnn.convert import WeightFormat, run_converter, write_graph
+from hf2mnn.mnn.convert import run_converter, write_graph
+from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.mnn.graph import Graph
 from hf2mnn.quant.blob import pack, parse_sparse
-from hf2mnn.quant.weights import BYTES, LEVELS, SPARSE, operators
+from hf2mnn.quant.weights import DENSE, INT8, SPARSE, operators
 from one_layer import Model, convert, engine_outputs, read_model, write_onnx
 
 LLMEXPORT = Path(__file__).parent / "data" / "llmexport" / "operators.mnn"

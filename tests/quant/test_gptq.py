@@ -1,4 +1,4 @@
-"""GPTQ against its definition, column by column in float64, and against what it is for: the error of outputs."""
+"""GPTQ against its definition, channel by channel in float64, and the error of outputs, which it reduces."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from hf2mnn.core.errors import QuantizationError
-from hf2mnn.quant.blob import Levels
-from hf2mnn.quant.gptq import DAMPING, compensation, gptq_rows
+from hf2mnn.quant.blob import Quantized
+from hf2mnn.quant.gptq import DAMPING, gptq_rows, inverse_cholesky
 from hf2mnn.quant.rounding import LANES, round_rows
 
 INPUTS, OUTPUTS = 128, 96
 
 
 def correlated(seed: int = 0, inputs: int = INPUTS, spread: float = 1.5) -> np.ndarray:
-    """Second moment float32 [inputs, inputs] of inputs that share directions and differ in size."""
+    """Return H, float32 [inputs, inputs], of inputs that share directions and differ in size."""
     random = np.random.default_rng(seed)
     mixing = random.standard_normal((inputs, inputs)) * np.exp(-np.arange(inputs) / (inputs / 8))
     rows = random.standard_normal((2048, inputs)) @ mixing.T + 0.1 * random.standard_normal((2048, inputs))
@@ -23,7 +23,7 @@ def correlated(seed: int = 0, inputs: int = INPUTS, spread: float = 1.5) -> np.n
 
 
 @pytest.fixture(scope="module")
-def moment() -> np.ndarray:
+def H() -> np.ndarray:
     return correlated()
 
 
@@ -32,163 +32,160 @@ def weight() -> np.ndarray:
     return np.random.default_rng(1).standard_t(5, (OUTPUTS, INPUTS)).astype(np.float32)
 
 
-def output_error(weight: np.ndarray, levels: Levels, moment: np.ndarray) -> float:
-    error = weight.astype(np.float64) - levels.dequantize()
-    return float(np.einsum("ri,ij,rj->", error, moment.astype(np.float64), error))
+def output_error(weight: np.ndarray, quantized: Quantized, H: np.ndarray) -> float:
+    error = weight.astype(np.float64) - quantized.dequantize()
+    return float(np.einsum("ri,ij,rj->", error, H.astype(np.float64), error))
 
 
-def damped(moment: np.ndarray) -> np.ndarray:
-    return moment.astype(np.float64) + DAMPING * np.diag(moment).astype(np.float64).mean() * np.eye(len(moment))
+def damped(H: np.ndarray) -> np.ndarray:
+    return H.astype(np.float64) + DAMPING * np.diag(H).astype(np.float64).mean() * np.eye(len(H))
 
 
-# What makes up for errors
+# Cholesky factor
 
 
-def test_compensation_is_the_root_of_the_inverse(moment: np.ndarray) -> None:
-    upper = compensation(moment, "layer")
-    assert upper.dtype == np.float32
-    assert np.array_equal(upper, np.triu(upper))
-    product = upper.T.astype(np.float64) @ upper @ damped(moment)
+def test_hinv_is_the_cholesky_factor_of_the_inverse(H: np.ndarray) -> None:
+    Hinv = inverse_cholesky(H, "layer")
+    assert Hinv.dtype == np.float32
+    assert np.array_equal(Hinv, np.triu(Hinv))
+    product = Hinv.T.astype(np.float64) @ Hinv @ damped(H)
     np.testing.assert_allclose(product, np.eye(INPUTS), atol=1e-3)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_inputs_that_are_no_numbers_are_refused(moment: np.ndarray, value: float) -> None:
-    spoilt = moment.copy()
-    spoilt[3, 4] = value
+def test_inputs_that_are_not_finite_are_refused(H: np.ndarray, value: float) -> None:
+    damaged = H.copy()
+    damaged[3, 4] = value
     with pytest.raises(QuantizationError, match=r"^some\.layer: .*NaN or infinite"):
-        compensation(spoilt, "some.layer")
+        inverse_cholesky(damaged, "some.layer")
 
 
-def test_inputs_that_are_never_used(weight: np.ndarray, moment: np.ndarray) -> None:
-    """Dead channels: no NaN, and the rest is as good as without them."""
-    dead = moment.copy()
+def test_unused_inputs(weight: np.ndarray, H: np.ndarray) -> None:
+    """Dead channels give no NaN, and the others have the usual gain."""
+    dead = H.copy()
     dead[::5], dead[:, ::5] = 0, 0
-    found = gptq_rows(weight, 4, 32, False, 16, compensation(dead, "layer"))
+    quantized = gptq_rows(weight, 4, 32, False, 16, inverse_cholesky(dead, "layer"))
     plain = round_rows(weight, 4, 32, False, 16, "mse")
-    assert np.isfinite(found.dequantize()).all()
-    assert output_error(weight, found, dead) < 0.5 * output_error(weight, plain, dead)
+    assert np.isfinite(quantized.dequantize()).all()
+    assert output_error(weight, quantized, dead) < 0.5 * output_error(weight, plain, dead)
 
 
-def test_inputs_that_are_all_zero_leave_the_plain_search(weight: np.ndarray, moment: np.ndarray) -> None:
-    found = gptq_rows(weight, 4, 32, False, 16, compensation(np.zeros_like(moment), "layer"))
-    assert np.array_equal(found.levels, round_rows(weight, 4, 32, False, 16, "mse").levels)
+def test_inputs_of_zeros_give_the_result_of_mse(weight: np.ndarray, H: np.ndarray) -> None:
+    quantized = gptq_rows(weight, 4, 32, False, 16, inverse_cholesky(np.zeros_like(H), "layer"))
+    assert np.array_equal(quantized.q, round_rows(weight, 4, 32, False, 16, "mse").q)
 
 
-def test_few_inputs_say_little_but_do_no_harm(weight: np.ndarray) -> None:
-    """Fewer rows than channels: their second moment has no inverse of its own."""
+def test_few_inputs_reduce_the_error_too(weight: np.ndarray) -> None:
+    """With fewer rows than channels, H has no inverse without damping."""
     rows = np.random.default_rng(2).standard_normal((7, INPUTS)).astype(np.float32)
-    moment = rows.T @ rows / len(rows)
-    found = gptq_rows(weight, 4, 32, False, 16, compensation(moment, "layer"))
+    H = rows.T @ rows / len(rows)
+    quantized = gptq_rows(weight, 4, 32, False, 16, inverse_cholesky(H, "layer"))
     plain = round_rows(weight, 4, 32, False, 16, "mse")
-    assert output_error(weight, found, moment) < 0.5 * output_error(weight, plain, moment)
+    assert output_error(weight, quantized, H) < 0.5 * output_error(weight, plain, H)
 
 
-# What it is for
+# Errors of outputs
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("block", [0, 32])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_outputs_are_closer_than_by_the_weights_alone(
-    weight: np.ndarray, moment: np.ndarray, bits: int, block: int, symmetric: bool
+def test_outputs_have_smaller_errors_than_with_mse(
+    weight: np.ndarray, H: np.ndarray, bits: int, block: int, symmetric: bool
 ) -> None:
     shape = (bits, block, symmetric, 16)
     plain = round_rows(weight, *shape, "mse")
-    found = gptq_rows(weight, *shape, compensation(moment, "layer"))
-    assert output_error(weight, found, moment) < 0.7 * output_error(weight, plain, moment)
+    quantized = gptq_rows(weight, *shape, inverse_cholesky(H, "layer"))
+    assert output_error(weight, quantized, H) < 0.7 * output_error(weight, plain, H)
 
 
-def test_inputs_that_are_alike_leave_nothing_to_make_up(weight: np.ndarray) -> None:
+def test_uncorrelated_equal_inputs_give_the_result_of_mse(weight: np.ndarray) -> None:
     for bits in (2, 4):
-        found = gptq_rows(weight, bits, 32, False, 16, compensation(np.eye(INPUTS, dtype=np.float32), "layer"))
+        quantized = gptq_rows(weight, bits, 32, False, 16, inverse_cholesky(np.eye(INPUTS, dtype=np.float32), "layer"))
         plain = round_rows(weight, bits, 32, False, 16, "mse")
-        # Damping weighs all by 1.01, by which a search may end elsewhere.
-        assert (found.levels == plain.levels).mean() > 0.995
-        errors = [np.square(weight - levels.dequantize()).sum() for levels in (found, plain)]
+        # Damping multiplies all costs by 1.01, with which a search may end in another optimum.
+        assert (quantized.q == plain.q).mean() > 0.995
+        errors = [np.square(weight - each.dequantize()).sum() for each in (quantized, plain)]
         assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
-def followed(weight: np.ndarray, levels: Levels, moment: np.ndarray) -> np.ndarray:
-    """The weights as each stood when its turn came, float64: every channel's error spread over those after it, by the
-    definition (Frantar et al., algorithm 1, without its blocks).
+def compensated(weight: np.ndarray, quantized: Quantized, H: np.ndarray) -> np.ndarray:
+    """Return each channel as it was when it was quantized, float64, with the errors of those before it compensated.
+
+    Source: Frantar et al., algorithm 1, without its blocks.
     """
-    inverse = np.linalg.inv(damped(moment))
-    upper = np.linalg.cholesky(inverse).T
-    moving, stood, made = weight.astype(np.float64), np.empty(weight.shape), levels.dequantize().astype(np.float64)
+    Hinv = np.linalg.cholesky(np.linalg.inv(damped(H))).T
+    W, before = weight.astype(np.float64), np.empty(weight.shape)
+    restored = quantized.dequantize().astype(np.float64)
     for channel in range(weight.shape[1]):
-        stood[:, channel] = moving[:, channel]
-        error = (moving[:, channel] - made[:, channel]) / upper[channel, channel]
-        moving[:, channel:] -= error[:, None] * upper[channel, channel:]
-    return stood
+        before[:, channel] = W[:, channel]
+        error = (W[:, channel] - restored[:, channel]) / Hinv[channel, channel]
+        W[:, channel:] -= error[:, None] * Hinv[channel, channel:]
+    return before
 
 
 @pytest.mark.parametrize(("bits", "block", "symmetric"), [(4, 32, False), (3, 0, False), (2, 64, True), (8, 128, True)])
-def test_each_level_is_the_nearest_to_what_was_left_to_round(
-    weight: np.ndarray, moment: np.ndarray, bits: int, block: int, symmetric: bool
+def test_each_q_is_the_nearest_to_the_compensated_weight(
+    weight: np.ndarray, H: np.ndarray, bits: int, block: int, symmetric: bool
 ) -> None:
-    """With the scales that were found. Within what float32 loses, a thousandth of a step: more for large steps."""
-    found = gptq_rows(weight, bits, block, symmetric, 16, compensation(moment, "layer"))
-    stood = followed(weight, found, moment)
-    each = INPUTS // found.scales.shape[1]
-    scales = np.repeat(found.scales.astype(np.float64), each, axis=1)
-    zeros = 0 if found.zeros is None else np.repeat(found.zeros.astype(np.float64), each, axis=1)
+    """Within the precision of float32, a thousandth of a step."""
+    quantized = gptq_rows(weight, bits, block, symmetric, 16, inverse_cholesky(H, "layer"))
+    before = compensated(weight, quantized, H)
+    each = INPUTS // quantized.scales.shape[1]
+    s = np.repeat(quantized.scales.astype(np.float64), each, axis=1)
+    z = 0 if quantized.zero_points is None else np.repeat(quantized.zero_points.astype(np.float64), each, axis=1)
     half = 1 << bits - 1
-    wanted = np.clip((stood - zeros) / scales, -half, half - 1)
-    assert np.abs(wanted - found.levels).max() < 0.505
-    naive = np.rint(wanted)
-    assert (naive == found.levels).mean() > 0.999
+    exact = np.clip((before - z) / s, -half, half - 1)
+    assert np.abs(exact - quantized.q).max() < 0.505
+    assert (np.rint(exact) == quantized.q).mean() > 0.999
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_a_blocks_scale_is_searched_when_its_turn_comes(
-    weight: np.ndarray, moment: np.ndarray, symmetric: bool
-) -> None:
-    """For the weights as they then are, each weighed by what its error costs."""
+def test_a_blocks_scale_is_searched_when_the_block_begins(weight: np.ndarray, H: np.ndarray, symmetric: bool) -> None:
+    """For the compensated weights, each weighted by the cost of its error."""
     block = 32
-    found = gptq_rows(weight, 3, block, symmetric, 16, compensation(moment, "layer"))
-    upper = np.linalg.cholesky(np.linalg.inv(damped(moment))).T
-    costs = 1 / np.square(np.diag(upper))
-    made = found.dequantize().astype(np.float64)
-    moving = weight.astype(np.float64)
-    for place, begin in enumerate(range(0, INPUTS, block)):
+    quantized = gptq_rows(weight, 3, block, symmetric, 16, inverse_cholesky(H, "layer"))
+    Hinv = np.linalg.cholesky(np.linalg.inv(damped(H))).T
+    costs = 1 / np.square(np.diag(Hinv))
+    W, restored = weight.astype(np.float64), quantized.dequantize().astype(np.float64)
+    for index, begin in enumerate(range(0, INPUTS, block)):
         span = slice(begin, begin + block)
-        stands = moving[:, span].astype(np.float32)
-        searched = round_rows(stands, 3, block, symmetric, 16, "mse", costs[span].astype(np.float32))
-        alike = np.isclose(searched.scales[:, 0], found.scales[:, place], rtol=2e-3)
-        assert alike.mean() > 0.95, place
+        rows, importance = W[:, span].astype(np.float32), costs[span].astype(np.float32)
+        searched = round_rows(rows, 3, block, symmetric, 16, "mse", importance)
+        close = np.isclose(searched.scales[:, 0], quantized.scales[:, index], rtol=2e-3)
+        assert close.mean() > 0.95, index
         for channel in range(begin, begin + block):
-            error = (moving[:, channel] - made[:, channel]) / upper[channel, channel]
-            moving[:, channel:] -= error[:, None] * upper[channel, channel:]
+            error = (W[:, channel] - restored[:, channel]) / Hinv[channel, channel]
+            W[:, channel:] -= error[:, None] * Hinv[channel, channel:]
 
 
-# How it is called
+# Interface
 
 
 @pytest.mark.parametrize("cut", [1, 13, LANES])
-def test_rows_are_rounded_each_by_itself(weight: np.ndarray, moment: np.ndarray, cut: int) -> None:
-    upper = compensation(moment, "layer")
-    whole = gptq_rows(weight, 4, 32, False, 16, upper)
-    parts = [gptq_rows(weight[at : at + cut], 4, 32, False, 16, upper) for at in range(0, OUTPUTS, cut)]
-    for name in ("levels", "scales", "zeros"):
+def test_rows_are_independent(weight: np.ndarray, H: np.ndarray, cut: int) -> None:
+    Hinv = inverse_cholesky(H, "layer")
+    whole = gptq_rows(weight, 4, 32, False, 16, Hinv)
+    parts = [gptq_rows(weight[at : at + cut], 4, 32, False, 16, Hinv) for at in range(0, OUTPUTS, cut)]
+    for name in ("q", "scales", "zero_points"):
         assert np.array_equal(getattr(whole, name), np.concatenate([getattr(part, name) for part in parts]))
 
 
 @pytest.mark.parametrize("scale_bits", [16, 32])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_what_is_made_can_be_stored(weight: np.ndarray, moment: np.ndarray, scale_bits: int, symmetric: bool) -> None:
-    upper = compensation(moment, "layer")
+def test_results_can_be_stored(weight: np.ndarray, H: np.ndarray, scale_bits: int, symmetric: bool) -> None:
+    Hinv = inverse_cholesky(H, "layer")
     for bits in (2, 5, 8):
-        found = gptq_rows(weight, bits, 64, symmetric, scale_bits, upper)
-        assert found.levels.min() >= -(1 << bits - 1) and found.levels.max() < 1 << bits - 1
-        assert (found.zeros is None) == symmetric
-        for part in (found.scales, *([] if symmetric else [found.zeros])):
+        quantized = gptq_rows(weight, bits, 64, symmetric, scale_bits, Hinv)
+        assert quantized.q.min() >= -(1 << bits - 1) and quantized.q.max() < 1 << bits - 1
+        assert (quantized.zero_points is None) == symmetric
+        for part in (quantized.scales, *([] if symmetric else [quantized.zero_points])):
             assert np.isfinite(part).all()
             if scale_bits == 16:
                 assert np.array_equal(part, part.astype(np.float16).astype(np.float32))
 
 
-def test_the_weight_that_is_given_is_left_as_it_is(weight: np.ndarray, moment: np.ndarray) -> None:
+def test_the_argument_is_not_changed(weight: np.ndarray, H: np.ndarray) -> None:
     before = weight.copy()
-    gptq_rows(weight, 4, 32, False, 16, compensation(moment, "layer"))
+    gptq_rows(weight, 4, 32, False, 16, inverse_cholesky(H, "layer"))
     assert np.array_equal(weight, before)

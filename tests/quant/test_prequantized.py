@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf2mnn.checkpoint.prequantized import PackedLinear
+from hf2mnn.checkpoint.prequantized import PrequantizedLinear
 from hf2mnn.core.errors import QuantizationError
 from hf2mnn.mnn.bundle import EngineSettings
-from hf2mnn.mnn.convert import WeightFormat, read_graph
+from hf2mnn.mnn.convert import read_graph
+from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.blob import scale_bytes
 from hf2mnn.quant.prequantized import packed_format, packed_levels
 from hf2mnn.quant.variant import Choice, Part
@@ -23,7 +24,7 @@ from hf2mnn.quant.weights import Operator, WeightFile, operators
 from hf2mnn.stages.export import run as export_onnx
 from hf2mnn.stages.fetch import run as fetch_checkpoint
 from hf2mnn.stages.quantize import run as quantize
-from prequantized_layers import Quantized, write_packed
+from prequantized_layers import Quantized, write_prequantized
 from support import TEXT, VISION, float_bundle
 
 KINDS = {"awq": ("awq", 4, 32, False), "gptq 8 bits": ("gptq", 8, -1, True)}
@@ -52,7 +53,7 @@ class Chain:
 def chain(request: pytest.FixtureRequest, make_checkpoint: Callable, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     kind, bits, group, symmetric = KINDS[request.param]
     folder = tmp_path_factory.mktemp("packed")
-    packed = write_packed(make_checkpoint(TEXT, VISION), folder / "checkpoint", kind, bits, group, symmetric)
+    packed = write_prequantized(make_checkpoint(TEXT, VISION), folder / "checkpoint", kind, bits, group, symmetric)
     fetch_checkpoint(folder / "checkpoint", folder / "checkpoint")
     export_onnx(folder / "checkpoint", folder / "onnx")
     float_bundle(folder / "onnx", folder / "float")
@@ -75,7 +76,7 @@ def test_scales_are_as_small_as_is_exact(chain: Chain) -> None:
     bundle = chain.quantize("taken", WeightFormat(chain.bits, method="checkpoint"))
     found, _ = chain.stored(bundle)
     stored = [found[name.removesuffix(".weight")].stored for name in chain.packed]
-    symmetric = all((layer.zeros == 2 ** (chain.bits - 1)).all() for layer in chain.packed.values())
+    symmetric = all((layer.zero_points == 2 ** (chain.bits - 1)).all() for layer in chain.packed.values())
     assert {s["readType"] == 0 for s in stored} == {symmetric}
     assert {s["scaleStorage"] for s in stored} == ({"FP16"} if symmetric else {"FP32"})
 
@@ -102,7 +103,7 @@ def test_levels_of_another_checkpoint_are_noticed(chain: Chain, make_checkpoint:
     """The float model that was converted must be the one that is taken over."""
     others = make_checkpoint(TEXT, VISION, seed=1)
     kind = "gptq" if chain.bits == 8 else "awq"
-    write_packed(others, tmp_path / "checkpoint", kind, chain.bits, 32, False)
+    write_prequantized(others, tmp_path / "checkpoint", kind, chain.bits, 32, False)
     source = fetch_checkpoint(tmp_path / "checkpoint", tmp_path / "checkpoint")
     choice = Choice(WeightFormat(chain.bits, method="checkpoint"), WeightFormat(8), EngineSettings())
     with pytest.raises(QuantizationError, match="q_proj: the packed weight is not the float model's"):
@@ -123,14 +124,14 @@ def test_a_float_checkpoint_has_no_levels_to_take(
 # Any layer, without a model
 
 
-def operator(packed: PackedLinear) -> Operator:
-    outputs, inputs = packed.levels.shape
+def operator(packed: PrequantizedLinear) -> Operator:
+    outputs, inputs = packed.q.shape
     return Operator("q_proj", outputs, inputs, 1, ((0, 0),) * 3, None)
 
 
-def holding(packed: PackedLinear | None) -> SimpleNamespace:
+def holding(packed: PrequantizedLinear | None) -> SimpleNamespace:
     """A checkpoint that holds this one layer."""
-    return SimpleNamespace(quantization=True, packed=lambda _: packed)
+    return SimpleNamespace(quantization=True, prequantized=lambda _: packed)
 
 
 @given(
@@ -152,7 +153,7 @@ def test_any_levels_zeros_and_half_float_scales_are_held_exactly(
     )
     scales = random.integers(0, 2**16, shape).astype(np.uint16).view(np.float16)
     scales = np.where(np.isfinite(scales), scales, np.float16(0))
-    packed = PackedLinear(levels, scales, zeros, bits, group)
+    packed = PrequantizedLinear(levels, scales, zeros, bits, group)
     form = packed_format(holding(packed), operator(packed), WeightFormat(bits, method="checkpoint"))
     assert (form.bits, form.symmetric) == (bits, bool((zeros == 2 ** (bits - 1)).all()))
     rows = packed.dequantize()

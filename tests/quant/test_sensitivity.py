@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from hf2mnn.config.budget import Budget
-from hf2mnn.config.schema import load_plan
+from hf2mnn.config.plan import load_plan
 from hf2mnn.core.errors import QuantizationError
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.metrics import kl_divergence
 from hf2mnn.mnn.bundle import EngineSettings
-from hf2mnn.mnn.convert import WeightFormat
-from hf2mnn.quant.names import CANDIDATES, MEASURED
+from hf2mnn.quant.formats import WeightFormat
+from hf2mnn.quant.formats import CANDIDATES, MEASURED
 from hf2mnn.quant.sensitivity import Bench
 from hf2mnn.quant.variant import Choice
 from hf2mnn.stages.export import run as export_onnx

@@ -1,4 +1,4 @@
-"""Weights of a .mnn model by operator: any rows of any format, and one sentence where the file is not the graph's."""
+"""Weights of a .mnn model by operator: any rows of any format, and errors for a file of another graph."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from hf2mnn.core.errors import ConversionError, QuantizationError
-from hf2mnn.mnn.convert import WeightFormat
 from hf2mnn.mnn.graph import Graph
+from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.weights import WeightFile, operators
 from one_layer import Model, convert, quantize
 
@@ -33,12 +33,12 @@ def weights() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def model(weights: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """One layer of each format in one file. Tests only read it."""
+    """One layer of each format in one file, which tests only read."""
     folder = tmp_path_factory.mktemp("model")
-    return quantize(convert(folder, weights), folder / "made", FORMATS)
+    return quantize(convert(folder, weights), folder / "quantized", FORMATS)
 
 
-def test_rows_are_read_from_anywhere(model: Model, weights: dict[str, np.ndarray]) -> None:
+def test_any_rows_can_be_read(model: Model, weights: dict[str, np.ndarray]) -> None:
     for name, operator in model.by_name.items():
         whole = model.weights.rows(operator)
         assert whole.shape == (OUTPUTS, INPUTS) and whole.dtype == np.float32
@@ -50,8 +50,8 @@ def test_rows_are_read_from_anywhere(model: Model, weights: dict[str, np.ndarray
     assert np.array_equal(model.weights.rows(model.by_name["half"]), halves)
 
 
-def test_parts_follow_each_other_and_fill_the_file(model: Model) -> None:
-    """No byte is lost between them, none is read twice."""
+def test_parts_fill_the_file(model: Model) -> None:
+    """Without gaps or overlaps."""
     ends = 0
     for operator in sorted(model.layers, key=lambda operator: operator.parts[0]):
         for offset, size in operator.parts:
@@ -62,11 +62,11 @@ def test_parts_follow_each_other_and_fill_the_file(model: Model) -> None:
 
 @pytest.mark.parametrize("missing", [1, 1000, None])
 def test_a_file_that_is_too_short_is_refused(model: Model, tmp_path: Path, missing: int | None) -> None:
-    """Or that is not there. The engine reads zeros, or what is in memory."""
+    """Or is missing. The engine would read zeros or uninitialized memory."""
     path = tmp_path / "cut.mnn.weight"
     if missing:
         path.write_bytes(model.weights.path.read_bytes()[:-missing])
-    with pytest.raises(ConversionError, match=r"cut\.mnn\.weight has \d+ bytes, the graph reads \d+"):
+    with pytest.raises(ConversionError, match=r"^cut\.mnn\.weight has \d+ bytes, but the graph reads \d+"):
         WeightFile(model.graph, path)
 
 
@@ -74,9 +74,9 @@ Change = Callable[[dict[str, Any]], Any]
 
 
 @pytest.mark.parametrize(
-    ("layer", "change", "said"),
+    ("layer", "change", "message"),
     [
-        ("int3", lambda main: main["quanParameter"].update(type=5), "weights of type 5 are not read"),
+        ("int3", lambda main: main["quanParameter"].update(type=5), "weights of type 5 are not supported"),
         ("int3", lambda main: main["quanParameter"].update(type=2), "are not 1856 quantized weights"),
         ("int3", lambda main: main["quanParameter"].update(type=4), "are not 1856 quantized weights"),
         ("int3", lambda main: main["quanParameter"].update(shapeInt32=True), "are not 1856 quantized weights"),
@@ -92,17 +92,17 @@ Change = Callable[[dict[str, Any]], Any]
         ("int3", lambda main: main["external"].__setitem__(0, 3), "are not 1856 quantized weights"),
     ],
 )
-def test_a_graph_that_is_not_this_files_is_refused(model: Model, layer: str, change: Change, said: str) -> None:
-    """By the operator's name."""
+def test_a_graph_of_another_file_is_refused(model: Model, layer: str, change: Change, message: str) -> None:
+    """With the name of the operator."""
     graph = Graph(copy.deepcopy(model.graph.content))
-    place = [operator.name for operator in model.layers].index(layer)
-    change(graph.of_type("Convolution")[place]["main"])
-    with pytest.raises(QuantizationError, match=rf"^{layer}: .*{said}"):
-        model.weights.rows(operators(graph)[place])
+    index = [operator.name for operator in model.layers].index(layer)
+    change(graph.of_type("Convolution")[index]["main"])
+    with pytest.raises(QuantizationError, match=rf"^{layer}: .*{message}"):
+        model.weights.rows(operators(graph)[index])
 
 
 def test_weights_inside_the_graph_are_refused(model: Model) -> None:
-    """As a converter without --saveExternalData writes them."""
+    """A converter without --saveExternalData writes them."""
     graph = Graph(copy.deepcopy(model.graph.content))
     del graph.of_type("Convolution")[0]["main"]["external"]
     with pytest.raises(QuantizationError, match=r"^\w+: .*inside the graph.*--saveExternalData"):

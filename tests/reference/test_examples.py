@@ -1,4 +1,4 @@
-"""Evaluation sets are written by hand: what is wrong with one is said with file and line."""
+"""Reading of evaluation sets; errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(folder: Path, *records: Any) -> Path:
 
 
 def test_an_example_is_read_as_it_is_documented(tmp_path: Path) -> None:
-    """Images in the order of the prompt over all turns; what may be left out may be left out."""
+    """Images are in the order of the conversation; optional keys may be absent."""
     parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "它们"}, {"type": "image", "image": "b.png"}]
     turns = [
         {"role": "system", "content": "Be brief."},
@@ -86,7 +86,7 @@ def test_the_embedded_set_is_one_and_its_images_open() -> None:
     ids=str,
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, bad: Any) -> None:
-    """The blank line counts: the number is the one that an editor shows."""
+    """Blank lines count, as in an editor."""
     with pytest.raises(EvaluationSetError, match=r"examples\.jsonl:3 .*docs/evaluation\.md"):
         read_examples(write(tmp_path, GOOD, "", bad))
 
@@ -94,34 +94,34 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, bad: Any) -> Non
 @pytest.mark.parametrize(
     ("part", "named"),
     [
-        ({"type": "video", "video": "a.mp4"}, "a video, which MNN's engine 3.6.1 has no input for"),
+        ({"type": "video", "video": "a.mp4"}, "a video, which MNN 3.6.1 cannot read"),
         ({"video": ["0.png", "1.png"]}, "a video"),
-        ({"type": "audio", "audio": "a.wav"}, "a sound"),
+        ({"type": "audio", "audio": "a.wav"}, "audio, which no model family supports"),
         ({"type": "image_url", "image_url": {"url": "a.png"}}, "an image_url"),
     ],
 )
-def test_what_the_engine_cannot_be_given_is_refused_by_name(part: dict[str, Any], named: str, tmp_path: Path) -> None:
-    """Before anything is computed; a template would write its mark and no model would see it."""
+def test_unsupported_parts_are_refused_by_name(part: dict[str, Any], named: str, tmp_path: Path) -> None:
+    """A template would write its token, and the model would get no input for it."""
     content = [part, {"type": "text", "text": "What happens?"}]
     with pytest.raises(EvaluationSetError, match=rf"examples\.jsonl:2 is not an example \(ValueError: .*{named}"):
         read_examples(write(tmp_path, GOOD, {"id": "x", "messages": [{"role": "user", "content": content}]}))
 
 
-def test_a_image_without_a_type_counts(tmp_path: Path) -> None:
-    """Templates know it by its key."""
+def test_an_image_without_a_type_counts(tmp_path: Path) -> None:
+    """Templates accept it by its key."""
     content = [{"image": "a.png"}, {"type": "text", "text": "and"}, {"type": "image", "image": "b.png"}]
     (example,) = read_examples(write(tmp_path, {"id": "x", "messages": [{"role": "user", "content": content}]}))
     assert example.images == ["a.png", "b.png"]
 
 
 def test_an_id_used_twice_is_refused(tmp_path: Path) -> None:
-    """Results are kept by id: the second would silently take the place of the first."""
+    """Results are stored by id: the second would replace the first."""
     with pytest.raises(EvaluationSetError, match=r"examples\.jsonl uses the id one twice"):
         read_examples(write(tmp_path, GOOD, GOOD))
 
 
 def test_an_empty_set_is_refused(tmp_path: Path) -> None:
-    """Nothing measured is not everything right."""
+    """An empty set would pass every gate."""
     with pytest.raises(EvaluationSetError, match="holds no examples"):
         read_examples(write(tmp_path, "", "  "))
 
@@ -133,7 +133,7 @@ def test_a_folder_that_is_no_set_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_set_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    """A file saved as GBK is a common slip with Chinese questions; it must not end in a stack trace."""
+    """Chinese questions are easily saved as GBK."""
     text = json.dumps({"id": "x", "messages": [{"role": "user", "content": "红色"}]}, ensure_ascii=False)
     (tmp_path / "examples.jsonl").write_bytes(text.encode("gbk"))
     with pytest.raises(EvaluationSetError, match=r"examples\.jsonl"):
@@ -141,7 +141,7 @@ def test_a_set_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_text_with_a_line_separator_in_it_is_one_line(tmp_path: Path) -> None:
-    """U+2028 and U+0085 are legal inside a JSON string; Python's splitlines would cut there."""
+    """U+2028 and U+0085 are valid inside a JSON string, and str.splitlines would split there."""
     record = {"id": "x", "messages": [{"role": "user", "content": "a\u2028b\x85c"}]}
     (example,) = read_examples(write(tmp_path, record))
     assert example.messages[0]["content"] == "a\u2028b\x85c"
@@ -154,8 +154,8 @@ def test_images_become_rgb_whatever_they_were(tmp_path: Path) -> None:
         assert (image.mode, image.size) == ("RGB", (3, 5))
 
 
-def test_a_image_that_is_none_is_named(tmp_path: Path) -> None:
-    """Missing, empty, text, a folder, or cut short in a download: all one sentence."""
+def test_an_invalid_image_is_named(tmp_path: Path) -> None:
+    """Missing, empty, text, a folder, or truncated."""
     Image.effect_noise((64, 64), 90).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
     (tmp_path / "empty.png").touch()
@@ -169,8 +169,8 @@ def test_a_image_that_is_none_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/secret.png", "link.png", 1])
-def test_a_image_must_be_in_the_set(name: object, tmp_path: Path) -> None:
-    """Reports show images, and are given away."""
+def test_an_image_must_be_in_the_set(name: object, tmp_path: Path) -> None:
+    """Reports embed images, and are shared."""
     folder = tmp_path / "set"
     folder.mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
@@ -182,18 +182,18 @@ def test_a_image_must_be_in_the_set(name: object, tmp_path: Path) -> None:
 
 
 def png_of(width: int, height: int) -> bytes:
-    """An image of one colour as its header tells it; there is hardly anything in it."""
+    """Return a PNG with little data and the given size in its header."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    told = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    parts = {b"IHDR": told, b"IDAT": zlib.compress(bytes(1000)), b"IEND": b""}
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    parts = {b"IHDR": header, b"IDAT": zlib.compress(bytes(1000)), b"IEND": b""}
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts.items())
 
 
 @pytest.mark.parametrize(("width", "height"), [(50_000, 50_000), (12_000, 10_000), (2**31 - 1, 2**31 - 1)])
-def test_a_image_larger_than_the_memory_is_refused_by_its_header(width: int, height: int, tmp_path: Path) -> None:
+def test_an_image_larger_than_the_memory_is_refused_by_its_header(width: int, height: int, tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(png_of(width, height))
     tracemalloc.start()
     try:
@@ -205,7 +205,7 @@ def test_a_image_larger_than_the_memory_is_refused_by_its_header(width: int, hei
 
 
 def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library would start Ghostscript, if the machine has it, with a program that came as an image."""
+    """PIL would start Ghostscript, if installed, with an untrusted program."""
     trap = tmp_path / "gs"
     trap.write_text(f"#!/bin/sh\ntouch {tmp_path}/trapped\n")
     trap.chmod(0o755)
@@ -217,8 +217,8 @@ def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not (tmp_path / "trapped").exists()
 
 
-def test_a_chunk_takes_no_more_memory_than_there_are_bytes(tmp_path: Path) -> None:
-    """Found by `make fuzz`: of a file the library allocates the 553 MB that this PNG's pixels are said to have."""
+def test_a_chunk_takes_no_more_memory_than_the_file(tmp_path: Path) -> None:
+    """A case of `make fuzz`: reading a file, PIL allocates the 553 MB of this PNG's chunk length."""
     path = tmp_path / "long.png"
     Image.new("RGB", (6, 4)).save(path)
     stored = bytearray(path.read_bytes())

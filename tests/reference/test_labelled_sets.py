@@ -1,4 +1,4 @@
-"""Labelled data sets: each loader on a small local copy with its card's columns and types, through to the examples."""
+"""Loaders of labelled data sets, on small local copies with the columns and types of the data sets' cards."""
 
 from __future__ import annotations
 
@@ -161,25 +161,25 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
-    """A parquet file where the hub's repository has it, with images as bytes inside, as the hub has them."""
+    """Write a parquet file at its path in the hub's repository, with images as bytes."""
     features = Features(FEATURES[name])
-    made = Dataset.from_list([{column: row.get(column) for column in features} for row in rows], features=features)
+    dataset = Dataset.from_list([{column: row.get(column) for column in features} for row in rows], features=features)
     path = folder / DATASETS[name].files.replace("*", "00000-of-00001")
     path.parent.mkdir(parents=True, exist_ok=True)
-    made.to_parquet(path)
+    dataset.to_parquet(path)
     return folder
 
 
 @pytest.fixture(autouse=True)
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No word to the hub, and nothing left in the user's cache."""
+    """No access to the hub, and no files in the user's cache."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Callable[[str], tuple[Path, list[Example]]]:
-    """The evaluation set of all ROWS of a data set, and its examples as the reference stage reads them."""
+def draw(tmp_path: Path) -> Callable[[str], tuple[Path, list[Example]]]:
+    """Function that returns the evaluation set of all ROWS of a data set, and its examples."""
 
     def make(name: str) -> tuple[Path, list[Example]]:
         folder = draw_set(name, len(ROWS[name]), tmp_path / "set", write(tmp_path / "copy", name, ROWS[name]))
@@ -188,8 +188,8 @@ def made(tmp_path: Path) -> Callable[[str], tuple[Path, list[Example]]]:
     return make
 
 
-def said(example: Example) -> str:
-    """Its prompt, with an image as []."""
+def prompt_of(example: Example) -> str:
+    """Return the prompt with [] for an image."""
     (turn,) = example.messages
     return "".join("[]" if part["type"] == "image" else part["text"] for part in turn["content"])
 
@@ -199,15 +199,15 @@ def test_every_loader_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_rows_become_examples_with_their_images(name: str, made: Callable) -> None:
-    """Whole and vouched for; the label itself is right by the set's own metric, and nonsense is not."""
-    folder, examples = made(name)
+def test_rows_become_examples_with_their_images(name: str, draw: Callable) -> None:
+    """With a manifest; the label is right by the set's metric, and another answer is wrong."""
+    folder, examples = draw(name)
     assert Manifest.load(folder).verify() == folder
     assert [example.id for example in examples] == [f"{name}-00000", f"{name}-00001"]
     assert {example.metric for example in examples} == {DATASETS[name].metric}
     for example in examples:
         assert score_answer(example.metric, example.answers[0], example.answers) == 1
-        assert score_answer(example.metric, "nonsense", example.answers) == 0
+        assert score_answer(example.metric, "xyzzy", example.answers) == 0
         assert example.images
         assert all(read_image(folder / image).size == (40, 30) for image in example.images)
     stored = {path.relative_to(folder).as_posix() for path in folder.glob("images/*")}
@@ -268,18 +268,18 @@ def test_rows_become_examples_with_their_images(name: str, made: Callable) -> No
         ),
     ],
 )
-def test_each_set_asks_as_the_field_does(
-    name: str, prompts: list[str], answers: list[list[str]], categories: list[str], made: Callable
+def test_prompts_are_those_of_published_evaluations(
+    name: str, prompts: list[str], answers: list[list[str]], categories: list[str], draw: Callable
 ) -> None:
-    _, examples = made(name)
-    assert [said(example) for example in examples] == prompts
+    _, examples = draw(name)
+    assert [prompt_of(example) for example in examples] == prompts
     assert [example.answers for example in examples] == answers
     assert [example.category for example in examples] == categories
 
 
-def test_a_image_that_is_asked_about_twice_is_one_file(made: Callable) -> None:
-    """DocVQA has four questions a page: the vision tower need not see it four times."""
-    folder, examples = made("docvqa")
+def test_an_image_of_two_questions_is_one_file(draw: Callable) -> None:
+    """DocVQA has four questions for each page, and its image is embedded once."""
+    folder, examples = draw("docvqa")
     assert examples[0].images == examples[1].images
     assert len(list(folder.glob("images/*"))) == 1
 
@@ -305,26 +305,24 @@ def test_the_seed_draws_and_more_samples_keep_those_of_fewer(tmp_path: Path) -> 
     assert (again / "examples.jsonl").read_bytes() == (tmp_path / "5-0" / "examples.jsonl").read_bytes()
 
 
-def test_fewer_rows_than_wanted_are_all_taken_and_that_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """MMMU's open question does not count: it is no part of the set."""
+def test_a_set_with_fewer_rows_than_samples_is_used_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """MMMU's open question does not count."""
     folder = draw_set("mmmu", 9, tmp_path / "set", write(tmp_path / "copy", "mmmu", ROWS["mmmu"]))
-    assert "mmmu has 2 rows, fewer than the 9 wanted; all are taken" in capsys.readouterr().err
+    assert "mmmu has only 2 rows for 9 samples; using all" in capsys.readouterr().err
     assert ids(folder) == {"mmmu-00000", "mmmu-00001"}
     assert Manifest.load(folder).results == {"examples": 2, "rows": 2}
 
 
-def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
+def test_a_missing_column_is_named_with_the_present_ones(tmp_path: Path) -> None:
     copy = tmp_path / "copy" / "data"
     copy.mkdir(parents=True)
     Dataset.from_dict({"query": ["?"], "label": ["1"]}).to_parquet(copy / "test-00000-of-00001.parquet")
-    with pytest.raises(EvaluationSetError, match=r"no column 'image' here; there are query, label: .*lmms-lab/ChartQA"):
+    with pytest.raises(EvaluationSetError, match=r"no column 'image', only query, label; .*lmms-lab/ChartQA"):
         draw_set("chartqa", 1, tmp_path / "set", copy.parent)
 
 
-def test_images_without_a_note_that_they_are_some_are_read(tmp_path: Path) -> None:
-    """A copy made by another tool has the bytes but not the mark of the datasets library."""
+def test_image_columns_without_the_type_of_the_library_are_read(tmp_path: Path) -> None:
+    """A copy of another tool has the bytes without the metadata of the datasets library."""
     copy = write(tmp_path / "copy", "ai2d", ROWS["ai2d"])
     (file,) = copy.glob("data/*.parquet")
     import pyarrow.parquet as pq
@@ -334,8 +332,8 @@ def test_images_without_a_note_that_they_are_some_are_read(tmp_path: Path) -> No
     assert len(ids(folder)) == 2
 
 
-def test_other_layouts_are_read_as_the_library_reads_them(tmp_path: Path) -> None:
-    """A folder whose names tell the split, and not in the place where the hub has it."""
+def test_other_layouts_of_a_folder_are_read_by_the_library(tmp_path: Path) -> None:
+    """A folder whose file names have the split, at other paths than on the hub."""
     copy = write(tmp_path / "hub", "docvqa", ROWS["docvqa"])
     (file,) = copy.glob("DocVQA/*.parquet")
     (tmp_path / "flat").mkdir()
@@ -345,26 +343,24 @@ def test_other_layouts_are_read_as_the_library_reads_them(tmp_path: Path) -> Non
         draw_set("chartqa", 2, tmp_path / "set", tmp_path / "flat")
 
 
-def test_the_hub_is_asked_for_one_split_at_one_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_files_of_one_split_and_revision_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DocVQA's other splits would be 8 GB more."""
-    copy, asked = write(tmp_path / "copy", "docvqa", ROWS["docvqa"]), []
+    copy, calls = write(tmp_path / "copy", "docvqa", ROWS["docvqa"]), []
 
     def load(kind: str, data_files: dict[str, str], split: str) -> Dataset:
-        asked.append((kind, data_files, split))
+        calls.append((kind, data_files, split))
         return Dataset.from_parquet(str(next(copy.glob("DocVQA/*.parquet"))))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     folder = draw_set("docvqa", 1, tmp_path / "set", revision="abc123")
     pattern = "hf://datasets/lmms-lab/DocVQA@abc123/DocVQA/validation-*.parquet"
-    assert asked == [("parquet", {"validation": pattern}, "validation")]
+    assert calls == [("parquet", {"validation": pattern}, "validation")]
     settings = Manifest.load(folder).settings
     assert (settings["repository"], settings["revision"], settings["seed"]) == ("lmms-lab/DocVQA", "abc123", 0)
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), OSError(), ValueError("Unknown split")])
-def test_a_hub_that_does_not_answer_is_one_sentence(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_download_gives_one_line(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
@@ -374,7 +370,7 @@ def test_a_hub_that_does_not_answer_is_one_sentence(
     assert "\n" not in str(refused.value)
 
 
-def test_local_copies_that_are_none(tmp_path: Path) -> None:
+def test_invalid_local_copies_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaluationSetError, match="there is no folder"):
         draw_set("ai2d", 1, tmp_path / "set", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -385,7 +381,7 @@ def test_local_copies_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(EvaluationSetError, match=r"cut cannot be read \(.*[Pp]arquet") as refused:
         draw_set("ai2d", 1, tmp_path / "set", tmp_path / "cut")
     assert "\n" not in str(refused.value)
-    with pytest.raises(EvaluationSetError, match="no loader for 'gqa'; there are textvqa, docvqa"):
+    with pytest.raises(EvaluationSetError, match="unknown data set 'gqa'; choose one of textvqa, docvqa"):
         draw_set("gqa", 1, tmp_path / "set")
     assert not (tmp_path / "set").exists()
 
@@ -393,10 +389,10 @@ def test_local_copies_that_are_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "spoilt", [{"image": None}, {"answer": "five"}, {"answer": None}, {"options": None}, {"answer": "7"}], ids=str
 )
-def test_a_row_that_is_not_as_its_card_says_is_named(spoilt: dict[str, Any], tmp_path: Path) -> None:
-    """And nothing of the set is left."""
+def test_an_invalid_row_is_named(spoilt: dict[str, Any], tmp_path: Path) -> None:
+    """No folder of the set remains."""
     copy = write(tmp_path / "copy", "ai2d", [ROWS["ai2d"][0] | spoilt])
-    with pytest.raises(EvaluationSetError, match=r"row 0 of ai2d is not what its card says"):
+    with pytest.raises(EvaluationSetError, match=r"row 0 of ai2d cannot be read \(.*lmms-lab/ai2d"):
         draw_set("ai2d", 1, tmp_path / "set", copy)
     assert not (tmp_path / "set").exists()
 
@@ -404,12 +400,12 @@ def test_a_row_that_is_not_as_its_card_says_is_named(spoilt: dict[str, Any], tmp
 def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "thesis.txt").write_text("years of work")
-    with pytest.raises(Hf2mnnError, match="holds files that no stage has made"):
+    with pytest.raises(Hf2mnnError, match="holds files that no stage wrote"):
         draw_set("ai2d", 1, tmp_path / "set", write(tmp_path / "copy", "ai2d", ROWS["ai2d"]))
     assert (tmp_path / "set" / "thesis.txt").read_text() == "years of work"
 
 
-def test_examples_are_plain_json(made: Callable) -> None:
-    folder, _ = made("mmbench")
+def test_examples_are_plain_json(draw: Callable) -> None:
+    folder, _ = draw("mmbench")
     first = json.loads((folder / "examples.jsonl").read_text().splitlines()[0])
     assert set(first) == {"id", "category", "language", "answer", "metric", "messages"}

@@ -1,4 +1,4 @@
-"""What is kept of the inputs of linear layers, that it is an even sample, and that what judges is refused."""
+"""Recorded inputs of linear layers: values, even sampling, and refusal of calibration on the evaluation set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hf2mnn.core.errors import EvaluationSetError, ManifestError, QuantizationEr
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.quant.layer_inputs import Activations
 from hf2mnn.reference.golden import ACTIVATIONS, Golden
-from hf2mnn.reference.record_inputs import Sample, listening
+from hf2mnn.reference.record_inputs import Sample, record_linear_inputs
 from hf2mnn.stages.calibrate import run as record_calibration
 from hf2mnn.stages.fetch import run as fetch_checkpoint
 from hf2mnn.stages.reference import run as run_reference
@@ -32,7 +32,7 @@ from support import VISION
 TEXT = SMALL | {"intermediate_size": 208}
 LAYER, BLOCK = "model.language_model.layers.1", "model.visual.blocks.0"
 MERGER = "model.visual.merger.mlp.0"
-ENOUGH = 100_000
+ALL_ROWS = 100_000
 """More rows than any set here has."""
 IMAGES = {"a.png": (84, 56), "b.png": (112, 84)}
 
@@ -67,18 +67,18 @@ def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def source(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fetch_checkpoint(tmp_path_factory.mktemp("made") / "source", checkpoint)
+    return fetch_checkpoint(tmp_path_factory.mktemp("source") / "source", checkpoint)
 
 
 @pytest.fixture(scope="module")
 def answer(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The reference stage on a set of these examples, whose images are drawn by `seed`."""
+    """Function that runs the reference stage on examples, with random images."""
 
-    def made(examples: dict[str, list], seed: int = 0) -> Path:
+    def run(examples: dict[str, list], seed: int = 0) -> Path:
         folder = tmp_path_factory.mktemp("answered")
         return run_reference(source, write_set(folder / "set", examples, seed), folder / "reference", 5, threads=1)
 
-    return made
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -88,45 +88,47 @@ def calibration(answer: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(source: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every row kept."""
+    """Calibration stage with all rows."""
     folder = tmp_path_factory.mktemp("whole") / "activations"
-    return record_calibration(source, calibration, None, folder, ENOUGH, threads=1)
+    return record_calibration(source, calibration, None, folder, ALL_ROWS, threads=1)
 
 
 @pytest.fixture(scope="module")
-def read(checkpoint: Path, calibration: Path) -> dict[str, np.ndarray]:
-    """What each linear layer reads, by plain hooks of our own, in bfloat16's values: float32 [rows, in_features]."""
+def hooked(checkpoint: Path, calibration: Path) -> dict[str, np.ndarray]:
+    """Inputs of each linear layer by independent hooks, rounded to bfloat16: float32 [rows, in_features]."""
     model = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
     kept: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             kept[name] = []
-            module.register_forward_hook(lambda _, given, __, name=name: kept[name].append(given[0].flatten(0, -2)))
+            module.register_forward_hook(lambda _, inputs, __, name=name: kept[name].append(inputs[0].flatten(0, -2)))
     golden = Golden(calibration)
     for example in golden.examples():
         ids = torch.from_numpy(np.concatenate([example.input_ids, example.answer_ids[:-1]]))[None]
-        given = {"input_ids": ids, "mm_token_type_ids": (ids == 561).int()}
+        arguments = {"input_ids": ids, "mm_token_type_ids": (ids == 561).int()}
         if example.images:
-            seen = [golden.image(name) for name in example.images]
-            given["pixel_values"] = torch.from_numpy(np.concatenate([image.pixel_values for image in seen]))
-            given["image_grid_thw"] = torch.from_numpy(np.stack([image.grid_thw for image in seen]))
+            images = [golden.image(name) for name in example.images]
+            arguments["pixel_values"] = torch.from_numpy(np.concatenate([image.pixel_values for image in images]))
+            arguments["image_grid_thw"] = torch.from_numpy(np.stack([image.grid_thw for image in images]))
         with torch.inference_mode():
-            model(**given)
+            model(**arguments)
     return {name: torch.cat(values).bfloat16().float().numpy() for name, values in kept.items()}
 
 
-def close(found: np.ndarray, wanted: np.ndarray) -> None:
-    """But for the last bit of bfloat16: another attention function may sum in another order."""
-    np.testing.assert_allclose(found, wanted, rtol=2**-7, atol=1e-5)
+def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
+    """Compare up to the last bit of bfloat16: another attention function may sum in another order."""
+    np.testing.assert_allclose(actual, expected, rtol=2**-7, atol=1e-5)
 
 
-def test_every_linear_layers_rows_are_what_a_plain_hook_sees(whole: Path, read: dict[str, np.ndarray]) -> None:
+def test_rows_of_every_linear_layer_equal_those_of_independent_hooks(
+    whole: Path, hooked: dict[str, np.ndarray]
+) -> None:
     """Text and images, prompts and answers, decoder and vision tower, in the order of the set."""
     activations = Activations(whole)
-    assert activations.modules == sorted(read)
-    assert {"lm_head", f"{LAYER}.mlp.down_proj", f"{BLOCK}.attn.qkv", MERGER} <= set(read)
-    for name, rows in read.items():
-        close(activations.rows(name), rows)
+    assert activations.modules == sorted(hooked)
+    assert {"lm_head", f"{LAYER}.mlp.down_proj", f"{BLOCK}.attn.qkv", MERGER} <= set(hooked)
+    for name, rows in hooked.items():
+        assert_close(activations.rows(name), rows)
 
 
 def test_tokens_and_patches_are_all_counted(whole: Path, calibration: Path) -> None:
@@ -137,10 +139,10 @@ def test_tokens_and_patches_are_all_counted(whole: Path, calibration: Path) -> N
     assert len(activations.rows("lm_head")) == tokens
     assert len(activations.rows(f"{BLOCK}.mlp.fc1")) == patches
     assert len(activations.rows(MERGER)) == patches // 4
-    assert Manifest.load(whole).results["most_rows_read"] == max(tokens, patches)
+    assert Manifest.load(whole).results["max_rows_per_tensor"] == max(tokens, patches)
 
 
-def test_layers_that_read_the_same_share_one_tensor(whole: Path) -> None:
+def test_layers_with_the_same_input_share_one_tensor(whole: Path) -> None:
     activations = Activations(whole)
     attention = {activations.tensor(f"{LAYER}.self_attn.{part}_proj") for part in "qkv"}
     mlp = {activations.tensor(f"{LAYER}.mlp.{part}_proj") for part in ("gate", "up")}
@@ -150,17 +152,15 @@ def test_layers_that_read_the_same_share_one_tensor(whole: Path) -> None:
     assert len(activations._file.keys()) == len({activations.tensor(name) for name in activations.modules})
 
 
-def test_of_more_rows_some_are_kept_of_text_and_of_images(
-    source: Path, calibration: Path, whole: Path, tmp_path: Path
-) -> None:
-    """As many as wanted: those whose number's multiple of the golden ratio is least, in the order of the set."""
+def test_a_sample_has_rows_of_text_and_of_images(source: Path, calibration: Path, whole: Path, tmp_path: Path) -> None:
+    """The rows whose multiple of the golden ratio, modulo 1, is smallest, in the order of the set."""
     limit = 24
-    made = Activations(record_calibration(source, calibration, None, tmp_path / "few", limit, threads=1))
+    sampled = Activations(record_calibration(source, calibration, None, tmp_path / "few", limit, threads=1))
     every = Activations(whole)
-    for name in made.modules:
+    for name in sampled.modules:
         rows = every.rows(name)
         kept = np.sort(np.argsort(np.arange(len(rows)) * (5**0.5 - 1) / 2 % 1)[:limit])
-        np.testing.assert_array_equal(made.rows(name), rows[kept])
+        np.testing.assert_array_equal(sampled.rows(name), rows[kept])
     golden = Golden(calibration)
     ids = np.concatenate([np.concatenate([e.input_ids, e.answer_ids[:-1]]) for e in golden.examples()])
     kept = np.argsort(np.arange(len(ids)) * (5**0.5 - 1) / 2 % 1)[:limit]
@@ -169,99 +169,101 @@ def test_of_more_rows_some_are_kept_of_text_and_of_images(
 
 @pytest.mark.parametrize("total", [1, 63, 64, 65, 129, 1000, 4097])
 @pytest.mark.parametrize("step", [1, 7, 500])
-def test_a_sample_is_even_whatever_the_length_and_the_pieces(total: int, step: int) -> None:
-    """Gaps of at most three lengths, none much longer than in a sample that knew the end."""
+def test_a_sample_is_even_for_any_length_and_split(total: int, step: int) -> None:
+    """Gaps have at most three lengths, none much longer than in a sample of known length."""
     limit = 64
     values, sample = torch.arange(float(total))[:, None] % 256, Sample(limit, 1)
     for begin in range(0, total, step):
         sample.add(values[begin : begin + step])
-        assert len(sample.places) <= limit
-    places = np.sort(sample.places).astype(int)
-    assert len(places) == min(limit, total)
-    assert sample.in_order()[:, 0].tolist() == (places % 256).tolist()
-    assert len(set(np.diff(places))) <= 3
-    assert np.diff([-1, *places, total]).max() <= max(1, 3 * total / limit)
+        assert len(sample.positions) <= limit
+    positions = np.sort(sample.positions).astype(int)
+    assert len(positions) == min(limit, total)
+    assert sample.in_order()[:, 0].tolist() == (positions % 256).tolist()
+    assert len(set(np.diff(positions))) <= 3
+    assert np.diff([-1, *positions, total]).max() <= max(1, 3 * total / limit)
     again = Sample(limit, 1)
     again.add(values)
-    np.testing.assert_array_equal(np.sort(again.places), np.sort(sample.places))
+    np.testing.assert_array_equal(np.sort(again.positions), np.sort(sample.positions))
 
 
-def test_listening_leaves_no_trace(checkpoint: Path) -> None:
+def test_recording_leaves_no_hooks(checkpoint: Path) -> None:
     model = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
     ids = torch.arange(5)[None] + 10
     with torch.inference_mode():
         before = model(input_ids=ids).logits
-        with listening(model, 8) as heard:
+        with record_linear_inputs(model, 8) as inputs:
             assert torch.equal(model(input_ids=ids).logits, before)
-    assert set(heard.readers) >= {"lm_head"}
+    assert set(inputs.readers) >= {"lm_head"}
     assert not any(module._forward_pre_hooks for module in model.modules())
-    with pytest.raises(ValueError, match="inside"), listening(model, 8):
+    with pytest.raises(ValueError, match="inside"), record_linear_inputs(model, 8):
         raise ValueError("inside")
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_the_same_bytes_twice(source: Path, calibration: Path, whole: Path, tmp_path: Path) -> None:
-    again = record_calibration(source, calibration, None, tmp_path / "again", ENOUGH, threads=1)
+def test_recording_is_deterministic(source: Path, calibration: Path, whole: Path, tmp_path: Path) -> None:
+    again = record_calibration(source, calibration, None, tmp_path / "again", ALL_ROWS, threads=1)
     assert (again / ACTIVATIONS).read_bytes() == (whole / ACTIVATIONS).read_bytes()
 
 
-def test_the_same_bytes_with_weights_left_in_their_file(
-    source: Path, calibration: Path, whole: Path, tmp_path: Path
-) -> None:
-    mapped = record_calibration(source, calibration, None, tmp_path / "mapped", ENOUGH, threads=1, weights="mapped")
+def test_mapped_weights_give_the_same_bytes(source: Path, calibration: Path, whole: Path, tmp_path: Path) -> None:
+    mapped = record_calibration(source, calibration, None, tmp_path / "mapped", ALL_ROWS, threads=1, weights="mapped")
     assert Manifest.load(mapped).outputs == Manifest.load(whole).outputs
-    assert [Manifest.load(made).results["weights"] for made in (mapped, whole)] == ["mapped", "resident"]
+    assert [Manifest.load(folder).results["weights"] for folder in (mapped, whole)] == ["mapped", "resident"]
 
 
-def test_manifest_says_what_it_was_made_of(
+def test_the_manifest_has_inputs_and_settings(
     source: Path, calibration: Path, answer: Callable[..., Path], tmp_path: Path
 ) -> None:
-    judge = answer({"other": user(text="And then?")})
-    made = Manifest.load(record_calibration(source, calibration, judge, tmp_path / "made", 8, threads=1))
-    assert made.stage == "activations"
-    assert made.settings == {"rows": 8, "threads": 1}
-    wanted = {"source": source, "calibration": calibration, "evaluation": judge}
-    assert made.inputs == {name: Manifest.load(folder).digest() for name, folder in wanted.items()}
-    assert made.verify() == tmp_path / "made"
+    evaluation = answer({"other": user(text="And then?")})
+    manifest = Manifest.load(
+        record_calibration(source, calibration, evaluation, tmp_path / "activations", 8, threads=1)
+    )
+    assert manifest.stage == "calibrate"
+    assert manifest.settings == {"rows": 8, "threads": 1}
+    inputs = {"checkpoint": source, "calibration": calibration, "evaluation": evaluation}
+    assert manifest.inputs == {name: Manifest.load(folder).digest() for name, folder in inputs.items()}
+    assert manifest.verify() == tmp_path / "activations"
 
 
 @pytest.mark.parametrize("shared", ["short", "two"])
-def test_an_example_of_the_evaluation_set_is_refused_by_name(
+def test_an_example_in_both_sets_is_refused_by_name(
     source: Path, calibration: Path, answer: Callable[..., Path], tmp_path: Path, shared: str
 ) -> None:
-    judge = answer({"first": user(text="And then?"), "asked": EXAMPLES[shared]})
-    with pytest.raises(EvaluationSetError, match=rf"example {shared} of .* example asked of the evaluation set"):
-        record_calibration(source, calibration, judge, tmp_path / "made", 8, threads=1)
-    assert not (tmp_path / "made").exists()
+    evaluation = answer({"first": user(text="And then?"), "evaluated": EXAMPLES[shared]})
+    with pytest.raises(EvaluationSetError, match=rf"example {shared} of .* example evaluated of the evaluation set"):
+        record_calibration(source, calibration, evaluation, tmp_path / "activations", 8, threads=1)
+    assert not (tmp_path / "activations").exists()
 
 
-def test_the_same_question_about_another_image_is_not_refused(
+def test_a_question_about_another_image_is_not_refused(
     source: Path, calibration: Path, answer: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Nor another order of the same two images."""
+    """Nor is another order of the same two images."""
     other = answer({"imaged": EXAMPLES["imaged"]}, seed=1)
-    turned = answer({"turned": user("b.png", "a.png", text="?")})
-    for number, judge in enumerate((other, turned)):
-        assert record_calibration(source, calibration, judge, tmp_path / str(number), 8, threads=1).is_dir()
+    swapped = answer({"swapped": user("b.png", "a.png", text="?")})
+    for number, evaluation in enumerate((other, swapped)):
+        assert record_calibration(source, calibration, evaluation, tmp_path / str(number), 8, threads=1).is_dir()
 
 
 def test_answers_of_another_model_are_refused(
     make_checkpoint: Callable[..., Path], calibration: Path, tmp_path: Path
 ) -> None:
     other = fetch_checkpoint(tmp_path / "checkpoint", make_checkpoint(text=TEXT, vision=VISION, seed=1))
-    with pytest.raises(ManifestError, match="was not answered by the model"):
-        record_calibration(other, calibration, None, tmp_path / "made", 8, threads=1)
+    with pytest.raises(ManifestError, match="has answers of another model"):
+        record_calibration(other, calibration, None, tmp_path / "activations", 8, threads=1)
 
 
-def test_a_layer_of_which_nothing_was_kept_is_named(source: Path, answer: Callable[..., Path], tmp_path: Path) -> None:
-    """A set without images says nothing about the vision tower."""
-    made = record_calibration(source, answer({"text": EXAMPLES["text"]}), None, tmp_path / "made", 8, threads=1)
-    activations = Activations(made)
+def test_a_layer_without_rows_is_named(source: Path, answer: Callable[..., Path], tmp_path: Path) -> None:
+    """A set without images has no rows for the vision tower."""
+    folder = record_calibration(
+        source, answer({"text": EXAMPLES["text"]}), None, tmp_path / "activations", 8, threads=1
+    )
+    activations = Activations(folder)
     assert activations.has("lm_head")
     assert not activations.has(f"{BLOCK}.attn.qkv")
-    for ask in (activations.rows, activations.second_moment):
+    for read in (activations.rows, activations.second_moment):
         with pytest.raises(QuantizationError, match=rf"no activations of {BLOCK}\.attn\.qkv"):
-            ask(f"{BLOCK}.attn.qkv")
+            read(f"{BLOCK}.attn.qkv")
 
 
 READ = """
@@ -279,12 +281,12 @@ assert "torch" not in sys.modules
 
 def run_reader(folder: Path, threads: int) -> str:
     env = {**os.environ, **{f"{name}_NUM_THREADS": str(threads) for name in ("OPENBLAS", "OMP", "MKL")}}
-    made = subprocess.run([sys.executable, "-c", READ, folder], capture_output=True, text=True, env=env, timeout=60)
-    assert made.returncode == 0, made.stderr
-    return made.stdout
+    done = subprocess.run([sys.executable, "-c", READ, folder], capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_it_is_read_without_torch(whole: Path) -> None:
+def test_rows_are_read_without_torch(whole: Path) -> None:
     assert len(run_reader(whole, 1).splitlines()) == len(Activations(whole).modules)
 
 
@@ -297,7 +299,7 @@ def write_rows(folder: Path, rows: np.ndarray) -> Activations:
 
 @pytest.fixture(scope="module")
 def wild() -> np.ndarray:
-    """Columns of very different size, a heavy tail, one that is never used."""
+    """Rows with columns of very different scale, a heavy tail, and one zero column."""
     rng = np.random.default_rng(5)
     rows = rng.standard_t(2, (3000, 300)) * np.exp(rng.uniform(-12, 12, 300))
     rows[:, 17] = 0
@@ -305,17 +307,17 @@ def wild() -> np.ndarray:
 
 
 def test_second_moment_is_the_mean_of_outer_products(wild: np.ndarray, tmp_path: Path) -> None:
-    activations = write_rows(tmp_path / "made", wild)
+    activations = write_rows(tmp_path / "activations", wild)
     rows = activations.rows("layer").astype(np.float64)
     np.testing.assert_array_equal(rows, wild.astype(ml_dtypes.bfloat16).astype(np.float64))
-    wanted, found = rows.T @ rows / len(rows), activations.second_moment("layer")
-    scale = np.sqrt(np.outer(np.diag(wanted), np.diag(wanted)))
-    assert (np.abs(found - wanted) <= 1e-6 * scale).all()
-    np.testing.assert_array_equal(found, found.T)
-    assert not found[17].any()
+    expected, moment = rows.T @ rows / len(rows), activations.second_moment("layer")
+    scale = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
+    assert (np.abs(moment - expected) <= 1e-6 * scale).all()
+    np.testing.assert_array_equal(moment, moment.T)
+    assert not moment[17].any()
 
 
 def test_second_moment_does_not_depend_on_threads(wild: np.ndarray, tmp_path: Path) -> None:
-    """A plain float32 product of the same rows does."""
-    write_rows(tmp_path / "made", wild)
-    assert run_reader(tmp_path / "made", 1) == run_reader(tmp_path / "made", 2)
+    """A plain float32 matrix product does."""
+    write_rows(tmp_path / "activations", wild)
+    assert run_reader(tmp_path / "activations", 1) == run_reader(tmp_path / "activations", 2)

@@ -1,4 +1,4 @@
-"""What is recorded inside PyTorch, and that recording it leaves no trace."""
+"""Recorded tap points of PyTorch: values, probes, and no change of the model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration
 
 from hf2mnn.reference.golden import Golden, GoldenProbe
-from hf2mnn.reference.tap_points import ROWS
-from hf2mnn.reference.tap_recorder import recorded
+from hf2mnn.reference.tap_points import MAX_ROWS
+from hf2mnn.reference.tap_recorder import record_tap_points
 from hf2mnn.stages.fetch import run as fetch_checkpoint
 from hf2mnn.stages.reference import run as run_reference
 
@@ -92,32 +92,32 @@ def implementations(model: torch.nn.Module) -> list[str]:
 
 
 def test_recording_changes_nothing_while_it_runs_or_after(model: torch.nn.Module) -> None:
-    before, was = logits(model), implementations(model)
-    with recorded(model) as points:
+    before, implementation = logits(model), implementations(model)
+    with record_tap_points(model) as points:
         during = logits(model)
         assert hooks(model) > 0
-    seen = len(points)
+    count = len(points)
     after = logits(model)
     assert torch.equal(before, during)
     assert torch.equal(before, after)
-    assert implementations(model) == was
+    assert implementations(model) == implementation
     assert hooks(model) == 0
-    assert len(points) == seen > 0
+    assert len(points) == count > 0
 
 
-def test_an_error_inside_leaves_the_model_as_it_was(model: torch.nn.Module) -> None:
-    was = implementations(model)
-    with pytest.raises(RuntimeError, match="inside"), recorded(model):
+def test_an_error_inside_restores_the_model(model: torch.nn.Module) -> None:
+    implementation = implementations(model)
+    with pytest.raises(RuntimeError, match="inside"), record_tap_points(model):
         raise RuntimeError("inside")
-    assert implementations(model) == was
+    assert implementations(model) == implementation
     assert hooks(model) == 0
 
 
-def test_a_point_is_its_modules_output(model: torch.nn.Module) -> None:
-    """Against a hook of our own, and the attention's own arithmetic: context from query, key and value."""
+def test_a_tap_point_is_the_output_of_its_module(model: torch.nn.Module) -> None:
+    """Against an independent hook, and the context computed from query, key and value."""
     kept: dict[str, torch.Tensor] = {}
     hook = model.get_submodule(NORM).register_forward_hook(lambda _, __, output: kept.update(norm=output))
-    with recorded(model) as points:
+    with record_tap_points(model) as points:
         logits(model)
     hook.remove()
     np.testing.assert_array_equal(points[NORM], kept["norm"][0].numpy())
@@ -132,33 +132,31 @@ def test_a_point_is_its_modules_output(model: torch.nn.Module) -> None:
     np.testing.assert_allclose(points[f"{ATTENTION}.context"], context, atol=1e-5)
 
 
-def test_of_many_rows_the_first_the_last_and_some_between_are_kept(model: torch.nn.Module) -> None:
-    """A real image has thousands; each row is kept whole."""
-    with recorded(model) as points:
+def test_of_many_rows_a_sample_with_the_first_and_the_last_is_stored(model: torch.nn.Module) -> None:
+    """A real image has thousands of rows; each stored row is complete."""
+    with record_tap_points(model) as points:
         whole = logits(model, tokens=300)[0].numpy()
-    assert points["lm_head"].shape == (ROWS, whole.shape[1])
+    assert points["lm_head"].shape == (MAX_ROWS, whole.shape[1])
     np.testing.assert_array_equal(points["lm_head"][0], whole[0])
     np.testing.assert_array_equal(points["lm_head"][-1], whole[-1])
-    assert points[f"{ATTENTION}.query"].shape == (ROWS, 128)
+    assert points[f"{ATTENTION}.query"].shape == (MAX_ROWS, 128)
 
 
-def test_probes_are_the_shortest_of_their_kind_with_as_few_images(probes: dict[str, GoldenProbe]) -> None:
-    """One image before two, and the first by name of two that are as long."""
+def test_probes_are_the_shortest_examples_with_the_fewest_images(probes: dict[str, GoldenProbe]) -> None:
+    """One image before two, and the first by name of two of equal length."""
     assert {kind: probe.id for kind, probe in probes.items()} == {"text": "same", "image": "imaged"}
     assert probes["image"].images == ["a.png"]
 
 
 def test_a_set_without_images_has_one_probe(checkpoint: Path, tmp_path: Path) -> None:
     source = fetch_checkpoint(tmp_path / "checkpoint", checkpoint)
-    made = run_reference(source, write_set(tmp_path / "set", ["short"]), tmp_path / "reference", 3, threads=1)
-    assert [probe.kind for probe in Golden(made).probes()] == ["text"]
+    reference = run_reference(source, write_set(tmp_path / "set", ["short"]), tmp_path / "reference", 3, threads=1)
+    assert [probe.kind for probe in Golden(reference).probes()] == ["text"]
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
-def test_a_probe_is_the_prompt_and_its_answer_read_at_once(
-    golden: Golden, probes: dict[str, GoldenProbe], kind: str
-) -> None:
-    """Its logits are those of the answer, which was decoded step by step; its last token is left out."""
+def test_a_probe_is_one_call_on_prompt_and_answer(golden: Golden, probes: dict[str, GoldenProbe], kind: str) -> None:
+    """Its logits are those of the answer that was decoded step by step; the last token is left out."""
     probe = probes[kind]
     (example,) = [example for example in golden.examples() if example.id == probe.id]
     prompt = len(example.input_ids)
@@ -167,21 +165,21 @@ def test_a_probe_is_the_prompt_and_its_answer_read_at_once(
     np.testing.assert_array_equal(probe.position_ids[:, :prompt], example.position_ids)
     after = example.position_ids.max() + 1 + np.arange(len(example.answer_ids) - 1)
     np.testing.assert_array_equal(probe.position_ids[:, prompt:], np.tile(after, (3, 1)))
-    np.testing.assert_allclose(probe.points["lm_head"][-1], example.logits[-1], atol=1e-4)
+    np.testing.assert_allclose(probe.tap_points["lm_head"][-1], example.logits[-1], atol=1e-4)
 
 
-def test_a_probes_embeddings_hold_the_image(golden: Golden, probes: dict[str, GoldenProbe]) -> None:
+def test_the_embeddings_of_a_probe_hold_the_image(golden: Golden, probes: dict[str, GoldenProbe]) -> None:
     probe = probes["image"]
-    seen = golden.image("a.png").embeds
-    np.testing.assert_allclose(probe.inputs_embeds[probe.ids == IMAGE], seen, atol=1e-5)
-    assert "model.visual.blocks.0" in probe.points
-    assert not any(point.startswith("model.visual") for point in probes["text"].points)
+    embeds = golden.image("a.png").embeds
+    np.testing.assert_allclose(probe.inputs_embeds[probe.ids == IMAGE], embeds, atol=1e-5)
+    assert "model.visual.blocks.0" in probe.tap_points
+    assert not any(point.startswith("model.visual") for point in probes["text"].tap_points)
 
 
-def test_a_probe_is_split_behind_its_last_image() -> None:
+def test_a_probe_is_split_after_its_last_image() -> None:
     def split(*ids: int) -> tuple[list[int], list[int]]:
         probe = GoldenProbe("image", "x", [], np.array(ids), np.zeros(0), np.zeros(0), {})
-        return probe.after_images(IMAGE)
+        return probe.split_after_images(IMAGE)
 
     assert split(1, 2, 3) == ([], [1, 2, 3])
     assert split(1, IMAGE, IMAGE, 2, 3) == ([1, IMAGE, IMAGE], [2, 3])

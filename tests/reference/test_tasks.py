@@ -1,4 +1,4 @@
-"""Scores of answers, against examples that the papers and their scripts work out."""
+"""Metrics of answers, on examples from the papers and their scripts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHORT = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size
 
 
 @given(metric=st.sampled_from(sorted(METRICS)), answer=SHORT, expected=st.lists(SHORT, min_size=1, max_size=11))
-def test_every_score_lies_between_0_and_1(metric: str, answer: str, expected: list[str]) -> None:
+def test_every_score_is_between_0_and_1(metric: str, answer: str, expected: list[str]) -> None:
     assert 0 <= score_answer(metric, answer, expected) <= 1
 
 
@@ -24,7 +24,7 @@ def test_the_label_itself_is_right(metric: str, label: str, others: list[str]) -
 
 
 @given(label=SHORT, annotators=st.integers(1, 12))
-def test_what_all_annotators_say_is_right(label: str, annotators: int) -> None:
+def test_the_answer_of_all_annotators_is_right(label: str, annotators: int) -> None:
     assert score_answer("vqa", label, [label] * annotators) == pytest.approx(1)
 
 
@@ -40,7 +40,7 @@ def test_exact_is_equality_but_for_white_space() -> None:
 
 @pytest.mark.parametrize(("same", "score"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
 def test_vqa_accuracy_with_ten_annotators(same: int, score: float) -> None:
-    """The means that leaving out one of ten gives: 0.3 for each who agrees, up to 1 (the table of VQA's own page)."""
+    """The mean over leaving out one of ten: 0.3 for each agreement, up to 1 (table on the page of VQA)."""
     labels = ["red"] * same + [f"other {i}" for i in range(10 - same)]
     assert score_answer("vqa", "Red.", labels) == pytest.approx(score)
 
@@ -49,7 +49,7 @@ def test_vqa_accuracy_with_ten_annotators(same: int, score: float) -> None:
     ("labels", "score"), [(["red"], 1), (["red", "red"], 1), (["red", "blue"], 0.5), (["blue"], 0)]
 )
 def test_vqa_accuracy_with_few_annotators(labels: list[str], score: float) -> None:
-    """The script's own three could never be reached with these."""
+    """With so few, the three agreements of the script are impossible."""
     assert score_answer("vqa", "red", labels) == pytest.approx(score)
 
 
@@ -156,7 +156,7 @@ def test_relaxed_accuracy_forgives_5_percent(answer: str, label: str, right: boo
         ("猫", None),
     ],
 )
-def test_letter_is_found_however_it_is_said(answer: str, letter: str | None) -> None:
-    """And none where there is none: a guess would be right one time in four."""
+def test_the_letter_of_an_answer(answer: str, letter: str | None) -> None:
+    """And no letter for an answer without one: a guess would be right one time in four."""
     assert chosen(answer) == letter
     assert score_answer("choice", answer, ["B"]) == (letter == "B")

@@ -1,4 +1,4 @@
-"""changes.md and changes.csv: an upgrade as a table."""
+"""Tests of changes.md and changes.csv."""
 
 from __future__ import annotations
 
@@ -7,64 +7,66 @@ from pathlib import Path
 
 import pandas as pd
 
-from evidence import figure_table, make_evidence, make_row, make_speed, write_reference
+from evidence import figure_table, make_evidence, make_speed, make_variant, write_reference
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.report.changes import changes_page, write_changes
+from hf2mnn.report.console import HEADS
 from hf2mnn.report.evidence import Evidence
-from hf2mnn.report.table import RowSpec, make_table
+from hf2mnn.report.table import VariantSpec, make_table
 from hf2mnn.report.versions import Versions, changed_inputs, compare_versions
 
-SPEEDS = [{"int4": make_speed(decode_tokens_per_s=(seen, seen - 1, seen + 1))} for seen in (100.0, 80.0)]
+SPEEDS = [{"int4": make_speed(decode_tokens_per_s=(median, median - 1, median + 1))} for median in (100.0, 80.0)]
 
 
 def version(folder: Path, release: str, weights: str, kld: float, fault: str | None = None) -> Evidence:
-    """One with a bundle that MNN `release` has made of `weights`."""
-    row = replace(make_row(mean_kld=kld, fault=fault), figures=figure_table(mean_kld=(kld, kld, kld)))
-    made = make_evidence([row], folder)
+    """Return evidence of a version with a bundle of MNN `release`, and a checkpoint with the sha256 `weights`."""
+    variant = replace(make_variant(mean_kld=kld, fault=fault), figures=figure_table(mean_kld=(kld, kld, kld)))
+    evidence = make_evidence([variant], folder)
     files = {"model.safetensors": {"size": 1, "sha256": weights}, "config.json": {"size": 1, "sha256": "c"}}
-    source, base = Manifest("source", outputs=files), Manifest("mnn", tools={"MNN": release, "numpy": "2"})
-    return replace(made, manifests=made.manifests | {"source": source, "base": base})
+    checkpoint, graphs = Manifest("fetch", outputs=files), Manifest("convert", tools={"MNN": release, "numpy": "2"})
+    return replace(evidence, manifests=evidence.manifests | {"checkpoint": checkpoint, "graphs": graphs})
 
 
 def both(folder: Path, fault: str | None = None) -> tuple[Versions, list[pd.DataFrame]]:
     sides = [version(folder / "m", "3.6.1", "a", 0.01), version(folder / "m+old", "3.6.0", "a", 0.2, fault)]
     for side in sides:
         write_reference(side.reference)
-    tables = [make_table(side, [RowSpec("int4", True, {"mean_kld": 0.1})]) for side in sides]
+    tables = [make_table(side, [VariantSpec("int4", True, {"mean_kld": 0.1})]) for side in sides]
     return compare_versions(*sides, speeds=SPEEDS), tables
 
 
-def test_what_two_versions_were_made_of_is_told(tmp_path: Path) -> None:
-    """Without it, a table of differences does not say what it is about."""
-    one, other = version(tmp_path, "3.6.1", "a", 0.1), version(tmp_path, "3.6.0", "b", 0.1)
-    assert changed_inputs(one, one) == ["tools: the same", "checkpoint: the same"]
-    assert changed_inputs(one, other) == [
+def test_changed_tools_and_files_are_listed(tmp_path: Path) -> None:
+    before, after = version(tmp_path, "3.6.1", "a", 0.1), version(tmp_path, "3.6.0", "b", 0.1)
+    assert changed_inputs(before, before) == ["tools: no change", "checkpoint: no change"]
+    assert changed_inputs(before, after) == [
         "tools: MNN 3.6.1 to 3.6.0",
-        "checkpoint: other files: model.safetensors",
+        "checkpoint: changed files: model.safetensors",
     ]
 
 
-def test_a_page_begins_with_verdicts_and_figures_side_by_side(tmp_path: Path) -> None:
-    """What is the same stands there once; the speeds are those that were timed in turns, whatever the tables say."""
+def test_page_begins_with_verdicts_and_figures_side_by_side(tmp_path: Path) -> None:
+    """Equal cells are not repeated; the speeds are those of interleaved runs, not those of the summaries."""
     versions, tables = both(tmp_path)
     page = changes_page(versions, [table.assign(decode_tokens_per_s=5.0) for table in tables], SPEEDS)
     (row,) = [line for line in page.splitlines() if line.startswith("| int4 ") and "pass" in line]
     cells = [text.strip() for text in row.strip("|").split("|")]
-    assert cells[0] == "int4" and cells[-1] == "pass → FAIL" and cells[2] == "0.01 → 0.2" and cells[-2] == "100 → 80"
-    assert "- tools: MNN 3.6.1 to 3.6.0\n- checkpoint: the same\n" in page
-    assert "- pytorch: every layer is the same\n" in page
+    columns = dict(zip(HEADS, cells, strict=True))
+    assert (columns["variant"], columns["verdict"]) == ("int4", "pass → FAIL")
+    assert (columns["mean_kld"], columns["decode_tokens_per_s"]) == ("0.01 → 0.2", "100 → 80")
+    assert "- tools: MNN 3.6.1 to 3.6.0\n- checkpoint: no change\n" in page
+    assert "- pytorch: no layer changed\n" in page
     lines = [line for line in page.splitlines() if line.startswith("|")]
-    assert {len(line) for line in lines[: len(lines) - 4]} == {len(lines[0])}, "padded, to be read in a terminal"
+    assert {len(line) for line in lines[: len(lines) - 4]} == {len(lines[0])}, "padded for terminals"
 
 
-def test_a_bundle_that_does_not_run_any_more_is_on_the_page(tmp_path: Path) -> None:
+def test_bundle_that_does_not_run_any_more_is_on_the_page(tmp_path: Path) -> None:
     versions, tables = both(tmp_path, fault="it crashed")
     page = changes_page(versions, tables, [{}, {}])
     assert "pass → FAIL" in page and "- int4: does not run any more: it crashed\n" in page
     assert "100" not in page.split("## ")[0].split("int4")[1], "nothing was timed"
 
 
-def test_the_table_has_a_row_for_each_change(tmp_path: Path) -> None:
+def test_table_has_a_row_for_each_change(tmp_path: Path) -> None:
     write_changes(tmp_path, *both(tmp_path), SPEEDS)
     frame = pd.read_csv(tmp_path / "changes.csv")
     assert list(frame.columns) == ["variant", "figure", "before", "after", "change"]
@@ -74,9 +76,9 @@ def test_the_table_has_a_row_for_each_change(tmp_path: Path) -> None:
     ]
 
 
-def test_two_versions_that_are_the_same_say_nothing(tmp_path: Path) -> None:
+def test_equal_versions_have_no_changes(tmp_path: Path) -> None:
     side = version(tmp_path / "m", "3.6.1", "a", 0.01)
     write_reference(side.reference)
-    table = make_table(side, [RowSpec("int4", True, {})])
+    table = make_table(side, [VariantSpec("int4", True, {})])
     page = changes_page(compare_versions(side, side), [table, table], [{}, {}])
-    assert "\nNothing.\n" in page and "→" not in page
+    assert "\nNone.\n" in page and "→" not in page

@@ -1,4 +1,4 @@
-"""The comparison in a terminal, and in the log of a batch system, where nothing may be cut."""
+"""Tests of terminal output, which must not be cut in the logs of batch systems."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evidence import POINTS, layer_table, make_evidence, make_row, make_speed
-from hf2mnn.report.console import cell, print_layers, print_table, print_versions, readable_size
-from hf2mnn.report.table import RowSpec, make_table
+from evidence import POINTS, layer_table, make_evidence, make_speed, make_variant
+from hf2mnn.figures import readable_size
+from hf2mnn.report.console import cell, print_layers, print_table, print_versions
+from hf2mnn.report.table import VariantSpec, make_table
 from hf2mnn.report.versions import COLUMNS, Versions
 
 LONG = "int4-hqq-block32-vision-int8-symmetric"
 
 
-def printed(show: Callable[..., None], what: Any) -> str:
-    """What is printed where it is no terminal: no colours, no line too wide, no cell cut."""
+def printed(function: Callable[..., None], content: Any) -> str:
+    """Return what a function prints to a file: no colours, no line over 120 characters, no cell cut."""
     file = io.StringIO()
-    show(what, file)
+    function(content, file)
     text = file.getvalue()
     assert max(len(line) for line in text.splitlines()) <= 120
     assert "\x1b" not in text
@@ -30,40 +31,40 @@ def printed(show: Callable[..., None], what: Any) -> str:
     return text
 
 
-def words(text: str) -> str:
-    """In one line, for sentences that go on in the next."""
+def joined(text: str) -> str:
+    """Join wrapped lines."""
     return " ".join(text.split())
 
 
 def table(name: str = "int4", gate: float = 0.01, findings: tuple[str, ...] = ()) -> pd.DataFrame:
-    rows = [make_row("onnxruntime", mean_kld=7.5e-14), make_row(name, findings)]
-    evidence = make_evidence(rows, speed={name: make_speed(decode_tokens_per_s=(12345.6, 1.0, 1.0))})
-    return make_table(evidence, [RowSpec("onnxruntime", True, {}), RowSpec(name, True, {"mean_kld": gate})])
+    variants = [make_variant("onnxruntime", mean_kld=7.5e-14), make_variant(name, findings)]
+    evidence = make_evidence(variants, speed={name: make_speed(decode_tokens_per_s=(12345.6, 1.0, 1.0))})
+    return make_table(evidence, [VariantSpec("onnxruntime", True, {}), VariantSpec(name, True, {"mean_kld": gate})])
 
 
 @pytest.mark.parametrize("name", ["int4", LONG])
-def test_every_figure_is_there_however_long_the_name(name: str) -> None:
+def test_all_figures_are_printed_for_any_length_of_name(name: str) -> None:
     text = printed(print_table, table(name))
     for word in ("pytorch", "onnxruntime", "95.0 %", "7.5e-14", "0.99000", "4.5 MB", "12346", "reference", "FAIL"):
         assert word in text
     assert f"  {name}: mean_kld 0.1, at most 0.01 wanted\n" in text
 
 
-def test_causes_are_shown_of_rows_that_fail_and_of_those_that_pass() -> None:
-    causes = ("model.language_model.layers.2.self_attn.q_proj (linear layer): it reads the weights of layers.1 [sic]",)
+def test_causes_are_printed_whether_a_variant_passes_or_not() -> None:
+    causes = ("model.language_model.layers.2.self_attn.q_proj (linear layer): it has the weights of layers.1 [sic]",)
     for gate, reason in ((0.01, True), (1.0, False)):
-        text = words(printed(print_table, table(gate=gate, findings=causes)))
+        text = joined(printed(print_table, table(gate=gate, findings=causes)))
         assert f"int4, cause: {causes[0]}" in text
         assert ("at most 0.01 wanted" in text) == reason
 
 
-def test_models_have_a_table_each() -> None:
+def test_each_model_has_its_own_table() -> None:
     text = printed(print_table, pd.concat([table(), table().assign(model="007")]))
-    assert [line.split(":")[0] for line in text.splitlines() if "against PyTorch fp32" in line] == ["m", "007"]
+    assert [line.split(":")[0] for line in text.splitlines() if "compared with PyTorch" in line] == ["m", "007"]
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "shown"),
+    ("column", "value", "text"),
     [
         ("top1_agreement", 0.9995, "100.0 %"),
         ("task_accuracy", 0.0, "0.0 %"),
@@ -80,16 +81,16 @@ def test_models_have_a_table_each() -> None:
         ("verdict", "FAIL", "FAIL"),
     ],
 )
-def test_a_cell_has_the_digits_that_mean_something(column: str, value: object, shown: str) -> None:
-    assert cell(column, value) == shown
+def test_cells_have_significant_digits(column: str, value: object, text: str) -> None:
+    assert cell(column, value) == text
 
 
 @pytest.mark.parametrize(
-    ("size", "shown"),
+    ("size", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (4_515_196, "4.5 MB"), (4_400_000_000, "4.40 GB")],
 )
-def test_sizes(size: int, shown: str) -> None:
-    assert readable_size(size) == shown
+def test_sizes(size: int, text: str) -> None:
+    assert readable_size(size) == text
 
 
 DEEP = [
@@ -100,57 +101,56 @@ DEEP = [
 ]
 
 
-def test_layers_fit_with_every_figure() -> None:
-    """The names of a real model are longer than the demo's."""
+def test_layers_of_a_real_model_fit() -> None:
     layers = layer_table({"lm_head": 0.0654}, DEEP).assign(operator="rotary position embedding")
-    text = printed(print_layers, make_evidence([replace(make_row(), layers=layers)]))
+    text = printed(print_layers, make_evidence([replace(make_variant(), layers=layers)]))
     for word in ("blocks.31.attn.context", "post_attention_layernorm", "6.5e-02", "2.0e-02", "0.99980", "1.0e-01"):
         assert word in text
-    assert "int4: every operator stays within its tolerance" in text
+    assert "int4: all operators are within tolerance" in text
 
 
 @pytest.mark.parametrize(
-    ("wrong", "first"),
+    ("errors", "first"),
     [({POINTS[2]: 0.5, "lm_head": 0.9}, POINTS[2]), ({"lm_head": 0.9, POINTS[0]: 0.2}, POINTS[0])],
-    ids=["decoder", "vision comes first"],
+    ids=["decoder", "vision tower before decoder"],
 )
-def test_the_first_point_out_of_tolerance_is_named(wrong: dict[str, float], first: str) -> None:
-    text = words(printed(print_layers, make_evidence([replace(make_row(), layers=layer_table(wrong))])))
-    said = f"int4: the first to leave tolerance is {first} (linear layer): off by {wrong[first]:.2g} of its size"
-    assert said in text
+def test_first_operator_out_of_tolerance_is_printed(errors: dict[str, float], first: str) -> None:
+    evidence = make_evidence([replace(make_variant(), layers=layer_table(errors))])
+    line = f"int4: first out of tolerance: {first} (linear layer): relative error {errors[first]:.2g}"
+    assert line in joined(printed(print_layers, evidence))
 
 
-def test_what_the_first_point_looks_like_is_told_with_it() -> None:
-    layers = layer_table({"lm_head": 0.9}).assign(looks="it is all zero")
-    text = printed(print_layers, make_evidence([replace(make_row(), layers=layers)]))
-    assert "int4: the first to leave tolerance is lm_head (linear layer): it is all zero\n" in text
+def test_detail_of_the_first_operator_out_of_tolerance_is_printed() -> None:
+    layers = layer_table({"lm_head": 0.9}).assign(detail="all zero")
+    text = printed(print_layers, make_evidence([replace(make_variant(), layers=layers)]))
+    assert "int4: first out of tolerance: lm_head (linear layer): all zero\n" in text
 
 
-def test_rows_without_a_diagnosis_have_no_layers() -> None:
-    text = printed(print_layers, make_evidence([make_row("onnxruntime", diagnosed=False)]))
+def test_variants_without_a_diagnosis_have_no_layers() -> None:
+    text = printed(print_layers, make_evidence([make_variant("onnxruntime", diagnosed=False)]))
     assert "onnxruntime" not in text
 
 
 def versions(*changes: tuple) -> Versions:
-    only = {"results/a": [], "results/b": ["int3", "int2"]}
-    frame = pd.DataFrame(changes, columns=COLUMNS)
-    return Versions("results/a", "results/b", frame, ["pytorch: every layer is the same"], only, [])
+    return Versions(
+        before="results/a",
+        after="results/b",
+        changes=pd.DataFrame(changes, columns=COLUMNS),
+        changed_inputs=["tools: no change"],
+        messages=["pytorch: no layer changed"],
+        only={"results/a": [], "results/b": ["int3", "int2"]},
+    )
 
 
-def test_changes_between_versions_are_listed() -> None:
+def test_changes_between_versions_are_printed() -> None:
     text = printed(print_versions, versions((LONG, "rms_probability_change", 0.1, 0.2, "worse")))
     row = next(line for line in text.splitlines() if LONG in line)
-    assert [part.strip() for part in row.strip("│").split("│")] == [
-        LONG,
-        "rms_probability_change",
-        "0.1",
-        "0.2",
-        "worse",
-    ]
-    assert "pytorch: every layer is the same\n" in text
+    cells = [part.strip() for part in row.strip("│").split("│")]
+    assert cells == [LONG, "rms_probability_change", "0.1", "0.2", "worse"]
+    assert "tools: no change\npytorch: no layer changed\n" in text
     assert "only in results/b: int3, int2\n" in text and "only in results/a" not in text
 
 
-def test_no_change_between_versions_is_said_so() -> None:
+def test_versions_without_changes() -> None:
     text = printed(print_versions, versions())
-    assert "From results/a to results/b: what changed beyond its uncertainty: nothing\n" in text
+    assert "Changes beyond uncertainty, results/a to results/b: none\n" in text

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.mnn.bundle import EngineSettings
-from hf2mnn.mnn.convert import WeightFormat
+from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.variant import Choice
 from hf2mnn.stages.quantize import run as quantize
 from support import BIN
@@ -39,7 +39,7 @@ def test_another_directory_user_and_machine_make_the_same_bundle(
         words = ["sh", "-c", 'umask 077; exec "$@"', "sh", BIN / "hf2mnn", *arguments]
         done = subprocess.run(words, cwd=home, env={**os.environ, **other}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert described(home / "base") == described(bundle.with_name("float-base"))
+    assert described(home / "base") == described(bundle.with_name("float-graphs"))
     assert described(home / "made") == described(bundle)
     assert not list((home / "tmp").iterdir())
 
@@ -53,6 +53,6 @@ def test_a_bundle_alone_says_which_checkpoint_it_is_of(bundle: Path, checkpoint_
 def test_one_thread_and_four_round_alike(bundle: Path, onnx_folder: Path, tmp_path: Path) -> None:
     form = WeightFormat(4, 32, method="mse")
     choice = Choice(form, form, EngineSettings())
-    base = bundle.with_name("float-base")
+    base = bundle.with_name("float-graphs")
     made = [quantize(onnx_folder, base, tmp_path / str(threads), choice, threads) for threads in (1, 4)]
     assert described(made[0]) == described(made[1])

@@ -1,4 +1,4 @@
-"""A labelled data set named in config.yaml: drawn by a rule of its own, before PyTorch answers it."""
+"""Labelled data sets in config.yaml: drawn before PyTorch answers them, and drawn again after a change only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FEATURES = Features(
 )
 
 
-def said(workspace: Workspace, *arguments: str) -> str:
+def output(workspace: Workspace, *arguments: str) -> str:
     done = workspace.snakemake(*arguments)
     return done.stdout + done.stderr
 
@@ -36,29 +36,30 @@ def labelled(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace
     return workspace
 
 
-def test_set_is_drawn_and_drawn_again_only_where_something_changed(labelled: Workspace) -> None:
+def test_set_is_drawn_again_after_a_change_only(labelled: Workspace) -> None:
     target = "results/shapes-vl/examples/evaluation"
-    said(labelled, target)
+    output(labelled, target)
     folder = labelled.folder / target
     assert [example.answers for example in read_examples(folder)] == [["B"]] * 3
-    assert "Nothing to be done" in said(labelled, "-n", target)
-    planned = said(labelled, "-n", "results/shapes-vl/reference")
+    assert "Nothing to be done" in output(labelled, "-n", target)
+    planned = output(labelled, "-n", "results/shapes-vl/reference/evaluation")
     assert "rule run_reference" in planned and "rule collect_examples" not in planned
     labelled.config("samples: 3", "samples: 4")
-    assert "rule collect_examples" in said(labelled, "-n", target)
+    assert "rule collect_examples" in output(labelled, "-n", target)
 
 
-def test_copy_that_is_not_there_ends_in_one_sentence(labelled: Workspace) -> None:
+def test_missing_local_copy_gives_one_message(labelled: Workspace) -> None:
     shutil.rmtree(labelled.folder / "my sets")
     done = labelled.snakemake("results/shapes-vl/examples/evaluation")
     assert done.returncode != 0
-    assert "hf2mnn: there is no folder my sets" in done.stdout + done.stderr
+    assert "error: there is no folder my sets" in done.stdout + done.stderr
 
 
-def test_model_with_a_set_of_its_own_has_that_copied(workspace: Workspace) -> None:
-    planned = said(workspace, "-n", "results/shapes-vl/examples/evaluation")
-    assert "rule copy_set" in planned and "collect_examples" not in planned
+def test_user_provided_set_is_copied(workspace: Workspace) -> None:
+    planned = output(workspace, "-n", "-p", "results/shapes-vl/examples/evaluation")
+    assert "hf2mnn examples --path models/shapes-vl/evaluation --out" in planned
 
 
-def test_calibration_set_is_a_persons_own_beside_a_labelled_one(labelled: Workspace) -> None:
-    assert "rule copy_set" in said(labelled, "-n", "results/shapes-vl/examples/calibration")
+def test_calibration_set_is_user_provided_beside_a_labelled_one(labelled: Workspace) -> None:
+    planned = output(labelled, "-n", "-p", "results/shapes-vl/examples/calibration")
+    assert "hf2mnn examples --path models/shapes-vl/calibration --out" in planned

@@ -1,4 +1,4 @@
-"""What config.yaml says of a source becomes the options of `hf2mnn source`, word for word."""
+"""Keys of `source` in config.yaml become options of `hf2mnn fetch`, word for word."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOURCES = {
         "{hub: modelscope, repository: owner/name, files: 'a folder; ls'}",
         ["--hub", "modelscope", "--repository", "owner/name", "--files", "a folder; ls"],
     ),
-    "pin": ("{pin: 'a pin.json', files: by-hand}", ["--pin", "a pin.json", "--files", "by-hand"]),
+    "pin": ("{pin: 'a pin.json', files: mine}", ["--pin", "a pin.json", "--files", "mine"]),
     "adapter": (
         "{path: models/shapes-vl, adapter: 'my adapter'}",
         ["--path", "models/shapes-vl", "--adapter", "my adapter"],
@@ -37,21 +37,21 @@ SOURCES = {
 
 
 def planned(workspace: Workspace, source: str) -> list[str]:
-    """The options but for --out of the source stage that a run would start."""
+    """Return the options, except --out, of the fetch command that a run would start."""
     workspace.config("source: {path: models/shapes-vl}", f"source: {source}")
-    said = workspace.snakemake("-n", "-p", "results/shapes-vl/checkpoint", check=True).stdout
-    return shlex.split(re.search(r"hf2mnn source (.*?) --out ", said)[1])
+    planned_jobs = workspace.snakemake("-n", "-p", "results/shapes-vl/checkpoint", check=True).stdout
+    return shlex.split(re.search(r"hf2mnn fetch (.*?) --out ", planned_jobs)[1])
 
 
 @pytest.mark.parametrize("kind", SOURCES)
 def test_options_are_those_of_the_config(kind: str, workspace: Workspace) -> None:
     source, wanted = SOURCES[kind]
     (workspace.folder / "a pin.json").write_text("{}")
-    found = planned(workspace, source)
-    assert dict(zip(found[::2], found[1::2], strict=True)) == dict(zip(wanted[::2], wanted[1::2], strict=True))
+    options = planned(workspace, source)
+    assert dict(zip(options[::2], options[1::2], strict=True)) == dict(zip(wanted[::2], wanted[1::2], strict=True))
 
 
-def test_pin_that_is_not_there_is_said_before_anything_runs(workspace: Workspace) -> None:
+def test_missing_pin_is_reported_before_any_job(workspace: Workspace) -> None:
     workspace.config("source: {path: models/shapes-vl}", "source: {pin: nowhere.json}")
     done = workspace.snakemake("-n", "results/shapes-vl/checkpoint")
     assert done.returncode
@@ -59,19 +59,19 @@ def test_pin_that_is_not_there_is_said_before_anything_runs(workspace: Workspace
 
 
 def test_changed_pin_is_noticed(workspace: Workspace) -> None:
-    """It is an input, so that another commit in it makes the stage run again."""
+    """The pin is an input, so another commit in it repeats the stage."""
     (workspace.folder / "pin.json").write_text(json.dumps({}))
     workspace.config("source: {path: models/shapes-vl}", "source: {pin: pin.json}")
-    said = workspace.snakemake("-n", "results/shapes-vl/checkpoint", check=True).stdout
-    assert re.search(r"input: .*pin\.json", said)
+    planned_jobs = workspace.snakemake("-n", "results/shapes-vl/checkpoint", check=True).stdout
+    assert re.search(r"input: .*pin\.json", planned_jobs)
 
 
 def test_changed_adapter_is_noticed(workspace: Workspace) -> None:
-    """Its two files are inputs; what else PEFT has saved there is none."""
+    """The two files of an adapter are inputs; other files of PEFT are not."""
     (workspace.folder / "mine").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
         (workspace.folder / "mine" / name).touch()
     workspace.config("source: {path: models/shapes-vl}", "source: {path: models/shapes-vl, adapter: mine}")
-    said = workspace.snakemake("-n", "results/shapes-vl/checkpoint", check=True).stdout
-    assert re.search(r"input: .*mine/adapter_config\.json, mine/adapter_model\.safetensors", said)
-    assert "mine/README.md" not in said
+    planned_jobs = workspace.snakemake("-n", "results/shapes-vl/checkpoint", check=True).stdout
+    assert re.search(r"input: .*mine/adapter_config\.json, mine/adapter_model\.safetensors", planned_jobs)
+    assert "mine/README.md" not in planned_jobs

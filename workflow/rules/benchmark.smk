@@ -15,7 +15,7 @@ rule benchmark_variants:
         "benchmarks/benchmark_variants/{model}.tsv"
     conda:
         "../../envs/mnn.yaml"
-    threads: CORES or CONFIG.speed.threads or CONFIG.threads
+    threads: CORES or CONFIG.benchmark.threads or CONFIG.threads
     resources:
         mem_mb=memory("benchmark"),
         runtime=runtime("benchmark"),
@@ -25,5 +25,5 @@ rule benchmark_variants:
         fingerprint=stage_fingerprint("benchmark"),
     shell:
         "logged {log:q} {input.toolchain:q} hf2mnn benchmark {params.options}"
-        f" --threads {CONFIG.speed.threads or '{threads}'}"
+        f" --threads {CONFIG.benchmark.threads or '{threads}'}"
         " --time-limit {params.time_limit} --out {output:q}"

@@ -8,16 +8,16 @@ from snakemake.logging import logger
 from hf2mnn.checkpoint.size import model_size
 from hf2mnn.cli import arguments
 from hf2mnn.cli.run_messages import print_needs, print_outcome
-from hf2mnn.config.schema import parse_config
+from hf2mnn.config.load import parse_config
 from hf2mnn.core.errors import Hf2mnnError
 from hf2mnn.core.fingerprint import fingerprint
-from hf2mnn.core.verify import damaged_below, refuse_former_layout
+from hf2mnn.core.verify import damaged_stages, refuse_former_layout
 from hf2mnn.stages import stage_named
 
 STORAGE = workflow.storage_settings
 # Cores of a run on this machine; a scheduler's job has its own number, which says nothing of the run.
 CORES = None if workflow.remote_exec else workflow.resource_settings.cores
-# MB of the two Snakemake processes that a scheduler's job holds beside its stage.
+# The two Snakemake processes of a scheduler's job.
 SNAKEMAKE_MB = 400 if workflow.non_local_exec else 0
 
 try:
@@ -30,7 +30,7 @@ if CONFIG.toolchains and STORAGE.default_storage_provider:
     raise WorkflowError("object storage does not keep toolchains, which are environments (docs/cluster.md)")
 
 if workflow.is_main_process:
-    for message in damaged_below(Path("results")):
+    for message in damaged_stages(Path("results")):
         logger.warning(message)
 
 
@@ -76,14 +76,15 @@ def example_inputs(wildcards):
 
 def quantize_inputs(wildcards):
     """Return the inputs of a variant's methods by name."""
-    found = arguments.quantize_inputs(CONFIG, wildcards.variant)
-    folders = {name: f"results/{wildcards.model}/{folder}" for name, folder in found.items()}
+    needed = arguments.quantize_inputs(CONFIG, wildcards.variant)
+    folders = {name: f"results/{wildcards.model}/{folder}" for name, folder in needed.items()}
     plan = CONFIG.variants[wildcards.variant].plan
     return folders | ({"plan": local(plan)} if plan else {})
 
 
 def quantize_options(wildcards, input):
-    return arguments.quantize_options(CONFIG, wildcards.variant, {name: input[name] for name in quantize_inputs(wildcards)})
+    inputs = {name: input[name] for name in quantize_inputs(wildcards)}
+    return arguments.quantize_options(CONFIG, wildcards.variant, inputs)
 
 
 def bundle_of(wildcards):
@@ -103,17 +104,14 @@ def benchmark_options(wildcards, input):
     return arguments.benchmark_options(CONFIG, wildcards.model, input.bundles)
 
 
-def row_settings(wildcards):
-    return arguments.row_settings(CONFIG, wildcards.model)
+def report_variants(wildcards):
+    return arguments.report_variants(CONFIG, wildcards.model)
 
 
-def evidence(model):
+def evidence(wildcards, model=None):
     """Return all folders that a model's report reads."""
+    model = model or wildcards.model
     return [f"results/{model}/{folder}" for folder in arguments.evidence(CONFIG, model)]
-
-
-def own_evidence(wildcards):
-    return evidence(wildcards.model)
 
 
 def toolchain_option(wildcards, input):
@@ -124,7 +122,7 @@ def both_versions(wildcards):
     """Return the finished tables of an instance and of the one before it, and the folders that they were made from."""
     after, before = wildcards.model, CONFIG.models[wildcards.model].before
     tables = {"before": f"results/{before}/summary.csv", "after": f"results/{after}/summary.csv"}
-    return {**tables, "evidence": [*evidence(before), *evidence(after)]}
+    return {**tables, "evidence": [*evidence(wildcards, before), *evidence(wildcards)]}
 
 
 def stage_fingerprint(stage):
@@ -132,28 +130,22 @@ def stage_fingerprint(stage):
     return lambda wildcards: fingerprint(stage_named(stage), CONFIG.toolchain_of(wildcards.model).release)
 
 
-def footprint(stage, wildcards):
-    """Return the footprint of a stage and the number of weights of the model; a typical one until a hub's is fetched."""
-    source = CONFIG.models[wildcards.model].source
-    size = model_size(source.path or f"results/{wildcards.model}/checkpoint", source.pin)
-    return stage_named(stage).footprint_of(wildcards.get("variant")), size.weights
+def requested(stage, figure, extra=0):
+    """Return a resource of a stage as a function of wildcards; it grows with each attempt."""
+
+    def of(wildcards, attempt):
+        source = CONFIG.models[wildcards.model].source
+        # A hub's model has a typical size until it is fetched.
+        size = model_size(source.path or f"results/{wildcards.model}/checkpoint", source.pin)
+        footprint = stage_named(stage).footprint_of(wildcards.get("variant"))
+        return attempt * (getattr(footprint, figure)(size.weights) + extra)
+
+    return of
 
 
 def memory(stage):
-    """Return mem_mb of a stage as a function of wildcards; it grows with each attempt."""
-
-    def of(wildcards, attempt):
-        needed, weights = footprint(stage, wildcards)
-        return attempt * (needed.memory_mb(weights) + SNAKEMAKE_MB)
-
-    return of
+    return requested(stage, "memory_mb", SNAKEMAKE_MB)
 
 
 def runtime(stage):
-    """Return the minutes after which a scheduler may stop a stage, as a function of wildcards."""
-
-    def of(wildcards, attempt):
-        needed, weights = footprint(stage, wildcards)
-        return attempt * needed.runtime_min(weights)
-
-    return of
+    return requested(stage, "runtime_min")

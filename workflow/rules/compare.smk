@@ -18,7 +18,7 @@ rule compare_versions:
         model=names(name for name, model in CONFIG.models.items() if model.before),
     conda:
         "../../envs/mnn.yaml"
-    threads: CORES or CONFIG.speed.threads or CONFIG.threads
+    threads: CORES or CONFIG.benchmark.threads or CONFIG.threads
     resources:
         mem_mb=memory("compare"),
         runtime=runtime("compare"),

@@ -5,7 +5,7 @@ rule report_model:
     Output: summary and figures as csv and parquet, report.html
     """
     input:
-        own_evidence,
+        evidence,
     output:
         "results/{model}/summary.parquet",
         "results/{model}/figures.parquet",
@@ -23,8 +23,8 @@ rule report_model:
         mem_mb=memory("report"),
         runtime=runtime("report"),
     params:
-        rows=row_settings,
+        variants=report_variants,
         folder=subpath(output.table, parent=True),
         fingerprint=fingerprint(stage_named("report")),
     shell:
-        "logged {log:q} hf2mnn report {wildcards.model:q} {params.folder:q} --rows {params.rows:q}"
+        "logged {log:q} hf2mnn report {wildcards.model:q} {params.folder:q} --variants {params.variants:q}"

@@ -1,4 +1,4 @@
-"""The tokenizer of shapes-vl: Qwen2's byte-level BPE (same pre-tokenizer and special tokens), trained on this world."""
+"""Tokenizer of shapes-vl: byte-level BPE with the pre-tokenizer and special tokens of Qwen2, trained on its data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPECIAL_TOKENS = [
     "<|video_pad|>",
 ]
 
-# How Qwen2 splits text before the byte-pair merges: contractions, words, single digits, punctuation, white space.
+# Pre-tokenizer of Qwen2: contractions, words, single digits, punctuation, white space.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -58,28 +58,28 @@ CHAT_TEMPLATE = """\
 """
 
 
-# Chinese has no spaces, so merges would run over whole phrases; a word is what a colour, a shape or a place is.
+# Chinese has no spaces, so merges would cover whole phrases; these are the words to keep apart.
 WORDS = [zh for zh, _ in world.COLOURS.values()] + [*world.SHAPES.values(), *world.PLACES.values(), "数字", "东西"]
 WORD = re.compile(f"({'|'.join(WORDS)})")
 
 
-def corpus(seed: int, pictures: int = 4000) -> Iterator[str]:
+def corpus(seed: int, images: int = 4000) -> Iterator[str]:
     rng = random.Random(seed)
-    for _ in range(pictures):
+    for _ in range(images):
         scene = world.draw_scene(rng)
         for category in world.ASK:
             question = world.ask(scene, category, rng.choice(["en", "zh"]), rng)
             if question:
                 yield from WORD.split(question.text)
                 yield from WORD.split(question.answer)
-    for _ in range(pictures):
+    for _ in range(images):
         yield "system\nYou are a helpful assistant."
         yield "user\n"
         yield "assistant\n"
 
 
 def train_tokenizer(seed: int, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with at most `vocab_size` ids, special tokens last, as in Qwen2-VL."""
+    """Train a tokenizer with at most `vocab_size` ids, special tokens last, as in Qwen2-VL."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,10 +1,10 @@
-"""Train shapes-vl from nothing and write it as a checkpoint that transformers loads.
+"""Train shapes-vl from scratch and save it as a checkpoint of transformers.
 
     python models/shapes-vl/training/train.py --out models/shapes-vl
 
-Two things make so small a model learn to see on a CPU within the hour (see the card for what was measured):
-weights start at fan-in scale, and while it trains, three linear heads on the vision tower's output must say, for
-each merged patch, in which cell it lies and what colour and kind of thing that cell holds. The heads are not kept.
+Two methods let so small a model learn image understanding on a CPU within an hour (measurements are in the model card).
+Weights are initialized by fan-in. During training, three linear heads on the vision tower's output predict the cell of
+each merged patch, and the colour and kind of the thing in that cell. The heads are not saved.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def build_config(tokenizer) -> Qwen2VLConfig:
 
 
 def initialize(model: nn.Module) -> None:
-    """Fan-in scale for every matrix: with transformers' fixed 0.02 a model this narrow stays blind."""
+    """Initialize matrices by fan-in: with transformers' fixed 0.02, a model this narrow ignores images."""
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name or "lm_head" in name:
             nn.init.normal_(parameter, std=0.05)
@@ -91,7 +91,7 @@ class Probes(nn.Module):
 
 
 def probe_targets(scene: world.Scene) -> list[list[int]]:
-    """[merged patches, 3]; patches that straddle two cells are left out."""
+    """Return targets [merged patches, 3]; patches across two cells are ignored."""
     columns, rows = scene.size[0] // 28, scene.size[1] // 28
     targets = []
     for row in range(rows):
@@ -118,7 +118,7 @@ class Batch:
 
 
 class Teacher:
-    """Makes batches: one picture size a batch, several questions a picture as turns of one conversation."""
+    """Builder of batches of one image size; several questions about an image are turns of a conversation."""
 
     def __init__(self, tokenizer, processor: Qwen2VLImageProcessorPil, seed: int) -> None:
         self.tokenizer, self.processor = tokenizer, processor
@@ -131,38 +131,38 @@ class Teacher:
             self._ids[text] = self.tokenizer(text).input_ids
         return self._ids[text]
 
-    def turn(self, question: world.Question, picture: list[int]) -> tuple[list[int], list[int]]:
-        """Ids and labels of one question and its answer, `picture` before the question."""
-        prompt = self.encode("<|im_start|>user\n") + picture + self.encode(question.text)
+    def turn(self, question: world.Question, image: list[int]) -> tuple[list[int], list[int]]:
+        """Return ids and labels of a question and its answer; `image` are the ids of the image before them."""
+        prompt = self.encode("<|im_start|>user\n") + image + self.encode(question.text)
         prompt = prompt + self.encode("<|im_end|>\n<|im_start|>assistant\n")
         answer, newline = self.encode(question.answer + "<|im_end|>"), self.encode("\n")
         labels = [IGNORED] * len(prompt) + answer + [IGNORED] * len(newline)
         return prompt + answer + newline, labels
 
     def question(self, question: world.Question, size: tuple[int, int] | None) -> tuple[list[int], list[int]]:
-        """A conversation of one question, about a picture of `size` or about none."""
+        """Return ids and labels of a conversation of one question, with an image of `size` or without one."""
         ids = self.encode(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n")
-        more, labels = self.turn(question, self.picture(size))
+        more, labels = self.turn(question, self.image(size))
         return ids + more, [IGNORED] * len(ids) + labels
 
-    def picture(self, size: tuple[int, int] | None) -> list[int]:
+    def image(self, size: tuple[int, int] | None) -> list[int]:
         if size is None:
             return []
         pads = [self.image_id] * (size[0] * size[1] // 28**2)
         return self.encode("<|vision_start|>") + pads + self.encode("<|vision_end|>")
 
     def conversation(self, scene: world.Scene | None, turns: int) -> tuple[list[int], list[int]]:
-        """Token ids and labels in the chat template's own form; only answers and their <|im_end|> are learned."""
+        """Return ids and labels in the format of the chat template; only answers and their <|im_end|> have labels."""
         ids = self.encode(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n").copy()
         labels = [IGNORED] * len(ids)
-        categories = world.TEXT_CATEGORIES if scene is None else world.PICTURE_CATEGORIES
+        categories = world.TEXT_CATEGORIES if scene is None else world.IMAGE_CATEGORIES
         for turn in range(turns):
             question = None
             while question is None:
                 question = world.ask(scene, self.rng.choice(categories), self.rng.choice(["en", "zh"]), self.rng)
-            more, wanted = self.turn(question, self.picture(scene.size if scene and turn == 0 else None))
+            more, targets = self.turn(question, self.image(scene.size if scene and turn == 0 else None))
             ids += more
-            labels += wanted
+            labels += targets
         return ids, labels
 
     def batch(self, size: int, turns: int, text_share: float) -> Batch:
@@ -175,7 +175,7 @@ class Teacher:
             scene = world.draw_scene(self.rng, shape)
             scenes.append(scene)
             rows.append(self.conversation(scene, turns))
-        pictures = self.processor(images=[world.paint(s, self.rng) for s in scenes], return_tensors="pt")
+        images = self.processor(images=[world.paint(s, self.rng) for s in scenes], return_tensors="pt")
         length = max(len(ids) for ids, _ in rows)
         input_ids = torch.full((size, length), self.pad_id)
         labels = torch.full((size, length), IGNORED)
@@ -183,8 +183,8 @@ class Teacher:
             input_ids[row, : len(ids)] = torch.tensor(ids)
             labels[row, : len(ids)] = torch.tensor(targets)
         return Batch(
-            pictures["pixel_values"],
-            pictures["image_grid_thw"],
+            images["pixel_values"],
+            images["image_grid_thw"],
             torch.tensor([target for scene in scenes for target in probe_targets(scene)]),
             input_ids,
             (input_ids == self.image_id).int(),
@@ -193,7 +193,7 @@ class Teacher:
 
 
 def answer_logits(model: Qwen2VLForConditionalGeneration, batch: Batch, merged: torch.Tensor) -> torch.Tensor:
-    """Logits [answer tokens, vocabulary], each at the position before the token it predicts."""
+    """Return logits [answer tokens, vocabulary], each from the position before its token."""
     core = model.model
     embeds = core.language_model.embed_tokens(batch.input_ids)
     embeds = embeds.masked_scatter(batch.token_types.bool()[..., None], merged)
@@ -219,10 +219,9 @@ def optimizer_of(*modules: nn.Module) -> torch.optim.Optimizer:
 def run(
     steps: int, peak: float, warmup: int, modules: list[nn.Module], teacher, make_batch, losses, state: Path
 ) -> None:
-    """`losses(batch)` gives the loss and a dict of figures to print; figures are averaged between lines.
+    """Train; `losses(batch)` returns the loss and figures to print, which are averaged between lines.
 
-    Every 250 steps all that matters is kept in `state`, so a killed training goes on where it was, with the same
-    result.
+    The state is saved every 250 steps to `state`, so that an interrupted training resumes with the same result.
     """
     optimizer = optimizer_of(*modules)
     parameters = [parameter for module in modules for parameter in module.parameters()]
@@ -239,12 +238,12 @@ def run(
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak, warmup)
-        loss, said = losses(make_batch())
+        loss, values = losses(make_batch())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        figures.append(said)
+        figures.append(values)
         if (step + 1) % 250 == 0 or step + 1 == steps:
             kept = {"step": step + 1, "optimizer": optimizer.state_dict(), "rng": teacher.rng.getstate()}
             kept["modules"] = [module.state_dict() for module in modules]
@@ -306,7 +305,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def save(model, tokenizer, processor, args: argparse.Namespace) -> None:
-    """bf16 safetensors with tokenizer, template and processor settings, all as Qwen2-VL has them."""
+    """Save bfloat16 safetensors with tokenizer, chat template and processor settings, in the layout of Qwen2-VL."""
     out = Path(args.out)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -322,7 +321,7 @@ def save(model, tokenizer, processor, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the checkpoint")
-    parser.add_argument("--work", default="training-state", help="folder for what is needed to resume")
+    parser.add_argument("--work", default="training-state", help="folder for the state to resume from")
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--vision-steps", type=int, default=1200)
     parser.add_argument("--steps", type=int, default=5000)

@@ -1,7 +1,7 @@
-"""The small world that shapes-vl is taught: drawn pictures, and questions with one right answer each.
+"""Synthetic data of shapes-vl: drawn images, and questions with one right answer each.
 
-A picture holds zero to four things on a 2 x 2 grid. A thing is a shape or a printed digit, in one of six colours.
-Everything here is a pure function of a `random.Random`, so a seed is a data set.
+An image holds zero to four things on a 2 x 2 grid. A thing is a shape or a digit, in one of six colours. All functions
+are pure functions of a `random.Random`, so a seed defines a data set.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ DIGITS = [str(digit) for digit in range(10)]
 PLACES = {"top left": "左上角", "top right": "右上角", "bottom left": "左下角", "bottom right": "右下角"}
 KINDS = [*SHAPES, *DIGITS]
 
-# All sides are multiples of 28 (patch 14, merged 2 x 2), so the processor does not resize; two are not square,
-# because engines have been wrong about the positions after tall and wide pictures.
+# All sides are multiples of 28 (patch 14, merged 2 x 2), so the processor does not resize. Two are not square, because
+# engines have had wrong positions after tall and wide images.
 SIZES = [(112, 112), (112, 168), (168, 112), (140, 140)]
 
-# Categories of questions that need the picture, and those that do not.
-PICTURE_CATEGORIES = ["object", "colour", "count", "exists", "place", "digit", "describe"]
+# Categories of questions with and without an image.
+IMAGE_CATEGORIES = ["object", "colour", "count", "exists", "place", "digit", "describe"]
 TEXT_CATEGORIES = ["sum", "translate"]
 
 
@@ -49,7 +49,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """`cells` maps each place, in the order of PLACES, to a thing or None. `size` is (width, height) in pixels."""
+    """Things, or None, by position in the order of PLACES; `size` is (width, height) in pixels."""
 
     cells: tuple[Thing | None, ...]
     size: tuple[int, int]
@@ -70,7 +70,7 @@ class Question:
 
 
 def draw_scene(rng: random.Random, size: tuple[int, int] | None = None) -> Scene:
-    """A random scene; colours and kinds repeat often enough that counting and binding are needed."""
+    """Draw a random scene; colours and kinds repeat, so that questions need counting and binding."""
     count = rng.choices(range(5), weights=[1, 6, 8, 8, 8])[0]
     colours = rng.sample(list(COLOURS), rng.choice([2, 3, 6]))
     cells: list[Thing | None] = [None] * 4
@@ -98,8 +98,9 @@ def _polygon(kind: str, x: float, y: float, radius: float, tilt: float) -> list[
 
 @cache
 def _backdrop(width: int, height: int) -> Image.Image:
-    """A soft light that comes from one side and a tint that grows downwards, so that a patch shows where it lies:
-    attention with rotary positions alone cannot tell one plain patch from another.
+    """Return a horizontal and a vertical gradient, so that each patch shows its position.
+
+    Attention with rotary positions alone cannot distinguish uniform patches.
     """
     x = np.linspace(0, 1, width)[None, :]
     y = np.linspace(0, 1, height)[:, None]
@@ -110,7 +111,7 @@ def _backdrop(width: int, height: int) -> Image.Image:
 
 
 def paint(scene: Scene, rng: random.Random) -> Image.Image:
-    """RGB picture of `scene`; place within the cell, size, tilt and shade of each thing vary with `rng`."""
+    """Paint an RGB image of a scene; position in the cell, size, tilt and shade of each thing are random."""
     width, height = scene.size
     image = _backdrop(width, height).copy()
     pen = ImageDraw.Draw(image)
@@ -239,5 +240,5 @@ ASK = {
 
 
 def ask(scene: Scene | None, category: str, language: str, rng: random.Random) -> Question | None:
-    """A question of `category`, or None where this scene has none (two digits, no unique shape)."""
+    """Return a question of `category`, or None if the scene allows none (two digits, no unique shape)."""
     return ASK[category](scene, language, rng)

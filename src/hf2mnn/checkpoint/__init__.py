@@ -1,1 +1,1 @@
-"""Where a model comes from: is it whole, is it one that can be converted."""
+"""Hugging Face checkpoints: hubs, files, tensors, checks before conversion, LoRA adapters, synthetic weights."""

@@ -1,15 +1,16 @@
-"""Linear layers that a checkpoint holds quantized and packed into 32-bit words, as AWQ and GPTQ write them.
+"""Linear layers of AWQ and GPTQ checkpoints: low-bit weights, bit-packed into 32-bit words.
 
-    AWQ     qweight int32 [inputs, outputs / 8]          a word holds 8 outputs, from its lowest bits on 0 2 4 6 1 3 5 7
-            qzeros  int32 [groups, outputs / 8]          likewise
+    AWQ     qweight int32 [inputs, outputs / 8]          8 outputs per word, from the lowest bits: 0 2 4 6 1 3 5 7
+            qzeros  int32 [groups, outputs / 8]          like qweight
             scales  float16 [groups, outputs]
-    GPTQ    qweight int32 [inputs * bits / 32, outputs]  a word holds neighbouring inputs, from its lowest bits on
-            qzeros  int32 [groups, outputs * bits / 32]  outputs likewise; less 1 in format "gptq", not in "gptq_v2"
+    GPTQ    qweight int32 [inputs * bits / 32, outputs]  consecutive inputs, from the lowest bits
+            qzeros  int32 [groups, outputs * bits / 32]  consecutive outputs; minus 1 in format "gptq", not in "gptq_v2"
             scales  float16 [groups, outputs]
-            g_idx   int32 [inputs]                       the group of each input; may be left out
+            g_idx   int32 [inputs]                       group of each input; optional
 
-A weight is (level - zero) * scale. Sources: `WQLinear_GEMM` of AutoAWQ (version "gemm"), `QuantLinear` of AutoGPTQ, and
-`convert_gptq_v1_to_v2_format_module` of GPTQModel. Which layers are packed is told by the tensors alone.
+A weight is (q - zero_point) * scale. Sources: `WQLinear_GEMM` of AutoAWQ (version "gemm"), `QuantLinear` of AutoGPTQ,
+`convert_gptq_v1_to_v2_format_module` of GPTQModel. The tensors alone decide which layers are prequantized. Not read
+with those libraries: they bring compiled kernels, most of them for GPUs, and compute in float16.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  by it numpy knows bfloat16
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 from safetensors import safe_open
 
@@ -29,20 +30,25 @@ BITS = {"awq": (4,), "gptq": (4, 8)}
 FORMATS = {"awq": ("gemm",), "gptq": ("gptq", "gptq_v2")}
 GROUP_UNIT = 16
 """MNN's blocks are multiples of this many inputs."""
-WEIGHT, PACKED = ".weight", ".qweight"
-NEEDED = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16")}
-"""Tensors of every packed layer, and the types that safetensors gives them."""
-TENSORS = (*NEEDED, "g_idx")
-AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Place in a word, counted from its lowest bits, of each of AWQ's 8 outputs."""
+WEIGHT, QWEIGHT = ".weight", ".qweight"
+REQUIRED = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16")}
+"""Tensors of every prequantized layer, and their supported dtypes in safetensors."""
+TENSORS = (*REQUIRED, "g_idx")
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Position in a word, from the lowest bits, of each of AWQ's 8 outputs."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What config.json says in `quantization_config`.
+    """Contents of `quantization_config` in config.json.
 
-    method "awq" or "gptq"; format "gemm", "gptq" or "gptq_v2"; group in inputs, -1 for one a row. symmetric and
-    act_order are claims: what counts is the zero points, and g_idx where there is one.
+    Attributes:
+        method: "awq" or "gptq".
+        format: "gemm", "gptq" or "gptq_v2".
+        bits: Bits per weight.
+        group: Inputs per group; -1 for one group per row.
+        symmetric: Claim of the file; the stored zero points decide.
+        act_order: Claim of the file; g_idx decides where it is stored.
     """
 
     method: str
@@ -54,103 +60,118 @@ class Quantization:
 
 
 @dataclass(frozen=True)
-class PackedLinear:
-    """A linear layer's weight: levels uint8 [outputs, inputs] and zeros uint8 [outputs, groups], both in [0, 2^bits);
-    scales float16 [outputs, groups], as stored. `group` neighbouring inputs share a scale and a zero.
+class PrequantizedLinear:
+    """Weight of a prequantized linear layer.
+
+    Attributes:
+        q: Quantized values, uint8 [outputs, inputs] in [0, 2^bits).
+        scales: float16 [outputs, groups], as stored.
+        zero_points: uint8 [outputs, groups] in [0, 2^bits).
+        bits: Bits per weight.
+        group: Consecutive inputs that share a scale and a zero point.
     """
 
-    levels: np.ndarray
+    q: np.ndarray
     scales: np.ndarray
-    zeros: np.ndarray
+    zero_points: np.ndarray
     bits: int
     group: int
 
     @property
     def symmetric(self) -> bool:
-        """Whether every zero point is the middle level, 2^(bits-1)."""
-        return bool((self.zeros == 1 << self.bits - 1).all())
+        """Whether every zero point is the middle of the range, 2^(bits-1)."""
+        return bool((self.zero_points == 1 << self.bits - 1).all())
 
     def dequantize(self) -> np.ndarray:
-        """float32 [outputs, inputs], (level - zero) * scale.
+        """Return (q - zero_point) * scale as float32 [outputs, inputs].
 
-        Exact: the difference has at most 8 significant bits and the scale 11, their product fits float32's 24; and it
-        is 0 or between 2^-24 and 2^24, far inside float32's range.
+        Exact: the difference has at most 8 significant bits and the scale 11, so the product fits float32's 24; it is
+        0 or between 2^-24 and 2^24, within float32's range.
         """
-        weights = self.levels.reshape(*self.scales.shape, self.group).astype(np.float32)
-        weights -= self.zeros[:, :, None]
+        weights = self.q.reshape(*self.scales.shape, self.group).astype(np.float32)
+        weights -= self.zero_points[:, :, None]
         weights *= self.scales[:, :, None]
-        return weights.reshape(self.levels.shape)
+        return weights.reshape(self.q.shape)
 
 
-def parse_quantization(stored: Any, where: Path) -> Quantization | None:
-    """The settings in a `quantization_config`, None where there is none; `where` is the file that says so.
+def parse_quantization(stored: Any, path: Path) -> Quantization | None:
+    """Parse a `quantization_config`; return None for an empty one. `path` is the file that holds it.
 
     Raises:
-        CheckpointError: a method, format, number of bits or size of groups that is not read.
+        CheckpointError: Unsupported method, format, number of bits or group size.
     """
     if not stored:
         return None
     method = stored.get("quant_method") if isinstance(stored, dict) else stored
     if not isinstance(method, str) or method not in BITS:
         raise CheckpointError(
-            f"{where} says quant_method {method!r}, which is not read; these are: {', '.join(BITS)}; or give the model"
+            f"{path} has the unsupported quant_method {method!r}; supported are: {', '.join(BITS)}; or give the model"
             " in float16 or bfloat16"
         )
-    says = f"{where} says {method} weights"
+    prefix = f"{path} has {method} weights"
     keys = ("version", "format", "checkpoint_format") if method == "awq" else ("checkpoint_format", "format")
     names = [stored[key] for key in keys if stored.get(key)]
     if not isinstance(stored, dict):
-        raise CheckpointError(f"{says} without bits and groups; download it again")
-    if stored.get("backend") == "llm-awq":  # transformers' name for an order of MIT's own
+        raise CheckpointError(f"{prefix} without bits and group_size; download it again")
+    if stored.get("backend") == "llm-awq":  # transformers' name for MIT's own order
         names = ["llm-awq"]
     layout = str(names[0]).lower() if names else FORMATS[method][0]
     if layout not in FORMATS[method]:
         raise CheckpointError(
-            f"{says} of format {layout!r}, which is not read; these are: {', '.join(FORMATS[method])}"
+            f"{prefix} of the unsupported format {layout!r}; supported are: {', '.join(FORMATS[method])}"
         )
     bits, group = stored.get("bits"), stored.get("group_size")
     if type(bits) is not int or bits not in BITS[method]:
         raise CheckpointError(
-            f"{says} of {bits!r} bits, which are not read; these are: {', '.join(map(str, BITS[method]))}"
+            f"{prefix} of unsupported {bits!r} bits; supported are: {', '.join(map(str, BITS[method]))}"
         )
     if type(group) is not int or (group != -1 and (group <= 0 or group % GROUP_UNIT)):
         raise CheckpointError(
-            f"{says} in groups of {group!r}, which MNN's format cannot hold; multiples of {GROUP_UNIT} it can, and one"
-            " group a row (-1)"
+            f"{prefix} with group_size {group!r}, which MNN's format cannot hold; supported are multiples of"
+            f" {GROUP_UNIT}, and -1 for one group per row"
         )
     symmetric = not stored.get("zero_point", True) if method == "awq" else bool(stored.get("sym", True))
     return Quantization(method, layout, bits, group, symmetric, bool(stored.get("desc_act")))
 
 
-def unpack(words: np.ndarray, bits: int, places: tuple[int, ...] | None = None) -> np.ndarray:
-    """uint8 [rows, words * 32 / bits] of int32 [rows, words]; `places` of the values in a word, counted from its lowest
-    bits, None for one after the other.
+def unpack(words: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> np.ndarray:
+    """Unpack int32 [rows, words] into uint8 [rows, words * 32 / bits].
+
+    Args:
+        words: Bit-packed values.
+        bits: Bits per value.
+        order: Position in a word, from the lowest bits, of each value; None for consecutive values.
     """
     words = np.ascontiguousarray(words).view(np.uint32)
     values = np.empty((*words.shape, 32 // bits), np.uint8)
-    for value, place in enumerate(places or range(32 // bits)):
-        values[..., value] = (words >> np.uint32(bits * place)) & np.uint32((1 << bits) - 1)
+    for value, position in enumerate(order or range(32 // bits)):
+        values[..., value] = (words >> np.uint32(bits * position)) & np.uint32((1 << bits) - 1)
     return values.reshape(len(words), -1)
 
 
-def packed_name(name: str) -> str:
-    """What a packed layer holds in place of `name`, a weight's."""
-    return name.removesuffix(WEIGHT) + PACKED if name.endswith(WEIGHT) else name
+def qweight_name(name: str) -> str:
+    """Return the name of the qweight that a prequantized layer stores in place of the weight `name`."""
+    return name.removesuffix(WEIGHT) + QWEIGHT if name.endswith(WEIGHT) else name
 
 
 def bytes_at_16_bits(path: Path, bits: int) -> int:
-    """Size of a safetensors file if its packed weights took 16 bits each."""
+    """Return the size of a safetensors file if its prequantized weights had 16 bits each."""
     with safe_open(path, "np") as tensors:
-        packed = [name for name in list(tensors.keys()) if name.endswith(PACKED)]
-        words = sum(prod(tensors.get_slice(name).get_shape()) for name in packed)
+        names = [name for name in list(tensors.keys()) if name.endswith(QWEIGHT)]
+        words = sum(prod(tensors.get_slice(name).get_shape()) for name in names)
     return path.stat().st_size + words * 4 * (16 - bits) // bits
 
 
-class PackedLayers:
-    """The packed layers of a checkpoint, by the checkpoint's own names; one tensor is read at a time.
+class PrequantizedLayers:
+    """Prequantized layers of a checkpoint, by the checkpoint's own names; reads one tensor at a time.
 
-    `shards` tells which file holds a tensor. Methods that take a layer raise CheckpointError, with its name, for one that
-    is not whole, or that MNN's format cannot hold exactly.
+    Methods raise CheckpointError, with the layer's name, for a layer that is incomplete or that MNN's format cannot
+    hold exactly.
+
+    Args:
+        folder: Checkpoint folder.
+        quantization: Contents of `quantization_config`.
+        shards: File of each tensor.
     """
 
     def __init__(self, folder: Path, quantization: Quantization | None, shards: dict[str, Path]) -> None:
@@ -158,19 +179,19 @@ class PackedLayers:
 
     @property
     def names(self) -> list[str]:
-        """Layers with any tensor of a packed layer."""
-        owners = [name.rpartition(".") for name in self.shards]
-        return sorted({layer for layer, _, tensor in owners if tensor in TENSORS})
+        """Layers that have at least one tensor of a prequantized layer."""
+        parts = [name.rpartition(".") for name in self.shards]
+        return sorted({layer for layer, _, tensor in parts if tensor in TENSORS})
 
-    def _wrong(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.folder} holds {what}")
+    def _error(self, reason: str) -> CheckpointError:
+        return CheckpointError(f"{self.folder}: {reason}")
 
     def _tensor(self, name: str) -> np.ndarray:
         with safe_open(self.shards[name], "np") as tensors:
             return tensors.get_tensor(name)
 
     def _headers(self, layer: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Type and shape of each tensor of a layer."""
+        """Return dtype and shape of each tensor of a layer."""
         headers = {}
         for tensor in TENSORS:
             if path := self.shards.get(f"{layer}.{tensor}"):
@@ -183,115 +204,117 @@ class PackedLayers:
         return self.quantization.group if self.quantization.group > 0 else inputs
 
     def shape(self, layer: str) -> tuple[int, int]:
-        """(outputs, inputs), from the headers of the layer's tensors, which must agree."""
+        """Return (outputs, inputs) from the headers of the layer's tensors, which must agree."""
         if self.quantization is None:
-            raise self._wrong(
-                f"{layer} packed, but its config.json has no quantization_config that says how; download it again"
-            )
+            raise self._error(f"{layer} is prequantized, but config.json has no quantization_config; download it again")
         headers, bits = self._headers(layer), self.quantization.bits
-        missing = [tensor for tensor in NEEDED if tensor not in headers]
+        missing = [tensor for tensor in REQUIRED if tensor not in headers]
         if missing:
-            raise self._wrong(
-                f"{layer}.{next(iter(headers))} without {' and '.join(missing)}: the layer is not whole, download the"
-                " checkpoint again"
+            raise self._error(
+                f"{layer} has {next(iter(headers))} without {' and '.join(missing)}; download the checkpoint again"
             )
         if layer + WEIGHT in self.shards:
-            raise self._wrong(f"{layer} twice, packed and in floating point; leave one of them")
-        for tensor, kinds in NEEDED.items():
-            if headers[tensor][0] not in kinds:
-                raise self._wrong(
-                    f"{layer}.{tensor} as {headers[tensor][0]}, which is not read; {' or '.join(kinds)} is"
+            raise self._error(f"{layer} is stored twice, prequantized and in floating point; remove one of them")
+        for tensor, dtypes in REQUIRED.items():
+            if headers[tensor][0] not in dtypes:
+                raise self._error(
+                    f"{layer}.{tensor} has the unsupported dtype {headers[tensor][0]}; supported: {' or '.join(dtypes)}"
                 )
         rows, columns = (*headers["qweight"][1], 0, 0)[:2]
-        count = 32 // bits
-        outputs, inputs = (columns * count, rows) if self.quantization.method == "awq" else (columns, rows * count)
+        per_word = 32 // bits
+        outputs, inputs = (
+            (columns * per_word, rows) if self.quantization.method == "awq" else (columns, rows * per_word)
+        )
         group = self._group(inputs)
-        if not outputs * inputs or inputs % group or outputs % count:
-            raise self._wrong(
-                f"{layer} with {outputs} outputs and {inputs} inputs, which do not divide into words of {count} and"
-                f" groups of {group}: it cannot be kept exactly"
+        if not outputs * inputs or inputs % group or outputs % per_word:
+            raise self._error(
+                f"{layer} has {outputs} outputs and {inputs} inputs, which do not divide into words of {per_word} and"
+                f" groups of {group}, so it cannot be converted exactly; take another checkpoint"
             )
         groups = inputs // group
-        words, scales = (groups, outputs // count), (groups, outputs)
-        wanted = {"qweight": (rows, columns), "qzeros": words, "scales": scales, "g_idx": (inputs,)}
+        words, scales = (groups, outputs // per_word), (groups, outputs)
+        expected = {"qweight": (rows, columns), "qzeros": words, "scales": scales, "g_idx": (inputs,)}
         for tensor, (_, stored) in headers.items():
-            if stored != wanted[tensor]:
-                raise self._wrong(
-                    f"{layer}.{tensor} as {list(stored)}, but its qweight with {bits} bits in groups of {group} asks"
-                    f" for {list(wanted[tensor])}: weights and quantization_config are not of one model"
+            if stored != expected[tensor]:
+                raise self._error(
+                    f"{layer}.{tensor} has shape {list(stored)}, but its qweight with {bits} bits in groups of {group}"
+                    f" requires {list(expected[tensor])}; weights and quantization_config are not of the same model"
                 )
         return outputs, inputs
 
     def _check_order(self, layer: str, inputs: int) -> None:
         if f"{layer}.g_idx" in self.shards:
             stored = self._tensor(f"{layer}.g_idx")
-            neighbours = np.array_equal(stored, np.arange(inputs) // self._group(inputs))
+            consecutive = np.array_equal(stored, np.arange(inputs) // self._group(inputs))
         else:
-            neighbours = not self.quantization.act_order
-        if not neighbours:
-            raise self._wrong(
-                f"{layer} quantized in the order of activations (act-order, desc_act): its groups are not of"
-                " neighbouring inputs, as MNN's blocks are; take a checkpoint made with desc_act false"
+            consecutive = not self.quantization.act_order
+        if not consecutive:
+            raise self._error(
+                f"{layer} is quantized in activation order (act-order, desc_act), but MNN's blocks are consecutive"
+                " inputs; take a checkpoint with desc_act false"
             )
 
     def _scales(self, layer: str) -> np.ndarray:
-        """float16 [outputs, groups]; bfloat16 is taken where float16 has the same values."""
+        """Return float16 [outputs, groups]; bfloat16 is accepted where float16 holds the same values."""
         stored = self._tensor(f"{layer}.scales").astype(np.float32).T
         if not np.isfinite(stored).all():
-            raise self._wrong(f"{layer}.scales with values that are not finite; download it again, or take another")
+            raise self._error(f"{layer}.scales has values that are not finite; download it again, or take another")
         with np.errstate(over="ignore"):
             scales = stored.astype(np.float16, order="C")
         if (scales != stored).any():
-            raise self._wrong(
-                f"{layer}.scales in bfloat16 with values that float16 does not have: the layer cannot be kept exactly;"
-                " take a checkpoint with float16 scales"
+            raise self._error(
+                f"{layer}.scales has bfloat16 values that float16 cannot hold, so the layer cannot be converted"
+                " exactly; take a checkpoint with float16 scales"
             )
         return scales
 
-    def _zeros(self, layer: str) -> np.ndarray:
-        """uint8 [outputs, groups]."""
-        bits, places = self.quantization.bits, AWQ_PLACES if self.quantization.method == "awq" else None
-        zeros = np.ascontiguousarray(unpack(self._tensor(f"{layer}.qzeros"), bits, places).T)
+    def _zero_points(self, layer: str) -> np.ndarray:
+        """Return uint8 [outputs, groups]."""
+        bits, order = self.quantization.bits, AWQ_ORDER if self.quantization.method == "awq" else None
+        zero_points = np.ascontiguousarray(unpack(self._tensor(f"{layer}.qzeros"), bits, order).T)
         if self.quantization.format != "gptq":
-            return zeros
-        # 0 less 1: some writers borrow it from the neighbour, some overwrite that; some readers make it 2^bits, some 0.
-        if (zeros == (1 << bits) - 1).any():
-            raise self._wrong(
-                f"{layer}.qzeros with a zero point of 0, which format 'gptq' has no place for, so that programs read it"
-                " differently; take a symmetric checkpoint or one of format 'gptq_v2'"
+            return zero_points
+        # 0 - 1: some writers borrow from the next value, others overwrite it; some readers get 2^bits, others 0.
+        if (zero_points == (1 << bits) - 1).any():
+            raise self._error(
+                f"{layer}.qzeros has a zero point of 0, which programs read differently in format 'gptq'; take a"
+                " symmetric checkpoint or one of format 'gptq_v2'"
             )
-        return zeros + np.uint8(1)
+        return zero_points + np.uint8(1)
 
-    def read(self, layer: str) -> PackedLinear:
+    def read(self, layer: str) -> PrequantizedLinear:
+        """Read and unpack a layer."""
         _, inputs = self.shape(layer)
         self._check_order(layer, inputs)
-        scales, zeros, bits = self._scales(layer), self._zeros(layer), self.quantization.bits
-        words = self._tensor(layer + PACKED)
+        scales, zero_points, bits = self._scales(layer), self._zero_points(layer), self.quantization.bits
+        words = self._tensor(layer + QWEIGHT)
         if self.quantization.method == "awq":
-            levels = np.ascontiguousarray(unpack(words, bits, AWQ_PLACES).T)
+            q = np.ascontiguousarray(unpack(words, bits, AWQ_ORDER).T)
         else:
-            levels = unpack(words.T, bits)
-        return PackedLinear(levels, scales, zeros, bits, self._group(inputs))
+            q = unpack(words.T, bits)
+        return PrequantizedLinear(q, scales, zero_points, bits, self._group(inputs))
 
     def check(self) -> None:
-        """Everything that `read` would refuse, of every layer; all but the levels are read."""
+        """Check every layer as `read` does, without reading its qweight."""
         for layer in self.names:
             _, inputs = self.shape(layer)
             self._check_order(layer, inputs)
             self._scales(layer)
-            self._zeros(layer)
+            self._zero_points(layer)
 
-    def check_biases(self, taken: set[str]) -> None:
-        """AutoGPTQ writes a bias for every packed layer, zeros where the model has none. One that is neither in `taken`
-        nor zero would be lost.
+    def check_biases(self, used: set[str]) -> None:
+        """Check that no bias is lost: AutoGPTQ stores one for every layer, zeros where the model has none.
+
+        Args:
+            used: Names of the tensors that the model uses.
 
         Raises:
-            CheckpointError: for the first such bias.
+            CheckpointError: A bias is neither used nor zero.
         """
         for layer in self.names:
             bias = f"{layer}.bias"
-            if bias in self.shards and bias not in taken and np.count_nonzero(self._tensor(bias)):
-                raise self._wrong(
-                    f"{bias}, which is not zero, though its config.json describes a layer without bias: config and"
-                    " weights are not of one model"
+            if bias in self.shards and bias not in used and np.count_nonzero(self._tensor(bias)):
+                raise self._error(
+                    f"{bias} is not zero, but the model of config.json has no bias there; config and weights are not of"
+                    " the same model"
                 )

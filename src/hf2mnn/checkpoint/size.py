@@ -1,7 +1,9 @@
-"""How large a model is, as far as that can be known before it is fetched."""
+"""Size of a model before it is fetched, and the disk and memory that it needs."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,44 +14,95 @@ from hf2mnn.checkpoint.folder import Checkpoint, checkpoint_files
 from hf2mnn.checkpoint.hub.pin import load_pin
 from hf2mnn.checkpoint.prequantized import bytes_at_16_bits
 from hf2mnn.core.errors import CheckpointError
-from hf2mnn.machine.footprint import TYPICAL
+from hf2mnn.machine.footprint import TYPICAL_WEIGHTS, bundle_bytes
+from hf2mnn.machine.hardware import available_memory
+
+DISK_MARGIN = 1.01
+"""File systems need slightly more than the bytes of the files."""
+SMALLEST_BUNDLE_BITS = 4.5
+"""Bits per weight of the smallest common bundle: 4-bit weights and their scales."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Numbers of weights: all of them, and the embedding's. Whether they are `known`, or those of a typical model."""
+    """Number of weights of a model.
+
+    Attributes:
+        weights: All weights.
+        embedding: Weights of the embedding.
+        known: False where the numbers are those of a typical model.
+    """
 
     weights: float
     embedding: float
     known: bool = True
 
 
-UNKNOWN = Size(TYPICAL, TYPICAL / 10, known=False)
+UNKNOWN = Size(TYPICAL_WEIGHTS, TYPICAL_WEIGHTS / 10, known=False)
 
 
-def _of_files(folder: Path) -> Size:
+def _size_of_folder(folder: Path) -> Size:
     checkpoint = Checkpoint(folder)
-    packed, text = checkpoint.quantization, checkpoint.text_config
-    if packed:
+    quantization, text = checkpoint.quantization, checkpoint.text_config
+    if quantization:
         files = [Path(path) for path in checkpoint_files(folder) if path.endswith(".safetensors")]
-        weights = sum(bytes_at_16_bits(path, packed.bits) / 2 for path in files)
+        weights = sum(bytes_at_16_bits(path, quantization.bits) / 2 for path in files)
     else:
         weights = float(sum(map(prod, checkpoint.shapes())))
     return Size(weights, float(text["vocab_size"] * text["hidden_size"]))
 
 
 def model_size(path: str | None, pin: str | None) -> Size:
-    """Of a local checkpoint by its files' headers, of a pinned one by its files' sizes; what is wrong with either is
-    said by the source stage.
+    """Return the size of a local checkpoint (from its headers) or a pinned one (from its file sizes).
+
+    An invalid checkpoint has the size `UNKNOWN`; the fetch stage reports what is wrong with it.
     """
     try:
         if path and Path(path).is_dir():
-            return _of_files(Path(path))
+            return _size_of_folder(Path(path))
         if pin:
-            shards = [
-                digest.size for name, digest in load_pin(Path(pin)).files.items() if name.endswith(".safetensors")
-            ]
+            files = load_pin(Path(pin)).files
+            shards = [digest.size for name, digest in files.items() if name.endswith(".safetensors")]
             return Size(sum(shards) / 2, 0.0) if shards else UNKNOWN
     except (CheckpointError, SafetensorError, OSError, ValueError, KeyError, TypeError):
         pass
     return UNKNOWN
+
+
+def check_disk(folder: Path, size: int, content: str) -> None:
+    """Check that `size` bytes fit on the disk of `folder`, which need not exist yet; `content` names the bytes.
+
+    Raises:
+        CheckpointError: The disk has less free space.
+    """
+    parent = Path(folder).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < size * DISK_MARGIN:
+        raise CheckpointError(
+            f"{content} needs {size * DISK_MARGIN / 1e9:.2f} GB in {folder}, and its disk has {free / 1e9:.2f} GB free;"
+            " free some space, or use a folder on another disk"
+        )
+
+
+def check_resources(checkpoint: Path, destination: Path, memory_mb: Callable[[float], int]) -> None:
+    """Check that disk and memory suffice for one bundle; a run checks what evaluation needs beyond that.
+
+    Args:
+        checkpoint: Local checkpoint folder.
+        destination: Output folder.
+        memory_mb: Memory of a conversion in MB, by the number of weights.
+
+    Raises:
+        CheckpointError: Too little disk space or memory for this model.
+    """
+    size = model_size(str(checkpoint), None)
+    bundle = bundle_bytes(size.weights, size.embedding, SMALLEST_BUNDLE_BITS)
+    check_disk(destination, bundle, "a 4-bit bundle of this model")
+    memory, free = memory_mb(size.weights) / 1e3, available_memory() / 1e9
+    if free < memory:
+        raise CheckpointError(
+            f"converting a model of {size.weights / 1e9:.1f} billion weights needs {memory:.1f} GB of memory, and"
+            f" {free:.1f} GB are free; close other programs, or give the job more memory"
+        )

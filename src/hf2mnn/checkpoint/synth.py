@@ -1,7 +1,7 @@
-"""Checkpoints of a real model's shape with random weights: scale can be tested where no weights can be downloaded.
+"""Synthetic checkpoints: random weights in the shape of a real model, for tests of scale without a download.
 
-They answer nonsense, but are as large as the model, laid out and named as its checkpoint is, and as hard to quantize
-as trained weights are: tails heavier than a normal distribution's, and some input channels far larger than the rest.
+Their answers are meaningless. Sizes, names and layout are those of the model's checkpoint, and the weights are as hard
+to quantize as trained ones: heavier tails than a normal distribution, and some much larger input channels.
 """
 
 from __future__ import annotations
@@ -21,36 +21,41 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from hf2mnn.checkpoint.folder import FILES, Checkpoint
+from hf2mnn.checkpoint.folder import FILES, INDEX, Checkpoint
+from hf2mnn.checkpoint.size import check_disk
 from hf2mnn.checkpoint.tensors import file_header
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.core.files import sha256
 from hf2mnn.core.manifest import Manifest, stage_folder, tool_versions
-from hf2mnn.core.progress import progress
+from hf2mnn.core.progress import BYTES, progress
 from hf2mnn.families import FAMILIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-INDEX = "model.safetensors.index.json"
-# What goes with a tokenizer; config and weights are made here.
-COPIED = tuple(name for name in FILES if name not in ("config.json", INDEX, "*.safetensors"))
-IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+TOKENIZER_FILES = tuple(name for name in FILES if name not in ("config.json", INDEX, "*.safetensors"))
+"""Files that are copied with a tokenizer."""
+VISION_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 TEXT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 CHUNK = 1 << 20
-"""Values that a thread draws at a time, 2 MB of weights (and 8 MB of indices while they are looked up)."""
+"""Values that a thread draws at a time: 2 MB of weights, and 8 MB of indices."""
 THREADS = min(8, os.cpu_count() or 1)
-OUTLIERS, LARGER = 256, 8
+OUTLIER_INTERVAL, OUTLIER_FACTOR = 256, 8
 """One input channel of 256 is 8 times larger."""
-NORM_SPREAD, BIAS_SPREAD = 0.1, 0.02
-"""Standard deviations of the weights of norms, which are around 1, and of biases, around 0."""
+NORM_STD, BIAS_STD = 0.1, 0.02
+"""Standard deviations of the weights of norms (mean 1) and of biases (mean 0)."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Settings of a model that make its tensors, by transformers' own names; what is left out is the family's default.
-    `tied`: the embedding also serves as lm_head.
+    """Settings that determine a model's tensors, with the keys of transformers; missing ones have the family's default.
+
+    Attributes:
+        model_type: Model type of the family.
+        text: Settings of the decoder.
+        vision: Settings of the vision tower.
+        tied: Whether lm_head shares the weight of the embedding.
     """
 
     model_type: str
@@ -59,12 +64,12 @@ class Shape:
     tied: bool
 
     def config(self) -> PreTrainedConfig:
-        """Transformers' configuration, with the special token ids of the family."""
+        """Return transformers' configuration, with the special token ids of the family."""
         from transformers import AutoConfig
 
         family, tied = FAMILIES[self.model_type], {"tie_word_embeddings": self.tied}
         text = {**self.text, **tied}
-        parts = {"text_config": text, "vision_config": self.vision, **tied} if family.sees else text
+        parts = {"text_config": text, "vision_config": self.vision, **tied} if family.has_vision else text
         config = AutoConfig.for_model(self.model_type, **parts)
         config.architectures = [family.architecture]
         config.dtype = "bfloat16"
@@ -88,7 +93,7 @@ QWEN_IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 1516
 
 
 def _qwen2_vl(hidden: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, tied: bool) -> Shape:
-    """What the 2B and the 7B have in common: 28 layers, the vision tower but for its last width."""
+    """Return the shape of the 2B or 7B: both have 28 layers, and the same vision tower but for its output width."""
     rope = {"mrope_section": [16, 24, 24]}
     own = {"vocab_size": vocabulary, "max_window_layers": 28, "rms_norm_eps": 1e-6, **QWEN_IDS}
     text = _text(28, hidden, mlp, heads, kv_heads, hidden // heads, rope, **own)
@@ -151,7 +156,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of bfloat16 and where it begins, in bytes after the header of its file."""
+    """A bfloat16 tensor; `start` in bytes counts from the end of the file's header."""
 
     name: str
     shape: tuple[int, ...]
@@ -159,74 +164,70 @@ class Tensor:
 
     @property
     def rows(self) -> int:
-        """Output channels of a matrix, 1 for a vector."""
+        """Output channels of a matrix; 1 for a vector."""
         return self.shape[0] if len(self.shape) > 1 else 1
 
     @property
     def columns(self) -> int:
-        """Input channels of a matrix (of a convolution: times its kernel), the length of a vector."""
+        """Input channels of a matrix (of a convolution, times its kernel size); length of a vector."""
         return prod(self.shape) // self.rows
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return 2 * prod(self.shape)
 
 
 @cache
-def student_t() -> np.ndarray:
-    """float64 [65536]: Student-t with 6 degrees of freedom at the middles of 65536 equal parts of probability, divided
-    by its standard deviation.
+def student_t_quantiles() -> np.ndarray:
+    """Return quantiles of Student's t with 6 degrees of freedom and unit variance, float64 [65536].
 
-    Looked up by 16 random bits it is the distribution but for the outermost 1/131072 on either side (excess kurtosis
-    2.7 instead of 3, largest value 10.3), at a third of the time of a normal variable.
+    Indexed by 16 random bits they have that distribution except for the outer 1/131072 on either side (excess kurtosis
+    2.7 instead of 3, largest value 10.3), in a third of the time of a normal variable.
     """
-    values = np.sinh(np.linspace(-6, 6, 1 << 17))
-    sines = values / np.sqrt(6 + values**2)
-    rest = 1 - sines**2
-    # The distribution function is elementary for an even number of degrees (Abramowitz and Stegun 26.7.4).
-    below = 0.5 + 0.5 * sines * (1 + rest / 2 + 3 * rest**2 / 8)
-    return np.interp((np.arange(1 << 16) + 0.5) / (1 << 16), below, values) / np.sqrt(1.5)
+    from scipy.special import stdtrit  # slow to load, and only needed here
+
+    return stdtrit(6, (np.arange(1 << 16) + 0.5) / (1 << 16)) / np.sqrt(1.5)
 
 
 def _generator(seed: int, *names: str | int) -> np.random.SFC64:
-    """Random bits that depend on what they are for, not on what was drawn before."""
+    """Return a generator whose bits depend on the names only, not on earlier draws."""
     key = "/".join(map(str, (seed, *names)))
     return np.random.SFC64(int.from_bytes(hashlib.sha256(key.encode()).digest()))
 
 
 def outlier_channels(tensor: Tensor, seed: int) -> np.ndarray:
-    """Input channels of a matrix that are larger, at least one; none of a vector."""
+    """Return the larger input channels of a matrix, at least one; none of a vector."""
     if len(tensor.shape) == 1:
         return np.empty(0, np.int64)
-    count = max(1, tensor.columns // OUTLIERS)
+    count = max(1, tensor.columns // OUTLIER_INTERVAL)
     return np.random.Generator(_generator(seed, tensor.name, "outliers")).permutation(tensor.columns)[:count]
 
 
-def levels(tensor: Tensor) -> np.ndarray:
-    """bfloat16 [65536]: what 16 random bits become, outliers apart.
+def quantiles(tensor: Tensor) -> np.ndarray:
+    """Return the values of a tensor by 16 random bits, outliers aside, bfloat16 [65536].
 
-    A matrix has variance 1 / inputs, so that activations keep their size through any number of layers; that is a
+    A matrix has variance 1 / inputs, which keeps the size of activations through any number of layers: a standard
     deviation of 0.026 for 1536 inputs, about that of trained weights.
     """
     if len(tensor.shape) > 1:
-        mean, spread = 0.0, tensor.columns**-0.5
+        mean, std = 0.0, tensor.columns**-0.5
     else:
-        mean, spread = (0.0, BIAS_SPREAD) if tensor.name.endswith("bias") else (1.0, NORM_SPREAD)
-    return (mean + spread * student_t()).astype(ml_dtypes.bfloat16)
+        mean, std = (0.0, BIAS_STD) if tensor.name.endswith("bias") else (1.0, NORM_STD)
+    return (mean + std * student_t_quantiles()).astype(ml_dtypes.bfloat16)
 
 
 def draw(tensor: Tensor, first: int, count: int, seed: int) -> np.ndarray:
-    """bfloat16 [count, columns]: rows of a tensor from `first` on."""
+    """Return `count` rows of a tensor from row `first` on, bfloat16 [count, columns]."""
     noise = _generator(seed, tensor.name, first).random_raw(-(-count * tensor.columns // 4)).astype("<u8", copy=False)
-    drawn = levels(tensor).view(np.uint16)[noise.view("<u2")[: count * tensor.columns]]
+    drawn = quantiles(tensor).view(np.uint16)[noise.view("<u2")[: count * tensor.columns]]
     values = drawn.view(ml_dtypes.bfloat16).reshape(count, tensor.columns)
-    values[:, outlier_channels(tensor, seed)] *= ml_dtypes.bfloat16(LARGER)
+    values[:, outlier_channels(tensor, seed)] *= ml_dtypes.bfloat16(OUTLIER_FACTOR)
     return values
 
 
-def tensors_of(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Names, as transformers saves them, and shapes of a model's tensors; no weight is made."""
+def tensor_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's tensors by the names that transformers saves; no weights are allocated."""
     import torch
     import transformers
 
@@ -234,12 +235,12 @@ def tensors_of(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     tied = bool(config.tie_word_embeddings)
     with torch.device("meta"):
         model = getattr(transformers, family.architecture)(config)
-    # save_pretrained turns the names back into those of the hub's checkpoints, the oldest.
+    # save_pretrained writes the oldest names, those of the hub's checkpoints.
     return {family.tensor_names(name, tied)[-1]: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def split(shapes: dict[str, tuple[int, ...]], shards: int) -> list[list[Tensor]]:
-    """Tensors in their order in at most `shards` files of about one size; no file is empty."""
+    """Split tensors, in order, into at most `shards` files of about the same size; no file is empty."""
     total, before = sum(map(prod, shapes.values())), 0
     files: list[list[Tensor]] = [[] for _ in range(shards)]
     for name, shape in shapes.items():
@@ -250,18 +251,19 @@ def split(shapes: dict[str, tuple[int, ...]], shards: int) -> list[list[Tensor]]
 
 
 def write_shard(path: Path, tensors: list[Tensor], seed: int) -> Iterator[int]:
-    """Write a safetensors file chunk by chunk, in threads; yields the bytes of each chunk. The chunks in work are all
-    that is in memory.
+    """Write a safetensors file in chunks and threads; yield the bytes of each chunk.
+
+    Only the current chunks are in memory: the writers of the safetensors library need whole tensors.
     """
-    head = file_header((tensor.name, "BF16", tensor.shape, tensor.size) for tensor in tensors)
+    header = file_header((tensor.name, "BF16", tensor.shape, tensor.size) for tensor in tensors)
     with path.open("wb") as file, ThreadPoolExecutor(THREADS) as pool:
-        file.write(head)
+        file.write(header)
         file.flush()
 
         def write(chunk: tuple[Tensor, int, int]) -> int:
             tensor, first, count = chunk
-            place = len(head) + tensor.start + 2 * first * tensor.columns
-            return os.pwrite(file.fileno(), draw(tensor, first, count, seed).view(np.uint8), place)
+            offset = len(header) + tensor.start + 2 * first * tensor.columns
+            return os.pwrite(file.fileno(), draw(tensor, first, count, seed).view(np.uint8), offset)
 
         chunks = []
         for tensor in tensors:
@@ -271,29 +273,30 @@ def write_shard(path: Path, tensors: list[Tensor], seed: int) -> Iterator[int]:
 
 
 def copy_tokenizer(tokenizer: Path, folder: Path, config: PreTrainedConfig) -> None:
-    """Copy the files around a tokenizer, and take its special token ids into `config`.
+    """Copy a tokenizer and its settings into `folder`, and set its special token ids in `config`.
 
     Raises:
-        CheckpointError: a file that the `source` stage asks for is missing, or an id is outside the vocabulary.
+        CheckpointError: A file that the fetch stage requires is missing, or an id is outside the vocabulary.
     """
-    sees = FAMILIES[config.model_type].sees
-    for name in ("config.json", "tokenizer.json", *(["preprocessor_config.json"] if sees else [])):
+    vision = FAMILIES[config.model_type].has_vision
+    for name in ("config.json", "tokenizer.json", *(["preprocessor_config.json"] if vision else [])):
         if not (tokenizer / name).is_file():
-            raise CheckpointError(
-                f"{tokenizer} has no {name}: give the folder of a model that has the wanted tokenizer"
-            )
-    for name in COPIED:
+            raise CheckpointError(f"{tokenizer} has no {name}: give the folder of a model with the tokenizer to copy")
+    for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
     model, text = Checkpoint(tokenizer), config.get_text_config()
-    for part, names, stored in ((config, IDS if sees else (), model.config), (text, TEXT_IDS, model.text_config)):
+    for part, names, stored in (
+        (config, VISION_IDS if vision else (), model.config),
+        (text, TEXT_IDS, model.text_config),
+    ):
         for name in names:
             ids = stored.get(name)
             largest = max(ids) if isinstance(ids, list) else ids
             if largest is not None and largest >= text.vocab_size:
                 raise CheckpointError(
                     f"{tokenizer} has {name} {largest}, outside this shape's vocabulary of {text.vocab_size}; give a"
-                    " tokenizer of at most that many tokens"
+                    " smaller tokenizer"
                 )
             setattr(part, name, ids)
 
@@ -301,43 +304,43 @@ def copy_tokenizer(tokenizer: Path, folder: Path, config: PreTrainedConfig) -> N
 def make_checkpoint_like(
     shape: str | Shape, destination: Path, seed: int = 0, shards: int = 2, tokenizer: Path | None = None
 ) -> Path:
-    """Write a checkpoint folder with random bfloat16 weights; the same arguments give the same bytes.
+    """Write a checkpoint folder with random bfloat16 weights; equal arguments give equal bytes.
 
-    `tokenizer` is a folder of a model of the same family, whose tokenizer, chat template, image processor settings and
-    special token ids are taken. Left out, config.json has the real model's ids and none of these files are there: add
-    the real ones before the `source` stage.
+    Args:
+        shape: Name in `SHAPES`, or a shape.
+        destination: Output folder.
+        seed: Seed of the weights.
+        shards: Maximal number of safetensors files.
+        tokenizer: Folder of a model of the same family, to copy tokenizer, chat template, image processor settings and
+            special token ids from. If None, config.json has the real model's ids, and these files have to be added
+            before the fetch stage.
 
     Raises:
-        CheckpointError: an unknown shape, no shards, a tokenizer that does not fit, or too little space on the disk.
+        CheckpointError: Unknown shape, no shards, an unsuitable tokenizer, or too little disk space.
         Hf2mnnError: `destination` holds other files.
     """
     if isinstance(shape, str) and shape not in SHAPES:
-        raise CheckpointError(f"there is no shape {shape!r}; these are: {', '.join(SHAPES)}")
+        raise CheckpointError(f"unknown shape {shape!r}; choose one of: {', '.join(SHAPES)}")
     if shards < 1:
-        raise CheckpointError(f"weights cannot be split into {shards} shards; give 1 or more")
-    made = SHAPES[shape] if isinstance(shape, str) else shape
-    destination, config = Path(destination), made.config()
-    files = split(tensors_of(config), shards)
+        raise CheckpointError(f"cannot split weights into {shards} shards; give 1 or more")
+    model = SHAPES[shape] if isinstance(shape, str) else shape
+    destination, config = Path(destination), model.config()
+    files = split(tensor_shapes(config), shards)
     total = sum(tensor.size for file in files for tensor in file)
     settings = {"shape": shape if isinstance(shape, str) else asdict(shape), "seed": seed, "shards": shards}
-    manifest = Manifest("synth", settings=settings, tools=tool_versions("numpy", "transformers"))
+    manifest = Manifest("synth", settings=settings, tools=tool_versions("numpy", "scipy", "transformers"))
     with stage_folder(destination, manifest) as folder:
-        free = shutil.disk_usage(folder).free
-        if free < total:
-            raise CheckpointError(
-                f"{destination} would take {total / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free; make space"
-                " or give a folder on another disk"
-            )
+        check_disk(destination, total, "the checkpoint")
         if tokenizer:
             copy_tokenizer(Path(tokenizer), folder, config)
             manifest.inputs = {"tokenizer": sha256(folder / "tokenizer.json")}
         config.save_pretrained(folder)
         names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
-        places = {tensor.name: name for name, file in zip(names, files, strict=True) for tensor in file}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        weight_map = {tensor.name: name for name, file in zip(names, files, strict=True) for tensor in file}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        with progress("weights", total, "B") as shown:
+        with progress("weights", total, BYTES) as bar:
             for name, file in zip(names, files, strict=True):
-                for written in write_shard(folder / name, file, seed):
-                    shown.update(written)
+                for size in write_shard(folder / name, file, seed):
+                    bar.update(size)
     return destination

@@ -13,8 +13,9 @@ import typer
 
 from hf2mnn import __version__
 from hf2mnn.cli import stages, tools
+from hf2mnn.cli.usage import usage_message
 from hf2mnn.core.errors import Hf2mnnError
-from hf2mnn.core.shortage import sentence
+from hf2mnn.core.machine_errors import machine_message
 from hf2mnn.core.stage import set_command
 from hf2mnn.stages import ORDER
 
@@ -29,12 +30,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    suggest_commands=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.registered_commands = [*stages.app.registered_commands, *tools.app.registered_commands]
 
 
-def _version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"hf2mnn {__version__}")
         raise typer.Exit
@@ -43,69 +45,78 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None: ...
 
 
-def _of_file(error: Exception) -> str | None:
-    """A file that is missing, a folder, no folder..., by its name; None for an error that is no file's."""
+def _file_message(error: Exception) -> str | None:
+    """Return the message for a file error (missing, a folder, not a folder), or None for another error."""
     if not isinstance(error, OSError):
         return None
-    name = error.filename2 or error.filename
-    return f"{name}: {error.strerror}" if name else str(error)
+    path = error.filename2 or error.filename
+    return f"{path}: {error.strerror}" if path else str(error)
 
 
 class _Stopped(SystemExit):
-    """By a signal; the code is 128 and its number."""
+    """Exit by a signal; the code is 128 plus its number."""
 
 
 def _stop(number: int, _: object) -> None:
-    """End as by an exception: children are stopped, and what is half-made is removed."""
+    """Exit as by an exception, so that children are stopped and partial folders are removed."""
     name = signal.Signals(number).name
-    os.write(2, f"hf2mnn: stopped ({name}); the same command again starts this stage from its beginning\n".encode())
-    raise _Stopped(128 + number)
-
-
-def _again(number: int, _: object) -> None:
+    os.write(2, f"error: stopped by {name}; the same command runs this stage again from its start\n".encode())
     raise _Stopped(128 + number)
 
 
 def _stop_again(lost: sys.UnraisableHookArgs) -> None:
-    """Python prints and forgets what is raised while it frees an object. A signal that comes just then (a tracing torch
-    frees a great many) must end the stage all the same.
+    """Raise `_Stopped` once more where Python ignored it.
+
+    Python prints and ignores exceptions that are raised while it frees an object, and a trace in torch frees many.
     """
     if not isinstance(lost.exc_value, _Stopped):
         sys.__unraisablehook__(lost)
         return
-    number = lost.exc_value.code - 128
-    signal.signal(number, _again)  # which says nothing: it has been said
-    threading.Timer(0.01, signal.pthread_kill, [threading.main_thread().ident, number]).start()
+    code = lost.exc_value.code
+
+    def stop_silently(*_: object) -> None:
+        raise _Stopped(code)
+
+    signal.signal(code - 128, stop_silently)
+    threading.Timer(0.01, signal.pthread_kill, [threading.main_thread().ident, code - 128]).start()
+
+
+def _fail(message: str, code: int = 1) -> None:
+    print(f"error: {Hf2mnnError(message)}", file=sys.stderr)
+    sys.exit(code)
 
 
 def main() -> None:
-    """Expected failures end with one line on stderr and exit code 1."""
+    """Run the command line; expected failures print one line on stderr and exit with code 1, wrong usage with 2."""
     sys.unraisablehook = _stop_again
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
             signal.signal(number, _stop)
-    # OpenMP threads that spin while they wait make torch 17 times slower as soon as another job shares the cores
-    # (measured: 143 ms a token against 8); its library reads this when it is loaded.
+    # Waiting OpenMP threads that spin make torch 17 times slower when another job shares the cores (143 ms a token
+    # in place of 8); the OpenMP library reads this when it is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():
-        # Bars of transformers and others would fill a log with lines that are drawn over themselves.
+        # Bars of transformers and others would fill a log with overwritten lines.
         os.environ.setdefault("TQDM_DISABLE", "1")
     set_command(["hf2mnn", *sys.argv[1:]])
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except typer.TyperException as error:
+        if message := usage_message(error):
+            _fail(message, 2)
+        error.show()  # the help, if no command is given
+        sys.exit(2)
     except Hf2mnnError as error:
-        print(f"hf2mnn: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        said = sentence(error, Path.cwd()) or _of_file(error)
-        if said is None:
+        message = machine_message(error, Path.cwd()) or _file_message(error)
+        if message is None:
             raise
-        print(f"hf2mnn: {said}", file=sys.stderr)
-        sys.exit(1)
+        _fail(message)

@@ -1,4 +1,4 @@
-"""python -m hf2mnn.cli"""
+"""Run the command line: python -m hf2mnn.cli."""
 
 from hf2mnn.cli import main
 

@@ -1,6 +1,6 @@
-"""What the configuration asks of each stage, as inputs and options of its command.
+"""Inputs and options of each stage's command, from the configuration.
 
-Paths of results are relative to results/<model>; user-provided files are paths as config.yaml has them.
+Paths of results are relative to results/<model>; paths of user-provided files are those of config.yaml.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import shlex
 from pathlib import Path
 
 from hf2mnn.checkpoint.folder import ADAPTER_FILES, checkpoint_files
-from hf2mnn.config.schema import Config, Instance, LabelledSet
+from hf2mnn.config.models import Instance, LabelledSet
+from hf2mnn.config.schema import Config
 
 SETS = ("evaluation", "calibration")
 """Sets of examples: keys of a model in config.yaml, and folders of its results."""
@@ -48,24 +49,22 @@ def example_options(model: Instance, name: str) -> list[str]:
     chosen = getattr(model, name)
     if not isinstance(chosen, LabelledSet):
         return _options({"path": chosen})
-    place = {"path": chosen.path} if chosen.path else {"revision": chosen.revision}
-    return _options({"dataset": chosen.dataset, "samples": chosen.samples, "seed": chosen.seed} | place)
+    origin = {"path": chosen.path} if chosen.path else {"revision": chosen.revision}
+    return _options({"dataset": chosen.dataset, "samples": chosen.samples, "seed": chosen.seed} | origin)
 
 
 def quantize_inputs(config: Config, variant: str) -> dict[str, str]:
     """Return folders below results/<model> that the methods of a variant need, by option of `hf2mnn quantize`."""
-    chosen, found = config.variants[variant], {}
-    if chosen.auto:
-        found["plan"] = f"plans/{variant}"
+    inputs = {"plan": f"plans/{variant}"} if config.variants[variant].auto else {}
     if config.calibrated(variant):
-        found["calibration"] = "calibration"
+        inputs["calibration"] = "calibration"
     if "checkpoint" in config.methods(variant):
-        found["checkpoint"] = "checkpoint"
-    return found
+        inputs["checkpoint"] = "checkpoint"
+    return inputs
 
 
 def quantize_options(config: Config, variant: str, inputs: dict[str, str]) -> str:
-    """Return the options of `hf2mnn quantize` for a variant; `inputs` are those of its methods, by option."""
+    """Return the options of `hf2mnn quantize` for a variant; `inputs` are the folders of its methods, by option."""
     keys = {"bits", "block", "symmetric", "scale_bits", "method"}
     parts = {"decoder": config.decoder_weights(variant), "vision": config.vision_weights(variant)}
     described = {name: part.model_dump(include=keys) for name, part in parts.items()}
@@ -77,8 +76,8 @@ def quantize_options(config: Config, variant: str, inputs: dict[str, str]) -> st
 
 
 def benchmark_options(config: Config, model: str, bundles: list[str]) -> str:
-    """Return the options of `hf2mnn benchmark` but for its threads."""
-    chosen = config.speed
+    """Return the options of `hf2mnn benchmark` except its threads."""
+    chosen = config.benchmark
     named = [word for folder in bundles for word in ("--bundle", f"{Path(folder).name}={folder}")]
     others = _options(
         {
@@ -92,15 +91,15 @@ def benchmark_options(config: Config, model: str, bundles: list[str]) -> str:
     return shlex.join(named + others)
 
 
-def table_rows(config: Config, model: str) -> list[str]:
-    """Return the names of a model's conversions in the order of the table."""
+def conversions(config: Config, model: str) -> list[str]:
+    """Return the names of a model's conversions in the order of the table: ONNX Runtime and the variants."""
     return ["onnxruntime", *config.variants_of(model)]
 
 
-def row_settings(config: Config, model: str) -> str:
-    """Return the option --rows of `hf2mnn report`: JSON of each row's name, gates, and whether they must be kept."""
-    rows = table_rows(config, model)
-    described = [{"name": row, "required": config.required(row), "gates": config.row_gates(row)} for row in rows]
+def report_variants(config: Config, model: str) -> str:
+    """Return the option --variants of `hf2mnn report`: JSON with name and gates of each, and whether it is required."""
+    names = conversions(config, model)
+    described = [{"name": name, "required": config.required(name), "gates": config.gates_of(name)} for name in names]
     return json.dumps(described, sort_keys=True)
 
 
@@ -110,7 +109,7 @@ def evidence(config: Config, model: str) -> list[str]:
     planned = [name for name in variants if config.variants[name].auto]
     calibrated = [name for name in variants if config.calibrated(name)]
     folders = ["checkpoint", "examples/evaluation", "reference/evaluation", "onnx", "graphs", "benchmark"]
-    folders += [f"evaluation/{row}" for row in table_rows(config, model)]
+    folders += [f"evaluation/{name}" for name in conversions(config, model)]
     folders += [f"{folder}/{name}" for name in variants for folder in ("bundles", "diagnosis")]
     folders += [f"plans/{name}" for name in planned]
     folders += ["examples/calibration", "reference/calibration"] if planned or calibrated else []

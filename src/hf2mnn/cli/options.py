@@ -1,4 +1,4 @@
-"""Options and helpers that several commands share."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from typing import Annotated, Literal
 
 import typer
 
-Out = Annotated[Path, typer.Option("--out", help="Output folder; replaced as a whole when the stage has succeeded.")]
-Threads = Annotated[int, typer.Option(help="Threads to compute with; 0 for the runtime's default.", min=0)]
+Out = Annotated[Path, typer.Option("--out", help="Output folder; replaced as a whole when the stage succeeds.")]
+Threads = Annotated[int, typer.Option(help="Threads to compute with; 0 for the default of the runtime.", min=0)]
 TimeLimit = Annotated[float, typer.Option(help="Seconds after which the engine is stopped.", min=1)]
 WeightsKept = Annotated[
     Literal["auto", "resident", "mapped"],
     typer.Option(
-        help="resident holds the model's weights in float32; mapped reads them from the checkpoint as each layer runs:"
-        " the same results in less memory, slower; auto is resident where they fit.",
+        help="resident holds the weights in memory in float32; mapped reads them from the checkpoint for each layer:"
+        " same results, less memory, slower; auto is resident if they fit.",
     ),
 ]
 Hub = Annotated[Literal["huggingface", "modelscope"], typer.Option(help="Hub of the repository.")]
 Revision = Annotated[
-    str | None, typer.Option(help="Commit, tag or branch of the repository; left out, the hub's default branch.")
+    str | None, typer.Option(help="Commit, tag or branch of the repository; by default the hub's default branch.")
+]
+Embedding = Annotated[
+    Literal["file", "lm_head"],
+    typer.Option(help="Where the engine reads the embedding: a bfloat16 file, or lm_head of a tied model."),
 ]
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of the fetch stage.")]
 OnnxFolder = Annotated[Path, typer.Option("--onnx", help="Folder of the export stage.")]
@@ -30,6 +34,6 @@ CalibrationAnswers = Annotated[
 ]
 
 
-def example(text: str) -> str:
+def example(*commands: str) -> str:
     """Return the epilog of a command's help."""
-    return f"Example: {text}"
+    return "\n\n".join(f"Example: {command}" for command in commands)

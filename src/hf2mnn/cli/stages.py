@@ -1,4 +1,4 @@
-"""One command for each stage. Packages are imported inside, so that --help is quick."""
+"""One command for each stage. Heavy packages are imported inside the commands, which keeps --help fast."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from hf2mnn.cli.options import (
     CalibrationAnswers,
     Checkpoint,
+    Embedding,
     GraphsFolder,
     Hub,
     OnnxFolder,
@@ -21,6 +22,7 @@ from hf2mnn.cli.options import (
     WeightsKept,
     example,
 )
+from hf2mnn.config.models import Dataset
 from hf2mnn.core.errors import ConfigError, Hf2mnnError
 
 app = typer.Typer()
@@ -29,7 +31,7 @@ app = typer.Typer()
 @app.command(epilog=example("hf2mnn fetch --path models/shapes-vl --out results/shapes-vl/checkpoint"))
 def fetch(
     out: Out,
-    path: Annotated[Path | None, typer.Option(help="A checkpoint folder on this machine.")] = None,
+    path: Annotated[Path | None, typer.Option(help="Local checkpoint folder.")] = None,
     repository: Annotated[str | None, typer.Option(help="owner/name on a hub.")] = None,
     revision: Revision = None,
     hub: Hub = "huggingface",
@@ -39,7 +41,7 @@ def fetch(
         typer.Option(help="Folder of user-provided files: those that match are used and not downloaded."),
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder with a LoRA adapter (PEFT) to merge.")] = None,
-    adapter_repository: Annotated[str | None, typer.Option(help="owner/name of an adapter on a hub, instead.")] = None,
+    adapter_repository: Annotated[str | None, typer.Option(help="owner/name of an adapter on a hub.")] = None,
     adapter_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the adapter.")] = None,
     adapter_hub: Annotated[
         Literal["huggingface", "modelscope"], typer.Option(help="Hub of the adapter.")
@@ -57,9 +59,10 @@ def fetch(
 
 
 @app.command(
-    epilog=example("hf2mnn examples --dataset docvqa --samples 100 --out my-docvqa")
-    + "\n\n"
-    + example("hf2mnn examples --path my-questions --out results/mine/examples/evaluation")
+    epilog=example(
+        "hf2mnn examples --dataset docvqa --samples 100 --out my-docvqa",
+        "hf2mnn examples --path my-questions --out results/mine/examples/evaluation",
+    )
 )
 def examples(
     out: Out,
@@ -67,9 +70,7 @@ def examples(
         Path | None,
         typer.Option(help="Folder with examples.jsonl; with --dataset, a local copy of that data set."),
     ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Labelled data set: textvqa, docvqa, chartqa, ai2d, mmbench or mmmu.")
-    ] = None,
+    dataset: Annotated[Dataset | None, typer.Option(help="Labelled data set to draw from.")] = None,
     samples: Annotated[int, typer.Option(help="Questions to draw from the data set.", min=1)] = 100,
     revision: Annotated[str, typer.Option(help="Commit, tag or branch of the data set on the hub.")] = "main",
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
@@ -95,11 +96,11 @@ def reference(
     checkpoint: Checkpoint,
     out: Out,
     examples: Annotated[Path, typer.Option(help="Folder with examples.jsonl.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 64,
     threads: Threads = 2,
     weights: WeightsKept = "auto",
 ) -> None:
-    """Answer a set with PyTorch in float32, once for all comparisons."""
+    """Answer a set with PyTorch in float32, for all comparisons."""
     from hf2mnn.stages.reference import run
 
     run(checkpoint, examples, out, max_new_tokens, threads, weights)
@@ -115,7 +116,7 @@ def export(checkpoint: Checkpoint, out: Out) -> None:
 
 @app.command(epilog=example("hf2mnn convert results/shapes-vl/onnx --out results/shapes-vl/graphs"))
 def convert(onnx: Annotated[Path, typer.Argument(help="Folder of the export stage.")], out: Out) -> None:
-    """Convert the ONNX graphs to MNN's, and check that every attention is fused; 'hf2mnn quantize' adds the weights."""
+    """Convert the ONNX graphs to MNN graphs without weights, and check that every attention is fused."""
     from hf2mnn.stages.convert import run
 
     run(onnx, out)
@@ -180,10 +181,10 @@ def plan(
     out: Out,
     onnx: OnnxFolder,
     graphs: GraphsFolder,
-    budget: Annotated[str, typer.Option(help="Bits a weight with scales (4.25), or the bundle's size (850MB).")],
-    embedding: Annotated[str, typer.Option(help="Where the embedding will be: file or lm_head.")] = "file",
+    budget: Annotated[str, typer.Option(help="Bits per weight with scales (4.25), or the bundle's size (850MB).")],
+    embedding: Embedding = "file",
 ) -> None:
-    """Choose the format of each operator that costs the answers least within a budget, and write plan.yaml."""
+    """Choose the format of each operator with the least divergence within a budget, and write plan.yaml."""
     from hf2mnn.config.budget import parse_budget
     from hf2mnn.stages.plan import run
 
@@ -208,11 +209,9 @@ def quantize(
         str, typer.Option(help="Weights of the decoder, JSON: bits, block, symmetric, scale_bits, method.")
     ],
     vision: Annotated[str, typer.Option(help="Weights of the vision tower, JSON.")] = '{"bits": 8}',
-    engine: Annotated[str, typer.Option(help="Run-time settings, JSON: precision, memory, threads.")] = "{}",
-    plan: Annotated[Path | None, typer.Option(help="A plan.yaml: settings by operator, over those two.")] = None,
-    embedding: Annotated[
-        str, typer.Option(help="Where the engine reads the embedding: file, or lm_head of a tied model.")
-    ] = "file",
+    engine: Annotated[str, typer.Option(help="Settings of the engine, JSON: precision, memory, threads.")] = "{}",
+    plan: Annotated[Path | None, typer.Option(help="A plan.yaml: settings by operator, which override both.")] = None,
+    embedding: Embedding = "file",
     calibration: Annotated[Path | None, typer.Option(help="Folder of the calibrate stage, for awq and gptq.")] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder of the fetch stage, for the values of an AWQ or GPTQ checkpoint.")
@@ -220,16 +219,19 @@ def quantize(
     threads: Annotated[int, typer.Option(help="Threads to round with.", min=1)] = 2,
 ) -> None:
     """Make a bundle: MNN's graphs with the checkpoint's weights in the chosen formats."""
-    from hf2mnn.config.schema import Engine, Weights, load_plan, parse_json
+    from hf2mnn.config.load import parse_option
+    from hf2mnn.config.plan import load_plan
+    from hf2mnn.config.variants import Engine, Weights
     from hf2mnn.mnn.bundle import EngineSettings
-    from hf2mnn.mnn.convert import WeightFormat
+    from hf2mnn.quant.formats import WeightFormat
     from hf2mnn.quant.variant import Choice
     from hf2mnn.stages.quantize import run
 
     formats = [
-        WeightFormat(**parse_json(Weights, text, name)) for text, name in ((decoder, "--decoder"), (vision, "--vision"))
+        WeightFormat(**parse_option(Weights, text, name))
+        for text, name in ((decoder, "--decoder"), (vision, "--vision"))
     ]
-    settings = EngineSettings(**parse_json(Engine, engine, "--engine"))
+    settings = EngineSettings(**parse_option(Engine, engine, "--engine"))
     planned = load_plan(plan).model_dump(exclude_none=True) if plan else {}
     run(onnx, graphs, out, Choice(*formats, settings, planned, embedding), threads, calibration, checkpoint, plan)
 
@@ -269,11 +271,14 @@ def evaluate(
     ] = None,
     threads: Threads = 2,
     time_limit: TimeLimit = 7200,
+    keep_logits: Annotated[
+        bool, typer.Option("--keep-logits", help="Also write logits.safetensors, to recompute figures.")
+    ] = False,
 ) -> None:
     """Answer the evaluation set with a conversion and measure its distance from PyTorch."""
     from hf2mnn.stages.evaluate import run
 
-    run(reference, onnx, out, bundle, threads, time_limit)
+    run(reference, onnx, out, bundle, threads, time_limit, keep_logits)
 
 
 @app.command(
@@ -297,7 +302,7 @@ def diagnose(
 
     findings = run(reference, onnx, baseline, bundle, out, threads, time_limit)
     for finding in findings:
-        print(f"{finding.part}: {finding.sentence}")
+        print(f"{finding.part}: {finding.message}")
     print(f"{len(findings) or 'no'} findings")
 
 
@@ -312,9 +317,9 @@ def benchmark(
     bundle: Annotated[list[str], typer.Option(help="NAME=FOLDER of a bundle; repeat for more.")],
     baseline: Annotated[str, typer.Option(help="Name of the bundle that the others are compared with.")],
     repeats: Annotated[int, typer.Option(help="Processes to time each bundle with, interleaved.", min=1)] = 5,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=1)] = 512,
-    answer_tokens: Annotated[int, typer.Option(help="Length of the answer.", min=1)] = 64,
-    image_side: Annotated[int, typer.Option(help="Sides of the image in pixels.", min=1)] = 224,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt in tokens.", min=1)] = 512,
+    answer_tokens: Annotated[int, typer.Option(help="Length of the answer in tokens.", min=1)] = 64,
+    image_side: Annotated[int, typer.Option(help="Width and height of the image in pixels.", min=1)] = 224,
     length: Annotated[
         list[int] | None, typer.Option(help="Tokens in the KV cache when its gain is measured; repeat for more.", min=1)
     ] = None,
@@ -334,34 +339,37 @@ def benchmark(
 @app.command(
     epilog=example(
         "hf2mnn report shapes-vl results/shapes-vl"
-        """ --rows '[{"name": "int4", "required": false, "gates": {"mean_kld": 0.1}}]'"""
+        """ --variants '[{"name": "int4", "required": false, "gates": {"mean_kld": 0.1}}]'"""
     )
 )
 def report(
     model: Annotated[str, typer.Argument(help="Name of the model.")],
-    folder: Annotated[Path, typer.Argument(help="The model's results; summary, figures and report.html go there too.")],
-    rows: Annotated[str, typer.Option(help="Rows of the table in order, JSON: name, required, gates.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Results of the model; summary, figures and report.html are written there.")
+    ],
+    variants: Annotated[str, typer.Option(help="Variants in order, JSON: name, required, gates.")],
 ) -> None:
     """Put all conversions of a model in one table with a verdict, and on one page with the evidence."""
-    from hf2mnn.config.schema import TableRows, parse_json
-    from hf2mnn.report.table import RowSpec
+    from hf2mnn.config.load import parse_option
+    from hf2mnn.config.variants import ReportVariants
+    from hf2mnn.report.table import VariantSpec
     from hf2mnn.stages.report import run
 
-    run(model, folder, [RowSpec(**row) for row in parse_json(TableRows, rows, "--rows")])
+    run(model, folder, [VariantSpec(**variant) for variant in parse_option(ReportVariants, variants, "--variants")])
 
 
 @app.command(
-    epilog=example("hf2mnn compare results/qwen2-vl-2b results/qwen2.5-vl-3b")
-    + "\n\n"
-    + example("hf2mnn compare --layers results/shapes-vl")
+    epilog=example(
+        "hf2mnn compare results/qwen2-vl-2b results/qwen2.5-vl-3b", "hf2mnn compare --layers results/shapes-vl"
+    )
 )
 def compare(
     before: Annotated[Path, typer.Argument(help="Results of a model: results/<model>.")],
     after: Annotated[
-        Path | None, typer.Argument(help="Results of another version; left out, the first is shown alone.")
+        Path | None, typer.Argument(help="Results of another version; by default the first is shown alone.")
     ] = None,
     layers: Annotated[
-        bool, typer.Option("--layers", help="Layer by layer: PyTorch against ONNX against MNN on the same input.")
+        bool, typer.Option("--layers", help="Show each layer: PyTorch, ONNX and MNN on the same input.")
     ] = False,
     variant: Annotated[list[str] | None, typer.Option(help="Only this variant; repeat for more.")] = None,
     benchmark: Annotated[
@@ -369,12 +377,13 @@ def compare(
     ] = False,
     toolchain: Annotated[
         Path | None,
-        typer.Option(help="Folder of 'hf2mnn toolchain' that made the other version, for --benchmark."),
+        typer.Option(help="Folder of 'hf2mnn toolchain' whose engine runs the other version, for --benchmark."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for changes.csv and changes.md.")] = None,
 ) -> None:
-    """Report differences between two versions of a model, and the first layer that changed; with --layers, where each
-    variant exceeds its tolerance.
+    """Report differences between two versions of a model, and the first layer that changed.
+
+    With --layers it shows where each variant exceeds its tolerance.
     """
     from hf2mnn.report.console import print_layers, print_table, print_versions
     from hf2mnn.report.versions import read_report

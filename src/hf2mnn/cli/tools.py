@@ -1,4 +1,4 @@
-"""Commands beside the stages: pins, toolchains, tables, and what a user does with a finished bundle."""
+"""Commands beside the stages: pins, toolchains, tables, and tools for a finished bundle."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def pin(
         Path | None, typer.Option("--out", help="File for the commit with its files' sizes and hashes, JSON.")
     ] = None,
 ) -> None:
-    """Print the commit that a branch or tag is now, for config.yaml; nothing is downloaded."""
-    from hf2mnn.checkpoint.hub.base import pin_repository
+    """Print the present commit of a branch or tag, for config.yaml; nothing is downloaded."""
+    from hf2mnn.checkpoint.hub.download import pin_repository
 
     pinned = pin_repository(repository, revision, hub)
     if out:
@@ -33,25 +33,24 @@ def pin(
 
 @app.command(epilog=example("""hf2mnn toolchain '{"pins": {"MNN": "3.6.0"}}' --out .toolchains/mnn-3.6.0"""))
 def toolchain(
-    asked: Annotated[str, typer.Argument(help="What config.yaml has under toolchains.NAME, JSON: pins, others.")],
+    asked: Annotated[str, typer.Argument(help="Value of toolchains.NAME in config.yaml, JSON: pins, others.")],
     out: Out,
-    requirements: Annotated[Path, typer.Option(help="Pins of the packages that are not asked for.")] = Path(
-        "requirements.txt"
-    ),
+    requirements: Annotated[Path, typer.Option(help="Pins of all other packages.")] = Path("requirements.txt"),
 ) -> None:
-    """Make an environment with other releases of the tools; its bin/hf2mnn runs every stage with them."""
-    from hf2mnn.config.schema import Toolchain, parse_json
+    """Create an environment with other releases of the tools; its bin/hf2mnn runs every stage with them."""
+    from hf2mnn.config.load import parse_option
+    from hf2mnn.config.models import Toolchain
     from hf2mnn.config.toolchain import make_toolchain
 
-    make_toolchain(out, requirements, Toolchain(**parse_json(Toolchain, asked, "TOOLCHAIN")))
+    make_toolchain(out, requirements, Toolchain(**parse_option(Toolchain, asked, "TOOLCHAIN")))
 
 
 @app.command(epilog=example("hf2mnn summarize results/*/summary.csv --out results/summary.csv"))
 def summarize(
-    tables: Annotated[list[Path], typer.Argument(help="The models' summary.csv.")],
+    tables: Annotated[list[Path], typer.Argument(help="summary.csv of each model.")],
     out: Annotated[Path, typer.Option("--out", help="The joined table, csv.")],
 ) -> None:
-    """Join the models' tables."""
+    """Join the tables of several models."""
     from hf2mnn.report.table import join_tables
 
     join_tables(tables, out)
@@ -66,8 +65,8 @@ def table(path: Annotated[Path, typer.Argument(help="A summary.csv.")]) -> None:
 
 
 @app.command(epilog=example("hf2mnn resources results"))
-def resources(folder: Annotated[Path, typer.Argument(help="The folder that holds a folder for each model.")]) -> None:
-    """Print the resources that each stage took: time, memory, and bytes written."""
+def resources(folder: Annotated[Path, typer.Argument(help="Folder with a folder for each model.")]) -> None:
+    """Print time, memory and bytes written of each stage."""
     from hf2mnn.report.resources import print_stages
     from hf2mnn.stages import ORDER
 
@@ -78,11 +77,11 @@ def resources(folder: Annotated[Path, typer.Argument(help="The folder that holds
 def gates(
     path: Annotated[Path, typer.Argument(help="A summary.csv.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="File to write when every required row keeps its gates.")
+        Path | None, typer.Option("--out", help="File to write when every required variant passes its gates.")
     ] = None,
 ) -> None:
-    """Fail where a required row misses a gate."""
-    from hf2mnn.core.files import whole_file
+    """Exit with code 1 if a required variant misses a gate."""
+    from hf2mnn.core.files import atomic_file
     from hf2mnn.report.table import missed_gates, read_table
 
     frame = read_table(path)
@@ -90,49 +89,50 @@ def gates(
     if missed:
         raise GateError(f"{len(missed)} required of {len(frame)} rows miss their gates: {' | '.join(missed)}")
     if out:
-        with whole_file(out) as partial:
+        with atomic_file(out) as partial:
             partial.write_text(f"{int(frame['required'].sum())} required rows keep their gates\n")
 
 
 @app.command(epilog=example("hf2mnn verify results/shapes-vl/bundles/int4"))
 def verify(
-    folders: Annotated[list[Path], typer.Argument(help="Bundles, or folders of any stage.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    folders: Annotated[list[Path], typer.Argument(help="Bundles, or folders of other stages.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Read every byte of bundles, or of any stage's folder, and say whether they are those that were made. Needs no
-    network and no other folder.
+    """Compare every byte of a bundle, or of another stage's folder, with its manifest.
+
+    It needs no network and no other folder.
     """
     from hf2mnn.core.verify import print_verdicts, verify_folder
 
     verdicts = [verify_folder(folder) for folder in folders]
     print_verdicts(verdicts, as_json)
-    if not all(verdict.whole for verdict in verdicts):
+    if not all(verdict.intact for verdict in verdicts):
         raise typer.Exit(1)
 
 
 @app.command(epilog=example('hf2mnn ask results/shapes-vl/bundles/int4 --image cat.png "What is this?"'))
 def ask(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
-    prompt: Annotated[str | None, typer.Argument(help="What to ask.")] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="An image to ask about; give it again for more.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Question to the model.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image of the question; repeat for more.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     conversation: Annotated[
-        Path | None, typer.Option(help="A JSON file of messages, in place of a prompt; its last one is answered.")
+        Path | None, typer.Option(help="JSON file of messages, in place of a prompt; the last one is answered.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
-    threads: Annotated[int, typer.Option(help="Threads; 0 for the bundle's own number.", min=0)] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 512,
+    threads: Annotated[int, typer.Option(help="Threads; 0 for the number in the bundle.", min=0)] = 0,
     time_limit: Annotated[float, typer.Option(help="Seconds after which the engine is stopped.", min=1)] = 600,
     as_called: Annotated[
         bool, typer.Option("--as-called", help="Leave template, image size and positions to the engine.")
     ] = False,
 ) -> None:
-    """Ask a finished bundle something, in MNN's engine."""
+    """Ask a bundle a question in MNN's engine."""
     from hf2mnn.mnn.ask import ask_bundle, continue_conversation, read_conversation
 
     if (prompt is None) == (conversation is None):
         raise Hf2mnnError("give either a prompt or --conversation FILE")
     if conversation and (image or system):
-        raise Hf2mnnError("a conversation brings its images and system prompt along; leave out --image and --system")
+        raise Hf2mnnError("--conversation has its own images and system prompt: leave out --image and --system")
     options = {"threads": threads, "time_limit": time_limit, "as_called": as_called}
     if conversation:
         print(continue_conversation(bundle, *read_conversation(conversation), max_new_tokens, **options))
@@ -145,35 +145,30 @@ def doctor(
     path: Annotated[
         Path, typer.Argument(help="A bundle's folder, a .mnn or .onnx file, or a folder of the onnx or mnn stage.")
     ],
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Folder of the checkpoint that it was made of: to compare with.")
-    ] = None,
-    reference: Annotated[Path | None, typer.Option(help="Folder of the reference stage: for ranges of values.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder of its checkpoint, to compare with.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Folder of the reference stage, for ranges of values.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     run: Annotated[
-        bool, typer.Option("--run", help="Also load the bundle in the engine and ask it something.")
+        bool, typer.Option("--run", help="Also load the bundle in the engine and ask it a question.")
     ] = False,
-    prompt: Annotated[str, typer.Option(help="What --run asks.")] = "What is the capital of France?",
+    prompt: Annotated[str, typer.Option(help="Question of --run.")] = "What is the capital of France?",
     time_limit: Annotated[float, typer.Option(help="Seconds after which --run stops the engine.", min=1)] = 300,
 ) -> None:
-    """Find out from its files why a bundle talks nonsense, crashes or is slow; whoever made it.
+    """Find the causes of wrong output, crashes or low speed in the files of a bundle of any origin.
 
-    Exit code 0: nothing, or advice only; 3: warnings; 4: errors; 1: it could not be examined.
+    Exit code 0: no finding, or advice only; 3: warnings; 4: errors; 1: it cannot be examined.
     """
-    from hf2mnn.doctor.examine import by_severity, look_at
-    from hf2mnn.doctor.show import as_json as to_json
-    from hf2mnn.doctor.show import as_text, exit_code
+    from hf2mnn.doctor.examine import examine
 
-    seen = look_at(path, checkpoint, reference)
-    if run and seen.bundle is None:
-        raise Hf2mnnError(f"--run asks a bundle, and {path} is another thing ({seen.kind}); give the bundle's folder")
+    examination = examine(path, checkpoint, reference)
+    if run and examination.bundle is None:
+        raise Hf2mnnError(f"--run needs a bundle, and {path} is of another kind ({examination.kind}): give its folder")
     if run:
         from hf2mnn.doctor.run import run_bundle
 
-        seen.findings = by_severity([*seen.findings, *run_bundle(seen.bundle, prompt, time_limit)])
-        seen.checks.append("run_bundle")
-    print(to_json(seen) if as_json else as_text(seen))
-    raise typer.Exit(exit_code(seen.findings))
+        examination.add(["run_bundle"], run_bundle(examination.bundle, prompt, time_limit))
+    print(examination.to_json() if as_json else examination.to_text())
+    raise typer.Exit(examination.exit_code)
 
 
 @app.command(epilog=example("hf2mnn tune results/shapes-vl/bundles/int4 --dry-run"))
@@ -182,23 +177,23 @@ def tune(
     setting: Annotated[
         list[str] | None,
         typer.Option(
-            help="Try only this: thread_num, precision, memory, attention_mode, dynamic_option; again for more."
+            help="Try only this: thread_num, precision, memory, attention_mode, dynamic_option; repeat for more."
         ),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of a typical prompt.", min=1)] = 256,
-    answer_tokens: Annotated[int, typer.Option(help="Length of a typical answer.", min=1)] = 64,
-    image_side: Annotated[int, typer.Option(help="Sides of its image in pixels.", min=1)] = 224,
-    repeats: Annotated[int, typer.Option(help="Processes to time each setting with, in turns.", min=1)] = 5,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of a typical prompt in tokens.", min=1)] = 256,
+    answer_tokens: Annotated[int, typer.Option(help="Length of a typical answer in tokens.", min=1)] = 64,
+    image_side: Annotated[int, typer.Option(help="Width and height of its image in pixels.", min=1)] = 224,
+    repeats: Annotated[int, typer.Option(help="Interleaved runs of each setting.", min=1)] = 5,
     max_kld: Annotated[
         float | None,
         typer.Option(
-            help="Largest mean KL divergence from the bundle's most exact settings; left out, that of the present"
-            " settings or 0.001, whichever is larger.",
+            help="Largest mean KL divergence from the most exact settings; by default that of the present settings, at"
+            " least 0.001.",
             min=0,
         ),
     ] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds after which one process is stopped.", min=1)] = 7200,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure, and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure only, and write nothing.")] = False,
 ) -> None:
     """Find the engine's fastest settings for a bundle on this machine, and write them into its config.json."""
     from hf2mnn.evaluation.tune import SETTINGS, tune_bundle
@@ -228,12 +223,12 @@ def synth(
         ),
     ],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder whose tokenizer, template and processor settings are taken.")
+        Path | None, typer.Option(help="Folder to take tokenizer, template and processor settings from.")
     ] = None,
-    shards: Annotated[int, typer.Option(help="safetensors files.", min=1)] = 2,
-    seed: Annotated[int, typer.Option(help="Which random weights.")] = 0,
+    shards: Annotated[int, typer.Option(help="Number of safetensors files.", min=1)] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
-    """Make a checkpoint of a real model's shape with random weights, to try scale where none can be downloaded."""
+    """Make a checkpoint of a real model's shape with random weights, to test the scale without a download."""
     from hf2mnn.checkpoint.synth import make_checkpoint_like
 
     make_checkpoint_like(like, out, seed, shards, tokenizer)

@@ -1,4 +1,4 @@
-"""How large a bundle of mixed precision may become: config.yaml and the planner mean the same by it."""
+"""Budget of a mixed-precision bundle, as config.yaml and the planner read it."""
 
 from __future__ import annotations
 
@@ -6,25 +6,34 @@ import re
 from dataclasses import dataclass
 
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Either bits a weight, scales included, over decoder and vision tower; or bytes of the whole bundle."""
+    """Limit on the size of a bundle; one of the two is set.
+
+    Attributes:
+        bits_per_weight: Mean bits for each weight of decoder and vision tower, scales included.
+        bundle_bytes: Size of the whole bundle.
+    """
 
     bits_per_weight: float | None = None
     bundle_bytes: int | None = None
 
 
 def parse_budget(text: str | float) -> Budget:
-    """4.25 is bits a weight; "850MB" is bytes of the bundle. Raises ValueError for anything else."""
-    found = BYTES.fullmatch(str(text))
-    unit = found[2].upper() if found else None
+    """Parse bits per weight (4.25) or a bundle size with its unit (850MB).
+
+    Raises:
+        ValueError: It is neither.
+    """
+    match = BUDGET.fullmatch(str(text))
+    unit = match[2].upper() if match else None
     if unit not in UNITS:
-        raise ValueError(f"{text!r} is no budget: give bits a weight (4.25) or the bundle's size (850MB)")
+        raise ValueError(f"{text!r} is not a budget: give bits per weight (4.25) or the bundle's size (850MB)")
     if unit:
-        return Budget(bundle_bytes=int(float(found[1]) * UNITS[unit]))
-    if not 1 < float(found[1]) <= 16:
-        raise ValueError(f"{text} bits a weight is no budget; for the size of the bundle give a unit, as in 850MB")
-    return Budget(bits_per_weight=float(found[1]))
+        return Budget(bundle_bytes=int(float(match[1]) * UNITS[unit]))
+    if not 1 < float(match[1]) <= 16:
+        raise ValueError(f"{text} is not a number of bits per weight; for the bundle's size give a unit (850MB)")
+    return Budget(bits_per_weight=float(match[1]))

@@ -1,7 +1,7 @@
-"""A toolchain: a Python environment with other releases of the tools, in which stages run to be compared with ours.
+"""Toolchain: a Python environment with other releases of the tools, to compare their results with the pinned ones.
 
-The folder is a virtual environment. `toolchain.json` says what was asked for and which releases are installed;
-`bin/hf2mnn` runs this package's own source, to which it links, with them.
+The folder is a virtual environment. `toolchain.json` records the requested pins and the installed releases;
+`bin/hf2mnn` runs the source of this package, to which the environment links, with these releases.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 
-from hf2mnn.config.schema import Toolchain, canonical
+from hf2mnn.config.models import Toolchain, canonical
 from hf2mnn.core.errors import Hf2mnnError, ToolchainError
-from hf2mnn.core.files import whole_folder
+from hf2mnn.core.files import atomic_folder
 
 NAME = "toolchain.json"
-PACKAGE = Path(__file__).parent
-CONFIGURATION = "pyvenv.cfg"
-"""Every virtual environment has it."""
+PACKAGE = Path(__file__).parent.parent
+ENVIRONMENT_MARKER = "pyvenv.cfg"
+"""File of every virtual environment."""
 OUTSIDE = {"snakemake"}
-"""What this package needs, and no stage: the rules are run from outside."""
+"""Dependencies of this package that no stage imports: the rules run in another environment."""
 RUNNER = "__pip-runner__.py"
-"""By which `pip --python` runs itself in another environment, whose packages alone it then sees."""
+"""Program of pip 22.3 or newer for `pip --python`, which runs this pip with the packages of another environment."""
 CONFLICT = "The conflict is caused by:"
-CALL = (
-    "import os, sys; from hf2mnn.machine.child import end_with; end_with(int(sys.argv[1]));"
+"""Line of pip's output before the packages that do not fit each other."""
+RUN_PIP = (
+    "import os, sys; from hf2mnn.machine.child import die_with_parent; die_with_parent(int(sys.argv[1]));"
     " os.execv(sys.argv[2], sys.argv[2:])"
 )
 SCRIPT = """#!/bin/sh
@@ -41,87 +42,102 @@ exec "$(dirname "$0")/python" -P -c "import sys; from hf2mnn.cli import main; sy
 
 
 def needed_packages() -> list[str]:
-    """Names of the packages that the stages import."""
-    named = [re.match(r"[\w.-]+", line)[0] for line in requires("hf2mnn") or [] if "extra ==" not in line]
-    return [name for name in named if canonical(name) not in OUTSIDE]
+    """Return the names of the packages that the stages import."""
+    names = [re.match(r"[\w.-]+", line)[0] for line in requires("hf2mnn") or [] if "extra ==" not in line]
+    return [name for name in names if canonical(name) not in OUTSIDE]
 
 
 def read_pins(requirements: Path) -> dict[str, str]:
-    """Release by package, spelt canonically, of the lines NAME==RELEASE of a requirements.txt."""
+    """Return the release by canonical package name of the lines NAME==RELEASE in a requirements.txt."""
     lines = requirements.read_text(encoding="utf-8").splitlines()
-    found = [line.split("==") for line in lines if "==" in line and not line.startswith("#")]
-    return {canonical(name): release.strip() for name, release in found}
+    pins = [line.split("==") for line in lines if "==" in line and not line.startswith("#")]
+    return {canonical(name): release.strip() for name, release in pins}
 
 
-def wanted(asked: Toolchain, needed: list[str], pinned: dict[str, str]) -> tuple[list[str], list[str]]:
-    """(requirements, constraints) for pip. What the stages need and what is pinned for the toolchain is installed;
-    everything else, where something needs it, in the pinned release, or in that which pip chooses.
+def pip_arguments(toolchain: Toolchain, needed: list[str], pinned: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Return requirements and constraints for pip.
+
+    The packages of the stages and the toolchain's own pins are installed; their dependencies have the pinned release,
+    or one that pip chooses.
+
+    Args:
+        toolchain: Requested pins.
+        needed: Packages of the stages.
+        pinned: Releases in requirements.txt.
     """
-    own = {canonical(name): release for name, release in asked.pins.items()}
-    releases = (pinned if asked.others == "pinned" else {}) | own
+    own = {canonical(name): release for name, release in toolchain.pins.items()}
+    releases = (pinned if toolchain.others == "pinned" else {}) | own
     lines = {name: f"{name}=={release}" for name, release in releases.items()}
     installed = dict.fromkeys([*map(canonical, needed), *own])
     return [lines.get(name, name) for name in installed], [lines[name] for name in lines if name not in installed]
 
 
-def _reason(said: list[str]) -> str:
-    """Why pip failed, of what it printed: which packages do not fit each other, or its last error."""
-    errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
-    if CONFLICT in said:
-        at = said.index(CONFLICT) + 1
-        return ", ".join(line.strip() for line in takewhile(str.strip, said[at:]))
-    return errors[-1] if errors else " ".join(said[-1:])
+def _failure(output: list[str]) -> str:
+    """Return the reason in pip's output: the packages that conflict, or the last error."""
+    errors = [line.removeprefix("ERROR: ") for line in output if line.startswith("ERROR: ")]
+    if CONFLICT in output:
+        conflict = output[output.index(CONFLICT) + 1 :]
+        return ", ".join(line.strip() for line in takewhile(str.strip, conflict))
+    return errors[-1] if errors else " ".join(output[-1:])
 
 
-def _install(python: Path, asked: Toolchain, requirements: Path, name: str) -> None:
-    """Raises ToolchainError with pip's own words where it finds no such set of packages, or cannot fetch it."""
-    ours = find_spec("pip")
-    runner = Path(ours.origin).with_name(RUNNER) if ours else None
+def _install(python: Path, toolchain: Toolchain, requirements: Path, name: str) -> None:
+    """Install a toolchain's packages with this environment's pip.
+
+    Raises:
+        ToolchainError: With pip's reason: the packages conflict, or cannot be downloaded.
+    """
+    pip = find_spec("pip")
+    runner = Path(pip.origin).with_name(RUNNER) if pip else None
     if runner is None or not runner.is_file():
         raise ToolchainError(f"the toolchain {name} needs pip 22.3 or newer, which {sys.executable} lacks: upgrade it")
-    install, constraints = wanted(asked, needed_packages(), read_pins(requirements))
+    packages, constraints = pip_arguments(toolchain, needed_packages(), read_pins(requirements))
     path = python.parent.parent / "constraints.txt"
     path.write_text("\n".join(constraints) + "\n")
-    # Our pip, run by the new environment's Python, ends with this process.
-    pip = [sys.executable, "-c", CALL, str(os.getpid()), str(python), str(runner)]
-    pip += ["install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--constraint", str(path)]
-    said = []
+    command = [sys.executable, "-c", RUN_PIP, str(os.getpid()), str(python), str(runner), "install"]
+    command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--constraint", str(path)]
+    output = []
     with subprocess.Popen(
-        [*pip, *install], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as running:
-        for line in running.stdout:
-            said.append(line.rstrip())
-            print(said[-1], file=sys.stderr, flush=True)
-    if running.returncode:
+        [*command, *packages], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        for line in process.stdout:
+            output.append(line.rstrip())
+            print(output[-1], file=sys.stderr, flush=True)
+    if process.returncode:
         raise ToolchainError(
-            f"the toolchain {name} cannot be made: pip says: {_reason(said)}; look at its pins in config.yaml"
+            f"the toolchain {name} cannot be made: pip reports: {_failure(output)}; correct its pins in config.yaml"
         )
 
 
 def installed_releases(site: Path) -> dict[str, str]:
-    """Release by package of an environment, sorted."""
-    found = {canonical(one.metadata["Name"]): one.version for one in distributions(path=[str(site)])}
-    return dict(sorted(found.items()))
+    """Return the release by package of an environment, sorted."""
+    releases = {canonical(package.metadata["Name"]): package.version for package in distributions(path=[str(site)])}
+    return dict(sorted(releases.items()))
 
 
-def make_toolchain(destination: Path, requirements: Path, asked: Toolchain) -> Path:
-    """Make the environment `destination`, with `requirements` as the pins of what is not asked for.
+def make_toolchain(destination: Path, requirements: Path, toolchain: Toolchain) -> Path:
+    """Create the environment of a toolchain.
+
+    Args:
+        destination: Folder of the environment; replaced as a whole.
+        requirements: requirements.txt with the pins of all other packages.
+        toolchain: Requested pins.
 
     Raises:
         ToolchainError: pip cannot install it.
-        Hf2mnnError: `destination` holds files and is no environment.
+        Hf2mnnError: `destination` holds files and is not an environment.
     """
     destination = Path(destination)
-    if destination.is_dir() and any(destination.iterdir()) and not (destination / CONFIGURATION).is_file():
-        raise Hf2mnnError(f"{destination} holds files and is no environment; give --out a folder of its own")
-    with whole_folder(destination) as folder:
+    if destination.is_dir() and any(destination.iterdir()) and not (destination / ENVIRONMENT_MARKER).is_file():
+        raise Hf2mnnError(f"{destination} holds files and is not an environment; give --out a new folder")
+    with atomic_folder(destination) as folder:
         venv.create(folder, symlinks=True)
-        _install(folder / "bin" / "python", asked, requirements, destination.name)
+        _install(folder / "bin" / "python", toolchain, requirements, destination.name)
         site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
         (site / "hf2mnn").symlink_to(PACKAGE.resolve())
         script = folder / "bin" / "hf2mnn"
         script.write_text(SCRIPT)
         script.chmod(0o755)
-        made = {"asked": asked.model_dump(), "installed": installed_releases(site)}
-        (folder / NAME).write_text(json.dumps(made, indent=1) + "\n")
+        record = {"asked": toolchain.model_dump(), "installed": installed_releases(site)}
+        (folder / NAME).write_text(json.dumps(record, indent=1) + "\n")
     return destination

@@ -1,81 +1,87 @@
-"""Expected failures. Each is one sentence for a person: what happened, where, and what to do about it."""
+"""Typed errors for expected failures. Each message is one line: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-LONGEST = 2000
-"""Letters of a sentence: it may quote what a stranger's file holds."""
+MAX_MESSAGE = 2000
+"""Characters of a message, which may quote an untrusted file."""
 
 
 class Hf2mnnError(Exception):
-    """Base of every failure that is the input's or the machine's fault. The CLI prints it bare, exit code 1."""
+    """Base class of failures caused by the input or the machine; the command line prints the message, exit code 1."""
 
     def __str__(self) -> str:
-        """One line of what a terminal only shows: a name in a stranger's file may hold anything."""
+        """Return the message as one printable line, because names in untrusted files may hold control characters."""
         line = " ".join(super().__str__().splitlines())
-        if len(line) > LONGEST:  # what to do stands at the end
-            line = f"{line[: LONGEST * 3 // 4]} ... {line[-LONGEST // 4 :]}"
+        if len(line) > MAX_MESSAGE:  # keep the end, which says what to do
+            line = f"{line[: MAX_MESSAGE * 3 // 4]} ... {line[-MAX_MESSAGE // 4 :]}"
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class MachineError(Hf2mnnError):
-    """The machine has no room or no memory left, or does not let a stage write."""
+    """The machine has no disk space or memory left, or denies access to a path."""
 
 
 class ConfigError(Hf2mnnError):
-    """config.yaml asks for something that cannot be."""
+    """A configuration, a plan, or an option of the command line is invalid."""
 
 
 class ToolchainError(Hf2mnnError):
-    """An environment with other releases of the tools cannot be made."""
+    """A Python environment with other tool releases cannot be created."""
 
 
 class CheckpointError(Hf2mnnError):
-    """A checkpoint is missing, incomplete, or of a kind that is not converted."""
+    """A checkpoint is missing, incomplete, inconsistent, or of an unsupported family."""
 
 
 class EvaluationSetError(Hf2mnnError):
-    """An evaluation set cannot be read: bad record, image that is not one, missing file."""
+    """An evaluation set cannot be read: invalid record, unreadable image, missing file."""
 
 
 class ExportError(Hf2mnnError):
-    """The ONNX graph could not be made, or is not what it must be."""
+    """An ONNX graph cannot be exported, or the exported graph is invalid."""
 
 
 class ConversionError(Hf2mnnError):
-    """MNN's converter failed, or wrote something other than what was asked (it prints success either way)."""
+    """MNN's converter failed, or wrote an unexpected graph (it reports success in both cases)."""
 
 
 class BundleError(Hf2mnnError):
-    """A bundle is missing, incomplete, or changed since it was made."""
+    """A bundle is missing, incomplete, or changed since it was written."""
 
 
 class EngineError(Hf2mnnError):
-    """MNN's engine was stopped, or did not do what it was asked."""
+    """MNN's engine failed for a reason other than the bundle."""
 
 
 class EngineStopped(EngineError):
-    """The engine took longer than it was given, or was killed."""
+    """The engine exceeded its time limit, or was killed."""
 
 
 class BundleFault(EngineError):
-    """The engine refused a bundle, crashed on it, or answered garbage: that is a result, and goes into the table.
-    `words`: all that the engine printed.
+    """The engine rejected a bundle, crashed on it, or returned garbage: a result, which the table shows.
+
+    Attributes:
+        kind: "load", "garbage", "image_tokens", "vocabulary" or "crash".
+        ended: How the process of a crash ended: "signal 11", "exit code 3".
+        output: Lines that the engine printed.
     """
 
-    def __init__(self, message: str, words: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, kind: str = "crash", ended: str = "", output: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.words = list(words)
+        self.kind = kind
+        self.ended = ended
+        self.output = list(output)
 
 
 class ManifestError(Hf2mnnError):
-    """Files of a stage are not the ones that its manifest vouches for."""
+    """The files of a stage folder differ from its manifest, or the folder belongs to another stage."""
 
 
 class GateError(Hf2mnnError):
-    """A required variant missed a gate."""
+    """A required variant misses a gate."""
 
 
 class QuantizationError(Hf2mnnError):
-    """Weights cannot be quantized as asked: bad numbers, blocks that do not fit, a plan or a budget that cannot be."""
+    """Weights cannot be quantized as requested: non-finite values, invalid blocks, an unreachable budget."""

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or not there."""
+"""Atomic files and folders, and sha256 of files."""
 
 from __future__ import annotations
 
@@ -12,84 +12,87 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from hf2mnn.core.machine_errors import machine_errors
 from hf2mnn.core.progress import BYTES, progress
-from hf2mnn.core.shortage import explained
 
-BLOCK = 1 << 20
-"""Bytes that are read at a time."""
+CHUNK = 1 << 20
+"""Bytes to read at a time."""
 LARGE = 100_000_000
-"""Bytes from which on reading a file twice is worth avoiding."""
-AT_ONCE = 4
-"""Files that are read at the same time."""
-_read_before: dict[tuple[int, ...], str] = {}
+"""Size in bytes of the files whose sha256 is remembered."""
+PARALLEL_FILES = 4
+"""Files to hash at the same time."""
+_remembered: dict[tuple[int, ...], str] = {}
+"""sha256 of large files that this process has hashed, by device and state."""
 
 
-def condition(path: Path) -> list[int]:
-    """What changes when a file is written to or replaced: its inode, its size in bytes, and when that was, in ns."""
+def file_state(path: Path) -> list[int]:
+    """Return inode, size in bytes and modification time in ns: they change when a file is written or replaced."""
     state = path.stat()
     return [state.st_ino, state.st_size, state.st_mtime_ns]
 
 
 def _key(path: Path) -> tuple[int, ...]:
-    return (path.stat().st_dev, *condition(path))
+    return (path.stat().st_dev, *file_state(path))
 
 
-def recall(path: Path, digest: str) -> None:
-    """Let `sha256` take a file that was read before, and is in the same condition, as read."""
-    _read_before[_key(path)] = digest
+def remember_sha256(path: Path, digest: str) -> None:
+    """Let `sha256` return `digest` for a file while its state is the present one."""
+    _remembered[_key(path)] = digest
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes, read in blocks; of a large file it says how far it is. That is read once in a
-    process, whatever it is called, as long as nobody writes to it.
-    """
+    """Return the hex digest of a file; a large file is read once in a process, unless its state changes."""
     size, key = path.stat().st_size, _key(path)
-    if key in _read_before:
-        return _read_before[key]
+    if key in _remembered:
+        return _remembered[key]
     digest = read_sha256(path)
     if size >= LARGE:
-        _read_before[key] = digest
+        _remembered[key] = digest
     return digest
 
 
 def sha256_of(paths: Iterable[Path]) -> dict[Path, str]:
-    """The same of several files, at the same time."""
+    """Return the hex digests of several files, hashed in parallel."""
     paths = list(paths)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(PARALLEL_FILES) as pool:
         return dict(zip(paths, pool.map(sha256, paths), strict=True))
 
 
 def read_sha256(path: Path) -> str:
-    """Hex digest of a file of which every byte is read, whatever was read before."""
+    """Return the hex digest of a file after reading every byte of it, and show progress."""
     digest = hashlib.sha256()
-    with path.open("rb") as file, progress(f"reading {path.name}", path.stat().st_size, BYTES) as shown:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            shown.update(len(block))
+    with path.open("rb") as file, progress(f"reading {path.name}", path.stat().st_size, BYTES) as bar:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            bar.update(len(chunk))
     return digest.hexdigest()
 
 
 @contextmanager
-def whole_folder(destination: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `destination`; it takes that name only when the block ends without an error.
+def atomic_folder(destination: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `destination`, and rename it to `destination` when the block succeeds.
+
+    Remains of a killed run are removed first. The rename is the last step, so no incomplete folder ever has the final
+    name. An existing folder is renamed before it is removed, for the same reason.
+
+    Args:
+        destination: Folder to create or replace.
 
     Raises:
-        MachineError: the machine has no room or no memory left, or does not let us write there.
-
-    What an earlier, killed run left beside it is removed first. A rename is the last step, so nobody ever sees half
-    a folder under the final name; nor half an old one, which is renamed before it is removed.
+        NotADirectoryError: `destination` is a file.
+        MachineError: The disk or the memory is full, or access is denied.
     """
     destination = Path(destination).resolve()
     if destination.exists() and not destination.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "is a file; give the name of a folder", str(destination))
     partial, old = (destination.with_name(f".{destination.name}.{kind}") for kind in ("partial", "old"))
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
-    with explained(destination):
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with machine_errors(destination):
         partial.mkdir(parents=True)
     try:
-        # Inside, while what fills a disk is still there to be counted.
-        with explained(destination):
+        # Inside the try: the message counts the free space before the folder is removed.
+        with machine_errors(destination):
             yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -102,28 +105,27 @@ def whole_folder(destination: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_files_in(folder: Path) -> Iterator[None]:
-    """Let `tempfile` work in `folder`, which is made and removed, for all of this process.
+    """Let `tempfile` use `folder`, which is created and removed, in this process.
 
-    A process that is killed removes nothing. What lies in TMPDIR would stay there for ever; what lies in the folder of
-    a stage goes with that when the stage runs again.
+    A killed process removes nothing: its files in TMPDIR stay forever, those in a stage folder go with the next run.
     """
-    before, folder = tempfile.tempdir, folder.resolve()
+    previous, folder = tempfile.tempdir, folder.resolve()
     folder.mkdir()
     tempfile.tempdir = str(folder)
     try:
         yield
     finally:
-        tempfile.tempdir = before
+        tempfile.tempdir = previous
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def whole_file(destination: Path) -> Iterator[Path]:
-    """Yield a path beside `destination` to write to; it takes that name only when the block ends without an error."""
+def atomic_file(destination: Path) -> Iterator[Path]:
+    """Yield a path beside `destination` to write to, and rename it to `destination` when the block succeeds."""
     destination = Path(destination)
     partial = destination.with_name(f".{destination.name}.partial")
     try:
-        with explained(destination.parent):
+        with machine_errors(destination.parent):
             destination.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             partial.replace(destination)
@@ -132,7 +134,7 @@ def whole_file(destination: Path) -> Iterator[Path]:
 
 
 def link_or_copy(source: Path, destination: Path) -> None:
-    """A hard link where the file system allows one, else a copy: variants share the files that they have in common."""
+    """Create a hard link where the file system allows one, else a copy, so that variants share common files."""
     try:
         os.link(source, destination)
     except OSError:

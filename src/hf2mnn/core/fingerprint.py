@@ -1,14 +1,14 @@
-"""Fingerprint of a stage: the code that it runs and the releases of its tools.
+"""Fingerprint of a stage: sha256 over the code that it runs and the releases of its tools.
 
-Snakemake sees neither an edited module nor an upgraded package, so each rule has this among its params. Code is hashed
-as its syntax tree without docstrings, so comments, docstrings and formatting do not count.
+Snakemake notices neither an edited module nor an upgraded package, so each rule has the fingerprint among its params.
+Code is hashed as its syntax tree without docstrings: comments, docstrings and formatting do not count.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,8 +18,16 @@ from hf2mnn.core.stage import Stage
 PACKAGE = "hf2mnn"
 ROOT = Path(__file__).parent.parent
 STAGES = f"{PACKAGE}.stages"
-REPORTING = ("core.errors", "core.progress", "core.shortage", "core.verify", "machine.usage", "machine.footprint")
-"""Modules that change what is printed or recorded, and no result."""
+REPORTING = (
+    "core.errors",
+    "core.progress",
+    "core.machine_errors",
+    "core.verify",
+    "machine",
+    "machine.usage",
+    "machine.footprint",
+)
+"""Modules that change messages and measurements of the run, but no result."""
 TEMPLATES = {"report": "report/*.jinja"}
 """Files beside the code that a stage's result depends on."""
 
@@ -43,71 +51,71 @@ def _is_docstring(node: ast.AST) -> bool:
 
 
 def _runs(node: ast.AST) -> bool:
-    """Return whether a statement does anything when the program runs."""
+    """Return whether a statement has an effect at run time."""
     type_checking = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     return not type_checking and not _is_docstring(node)
 
 
 @cache
-def _tree(module: str) -> ast.Module:
-    """Return a module's syntax tree without docstrings and imports for type checkers."""
-    tree = ast.parse(_file(module).read_text(encoding="utf-8"))
+def _parse(source: str) -> tuple[bytes, tuple[str, ...]]:
+    """Return the code of a module without docstrings and imports for type checkers, and the modules that it names."""
+    tree = ast.parse(source)
     for node in ast.walk(tree):
-        for name in ("body", "orelse", "finalbody"):
-            if isinstance(statements := getattr(node, name, None), list):
-                setattr(node, name, [statement for statement in statements if _runs(statement)])
-    return tree
+        for block in ("body", "orelse", "finalbody"):
+            if isinstance(statements := getattr(node, block, None), list):
+                setattr(node, block, [statement for statement in statements if _runs(statement)])
+    return ast.dump(tree).encode(), tuple(name for node in ast.walk(tree) for name in _names(node))
 
 
-def _imports(module: str) -> Iterator[str]:
-    """Yield modules that a module names: in imports, wherever they are, and in strings (programs that it starts)."""
-    for node in ast.walk(_tree(module)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if node.value.startswith(f"{PACKAGE}.") and node.value.replace(".", "").replace("_", "").isalnum():
-                yield node.value
-            elif "import sys, _tools" in node.value:
-                yield "_tools"
+def _names(node: ast.AST) -> list[str]:
+    """Return the modules in an import, inside functions too, or in a string (a program that is started)."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module:
+        return [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        if node.value.startswith(f"{PACKAGE}.") and node.value.replace(".", "").replace("_", "").isalnum():
+            return [node.value]
+        if "import sys, _tools" in node.value:
+            return ["_tools"]
+    return []
 
 
-@cache
-def reached(stage: str) -> tuple[list[str], list[str]]:
-    """Return the modules of this package and the other top-level packages that a stage's program reaches, sorted."""
-    ours, others, left = set(), set(), [f"{STAGES}.{stage}"]
-    while left:
-        module = left.pop()
-        if module in ours or _file(module) is None:
+def _reach(stage: str) -> tuple[dict[str, bytes], set[str]]:
+    """Return the code by module of this package, and the other top-level packages, that a stage reaches."""
+    modules, packages, pending = {}, set(), [f"{STAGES}.{stage}"]
+    while pending:
+        module = pending.pop()
+        path = None if module in modules else _file(module)
+        if path is None:
             continue
-        ours.add(module)
-        left += filter(_counts, [module.rpartition(".")[0] or module, f"{module}.__main__"])
-        for name in _imports(module):
+        modules[module], names = _parse(path.read_text(encoding="utf-8"))
+        pending += filter(_counts, [module.rpartition(".")[0] or module, f"{module}.__main__"])
+        for name in names:
             if name.split(".")[0] != PACKAGE:
-                others.add(name.split(".")[0])
+                packages.add(name.split(".")[0])
             elif _counts(name):
-                left.append(name)
-    return sorted(filter(_file, ours)), sorted(others)
+                pending.append(name)
+    return modules, packages
 
 
-@cache
-def _code(module: str) -> bytes:
-    return ast.dump(_tree(module)).encode()
+def reached(stage: str) -> tuple[list[str], list[str]]:
+    """Return the modules of this package and the other top-level packages that a stage reaches, sorted."""
+    modules, packages = _reach(stage)
+    return sorted(modules), sorted(packages)
 
 
 def fingerprint(stage: Stage, release: Callable[[str], str | None] = lambda package: None) -> str:
     """Return 16 hex digits over the code of a stage and the releases of its tools.
 
     Args:
-        stage: The stage.
-        release: Release of a package that another environment has; None for the one that is installed here.
+        stage: Declaration of the stage.
+        release: Release of a package in another environment; returns None for the release that is installed here.
     """
     digest = hashlib.sha256()
-    for module in reached(stage.name)[0]:
+    for module, code in sorted(_reach(stage.name)[0].items()):
         digest.update(module.encode())
-        digest.update(_code(module))
+        digest.update(code)
     for pattern in filter(None, [TEMPLATES.get(stage.name)]):
         for template in sorted(ROOT.glob(pattern)):
             digest.update(template.read_bytes())

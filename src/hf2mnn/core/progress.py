@@ -1,33 +1,106 @@
-"""How far a long loop is: a live bar on a terminal, a whole line now and then in a log."""
+"""Progress of long loops: a tqdm bar on a terminal, a whole line every ten seconds in a log."""
 
 from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-EVERY = 10.0
+LOG_INTERVAL = 10.0
 """Seconds between two lines of a log."""
-WORTH = 1.0
-"""Nothing is said of what takes fewer seconds."""
+MIN_SECONDS = 1.0
+"""Duration from which on progress is shown."""
 BYTES = "B"
-"""The unit whose amounts are written as kB, MB and GB of 1000."""
+"""Unit of bytes."""
 
 Item = TypeVar("Item")
 
 
 class Progress(Protocol):
-    """What `progress` gives."""
+    """Progress of a loop, as `progress` yields it."""
 
     def update(self, n: int = 1) -> None:
-        """Count `n` more as done; any thread may."""
+        """Count `n` more units as done; thread-safe."""
+
+
+class _Lines:
+    """File for tqdm that prints each state as a whole line on stderr, where tqdm overwrites one line."""
+
+    def write(self, text: str) -> None:
+        if line := " ".join(text.split()):
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None: ...
+
+
+class _Locked:
+    """Progress that threads may share; tqdm's own counter is not protected."""
+
+    def __init__(self, bar: Any, own_end: bool = False) -> None:
+        self._bar, self._own_end, self._lock = bar, own_end, threading.Lock()
+
+    def update(self, n: int = 1) -> None:
+        with self._lock:
+            if self._own_end and self._bar.n + n >= self._bar.total:  # a log has its own last line
+                self._bar.n += n
+            else:
+                self._bar.update(n)
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str = "") -> Iterator[Progress]:
+    """Show on stderr how much of a loop is done, its rate, and the remaining time.
+
+    A block that fails has no last line in a log.
+
+    Args:
+        label: Name of the work.
+        total: Number of units.
+        unit: Unit in the plural, or `BYTES`.
+    """
+    # Not at the top: tqdm reads TQDM_DISABLE at import, and the command line sets it for transformers' bars in logs.
+    from tqdm import tqdm
+
+    scaled, terminal = total >= 1000 or unit == BYTES, sys.stderr.isatty()
+    word = f" {unit}" if scaled and unit and unit != BYTES else unit
+    options = {"desc": label, "total": total, "unit": word, "unit_scale": scaled, "miniters": 1, "delay": MIN_SECONDS}
+    if terminal:
+        with tqdm(**options, dynamic_ncols=True) as bar:
+            yield _Locked(bar)
+        return
+    amounts = "{n_fmt}B/{total_fmt}B" if unit == BYTES else f"{{n_fmt}}/{{total_fmt}} {unit}".rstrip()
+    line = f"{{desc}}: {amounts} ({{percentage:.0f}} %), {{rate_fmt}}, {{remaining}} left"
+    options |= {"file": _Lines(), "disable": False, "bar_format": line, "mininterval": LOG_INTERVAL, "smoothing": 0}
+    with tqdm(**options, leave=False) as bar:
+        yield _Locked(bar, own_end=True)
+        state = bar.format_dict
+    if state["elapsed"] >= MIN_SECONDS:
+        last = f"{{desc}}: {amounts} in {{elapsed}}, {{rate_fmt}}"
+        _Lines().write(tqdm.format_meter(**{**state, "bar_format": last}))
+
+
+def steps(label: str, items: Iterable[Item], unit: str, total: int | None = None) -> Iterator[Item]:
+    """Yield the items and show progress; an item is done when the next one is requested.
+
+    Args:
+        label: Name of the work.
+        items: Items of the loop.
+        unit: Unit in the plural.
+        total: Number of items; only for iterables without a length.
+    """
+    if total is None:
+        assert isinstance(items, Collection)
+        total = len(items)
+    with progress(label, total, unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 def amount(value: float, unit: str = "") -> str:
-    """A number in at most three or four digits: 7, 412M, 1.54G, or, with the unit of bytes, 1.54 GB."""
+    """Format a number with three or four digits and a prefix: 7, 412M, 1.54G, or with `BYTES` 1.54 GB."""
     for prefix in ("", "k", "M", "G", "T"):
         if value < 999.5 or prefix == "T":
             break
@@ -40,7 +113,7 @@ def amount(value: float, unit: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 39 s, 3 min 20 s, 12 min or 2 h 05 min."""
+    """Format seconds as 39 s, 3 min 20 s, 12 min or 2 h 05 min."""
     seconds = round(seconds)
     if seconds < 120:
         return f"{seconds} s"
@@ -48,82 +121,3 @@ def duration(seconds: float) -> str:
         return f"{seconds // 60} min {seconds % 60:02} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def speed(rate: float, unit: str) -> str:
-    """What is done in a second; of what takes longer than that, the seconds of one."""
-    each = unit != BYTES and 0 < rate < 1
-    return f"{1 / rate:.3g} s each" if each else f"{amount(rate, BYTES if unit == BYTES else '')} a second"
-
-
-class _Lines:
-    """Whole lines on stderr: one every EVERY seconds, and one at the end."""
-
-    def __init__(self, label: str, total: int, unit: str) -> None:
-        self.label, self.total, self.unit, self.done = label, total, unit, 0
-        self.started = self.said = time.monotonic()
-
-    def update(self, n: int = 1) -> None:
-        self.done += n
-        now = time.monotonic()
-        if now - self.said < EVERY or self.done >= self.total:
-            return
-        self.said, rate = now, self.done / (now - self.started)
-        left = f", {duration((self.total - self.done) / rate)} left" if rate else ""
-        # A unit of bytes stands behind each number, a word only behind the second.
-        done = amount(self.done, self.unit if self.unit == BYTES else "")
-        share = f"{100 * self.done / self.total:.0f} %"
-        self._say(f"{done} of {amount(self.total, self.unit)} ({share}), {speed(rate, self.unit)}{left}")
-
-    def end(self) -> None:
-        seconds = time.monotonic() - self.started
-        if seconds >= WORTH:
-            rate = f", {speed(self.done / seconds, self.unit)}" if self.done else ""
-            self._say(f"{amount(self.done, self.unit)} in {duration(seconds)}{rate}")
-
-    def _say(self, what: str) -> None:
-        print(f"{self.label}: {what}", file=sys.stderr, flush=True)
-
-
-class _Locked:
-    def __init__(self, inner: Progress) -> None:
-        self._inner, self._lock = inner, threading.Lock()
-
-    def update(self, n: int = 1) -> None:
-        with self._lock:
-            self._inner.update(n)
-
-
-@contextmanager
-def progress(label: str, total: int, unit: str = "") -> Iterator[Progress]:
-    """Say on stderr what is done, how far it is, how fast it goes and how long it still takes.
-
-    `total` is how many `unit`s (a word in the plural, or "B" for bytes) are to be done. In a log, a block that fails
-    ends without a last line.
-    """
-    if sys.stderr.isatty():
-        # Not before: the command line may still set TQDM_DISABLE, which is read when tqdm is imported.
-        from tqdm import tqdm
-
-        large = total >= 1000
-        word = f" {unit}" if large and unit != BYTES else unit
-        # miniters: of a loop that slows down tqdm would otherwise show nothing for long.
-        with tqdm(
-            desc=label, total=total, unit=word, unit_scale=large, miniters=1, delay=WORTH, dynamic_ncols=True
-        ) as bar:
-            yield _Locked(bar)
-        return
-    lines = _Lines(label, total, unit)
-    yield _Locked(lines)
-    lines.end()
-
-
-def steps(label: str, items: Iterable[Item], unit: str, total: int | None = None) -> Iterator[Item]:
-    """The items one after another, each done when the next is asked for. `total` is only for those without a length."""
-    if total is None:
-        assert isinstance(items, Collection)
-        total = len(items)
-    with progress(label, total, unit) as shown:
-        for item in items:
-            yield item
-            shown.update()

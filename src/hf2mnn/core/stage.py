@@ -1,7 +1,7 @@
-"""Stages: what is declared of each one, and how each opens its inputs and writes its folder.
+"""Stages: the declaration of a stage, and the common way from its input folders to its output folder.
 
-A stage is one file of `hf2mnn.stages`, one command, one rule and one folder of results. `Stage` holds what else is known
-of it; `open_stage` is the way from input folders to an output folder that all of them share.
+A stage is one module of `hf2mnn.stages`, one command, one rule and one folder of results. `Stage` declares its tools,
+inputs, memory and time; `open_stage` verifies the inputs and publishes the output folder with its manifest.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Stage:
         name: Name of the stage, of its command, and of its module in `hf2mnn.stages`.
         tools: Packages whose release changes the results.
         footprint: Memory and time by the number of weights.
-        inputs: Names of the input folders and the stages that write them.
-        exceptions: Footprints of variants that need more or less than the others, by name.
+        inputs: Stages that write the input folders, by name of the input.
+        exceptions: Footprints that differ from `footprint`, by variant.
     """
 
     name: str
@@ -53,9 +53,9 @@ class StageRun:
     """A running stage.
 
     Attributes:
-        folder: Folder to write to; it gets its final name when the stage ends.
+        folder: Folder to write to; it gets its final name when the stage succeeds.
         inputs: Verified manifests of the input folders, by name.
-        manifest: Manifest of this stage; `results` and `settings` may still be set.
+        manifest: Manifest of this stage; `results` and `provenance` may still be set.
     """
 
     folder: Path
@@ -74,16 +74,16 @@ def load_inputs(stage: Stage, folders: Mapping[str, Path | None]) -> dict[str, M
     Raises:
         ManifestError: A folder has no manifest, is of another stage, or its files were changed.
     """
-    loaded = {name: Manifest.load(folder) for name, folder in folders.items() if folder is not None}
-    for name, manifest in loaded.items():
+    manifests = {name: Manifest.load(folder) for name, folder in folders.items() if folder is not None}
+    for name, manifest in manifests.items():
         expected = stage.inputs.get(name)
         if expected and manifest.stage != expected:
             raise ManifestError(
-                f"{manifest.folder} is a folder of the stage '{manifest.stage}', and the {name} of"
-                f" 'hf2mnn {stage.name}' is one of '{expected}': give that folder"
+                f"{manifest.folder} is a folder of the stage '{manifest.stage}', but 'hf2mnn {stage.name}' needs one of"
+                f" '{expected}' as {name}: give that folder"
             )
         manifest.verify()
-    return loaded
+    return manifests
 
 
 @contextmanager
@@ -99,23 +99,25 @@ def open_stage(
 ) -> Iterator[StageRun]:
     """Verify a stage's inputs, yield a folder to write to, and publish it with a manifest when the block succeeds.
 
+    When the block fails, nothing is left, and an existing `destination` stays as it was.
+
     Args:
-        stage: The stage that runs.
-        destination: Its output folder; replaced as a whole.
-        inputs: Folders of other stages by name; None for one that is not used.
+        stage: Declaration of the stage.
+        destination: Output folder; replaced as a whole.
+        inputs: Folders of other stages by name; None for an input that is not used.
         settings: Settings that change the results, for the manifest.
         files: User-provided files by name; their sha256 counts as an input.
-        paths: Locations of inputs that no stage has made, for the reader of a report.
+        paths: Locations of inputs that no stage wrote, for the reader of a report.
         tools: Packages to record in place of `stage.tools`.
 
     Raises:
-        ManifestError: An input is not what its manifest says, or is of another stage.
-        Hf2mnnError: `destination` holds files that no stage has made.
+        ManifestError: An input differs from its manifest, or is of another stage.
+        Hf2mnnError: `destination` holds files that no stage wrote.
     """
-    loaded = load_inputs(stage, inputs or {})
-    digests = {name: manifest.digest() for name, manifest in loaded.items()}
+    manifests = load_inputs(stage, inputs or {})
+    digests = {name: manifest.digest() for name, manifest in manifests.items()}
     digests |= {name: sha256(path) for name, path in (files or {}).items()}
-    provenance = {name: origin for manifest in loaded.values() for name, origin in manifest.provenance.items()}
+    provenance = {name: origin for manifest in manifests.values() for name, origin in manifest.provenance.items()}
     manifest = Manifest(
         stage=stage.name,
         command=list(_command),
@@ -126,4 +128,4 @@ def open_stage(
         provenance=provenance,
     )
     with stage_folder(destination, manifest) as folder:
-        yield StageRun(folder, loaded, manifest)
+        yield StageRun(folder, manifests, manifest)

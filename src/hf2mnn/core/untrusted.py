@@ -1,6 +1,7 @@
-"""Files of strangers, read so that none of them can do more than be refused.
+"""Reading of untrusted files: every input is either parsed within bounds or refused.
 
-What is wrong is a ValueError here; who reads a file makes it one of `errors`, for it knows what the file should be.
+Functions here raise ValueError with a message that begins with "it"; the reader of a format turns it into a typed
+error, because it knows what the file should be.
 """
 
 from __future__ import annotations
@@ -17,41 +18,78 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-MOST_BYTES = 1 << 26
-"""Of a JSON file; the largest tokenizers take half of it. As Python's objects it becomes some twenty times that."""
-DEPTH = 64
-"""Lists and objects within each other."""
-MOST_PARTS = 1 << 22
-"""Lists and objects equally deep."""
-LONGEST_NAME, LONGEST_PATH = 255, 1024
+MAX_BYTES = 1 << 26
+"""Size of a JSON file; the largest tokenizers have half of it. As Python objects it takes about twenty times that."""
+MAX_DEPTH = 64
+"""Nesting of lists and objects."""
+MAX_CONTAINERS = 1 << 22
+"""Lists and objects at one depth."""
+MAX_NAME, MAX_PATH = 255, 1024
+"""Bytes of a file name, and characters of a path."""
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-"""What a hub's cache calls a file."""
+"""Name of a file in a hub's cache: its hash."""
+TEMPLATE_SECONDS = 10.0
+"""Time limit of a chat template; valid ones take milliseconds."""
+JSON_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+BRACKET = re.compile(r"[\[{\]}]")
+TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
 
 
-def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """The whole of a file of at most `most` bytes.
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """Return the contents of a file of at most `limit` bytes.
 
     Raises:
-        FileNotFoundError, OSError: it cannot be read.
-        ValueError: it is larger, or no file (a pipe would be waited for, a device read for ever).
+        FileNotFoundError, OSError: The file cannot be read.
+        ValueError: It is larger, or it is not a regular file (a pipe would block, a device never ends).
     """
     if path.exists() and not path.is_file():
         raise ValueError("it is not a file")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size > most:
-            raise ValueError(f"it has {size} bytes, more than {most}")
+        if size > limit:
+            raise ValueError(f"it has {size} bytes, more than {limit}")
         return file.read(size)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a key that is there twice, one program takes the first value and another the last."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"it has the key {twice[:80]!r} twice")
-    return found
+def check_nesting(text: str) -> None:
+    """Refuse deeply nested JSON before a recursive parser reads it, in one pass over the brackets outside of strings.
+
+    Raises:
+        ValueError: Brackets are nested more than `MAX_DEPTH` deep.
+    """
+    depth = 0
+    for match in BRACKET.finditer(JSON_STRING.sub("", text)):
+        depth += 1 if match[0] in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise ValueError(TOO_DEEP)
+
+
+def check_shape(value: Any, limit: int = MAX_CONTAINERS) -> None:
+    """Check a parsed value, which YAML's aliases can make much larger than its text.
+
+    Raises:
+        ValueError: Containers are nested more than `MAX_DEPTH` deep, or more than `limit` of them have one depth.
+    """
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        parts = (part for parent in level for part in (parent.values() if isinstance(parent, dict) else parent))
+        level = list(islice((part for part in parts if isinstance(part, dict | list)), limit + 1))
+        if not level:
+            return
+        if len(level) > limit:
+            raise ValueError(f"it has more than {limit} lists and objects")
+    if level:
+        raise ValueError(TOO_DEEP)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; refuse duplicate keys, of which programs take either the first or the last value."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        known: set[str] = set()
+        duplicate = next(key for key, _ in pairs if key in known or known.add(key))
+        raise ValueError(f"it has the key {duplicate[:80]!r} twice")
+    return value
 
 
 def _finite(text: str) -> float:
@@ -61,68 +99,81 @@ def _finite(text: str) -> float:
     return number
 
 
-def check_shape(value: Any, most: int = MOST_PARTS) -> None:
-    """Raises ValueError where lists and mappings lie deeper within each other than `DEPTH`, or more than `most` side by
-    side: YAML's aliases can ask for any number with a few bytes.
-    """
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(DEPTH):
-        parts = (part for parent in level for part in (parent.values() if isinstance(parent, dict) else parent))
-        level = list(islice((part for part in parts if isinstance(part, dict | list)), most + 1))
-        if not level:
-            return
-        if len(level) > most:
-            raise ValueError(f"it has more than {most} lists and objects")
-    if level:
-        raise ValueError(f"it is nested more than {DEPTH} deep")
-
-
 def parse_json(content: bytes | str, finite: bool = True) -> Any:
-    """What a JSON text says; NaN and infinities only where they need not be `finite`.
+    """Parse JSON.
+
+    Args:
+        content: The text.
+        finite: Whether to refuse NaN and infinities.
 
     Raises:
-        ValueError: it is not JSON, has a key twice, or is nested deeper than any honest file.
+        ValueError: It is not JSON, has a duplicate key, or is nested too deep.
     """
+    text = content if isinstance(content, str) else content.decode(json.detect_encoding(content), "surrogatepass")
+    check_nesting(text)
     kinds = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
-    try:
-        value = json.loads(content, object_pairs_hook=_once, **kinds)
-    except RecursionError:
-        raise ValueError(f"it is nested more than {DEPTH} deep") from None
+    value = json.loads(text, object_pairs_hook=_unique_keys, **kinds)
     check_shape(value)
     return value
 
 
+def parse_yaml(content: bytes, limit: int = MAX_CONTAINERS) -> Any:
+    """Parse YAML with safe tags only.
+
+    Args:
+        content: The text in UTF-8.
+        limit: Largest number of lists and mappings at one depth.
+
+    Raises:
+        ValueError: It is not UTF-8 or YAML, or it is nested too deep or too large.
+    """
+    import yaml
+
+    text, depth = content.decode(), 0
+    try:
+        # The parser of events is iterative, the composer of values recursive.
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise ValueError(TOO_DEEP)
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, AttributeError) as error:  # AttributeError: an invalid tag
+        raise ValueError(" ".join(str(error).split())) from None
+    check_shape(value, limit)
+    return value
+
+
 def read_json(path: Path, finite: bool = True) -> Any:
-    """As `read_bytes` and `parse_json` do."""
+    """Read a JSON file; see `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(path), finite)
 
 
-def inside(folder: Path, name: Any) -> Path:
-    """The path of what a stranger's file calls `name`, which must be in `folder`.
+def path_inside(folder: Path, name: Any) -> Path:
+    """Return the path of a file that an untrusted file names, which must be in `folder`.
 
-    Names lead nowhere else; a symbolic link may lead to what has its own name (files that a person has put together)
-    or is called by its hash (a hub's cache), for a repository can bring links, but no such file of anybody's.
+    Symbolic links may lead out of the folder only to a file of the same name (a user's own links) or to a blob of a
+    hub's cache: a repository can contain links, but not to a file with the name of its hash.
 
     Raises:
-        ValueError: it would lead elsewhere.
+        ValueError: The name is invalid, or the path is outside of the folder.
     """
-    if not isinstance(name, str) or not name or any(ord(letter) < 32 or letter == "\\" for letter in name):
-        raise ValueError(f"{str(name)[:80]!r} is no file name")
+    if not isinstance(name, str) or not name or any(ord(character) < 32 or character == "\\" for character in name):
+        raise ValueError(f"{str(name)[:80]!r} is not a file name")
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"{name[:80]!r} leads out of the folder")
     try:
         longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
     except UnicodeError:
-        longest = LONGEST_NAME + 1
-    if longest > LONGEST_NAME or len(name) > LONGEST_PATH:
-        raise ValueError(f"{name[:80]!r} is no file name")
-    here = folder
+        longest = MAX_NAME + 1
+    if longest > MAX_NAME or len(name) > MAX_PATH:
+        raise ValueError(f"{name[:80]!r} is not a file name")
+    current = folder
     for part in path.parts:
-        here = here / part
-        if here.is_symlink():
-            _check_link(folder, here)
-    return here
+        current = current / part
+        if current.is_symlink():
+            _check_link(folder, current)
+    return current
 
 
 def _check_link(folder: Path, link: Path) -> None:
@@ -131,17 +182,15 @@ def _check_link(folder: Path, link: Path) -> None:
         return
     if target.is_relative_to(root) and not any(part.startswith(".") for part in target.relative_to(root).parts):
         return
-    raise ValueError(f"{link.name!r} is a link to {target}, a file of another name out of the folder")
-
-
-TEMPLATE_SECONDS = 10.0
-"""Of a chat template. Honest ones take milliseconds."""
+    raise ValueError(f"{link.name!r} is a link to {target}, a file of another name outside of the folder")
 
 
 @contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in a block of Python code that takes longer. Only the main thread can be interrupted; in
-    others the block takes its time.
+def time_limited(seconds: float) -> Iterator[None]:
+    """Stop a block of Python code after a number of seconds; only the main thread can be interrupted.
+
+    Raises:
+        TimeoutError: The block took longer.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
@@ -150,10 +199,10 @@ def at_most(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TimeoutError(f"it took more than {seconds:g} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
+    previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)

@@ -1,4 +1,4 @@
-"""Whether a folder holds the very bytes that a stage has written: asked of one that was copied, sent or kept."""
+"""Verification of copies: whether a folder has the bytes that its stage wrote."""
 
 from __future__ import annotations
 
@@ -9,13 +9,26 @@ from typing import Any
 
 from hf2mnn.core.errors import ManifestError
 from hf2mnn.core.files import read_sha256
-from hf2mnn.core.manifest import NAME, Manifest, files_of, stages_below
+from hf2mnn.core.manifest import NAME, Manifest, output_files, stage_folders
+
+FORMER_FOLDERS = ("source", "mnn/base", "eval")
+"""Folders of results/<model> in the layout before LAYOUT 2."""
 
 
 @dataclass
 class Verdict:
-    """Of a folder. changed: what is wrong, by file; unnamed: files of which its manifest does not know, which are no
-    fault of those that it names. digest: `Manifest.digest`; provenance: `Manifest.provenance`.
+    """Result of the verification of a folder.
+
+    Attributes:
+        folder: Path of the folder.
+        stage: Stage that wrote it.
+        hf2mnn: Release of this package that wrote it.
+        digest: `Manifest.digest`.
+        files: Number of files in the manifest.
+        bytes: Their total size.
+        damaged: Difference from the manifest, by file.
+        unlisted: Files that the manifest does not list, which is no damage.
+        provenance: `Manifest.provenance`.
     """
 
     folder: str
@@ -24,18 +37,23 @@ class Verdict:
     digest: str | None = None
     files: int = 0
     bytes: int = 0
-    changed: dict[str, str] = field(default_factory=dict)
-    unnamed: list[str] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
+    unlisted: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def whole(self) -> bool:
-        return not self.changed
+    def intact(self) -> bool:
+        """Whether every listed file has the bytes that the stage wrote."""
+        return not self.damaged
 
 
-def changed(path: Path, expected: dict[str, Any], read: bool = True) -> str | None:
-    """What is wrong with a file that a manifest's `expected` vouches for; None where it is the one that was made. Every
-    byte is read, unless not to `read` is asked for.
+def file_damage(path: Path, expected: dict[str, Any], read: bool = True) -> str | None:
+    """Return the difference of a file from its entry in a manifest, or None.
+
+    Args:
+        path: The file.
+        expected: Its entry: size and sha256.
+        read: Whether to read every byte, or compare the size alone.
     """
     if not path.is_file():
         return "is missing"
@@ -44,81 +62,76 @@ def changed(path: Path, expected: dict[str, Any], read: bool = True) -> str | No
     if not read:
         return None
     try:
-        found = read_sha256(path)
+        digest = read_sha256(path)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return None if found == expected["sha256"] else f"has other bytes: sha256 {found} in place of {expected['sha256']}"
+    return None if digest == expected["sha256"] else f"has sha256 {digest} in place of {expected['sha256']}"
 
 
 def verify_folder(folder: Path) -> Verdict:
-    """Hold every file of a stage's folder, or of a copy of one, to its manifest."""
+    """Compare every file of a stage folder, or of a copy of one, with its manifest."""
     verdict = Verdict(str(folder))
     try:
         manifest = Manifest.load(folder)
     except ManifestError as error:
-        verdict.changed[NAME] = f"is missing or unreadable: {error}"
+        verdict.damaged[NAME] = f"is missing or unreadable: {error}"
         return verdict
     verdict.stage, verdict.hf2mnn, verdict.digest = manifest.stage, manifest.hf2mnn, manifest.digest()
     verdict.provenance = manifest.provenance
     verdict.files, verdict.bytes = len(manifest.outputs), sum(entry["size"] for entry in manifest.outputs.values())
-    wrong = {name: changed(folder / name, expected) for name, expected in sorted(manifest.outputs.items())}
-    verdict.changed = {name: said for name, said in wrong.items() if said}
-    verdict.unnamed = sorted({*files_of(folder)} - {*manifest.outputs})
+    damage = {name: file_damage(folder / name, expected) for name, expected in sorted(manifest.outputs.items())}
+    verdict.damaged = {name: difference for name, difference in damage.items() if difference}
+    verdict.unlisted = sorted({*output_files(folder)} - {*manifest.outputs})
     return verdict
 
 
-def damaged_below(results: Path) -> list[str]:
-    """A sentence for each stage's folder below `results` in which a file is missing, or is of another size, as a
-    glance at the names and sizes tells.
+def print_verdicts(verdicts: list[Verdict], as_json: bool) -> None:
+    """Print verdicts as text, or as a JSON list with an object for each folder."""
+    if as_json:
+        print(json.dumps([{**asdict(verdict), "intact": verdict.intact} for verdict in verdicts], indent=1))
+        return
+    for verdict in verdicts:
+        for name, difference in verdict.damaged.items():
+            print(f"{verdict.folder}: {name} {difference}")
+        for name in verdict.unlisted:
+            print(f"{verdict.folder}: {name} is not listed in {NAME}")
+        if verdict.intact:
+            written = f"as hf2mnn {verdict.hf2mnn} wrote them ({verdict.stage}, digest {verdict.digest[:12]})"
+            print(f"{verdict.folder}: {verdict.files} files, {verdict.bytes:,} bytes, {written}")
+        else:
+            print(f"{verdict.folder}: {len(verdict.damaged)} files are damaged; copy them or run the stage again")
 
-    Who goes by a folder's time, as Snakemake does, does not see that.
+
+def damaged_stages(results: Path) -> list[str]:
+    """Return a message for each stage folder below `results` with a missing file or one of another size.
+
+    No file is read. Snakemake does not notice such damage, because it compares the times of folders.
     """
-    said = []
-    for folder in stages_below(results):
+    messages = []
+    for folder in stage_folders(results):
         try:
             outputs = Manifest.load(folder).outputs
         except ManifestError as error:
-            said.append(str(error))
+            messages.append(str(error))
             continue
         for name, expected in outputs.items():
-            if wrong := changed(folder / name, expected, read=False):
-                cure = f"delete {folder} and run 'snakemake --cores N {folder}'"
-                said.append(f"{folder / name} {wrong}; where it is needed, {cure}")
+            if difference := file_damage(folder / name, expected, read=False):
+                repair = f"delete {folder} and run 'snakemake --cores N {folder}'"
+                messages.append(f"{folder / name} {difference}; if it is needed, {repair}")
                 break
-    return said
-
-
-def print_verdicts(verdicts: list[Verdict], as_json: bool) -> None:
-    """For a person, or for a program: a list with an object for each folder."""
-    if as_json:
-        print(json.dumps([{**asdict(verdict), "whole": verdict.whole} for verdict in verdicts], indent=1))
-        return
-    for verdict in verdicts:
-        for name, said in verdict.changed.items():
-            print(f"{verdict.folder}: {name} {said}")
-        for name in verdict.unnamed:
-            print(f"{verdict.folder}: {name} is not named by {NAME}")
-        if verdict.whole:
-            made = f"as hf2mnn {verdict.hf2mnn} made them ({verdict.stage}, digest {verdict.digest[:12]})"
-            print(f"{verdict.folder}: {verdict.files} files, {verdict.bytes:,} bytes, {made}")
-        else:
-            print(f"{verdict.folder}: {len(verdict.changed)} files are not those that were made; take or make it again")
-
-
-FORMER = ("source", "mnn/base", "eval")
-"""Folders of results/<model> in the layout before LAYOUT 2."""
+    return messages
 
 
 def refuse_former_layout(results: Path) -> None:
-    """Refuse results whose folders have the names of an earlier version.
+    """Refuse results of the layout before LAYOUT 2; nothing is deleted or overwritten.
 
     Raises:
-        ManifestError: With what to do; nothing is deleted or overwritten.
+        ManifestError: With the folder and the command that moves it away.
     """
     for folder in sorted(results.glob("*")) if results.is_dir() else []:
-        found = [name for name in FORMER if (folder / name).is_dir()]
-        if found:
+        former = [name for name in FORMER_FOLDERS if (folder / name).is_dir()]
+        if former:
             raise ManifestError(
-                f"{folder} has the folders of an earlier version of hf2mnn ({', '.join(found)}): move it away (mv"
-                f" {folder} {folder}.old outside {results}) or delete it, and run again"
+                f"{folder} has the folders of an earlier version of hf2mnn ({', '.join(former)}): move it out of"
+                f" {results} (mv {folder} {folder.name}.old) or delete it, and run again"
             )

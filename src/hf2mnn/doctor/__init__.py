@@ -1,1 +1,1 @@
-"""What can be seen in the files of a bundle, or of a graph on its way there, of why it does not answer as it should."""
+"""Static and dynamic checks that explain why a bundle, or a graph of an earlier stage, produces wrong output."""

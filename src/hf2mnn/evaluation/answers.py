@@ -1,4 +1,4 @@
-"""What a runtime made of the evaluation set, in one form whichever runtime it was."""
+"""Outputs of a runtime on the evaluation set, in one form for all runtimes."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Answer:
-    """One example's outcome.
+    """Outputs for one example.
 
-    logits: float32 [m, vocabulary], teacher-forced: row i follows the prompt and the reference's answer up to i.
-    greedy_ids: the runtime's own greedy answer, decoded with its KV cache, the stop id included.
-    written: the prompt that the engine makes of the conversation; as_called_ids: its answer to that, which a caller of
-    the engine as it is gets; prompt_ids: what its tokenizer makes of the right prompt. All are None where the runtime
-    has no such thing.
+    Attributes:
+        logits: float32 [m, vocabulary], teacher-forced: row i follows the prompt and i tokens of PyTorch's answer.
+        greedy_ids: Greedy answer, decoded with the runtime's KV cache, with the stop token.
+        as_called_ids: Answer of a plain call of the engine; None for other runtimes.
+        prompt_ids: Token ids of the reference prompt by the engine's tokenizer; None for other runtimes.
+        rendered_prompt: Prompt that the engine renders from the conversation; None for other runtimes.
     """
 
     logits: np.ndarray
     greedy_ids: list[int]
     as_called_ids: list[int] | None = None
     prompt_ids: list[int] | None = None
-    written: str | None = None
+    rendered_prompt: str | None = None
 
 
 @dataclass
-class Outcome:
-    """Answers by example id, image embeddings float32 [image tokens, hidden] by image, and for each probe the logits
-    float32 [tokens, vocabulary] by the way in which its tokens went into the KV cache.
+class Outputs:
+    """Outputs for the evaluation set.
+
+    Attributes:
+        answers: Answers by example id.
+        embeds: Image embeddings, float32 [image tokens, hidden], by image.
+        parity: Logits, float32 [tokens, vocabulary], by probe and way of filling the KV cache.
     """
 
     answers: dict[str, Answer] = field(default_factory=dict)

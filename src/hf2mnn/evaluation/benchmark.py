@@ -1,7 +1,7 @@
-"""Benchmark: bundles of one model timed against each other, in turns, by one process at a time.
+"""Benchmark: time and memory of a model's bundles, in interleaved runs of one process at a time.
 
-Files: benchmark.parquet has a row for every bundle, repeat and measure; benchmark.json and benchmark.csv their medians, quartiles
-and ratios; cache.parquet what the KV cache is worth.
+Files: benchmark.parquet has a row for each bundle, repeat and measure; benchmark.json and benchmark.csv have medians,
+quartiles and ratios; cache.parquet has the speedup of the KV cache.
 """
 
 from __future__ import annotations
@@ -11,44 +11,33 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from hf2mnn.core.errors import BundleError, BundleFault, ConfigError, EngineError
 from hf2mnn.core.manifest import tool_versions
 from hf2mnn.core.progress import steps
+from hf2mnn.figures import BENCHMARK, measured_on
 from hf2mnn.machine.hardware import describe_machine
 from hf2mnn.mnn.bundle import MODEL_CONFIG
 from hf2mnn.mnn.engine import check_bundle, run_worker
 
-FIGURES, TABLE, SUMMARY, CACHE = "benchmark.parquet", "benchmark.csv", "benchmark.json", "cache.parquet"
-UNITS = {
-    "load_s": "s",
-    "first_token_s": "s",
-    "prefill_s": "s",
-    "prefill_tokens_per_s": "tokens/s",
-    "decode_s": "s",
-    "decode_tokens_per_s": "tokens/s",
-    "image_s": "s",
-    "vision_s": "s",
-    "base_mb": "MB",
-    "peak_mb": "MB",
-    "bundle_mb": "MB",
-}
-"""Measures in their order, with their units; what each is stands in docs/speed.md."""
+MEASURES, TABLE, SUMMARY, CACHE = "benchmark.parquet", "benchmark.csv", "benchmark.json", "cache.parquet"
+UNITS = {figure.name: figure.unit for figure in measured_on(BENCHMARK)}
+"""Measures and their units."""
 SPREAD = {"median": 0.5, "first_quartile": 0.25, "third_quartile": 0.75, "lowest": 0.0, "highest": 1.0}
-"""What is told of the runs of a measure, as quantiles."""
+"""Quantiles of a measure over its runs."""
 TIME_LIMIT = 7200.0
 LENGTHS = (32, 64, 128, 256, 512)
-"""Tokens in the cache when what it is worth is measured."""
+"""Tokens in the KV cache at which its speedup is measured."""
 
 
 def parse_bundles(texts: Sequence[str]) -> dict[str, Path]:
-    """Folders by name, of NAME=FOLDER.
+    """Parse NAME=FOLDER; returns folders by name.
 
     Raises:
-        ConfigError: a text is not of that form, or a name is there twice.
+        ConfigError: A text has another form, or a name occurs twice.
     """
     bundles = {}
     for text in texts:
@@ -61,10 +50,10 @@ def parse_bundles(texts: Sequence[str]) -> dict[str, Path]:
     return bundles
 
 
-def turns(names: Sequence[Any], repeats: int) -> list[tuple[int, Any]]:
-    """(repeat, name) in order: every name once a repeat, each repeat beginning with the next one.
+def interleaved(names: Sequence[Any], repeats: int) -> list[tuple[int, Any]]:
+    """Return (repeat, name) in the order of runs: each repeat runs every name once and starts with the next name.
 
-    A machine that slows down, or a neighbour that wakes up, so falls on all alike.
+    A machine that slows down affects all names alike.
     """
     return [(i, names[(i + j) % len(names)]) for i in range(repeats) for j in range(len(names))]
 
@@ -79,11 +68,21 @@ def measure(
     time_limit: float,
     python: Path | None = None,
 ) -> dict[str, Any]:
-    """One measurement of `bundle` under `settings` (over config.json's), in a process of its own; `python` is that of
-    a toolchain, whose engine is measured.
+    """Measure a bundle once, in a process of its own.
+
+    Args:
+        bundle: Folder of the bundle.
+        settings: Engine settings that replace those of config.json.
+        prompt_tokens: Length of the prompt.
+        answer_tokens: Length of the answer.
+        image_side: Sides of the image in pixels.
+        lengths: Tokens in the KV cache when its speedup is measured.
+        time_limit: Seconds after which the process is stopped.
+        python: Interpreter of a toolchain, whose engine runs the bundle.
 
     Raises:
-        BundleFault, EngineError: naming the bundle.
+        BundleFault: The engine refused the bundle or crashed on it.
+        EngineError: The engine was stopped.
     """
     with tempfile.TemporaryDirectory(prefix="hf2mnn-speed-") as folder:
         result = Path(folder, "result.json")
@@ -104,27 +103,27 @@ def measure(
 
 
 def check_bundles(bundles: dict[str, Path]) -> dict[str, Path]:
-    """Absolute folders by name.
+    """Return absolute folders by name.
 
     Raises:
-        BundleError: one is not whole, or they are not of one model, so that a ratio would say nothing.
+        BundleError: A bundle is not whole, was not made by hf2mnn, or is of another model.
     """
     folders = {name: check_bundle(folder) for name, folder in bundles.items()}
     models = {name: json.loads((path / MODEL_CONFIG).read_text()).get("hf2mnn") for name, path in folders.items()}
-    (first, wanted), *others = models.items()
-    for name, model in models.items():
-        if model is None:
+    (first, model), *others = models.items()
+    for name in models:
+        if models[name] is None:
             raise BundleError(
                 f"{folders[name]} was not made by hf2mnn: its {MODEL_CONFIG} does not say which model it is"
             )
-    for name, model in others:
-        if model != wanted:
-            raise BundleError(f"bundles {first} and {name} are not of one model; time them apart")
+    for name, other in others:
+        if other != model:
+            raise BundleError(f"bundles {first} and {name} are of different models; time them separately")
     return folders
 
 
 def summarize(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """A row for each bundle and measure: median, quartiles, range, and the median's ratio to that of `baseline`."""
+    """Return a row for each bundle and measure: median, quartiles, range, and the ratio to the baseline's median."""
     grouped = frame.groupby(["bundle", "measure"], sort=False)["value"]
     table = grouped.quantile(list(SPREAD.values())).unstack()
     table.columns = list(SPREAD)
@@ -136,77 +135,95 @@ def summarize(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
 
 def summarize_cache(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Medians for each bundle and length; `worth` is how many times a step is faster with the cache than without."""
+    """Return medians for each bundle and length; `speedup` is the time of a step without the KV cache over with it."""
     columns = ["bundle", "length", "cached_s", "recomputed_s", "difference"]
     grouped = pd.DataFrame(rows, columns=columns).groupby(["bundle", "length"], sort=False)
     table = grouped[["cached_s", "recomputed_s"]].median().join(grouped["difference"].max()).reset_index()
-    table.insert(4, "worth", table["recomputed_s"] / table["cached_s"])
+    table.insert(4, "speedup", table["recomputed_s"] / table["cached_s"])
     return table
 
 
 def _measures(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    figures = ["unit", *SPREAD, "ratio"]
-    return {name: rows.set_index("measure")[figures].to_dict("index") for name, rows in table.groupby("bundle")}
+    columns = ["unit", *SPREAD, "ratio"]
+    return {name: rows.set_index("measure")[columns].to_dict("index") for name, rows in table.groupby("bundle")}
 
 
-def _describe(
-    table: pd.DataFrame, engines: dict[str, dict], sizes: dict[str, int], cache: pd.DataFrame
-) -> dict[str, Any]:
-    """benchmark.json's part about each bundle."""
-    measures = _measures(table)
-    return {
-        name: {
-            "bytes": sizes[name],
-            "engine": engines[name],
-            "measures": measures[name],
-            "cache": cache[cache["bundle"] == name].drop(columns="bundle").to_dict("records"),
-        }
-        for name in engines
-    }
+class Timings(NamedTuple):
+    """Results of interleaved runs.
+
+    Attributes:
+        measures: Rows of benchmark.parquet.
+        cache: Rows of cache.parquet before they are summarized.
+        runs: Engine settings and image size by bundle, as the process reports them.
+        broken: Message by bundle that does not run.
+    """
+
+    measures: pd.DataFrame
+    cache: list[dict[str, Any]]
+    runs: dict[Any, dict[str, Any]]
+    broken: dict[Any, str]
 
 
-def time_in_turns(
+def time_interleaved(
     folders: dict[Any, Path],
     settings: dict[str, Any],
     options: dict[str, Any],
     repeats: int,
     time_limit: float,
     pythons: Mapping[Any, Path | None] = MappingProxyType({}),
-) -> tuple[pd.DataFrame, list[dict[str, Any]], dict[Any, dict[str, Any]], dict[Any, str]]:
-    """(rows of benchmark.parquet, rows of cache.parquet, what each process said of its engine, and what is wrong with the
-    bundles that do not run: the evaluation says so too, and the others are timed all the same).
+) -> Timings:
+    """Time bundles in interleaved runs; a bundle that does not run is recorded and skipped.
+
+    Args:
+        folders: Bundles by name.
+        settings: Engine settings that replace those of config.json.
+        options: Further arguments of `measure`.
+        repeats: Runs of each bundle.
+        time_limit: Seconds after which one process is stopped.
+        pythons: Interpreters of toolchains by name.
+
+    Raises:
+        EngineError: The engine was stopped, or none of the bundles runs.
     """
-    rows, cache, said, broken = [], [], {}, {}
-    for turn, (repeat, name) in enumerate(steps("speed", turns(list(folders), repeats), "runs")):
+    rows, cache, runs, broken = [], [], {}, {}
+    for order, (repeat, name) in enumerate(steps("speed", interleaved(list(folders), repeats), "runs")):
         if name in broken:
             continue
         try:
-            found = measure(folders[name], settings, **options, time_limit=time_limit, python=pythons.get(name))
+            result = measure(folders[name], settings, **options, time_limit=time_limit, python=pythons.get(name))
         except BundleFault as error:
             broken[name] = str(error)
             continue
-        run = {"bundle": name, "repeat": repeat, "turn": turn}
+        run = {"bundle": name, "repeat": repeat, "order": order}
         rows += [
-            {**run, "measure": key, "value": found["measures"][key], "unit": unit}
+            {**run, "measure": key, "value": result["measures"][key], "unit": unit}
             for key, unit in UNITS.items()
-            if key in found["measures"]
+            if key in result["measures"]
         ]
-        cache += [{"bundle": name, **row} for row in found["cache"]]
-        said[name] = {"engine": found["engine"], "image": found["image"]}
-    if not said:
+        cache += [{"bundle": name, **row} for row in result["cache"]]
+        runs[name] = {"engine": result["engine"], "image": result["image"]}
+    if not runs:
         raise EngineError(f"none of the bundles runs: {next(iter(broken.values()))}")
-    return pd.DataFrame(rows), cache, said, broken
+    return Timings(pd.DataFrame(rows), cache, runs, broken)
 
 
 def time_versions(
     one: dict[str, Path], other: dict[str, Path], settings: dict[str, Any], python: Path | None = None
 ) -> list[dict[str, Any]]:
-    """The bundles of two versions of a model timed against each other, in turns; `settings` is the benchmark.json whose
-    prompt, answer, image, threads and repeats are taken, and `python` that of the toolchain in whose engine the other
-    version runs. Gives "measures" by bundle for each version, as benchmark.json's "bundles".
+    """Time the bundles of two versions of a model in interleaved runs.
+
+    Args:
+        one: Bundles of one version by name.
+        other: Bundles of the other version.
+        settings: Content of a benchmark.json, which gives prompt, answer, image, threads and repeats.
+        python: Interpreter of the toolchain whose engine runs the other version.
+
+    Returns:
+        "measures" by bundle for each version, as "bundles" in benchmark.json.
 
     Raises:
-        BundleError, EngineError: a bundle is not whole, the engine was stopped, or it runs none of them.
+        BundleError: A bundle is not whole.
+        EngineError: The engine was stopped, or none of the bundles runs.
     """
     sides = {"one": one, "other": other}
     folders = {f"{side}/{name}": check_bundle(path) for side, named in sides.items() for name, path in named.items()}
@@ -214,7 +231,7 @@ def time_versions(
     threads = {"thread_num": settings["threads"]}
     pythons = {f"other/{name}": python for name in other}
     options["lengths"] = []
-    frame, *_ = time_in_turns(folders, threads, options, settings["repeats"], TIME_LIMIT, pythons)
+    frame = time_interleaved(folders, threads, options, settings["repeats"], TIME_LIMIT, pythons).measures
     described = _measures(summarize(frame, frame["bundle"].iloc[0]))
     return [
         {name: {"measures": described[f"{side}/{name}"]} for name in named if f"{side}/{name}" in described}
@@ -230,7 +247,7 @@ def write_benchmark(
     folder: Path,
     time_limit: float,
 ) -> dict[str, Any]:
-    """Time `folders`, bundles by name, and write the tables and the summary to `folder`; returns the summary.
+    """Time bundles and write the tables and the summary to `folder`; returns the summary.
 
     Args:
         folders: Checked bundles by name (`check_bundles`).
@@ -241,26 +258,33 @@ def write_benchmark(
         time_limit: Seconds after which one process is stopped.
 
     Raises:
-        EngineError: The engine was stopped, or runs none of the bundles.
+        EngineError: The engine was stopped, or none of the bundles runs.
     """
-    threads = {"thread_num": chosen["threads"]}
-    frame, cache, said, broken = time_in_turns(folders, threads, options, chosen["repeats"], time_limit)
-    engines = {name: said[name]["engine"] for name in folders if name in said}
+    timings = time_interleaved(folders, {"thread_num": chosen["threads"]}, options, chosen["repeats"], time_limit)
+    engines = {name: timings.runs[name]["engine"] for name in folders if name in timings.runs}
     base = chosen["baseline"] if chosen["baseline"] in engines else next(iter(engines))
-    frame.to_parquet(folder / FIGURES, index=False)
-    table, worth = summarize(frame, base), summarize_cache(cache)
-    worth.to_parquet(folder / CACHE, index=False)
-    settings = {name: engine["decoder"] for name, engine in engines.items()}
+    timings.measures.to_parquet(folder / MEASURES, index=False)
+    table, speedups = summarize(timings.measures, base), summarize_cache(timings.cache)
+    speedups.to_parquet(folder / CACHE, index=False)
     for key in ("thread_num", "precision", "memory"):
-        table[key] = table["bundle"].map({name: setting[key] for name, setting in settings.items()})
+        table[key] = table["bundle"].map({name: engine["decoder"][key] for name, engine in engines.items()})
     table.to_csv(folder / TABLE, index=False)
+    measures = _measures(table)
     summary = {
         "machine": describe_machine() | {"MNN": tool_versions("MNN")["MNN"]},
         **chosen,
         "baseline": base,
-        "broken": broken,
-        "image": said[base]["image"],
-        "bundles": _describe(table, engines, sizes, worth),
+        "broken": timings.broken,
+        "image": timings.runs[base]["image"],
+        "bundles": {
+            name: {
+                "bytes": sizes[name],
+                "engine": engine,
+                "measures": measures[name],
+                "cache": speedups[speedups["bundle"] == name].drop(columns="bundle").to_dict("records"),
+            }
+            for name, engine in engines.items()
+        },
     }
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return summary

@@ -1,7 +1,7 @@
-"""Attribution: what is wrong with a bundle, named by part and place, from what can be looked at and measured.
+"""Checks of a bundle that name causes of error by part and tap point or key.
 
-Each check looks at one thing alone and finds nothing where that is right, so a finding is a cause and no symptom. They
-come in the order in which data flows: settings, tokenizer, embedding, vision tower, decoder, KV cache.
+Each check compares one thing with the checkpoint or the ONNX graph, so that a finding is a cause and not a symptom. The
+order is that of the data: settings, tokenizer, embedding, vision tower, decoder, KV cache.
 """
 
 from __future__ import annotations
@@ -16,39 +16,39 @@ import pandas as pd
 from hf2mnn.evaluation.findings import Finding, out_of_tolerance
 from hf2mnn.evaluation.layers import rounding_error
 from hf2mnn.mnn.bundle import MODEL_CONFIG, TOKENIZER, model_settings
+from hf2mnn.mnn.bundle_config import read_config
 from hf2mnn.mnn.graph import Graph
-from hf2mnn.mnn.paths import read_config
-from hf2mnn.mnn.tokenizer import chat_template
-from hf2mnn.quant.embedding import embedding_blocks, tied_in
-from hf2mnn.reference.golden import Golden, without_repeats
+from hf2mnn.mnn.checkpoint_tokenizer import chat_template
+from hf2mnn.quant.embedding import embedding_blocks, read_tied
+from hf2mnn.reference.golden import Golden, collapse_repeats
 
 SHIFTS = (1, -1, 2, -2)
-"""Rows or ids by which a table may be off; what is off by one is the usual mistake."""
+"""Shifts of embedding rows that are recognized."""
 NAMED = 3
-"""Findings of one part that are named; the others are counted."""
+"""Tap points of one part that have a finding of their own; the others are counted."""
 
 
 def wrong_settings(bundle: Path, facts: dict[str, Any]) -> list[Finding]:
-    """Keys of llm_config.json that are not what the checkpoint says."""
+    """Report keys of llm_config.json that differ from the checkpoint (`facts`: model.json)."""
     stored = read_config(bundle, MODEL_CONFIG)
-    # "hf2mnn" holds model.json: `hf2mnn ask` and the evaluation go by its ids and sizes.
-    right = model_settings(facts, bundle) | {f"hf2mnn.{key}": value for key, value in facts.items()}
-    given_of = stored | {f"hf2mnn.{key}": value for key, value in stored.get("hf2mnn", {}).items()}
+    # "hf2mnn" holds model.json, which `hf2mnn ask` and the evaluation use.
+    expected = model_settings(facts, bundle) | {f"hf2mnn.{key}": value for key, value in facts.items()}
+    given = stored | {f"hf2mnn.{key}": value for key, value in stored.get("hf2mnn", {}).items()}
     return [
-        Finding("settings", key, f"{MODEL_CONFIG} says {key} {given}, the checkpoint's is {wanted}")
-        for key, given, wanted in differing(given_of, right)
+        Finding("settings", key, f"{MODEL_CONFIG} has {key} {value}, the checkpoint has {right}")
+        for key, value, right in differing(given, expected)
     ]
 
 
-def differing(given: dict[str, Any], right: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, value, right value) of each key whose value is not the right one, or is not there; floats within 1e-6."""
-    found = []
-    for key, wanted in sorted(right.items()):
+def differing(given: dict[str, Any], expected: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (key, value, expected value) of each expected key that is missing or different; numbers within 1e-6."""
+    differences = []
+    for key, right in sorted(expected.items()):
         value = given.get(key)
-        listed = _numbers(value) and _numbers(wanted) and len(value) == len(wanted)
-        if not (np.allclose(value, wanted, rtol=1e-6) if listed else value == wanted):
-            found.append((key, value, wanted))
-    return found
+        numeric = _numbers(value) and _numbers(right) and len(value) == len(right)
+        if not (np.allclose(value, right, rtol=1e-6) if numeric else value == right):
+            differences.append((key, value, right))
+    return differences
 
 
 def _numbers(value: Any) -> bool:
@@ -56,94 +56,96 @@ def _numbers(value: Any) -> bool:
 
 
 def wrong_template(bundle: Path, onnx_folder: Path) -> list[Finding]:
-    """Whether the tokenizer's file holds the checkpoint's chat template; prompts of an evaluation come rendered."""
+    """Report a tokenizer file without the checkpoint's chat template."""
     if chat_template(onnx_folder).encode() in (bundle / TOKENIZER).read_bytes():
         return []
     return [Finding("tokenizer", None, f"the chat template in {TOKENIZER} is not the checkpoint's")]
 
 
 def wrong_tokens(golden: Golden, tokens: dict[str, list[int]], image_token_id: int | None) -> list[Finding]:
-    """Prompts that the bundle's tokenizer turns into other ids than transformers'. `tokens` by example, an image being
-    one image token.
+    """Report prompts that the bundle's tokenizer turns into other ids than transformers.
+
+    Args:
+        golden: The reference.
+        tokens: Ids by example, with one image token for each image.
+        image_token_id: Id of an image token.
     """
-    wrong, shifted, first = 0, set(), ""
+    wrong, shifts, first = 0, set(), ""
     for example in golden.examples():
         if example.id not in tokens:
             continue
-        right = without_repeats(example.input_ids, image_token_id)
-        made = np.array(tokens[example.id])
-        if len(made) != len(right) or (made != right).any():
+        expected = collapse_repeats(example.input_ids, image_token_id)
+        ids = np.array(tokens[example.id])
+        same_length = len(ids) == len(expected)
+        if not same_length or (ids != expected).any():
             wrong, first = wrong + 1, first or example.id
-            shifted.add(int(made[0] - right[0]) if len(made) == len(right) and np.ptp(made - right) == 0 else None)
+            shifts.add(int(ids[0] - expected[0]) if same_length and np.ptp(ids - expected) == 0 else None)
     if not wrong:
         return []
-    (shift,) = shifted if len(shifted) == 1 else (None,)
-    how = f"every id is shifted by {shift:+d}" if shift else f"first in {first}"
-    return [Finding("tokenizer", None, f"the tokenizer makes other ids of {wrong} of {len(tokens)} prompts: {how}")]
+    (shift,) = shifts if len(shifts) == 1 else (None,)
+    detail = f"every id is shifted by {shift:+d}" if shift else f"first in {first}"
+    return [Finding("tokenizer", None, f"the tokenizer gives wrong ids for {wrong} of {len(tokens)} prompts: {detail}")]
 
 
 def wrong_embedding(bundle: Path, onnx_folder: Path) -> list[Finding]:
-    sentence = wrong_rows(embedding_blocks(bundle, onnx_folder), tied_in(bundle))
-    return [Finding("embedding", None, sentence)] if sentence else []
+    """Report embedding rows that differ from the checkpoint's."""
+    message = wrong_rows(embedding_blocks(bundle, onnx_folder), read_tied(bundle))
+    return [Finding("embedding", None, message)] if message else []
 
 
 def wrong_rows(blocks: Iterable[tuple[np.ndarray, np.ndarray]], tied: dict[str, Any] | None) -> str | None:
-    """Rows of an embedding that are not the checkpoint's, both as `quant.embedding.beside` gives them: rounded to
-    bfloat16, or, where lm_head serves as the embedding, as near as its bits allow.
+    """Describe embedding rows that differ from the checkpoint's; None if there are none.
+
+    Args:
+        blocks: Stored rows and the checkpoint's rows rounded to bfloat16, float32 [rows, hidden], a block at a time.
+        tied: Settings of an embedding that is the quantized lm_head; its rows may differ by the rounding of their bits.
     """
     wrong, count, shifts = 0, 0, dict.fromkeys(SHIFTS, 0)
     allowed = rounding_error(tied["quant_bit"]) if tied else 0.0
-    for stored, right in blocks:
-        # Put so that what is no number differs.
-        differs = ~(np.linalg.norm(stored - right, axis=1) <= allowed * np.linalg.norm(right, axis=1))
-        wrong, count = wrong + int(differs.sum()), count + len(right)
+    for stored, expected in blocks:
+        # Negated so that NaN differs.
+        differs = ~(np.linalg.norm(stored - expected, axis=1) <= allowed * np.linalg.norm(expected, axis=1))
+        wrong, count = wrong + int(differs.sum()), count + len(expected)
         for shift in SHIFTS if differs.any() else ():
-            one, other = (stored[:-shift], right[shift:]) if shift > 0 else (stored[-shift:], right[:shift])
-            off = np.linalg.norm(one - other, axis=1)
-            shifts[shift] += int((off <= allowed * np.linalg.norm(other, axis=1)).sum())
+            one, other = (stored[:-shift], expected[shift:]) if shift > 0 else (stored[-shift:], expected[:shift])
+            error = np.linalg.norm(one - other, axis=1)
+            shifts[shift] += int((error <= allowed * np.linalg.norm(other, axis=1)).sum())
     if not wrong:
         return None
-    shift = max(shifts, key=shifts.get)
-    how = (
-        f": row i holds token {'i' + f'{shift:+d}'}'s, the ids are shifted by {abs(shift)}"
-        if shifts[shift] > count / 2
-        else ""
-    )
-    return f"{wrong} of {count} rows of the embedding are not the checkpoint's{how}"
+    message, shift = f"{wrong} of {count} rows of the embedding are not the checkpoint's", max(shifts, key=shifts.get)
+    if shifts[shift] > count / 2:
+        message += f": row i holds token i{shift:+d}'s, the ids are shifted by {abs(shift)}"
+    return message
 
 
-def unfused(graph: Graph, layers: int) -> list[Finding]:
-    """Attentions that are not the engine's own operator: they know no KV cache and no causal mask."""
+def unfused_attention(graph: Graph, layers: int) -> list[Finding]:
+    """Report attentions that are not the engine's fused operator, and so have no KV cache and no causal mask."""
     fused = graph.fused
     if len(fused) == layers and "past_key_values" not in graph.inputs:
         return []
     names = graph.content["tensorName"]
-    have = {names[op["outputIndexes"][0]] for op in fused}
-    left = sorted(name for name in graph.values if name.endswith(".context") and name not in have)
-    where = ", ".join(left) or "unknown"
-    sentence = f"{len(fused)} of {layers} attentions are fused with a KV cache; not fused: {where}"
-    return [Finding("decoder", left[0] if left else None, sentence)]
+    outputs = {names[op["outputIndexes"][0]] for op in fused}
+    unfused = sorted(name for name in graph.values if name.endswith(".context") and name not in outputs)
+    named = ", ".join(unfused) or "unknown"
+    message = f"{len(fused)} of {layers} attentions are fused with a KV cache; not fused: {named}"
+    return [Finding("decoder", unfused[0] if unfused else None, message)]
 
 
 def wrong_layers(layers: pd.DataFrame) -> list[Finding]:
-    """Points whose operator alone leaves tolerance; the first of each part is named, with what it looks like."""
+    """Report tap points that exceed their tolerance in a table of `compare_layers`; the first of each part by name."""
     findings = []
     for part in ("vision", "decoder"):
         rows = layers[layers["part"] == part]
-        bad = rows[rows["onnx_error"] > rows["onnx_tolerance"]].drop_duplicates("point")
-        if len(bad):
-            row = bad.iloc[0]
-            findings.append(
-                Finding(
-                    part,
-                    row["point"],
-                    f"the ONNX graph leaves PyTorch at {row['point']}: error {row['onnx_error']:.2g}",
-                )
-            )
+        wrong_onnx = rows[rows["onnx_error"] > rows["onnx_tolerance"]]
+        if len(wrong_onnx):
+            first = wrong_onnx.iloc[0]
+            message = f"the ONNX graph deviates from PyTorch at {first['point']}: error {first['onnx_error']:.2g}"
+            findings.append(Finding(part, first["point"], message))
         bad = out_of_tolerance(rows)
         for _, row in bad.head(NAMED).iterrows():
-            looks = row["looks"] or f"its values are off by {row['mnn_local']:.2g} of their size"
-            findings.append(Finding(part, row["point"], f"{row['point']} ({row['operator']}): {looks}"))
+            detail = row["detail"] or f"its values are off by {row['local_error']:.2g} of their size"
+            findings.append(Finding(part, row["point"], f"{row['point']} ({row['operator']}): {detail}"))
         if len(bad) > NAMED:
-            findings.append(Finding(part, None, f"{len(bad) - NAMED} more points of the {part} leave tolerance"))
+            message = f"{len(bad) - NAMED} more tap points of the {part} exceed their tolerance"
+            findings.append(Finding(part, None, message))
     return findings

@@ -10,11 +10,10 @@ import pandas as pd
 
 from hf2mnn.core.errors import BundleFault
 from hf2mnn.evaluation import causes, error_budget, layers
-from hf2mnn.evaluation.findings import Finding
-from hf2mnn.evaluation.names import BUDGET, FINDINGS, LAYERS
+from hf2mnn.evaluation.findings import BUDGET, FINDINGS, LAYERS, Finding
 from hf2mnn.mnn.bundle import PARTS, parts_in
 from hf2mnn.mnn.convert import read_graph
-from hf2mnn.onnx.initializers import small_values
+from hf2mnn.onnx.initializers import small_constants
 from hf2mnn.reference.golden import Golden
 
 
@@ -29,7 +28,7 @@ def diagnose(
 ) -> list[Finding]:
     """Write layers.parquet, budget.parquet and findings.json to `folder`.
 
-    A bundle that does not run is a finding, no failure: what could be measured before is written.
+    A bundle that does not run is a finding, not a failure: what was measured before is written.
 
     Args:
         golden: The reference.
@@ -46,22 +45,22 @@ def diagnose(
     facts = json.loads((onnx_folder / "model.json").read_text())
     graphs = {part: read_graph(bundle / PARTS[part][0]) for part in parts_in(onnx_folder)}
     for part, graph in graphs.items():
-        # The graph that runs for the comparison is built from the dump, and must compute what the bundle computes.
-        graph.sharpen_constants(small_values(onnx_folder / f"{part}.onnx"))
-    found = causes.wrong_settings(bundle, facts) + causes.wrong_template(bundle, onnx_folder)
-    found += causes.wrong_embedding(bundle, onnx_folder)
-    found += causes.unfused(graphs["decoder"], facts["num_hidden_layers"])
+        # The compared graph is built from the converter's JSON and must compute what the bundle computes.
+        graph.restore_constants(small_constants(onnx_folder / f"{part}.onnx"), rounded_only=True)
+    findings = causes.wrong_settings(bundle, facts) + causes.wrong_template(bundle, onnx_folder)
+    findings += causes.wrong_embedding(bundle, onnx_folder)
+    findings += causes.unfused_attention(graphs["decoder"], facts["num_hidden_layers"])
     compared, sources = pd.DataFrame(columns=layers.COLUMNS), pd.DataFrame(columns=error_budget.COLUMNS)
     try:
         compared = layers.compare_layers(golden, onnx_folder, facts, bundle, graphs, threads, time_limit)
-        found += causes.wrong_layers(compared)
-        bench = error_budget.Bench(golden, baseline / error_budget.BUNDLE, onnx_folder, threads, time_limit)
-        bench.load_baseline(baseline)
-        sources = error_budget.budget(bench, bundle)
-        found += causes.wrong_tokens(golden, bench.tokens(bundle), facts.get("image_token_id"))
+        findings += causes.wrong_layers(compared)
+        runs = error_budget.Runs(golden, baseline / error_budget.BUNDLE, onnx_folder, threads, time_limit)
+        runs.load_baseline(baseline)
+        sources = error_budget.budget(runs, bundle)
+        findings += causes.wrong_tokens(golden, runs.tokens(bundle), facts.get("image_token_id"))
     except BundleFault as error:
-        found.append(Finding("engine", None, str(error)))
+        findings.append(Finding("engine", None, str(error)))
     compared.to_parquet(folder / LAYERS, index=False)
     sources.to_parquet(folder / BUDGET, index=False)
-    (folder / FINDINGS).write_text(json.dumps([asdict(finding) for finding in found], indent=1) + "\n")
-    return found
+    (folder / FINDINGS).write_text(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
+    return findings

@@ -1,4 +1,4 @@
-"""What an operator that is wrong looks like: nothing at all, another layer's weights, a sign."""
+"""Known patterns of wrong operators: only zeros, another layer's weights, a flipped sign of a rotation."""
 
 from __future__ import annotations
 
@@ -13,28 +13,36 @@ import onnx
 from hf2mnn.metrics import relative_error
 from hf2mnn.onnx.initializers import Matrices
 from hf2mnn.onnx.tap_points import WEIGHT
-from hf2mnn.reference.tap_points import as_rows
+from hf2mnn.reference.tap_points import as_matrix
 
 Value = Callable[[str], np.ndarray]
+"""Function from the name of a value to the value, computed by the ONNX graph from MNN's tap points."""
 INDEX = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
-class Sight:
-    """A point out of tolerance: what MNN computes there and what is right given MNN's own inputs, [rows, values].
-    `group` is the size of the value's last axis: of an attention's query, that of a head.
+class Deviation:
+    """A tap point whose local error exceeds its tolerance.
+
+    Attributes:
+        point: Name of the tap point.
+        operator: Kind of the operator that computes it.
+        actual: MNN's values, [rows, values].
+        expected: Values that the ONNX graph computes from MNN's own inputs, [rows, values].
+        tolerance: Allowed relative error.
+        last_axis: Size of the value's last axis; for a query or key that of a head.
     """
 
     point: str
     operator: str
-    seen: np.ndarray
-    right: np.ndarray
+    actual: np.ndarray
+    expected: np.ndarray
     tolerance: float
-    group: int
+    last_axis: int
 
 
 def _siblings(point: str, model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
-    """The same linear layer in every block, with the node that computes it."""
+    """Yield the same linear layer of every block, with the node that computes it."""
     pattern = re.compile(INDEX.sub(r".\\d+.", re.escape(point).replace(r"\.", ".")))
     for node in model.graph.node:
         for name in node.input:
@@ -44,55 +52,66 @@ def _siblings(point: str, model: onnx.ModelProto) -> Iterator[tuple[str, onnx.No
 
 
 def _apply(matrices: Matrices, module: str, node: onnx.NodeProto, x: np.ndarray) -> np.ndarray:
-    """A linear layer of the graph on other inputs [rows, inputs]."""
+    """Apply a linear layer of the graph to other inputs [rows, inputs]."""
     weight = matrices.read(node.input[1])
-    flipped = node.op_type == "Gemm" and any(held.name == "transB" and held.i for held in node.attribute)
-    product = x @ (weight.T if flipped else weight)
+    transposed = node.op_type == "Gemm" and any(given.name == "transB" and given.i for given in node.attribute)
+    product = x @ (weight.T if transposed else weight)
     return product + matrices.read(f"{module}.bias") if f"{module}.bias" in matrices.initializers else product
 
 
-def _others_weights(sight: Sight, model: onnx.ModelProto, source: Path, value: Value) -> str:
-    nodes = dict(_siblings(sight.point, model))
-    if sight.point not in nodes:
+def _swapped_weights(deviation: Deviation, model: onnx.ModelProto, source: Path, value: Value) -> str:
+    nodes = dict(_siblings(deviation.point, model))
+    if deviation.point not in nodes:
         return ""
-    x = as_rows(value(next(name for name in nodes[sight.point].input if ".weight" not in name)))
+    x = as_matrix(value(next(name for name in nodes[deviation.point].input if ".weight" not in name)))
     matrices = Matrices(model, source.parent)
     for module, node in nodes.items():
-        if module != sight.point:
+        if module != deviation.point:
             other = _apply(matrices, module, node, x)
-            if relative_error(other, sight.seen) <= sight.tolerance:
+            if relative_error(other, deviation.actual) <= deviation.tolerance:
                 return f"it has the weights of {module}"
     return ""
 
 
-def _turned_back(sight: Sight, unrotated: np.ndarray) -> str:
-    """A rotation turns pairs (a, b), a from the first half of a head and b from the second: z = a + ib times e^(i t).
-    With a sign flipped, one half or both come from z times e^(-i t), which is z^2 over the right value times |z|^2.
+def _flipped_sign(deviation: Deviation, unrotated: np.ndarray) -> str:
+    """Recognize a flipped sign in RoPE.
+
+    RoPE rotates pairs (a, b), a from the first half of a head and b from the second: z = a + ib becomes z e^(it). With
+    a flipped sign, one half or both are those of z e^(-it) = z^2 / (z e^(it)).
     """
-    shape = (len(sight.right), -1, 2, sight.group // 2)
-    z, right, seen = (value.reshape(shape).astype(np.float64) for value in (unrotated, sight.right, sight.seen))
-    z, turned = z[:, :, 0] + 1j * z[:, :, 1], right[:, :, 0] + 1j * right[:, :, 1]
-    back = np.divide(z**2, turned, out=np.zeros_like(z), where=np.abs(turned) > 1e-12)
-    halves = {"first": (seen[:, :, 0], turned.real, back.real), "second": (seen[:, :, 1], turned.imag, back.imag)}
-    close = max(sight.tolerance, 1e-3)
-    wrong = [name for name, (value, _, other) in halves.items() if relative_error(other, value) <= close]
-    kept = [name for name, (value, good, _) in halves.items() if relative_error(good, value) <= close]
-    if not wrong or len(wrong) + len(kept) < 2:
+    shape = (len(deviation.expected), -1, 2, deviation.last_axis // 2)
+    values = (unrotated, deviation.expected, deviation.actual)
+    z, expected, actual = (value.reshape(shape).astype(np.float64) for value in values)
+    z, rotated = z[:, :, 0] + 1j * z[:, :, 1], expected[:, :, 0] + 1j * expected[:, :, 1]
+    inverse = np.divide(z**2, rotated, out=np.zeros_like(z), where=np.abs(rotated) > 1e-12)
+    halves = {
+        "first": (actual[:, :, 0], rotated.real, inverse.real),
+        "second": (actual[:, :, 1], rotated.imag, inverse.imag),
+    }
+    close = max(deviation.tolerance, 1e-3)
+    flipped = [name for name, (half, _, wrong) in halves.items() if relative_error(wrong, half) <= close]
+    intact = [name for name, (half, right, _) in halves.items() if relative_error(right, half) <= close]
+    if not flipped or len(flipped) + len(intact) < 2:
         return ""
-    return f"a sign is flipped in {'both halves' if len(wrong) == 2 else f'the {wrong[0]} half'} of the rotation"
+    return f"a sign is flipped in {'both halves' if len(flipped) == 2 else f'the {flipped[0]} half'} of the rotation"
 
 
-def look(sight: Sight, model: onnx.ModelProto, source: Path, value: Value) -> str:
-    """A clause that says what the operator does instead, or "" where it looks like nothing known. `model` is the graph
-    of the file `source`; `value` gives what its values are, by name, given MNN's points.
+def recognize_pattern(deviation: Deviation, model: onnx.ModelProto, source: Path, value: Value) -> str:
+    """Describe what the operator computes instead; "" if no known pattern matches.
+
+    Args:
+        deviation: The tap point.
+        model: ONNX graph of the part.
+        source: File of the graph.
+        value: Function from names of the graph to values.
     """
-    if not sight.seen.any():
+    if not deviation.actual.any():
         return "it gives only zeros"
-    if sight.operator == "linear layer":
-        return _others_weights(sight, model, source, value)
-    if sight.operator == "rotary position embedding":
-        parent, _, last = sight.point.rpartition(".")
-        projection = f"{parent}.{'q' if last == 'query' else 'k'}_proj"
-        made = any(projection in node.output for node in model.graph.node)
-        return _turned_back(sight, as_rows(value(projection))) if made else ""
+    if deviation.operator == "linear layer":
+        return _swapped_weights(deviation, model, source, value)
+    if deviation.operator == "rotary position embedding":
+        attention, _, last = deviation.point.rpartition(".")
+        projection = f"{attention}.{'q' if last == 'query' else 'k'}_proj"
+        if any(projection in node.output for node in model.graph.node):
+            return _flipped_sign(deviation, as_matrix(value(projection)))
     return ""

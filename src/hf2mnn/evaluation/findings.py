@@ -1,4 +1,4 @@
-"""What is wrong with a bundle, in a form that the report can read without any engine."""
+"""Findings, and the files of an evaluation and a diagnosis. The report reads both without an engine."""
 
 from __future__ import annotations
 
@@ -6,44 +6,69 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-CACHE_TOLERANCE = 0.05
-"""KL divergence in nats between two ways of filling the cache. Packed weights round activations by the call, which
-brings up to 0.01; an attention without its cache brings 0.7 and more."""
+from hf2mnn.figures import FIGURES as REGISTRY
+
+# Files of an evaluation.
+SUMMARY = "summary.json"
+FIGURES = "figures.parquet"
+ANSWERS = "answers.parquet"
+POSITIONS = "metrics.parquet"
+IMAGES = "images.parquet"
+PARITY = "parity.parquet"
+
+# Files of a diagnosis.
+LAYERS = "layers.parquet"
+BUDGET = "budget.parquet"
+FINDINGS = "findings.json"
+
+CONVERSION, PREPROCESSING, TOTAL = "conversion", "image preprocessing", "total"
+"""Sources of the error budget that the report treats apart from the others."""
+
+CACHE_TOLERANCE = REGISTRY["cache_parity"].gate.default
+"""KL divergence in nats between two ways of filling the KV cache above which there is a finding.
+
+Quantized weights bring up to 0.01, since activations are rounded for each call; an attention without its cache brings
+0.7 and more.
+"""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """part: settings, tokenizer, template, embedding, vision, decoder or cache; point: a name of `hf2mnn.reference.tap_points`, a key
-    or None; sentence: what is wrong, for a person.
+    """Cause of error.
+
+    Attributes:
+        part: settings, tokenizer, template, embedding, vision, decoder, cache or engine.
+        point: Tap point (`hf2mnn.reference.tap_points`) or configuration key; None if there is none.
+        message: Text for the user.
     """
 
     part: str
     point: str | None
-    sentence: str
+    message: str
 
 
 def wrong_cache(parity: pd.DataFrame) -> list[Finding]:
-    """Ways of filling the KV cache after which the same text has other logits."""
+    """Report ways of filling the KV cache that change the logits of the same text."""
     bad = parity[parity["max_kld"] > CACHE_TOLERANCE].sort_values("max_kld", ascending=False)
     if bad.empty:
         return []
     ways = ", ".join(f"{row['way']} ({row['probe']}) by {row['max_kld']:.2g}" for _, row in bad.iterrows())
-    return [Finding("cache", None, f"reading the same text another way than at once changes its logits: {ways} nats")]
+    return [Finding("cache", None, f"logits depend on how the KV cache is filled: {ways} nats")]
 
 
-def misread_template(answers: pd.DataFrame) -> list[Finding]:
-    """Conversations of which the engine makes another prompt than the checkpoint's template, which the bundle has."""
+def wrong_rendering(answers: pd.DataFrame) -> list[Finding]:
+    """Report conversations that the engine renders to another prompt than transformers does with the same template."""
     wrong = answers[answers["template_difference"].notna()]
     if wrong.empty:
         return []
     first, known = wrong.iloc[0], answers["template_match"].notna().sum()
-    how = f"the engine makes another prompt of {len(wrong)} of {known} conversations"
-    return [Finding("template", None, f"{how}: first in {first['id']}, {first['template_difference']}")]
+    count = f"the engine renders {len(wrong)} of {known} conversations to another prompt"
+    return [Finding("template", None, f"{count}: first in {first['id']}, {first['template_difference']}")]
 
 
 def out_of_tolerance(layers: pd.DataFrame) -> pd.DataFrame:
-    """Points whose operator alone leaves tolerance, once each, in the order in which data flows."""
-    bad = layers[layers["mnn_local"] > layers["tolerance"]]
-    # Through the vision tower before the decoder.
+    """Return the tap points whose local error exceeds its tolerance, each once, in the order of computation."""
+    bad = layers[layers["local_error"] > layers["tolerance"]]
+    # The vision tower is computed before the decoder.
     ordered = bad.assign(late=bad["part"] == "decoder").sort_values(["late", "order"], kind="stable")
     return ordered.drop(columns="late").drop_duplicates("point")

@@ -1,4 +1,4 @@
-"""Run the evaluation set through the exported graphs in ONNX Runtime."""
+"""Outputs of the exported graphs in ONNX Runtime on the evaluation set."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from pathlib import Path
 import numpy as np
 
 from hf2mnn.core.progress import steps
-from hf2mnn.evaluation.answers import Answer, Outcome
+from hf2mnn.evaluation.answers import Answer, Outputs
 from hf2mnn.onnx.session import OnnxModel
-from hf2mnn.reference.cache_fill import ways_of_feeding
+from hf2mnn.reference.cache_fill import logits_by_fill
 from hf2mnn.reference.golden import Golden, GoldenProbe
 
 
-def _parity(model: OnnxModel, golden: Golden, probe: GoldenProbe) -> dict[str, np.ndarray]:
-    read, ids = probe.after_images(model.facts.get("image_token_id"))
+def _cache_logits(model: OnnxModel, golden: Golden, probe: GoldenProbe) -> dict[str, np.ndarray]:
+    """Return the logits of a probe's text after its images for each way of filling the KV cache."""
+    prefix, ids = probe.split_after_images(model.info.get("image_token_id"))
     images = [golden.image(name) for name in probe.images]
     cache = model.new_cache()
 
     def start() -> None:
         cache.truncate(0)
-        if read:
-            model.prefill(cache, np.array(read), [(image.pixel_values, image.grid_thw) for image in images])
+        if prefix:
+            model.prefill(cache, np.array(prefix), [(image.pixel_values, image.grid_thw) for image in images])
 
-    return ways_of_feeding(
+    return logits_by_fill(
         ids,
         start,
         lambda tokens: model.prefill(cache, np.array(tokens), all_logits=True),
@@ -31,22 +32,22 @@ def _parity(model: OnnxModel, golden: Golden, probe: GoldenProbe) -> dict[str, n
     )
 
 
-def run_onnxruntime(onnx_folder: Path, golden: Golden, max_new_tokens: int, threads: int) -> Outcome:
-    """Teacher-forced logits by cached decode, token by token, then the greedy answer from the same prefill."""
-    model, outcome = OnnxModel(onnx_folder, threads), Outcome()
+def run_onnxruntime(onnx_folder: Path, golden: Golden, max_new_tokens: int, threads: int) -> Outputs:
+    """Run the evaluation set: teacher-forced logits token by token, and greedy answers from the same prefill."""
+    model, outputs = OnnxModel(onnx_folder, threads), Outputs()
     images = {name: golden.image(name) for name in golden.image_names()}
-    for name, image in steps("ONNX Runtime sees", images.items(), "images"):
-        outcome.embeds[name] = model.family.as_rows(model.see((image.pixel_values, image.grid_thw)))
-    for example in steps("ONNX Runtime answers", golden.examples(), "examples", len(golden.records)):
+    for name, image in steps("ONNX Runtime: image embeddings", images.items(), "images"):
+        embeds = model.embed_image((image.pixel_values, image.grid_thw))
+        outputs.embeds[name] = model.family.concat_outputs(embeds)
+    for example in steps("ONNX Runtime: answers", golden.examples(), "examples", len(golden.records)):
         cache = model.new_cache()
-        fed = [(images[name].pixel_values, images[name].grid_thw) for name in example.images]
-        first = model.prefill(cache, example.input_ids, fed)
-        rows = [first] + [
-            model.prefill(cache, example.answer_ids[i : i + 1]) for i in range(len(example.answer_ids) - 1)
-        ]
+        patches = [(images[name].pixel_values, images[name].grid_thw) for name in example.images]
+        first = model.prefill(cache, example.input_ids, patches)
+        forced = [example.answer_ids[i : i + 1] for i in range(len(example.answer_ids) - 1)]
+        logits = [first, *(model.prefill(cache, token) for token in forced)]
         cache.truncate(len(example.input_ids))
         greedy = model.greedy(cache, first[-1], max_new_tokens)
-        outcome.answers[example.id] = Answer(np.concatenate(rows), greedy)
+        outputs.answers[example.id] = Answer(np.concatenate(logits), greedy)
     for probe in golden.probes():
-        outcome.parity[probe.kind] = _parity(model, golden, probe)
-    return outcome
+        outputs.parity[probe.kind] = _cache_logits(model, golden, probe)
+    return outputs

@@ -1,4 +1,4 @@
-"""From a runtime's outcome to tables: positions, answers, images, the KV cache; and the figures of the comparison."""
+"""Tables and figures of a runtime's outputs: positions, answers, images, KV-cache parity."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import pandas as pd
 
 from hf2mnn import metrics
 from hf2mnn.core.errors import EngineError
-from hf2mnn.evaluation.answers import Answer, Outcome
-from hf2mnn.evaluation.figures import COLUMNS as FIGURE_COLUMNS
-from hf2mnn.evaluation.figures import figures
-from hf2mnn.evaluation.names import ANSWERS, COMPARED, FIGURES, IMAGES, PARITY, POSITIONS
-from hf2mnn.evaluation.parity import parity_table
-from hf2mnn.reference.golden import Golden, GoldenExample, without_repeats
+from hf2mnn.evaluation.aggregate import COLUMNS as FIGURE_COLUMNS
+from hf2mnn.evaluation.aggregate import aggregate
+from hf2mnn.evaluation.answers import Answer, Outputs
+from hf2mnn.evaluation.findings import ANSWERS, FIGURES, IMAGES, PARITY, POSITIONS
+from hf2mnn.figures import EVALUATED, TABLE, shown_in
+from hf2mnn.reference.cache_fill import SINGLE_CALL
+from hf2mnn.reference.golden import Golden, GoldenExample, collapse_repeats
+from hf2mnn.reference.prompts import AnswerDecoder
 from hf2mnn.reference.tasks import score_answer
-from hf2mnn.reference.text import AnswerDecoder
 
 POSITION_COLUMNS = [
     "id",
@@ -30,15 +31,22 @@ POSITION_COLUMNS = [
     "logprob",
 ]
 IMAGE_COLUMNS = ["image", "tokens", "cosine", "worst_cosine", "error"]
-AROUND = 20
-"""Characters before and after the place where two prompts part."""
+PARITY_COLUMNS = ["probe", "way", "positions", "max_kld", "max_logit_change", "same_top"]
+CONTEXT = 20
+"""Characters shown before and after the first difference of two prompts."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """positions: one row a teacher-forced position; answers: one row an example; images: one row an image; parity:
-    one row a probe and way of feeding the cache; figures: `hf2mnn.evaluation.figures`; summary: those of the comparison,
-    None where there was nothing to measure.
+    """Results of an evaluation.
+
+    Attributes:
+        positions: One row for each teacher-forced position.
+        answers: One row for each example.
+        images: One row for each image.
+        parity: One row for each probe and way of filling the KV cache.
+        figures: Figures by group, with intervals (`hf2mnn.evaluation.aggregate`).
+        summary: Figures of the whole set; None where there was nothing to measure.
     """
 
     positions: pd.DataFrame
@@ -49,7 +57,7 @@ class Scores:
     summary: dict[str, float | None]
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """Each table by the name of its file."""
+        """Return the tables by the name of their file."""
         return {
             POSITIONS: self.positions,
             ANSWERS: self.answers,
@@ -60,33 +68,33 @@ class Scores:
 
 
 def _position_rows(example: GoldenExample, logits: np.ndarray) -> list[tuple]:
-    divergence = metrics.kl_divergence(example.logits, logits)
-    same = metrics.same_top(example.logits, logits)
-    overlap = metrics.top_overlap(example.logits, logits)
-    reference = metrics.token_logprobs(example.logits, example.answer_ids)
-    other = metrics.token_logprobs(logits, example.answer_ids)
-    imaged = bool(example.images)
-    return [
-        (example.id, index, imaged, float(d), bool(s), float(o), float(p), float(q))
-        for index, (d, s, o, p, q) in enumerate(zip(divergence, same, overlap, reference, other, strict=True))
-    ]
+    columns = (
+        metrics.kl_divergence(example.logits, logits).tolist(),
+        metrics.same_top(example.logits, logits).tolist(),
+        metrics.top_overlap(example.logits, logits).tolist(),
+        metrics.token_logprobs(example.logits, example.answer_ids).tolist(),
+        metrics.token_logprobs(logits, example.answer_ids).tolist(),
+    )
+    after_image = bool(example.images)
+    return [(example.id, index, after_image, *row) for index, row in enumerate(zip(*columns, strict=True))]
 
 
-def first_difference(one: str, other: str) -> str | None:
-    """Where two texts part, for a person; None where they are the same."""
-    if one == other:
+def first_difference(text: str, expected: str) -> str | None:
+    """Describe the first difference of two texts; None where they are equal."""
+    if text == expected:
         return None
-    at = metrics.common_prefix(one, other)
-    made, wanted = (text[max(0, at - AROUND) : at + AROUND] for text in (one, other))
-    return f"{made!r} for {wanted!r}"
+    start = metrics.common_prefix(text, expected)
+    given, wanted = (part[max(0, start - CONTEXT) : start + CONTEXT] for part in (text, expected))
+    return f"{given!r} for {wanted!r}"
 
 
 def _answer_row(example: GoldenExample, answer: Answer, decode: AnswerDecoder, image: int | None) -> dict[str, Any]:
-    """One row of the table of answers; scores are None where there is no label, and what only an engine has where there
-    is no engine.
+    """Return a row of the table of answers.
+
+    Scores are None for an example without a label; columns of the engine are None for other runtimes.
     """
-    text, called = decode(answer.greedy_ids), answer.as_called_ids
-    wanted = example.answer_ids.tolist()
+    text, reference_ids = decode(answer.greedy_ids), example.answer_ids.tolist()
+    prefix = metrics.common_prefix(answer.greedy_ids, reference_ids)
     row = {
         "id": example.id,
         "category": example.category,
@@ -95,12 +103,12 @@ def _answer_row(example: GoldenExample, answer: Answer, decode: AnswerDecoder, i
         "expected": None if example.expected is None else " / ".join(example.expected),
         "reference": example.answer,
         "answer": text,
-        "greedy_match": answer.greedy_ids == wanted,
-        "prefix_tokens": (shared := metrics.common_prefix(answer.greedy_ids, wanted)),
-        "prefix_share": shared / len(wanted),
+        "greedy_match": answer.greedy_ids == reference_ids,
+        "prefix_tokens": prefix,
+        "prefix_share": prefix / len(reference_ids),
         "repetition": metrics.repetition(answer.greedy_ids),
-        # What PyTorch repeats as well is the model's doing, not the conversion's.
-        "degenerate": metrics.ends_in_a_loop(answer.greedy_ids) and not metrics.ends_in_a_loop(wanted),
+        # A loop that PyTorch has too is the model's, not the conversion's.
+        "degenerate": metrics.ends_in_a_loop(answer.greedy_ids) and not metrics.ends_in_a_loop(reference_ids),
         "as_called": None,
         "as_called_match": None,
         "tokenizer_match": None,
@@ -110,66 +118,91 @@ def _answer_row(example: GoldenExample, answer: Answer, decode: AnswerDecoder, i
         "score": None,
         "as_called_score": None,
     }
-    if called is not None:
-        row |= {"as_called": decode(called), "as_called_match": decode(called) == example.answer}
+    if answer.as_called_ids is not None:
+        row["as_called"] = decode(answer.as_called_ids)
+        row["as_called_match"] = row["as_called"] == example.answer
     if answer.prompt_ids is not None:
-        made, right = (without_repeats(np.array(ids), image) for ids in (answer.prompt_ids, example.input_ids))
-        row["tokenizer_match"] = np.array_equal(made, right)
-    if answer.written is not None:
-        row["template_difference"] = first_difference(answer.written, example.prompt)
+        ids, expected = (collapse_repeats(np.array(ids), image) for ids in (answer.prompt_ids, example.input_ids))
+        row["tokenizer_match"] = np.array_equal(ids, expected)
+    if answer.rendered_prompt is not None:
+        row["template_difference"] = first_difference(answer.rendered_prompt, example.prompt)
         row["template_match"] = row["template_difference"] is None
     if example.expected is not None:
-        for name, said in (("reference_score", example.answer), ("score", text), ("as_called_score", row["as_called"])):
-            row[name] = None if said is None else score_answer(example.metric, said, example.expected)
+        answers = {"reference_score": example.answer, "score": text, "as_called_score": row["as_called"]}
+        for column, given in answers.items():
+            row[column] = None if given is None else score_answer(example.metric, given, example.expected)
     return row
 
 
 def _image_rows(golden: Golden, embeds: dict[str, np.ndarray]) -> list[tuple]:
     rows = []
     for name in golden.image_names():
-        wanted, seen = golden.image(name).embeds, embeds[name]
-        if wanted.shape != seen.shape:
+        reference, embedded = golden.image(name).embeds, embeds[name]
+        if reference.shape != embedded.shape:
             raise EngineError(
-                f"the vision tower gives {list(seen.shape)} for {name}, PyTorch gives {list(wanted.shape)}"
+                f"the vision tower gives {list(embedded.shape)} for {name}, PyTorch gives {list(reference.shape)}"
             )
-        similar = metrics.cosine(wanted, seen)
-        error = metrics.relative_error(wanted, seen)
-        rows.append((name, len(similar), float(similar.mean()), float(similar.min()), error))
+        cosines = metrics.cosine(reference, embedded)
+        error = metrics.relative_error(reference, embedded)
+        rows.append((name, len(cosines), float(cosines.mean()), float(cosines.min()), error))
     return rows
 
 
-def summarize(table: pd.DataFrame, parity: pd.DataFrame) -> dict[str, float | None]:
-    """The figures over the whole set by name, those of COMPARED; mean_kld_low and mean_kld_high; cache_parity,
-    the largest KL divergence between two ways of filling the KV cache.
+def parity_table(logits: dict[str, dict[str, np.ndarray]]) -> pd.DataFrame:
+    """Compare the logits of each way of filling the KV cache with those of a single call.
+
+    A wrong parity shows an attention that is not fused, wrong positions, or a cache that is not truncated.
+
+    Args:
+        logits: float32 [tokens, vocabulary] by probe and way.
+
+    Returns:
+        A table with PARITY_COLUMNS. `max_logit_change` is in standard deviations of the probe's logits.
     """
-    whole = table[table["group"] == "all"].set_index("figure")
-    summary = {name: float(whole["value"][name]) if name in whole.index else None for name in COMPARED}
-    summary |= {f"mean_kld_{end}": float(whole[end]["mean_kld"]) for end in ("low", "high")}
+    rows = []
+    for probe, ways in sorted(logits.items()):
+        single = ways[SINGLE_CALL]
+        for way, other in ways.items():
+            if way != SINGLE_CALL:
+                divergence, same = metrics.kl_divergence(single, other).max(), metrics.same_top(single, other).mean()
+                change = float(np.abs(other - single).max() / single.std())
+                rows.append((probe, way, len(single), float(divergence), change, float(same)))
+    return pd.DataFrame(rows, columns=PARITY_COLUMNS)
+
+
+def summarize(figures: pd.DataFrame, parity: pd.DataFrame) -> dict[str, float | None]:
+    """Return the evaluated figures of the table over the whole set; None for those that were not measured."""
+    whole = figures[figures["group"] == "all"].set_index("figure")
+    summary: dict[str, float | None] = {}
+    for figure in shown_in(TABLE):
+        if figure.source in EVALUATED:
+            known = figure.name in whole.index
+            values = [float(whole[end][figure.name]) if known else None for end in ("value", "low", "high")]
+            summary |= dict(zip(figure.columns, values, strict=False))
     return summary | {"cache_parity": float(parity["max_kld"].max()) if len(parity) else None}
 
 
-def score(golden: Golden, outcome: Outcome, decode: AnswerDecoder, image_token_id: int | None) -> Scores:
-    """Compare an outcome with the reference.
+def score(golden: Golden, outputs: Outputs, decode: AnswerDecoder, image_token_id: int | None) -> Scores:
+    """Compare a runtime's outputs with the reference.
 
     Raises:
-        EngineError: the runtime's embeddings of an image have another shape than the reference's.
+        EngineError: Embeddings of an image have another shape than the reference's.
     """
     positions, answers = [], []
     for example in golden.examples():
-        answer = outcome.answers[example.id]
+        answer = outputs.answers[example.id]
         positions += _position_rows(example, answer.logits)
         answers.append(_answer_row(example, answer, decode, image_token_id))
     position_table, answer_table = pd.DataFrame(positions, columns=POSITION_COLUMNS), pd.DataFrame(answers)
-    image_table = pd.DataFrame(_image_rows(golden, outcome.embeds), columns=IMAGE_COLUMNS)
-    parity = parity_table(outcome.parity)
-    table = figures(position_table, answer_table, image_table)
-    return Scores(position_table, answer_table, image_table, parity, table, summarize(table, parity))
+    image_table = pd.DataFrame(_image_rows(golden, outputs.embeds), columns=IMAGE_COLUMNS)
+    parity = parity_table(outputs.parity)
+    figures = aggregate(position_table, answer_table, image_table)
+    return Scores(position_table, answer_table, image_table, parity, figures, summarize(figures, parity))
 
 
 def score_fault(golden: Golden, decode: AnswerDecoder, image_token_id: int | None) -> Scores:
-    """The tables of a bundle that does not run: no answers, nothing measured."""
+    """Return the tables of a bundle that does not run: empty answers, no figures."""
     rows = [_answer_row(example, Answer(example.logits, []), decode, image_token_id) for example in golden.examples()]
-    answers, empty = pd.DataFrame(rows), dict.fromkeys(COMPARED)
-    summary = empty | {"mean_kld_low": None, "mean_kld_high": None, "cache_parity": None}
-    tables = [pd.DataFrame(columns=columns) for columns in (POSITION_COLUMNS, IMAGE_COLUMNS)]
-    return Scores(tables[0], answers, tables[1], parity_table({}), pd.DataFrame(columns=FIGURE_COLUMNS), summary)
+    columns = (POSITION_COLUMNS, IMAGE_COLUMNS, PARITY_COLUMNS, FIGURE_COLUMNS)
+    positions, images, parity, figures = (pd.DataFrame(columns=names) for names in columns)
+    return Scores(positions, pd.DataFrame(rows), images, parity, figures, summarize(figures, parity))

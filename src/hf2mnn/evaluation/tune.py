@@ -1,4 +1,4 @@
-"""The engine's settings that are fastest for a bundle on this machine, among those that leave its answers alone."""
+"""Search of the engine settings that are fastest for a bundle on this machine and do not change its predictions."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import Any
 import numpy as np
 
 from hf2mnn.core.errors import ConfigError, EngineError
-from hf2mnn.core.files import whole_file
-from hf2mnn.core.manifest import Manifest, changed_folder, tool_versions
+from hf2mnn.core.files import atomic_file
+from hf2mnn.core.manifest import Manifest, tool_versions, updated_folder
 from hf2mnn.core.progress import steps
-from hf2mnn.evaluation.benchmark import measure, turns
+from hf2mnn.evaluation.benchmark import interleaved, measure
 from hf2mnn.machine.hardware import cores, describe_machine
 from hf2mnn.metrics import kl_divergence
 from hf2mnn.mnn.bundle import CONFIG
+from hf2mnn.mnn.bundle_config import decoder_settings, with_settings
 from hf2mnn.mnn.engine import check_bundle, run_worker
-from hf2mnn.mnn.settings import engine_settings, with_settings
 
 Settings = dict[str, Any]
 SETTINGS = ("thread_num", "precision", "memory", "attention_mode", "dynamic_option")
-"""In the order in which they are tried; each from the best of those before."""
+"""Settings in the order in which they are tuned; each is tuned with the best values of those before."""
 EXACT = {"precision": "high", "memory": "high", "attention_mode": 8, "dynamic_option": 0}
-"""The engine at its most exact: what all others are held against."""
-HARMLESS = 1e-3
-"""Mean KL divergence in nats that is allowed whatever the present settings have; int8 weights cost a fifth of it."""
-ANSWER = 8
+"""The engine's most exact settings, to which all others are compared."""
+NEGLIGIBLE = 1e-3
+"""Mean KL divergence in nats that is always allowed; int8 weights bring a fifth of it."""
+ANSWER_TOKENS = 8
 PROMPTS = (
     ("What is 3 plus 4?", False),
     ("Translate into Chinese: the red circle is to the left of the blue square.", False),
@@ -40,13 +40,22 @@ PROMPTS = (
     ("Describe this image.", True),
     ("左上角是什么颜色？", True),
 )
-"""Texts, and whether an image comes before each; one is long, for what a rounded cache would cost."""
+"""Texts, and whether an image precedes each; one is long, so that a quantized KV cache shows."""
 
 
 @dataclass
 class Trial:
-    """Settings as they were timed beside others of their group. `seconds` are requests, in the order of repeats; none
-    where it was refused. `kld` is the mean KL divergence in nats of its predictions from those of EXACT.
+    """Settings that are timed with the others of their group.
+
+    Attributes:
+        group: Setting that varies in the group.
+        label: Its value.
+        settings: All settings.
+        kld: Mean KL divergence in nats from the predictions with `EXACT`.
+        seconds: Time of a request in each repeat; empty if `kld` exceeds the bound.
+        decode_tokens_per_s: Answer tokens a second in each repeat.
+        peak_mb: Peak memory in each repeat.
+        chosen: Whether these settings are the best of their group.
     """
 
     group: str
@@ -60,20 +69,27 @@ class Trial:
 
     @property
     def median(self) -> float:
+        """Median time of a request in seconds."""
         return median(self.seconds)
 
     @property
     def spread(self) -> float:
-        """Distance of the quartiles in seconds."""
+        """Interquartile range in seconds."""
         low, high = np.quantile(self.seconds, [0.25, 0.75])
         return float(high - low)
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came out: all trials in order, the bound on KL divergence, and settings that are to be changed.
+    """Result of the search.
 
-    `before` and `after` are the last two trials, timed against each other; `after` is None where nothing was better.
+    Attributes:
+        trials: All trials in order.
+        max_kld: Bound on the KL divergence.
+        changed: Settings to change.
+        before: Present settings in the last comparison; None if there was none.
+        after: Best settings in the last comparison; None if they are not faster.
+        verdict: Result in words.
     """
 
     trials: list[Trial]
@@ -85,25 +101,25 @@ class Tuned:
 
 
 def better(present: Trial, other: Trial) -> bool:
-    """Whether `other` is faster by more than either of the two varies."""
+    """Return whether `other` is faster by more than the larger interquartile range of the two."""
     return present.median - other.median > max(present.spread, other.spread)
 
 
 def choose(present: Trial, others: Sequence[Trial]) -> Trial:
-    """The fastest, where it is faster than the present one beyond the spread; of those as fast, the most exact."""
+    """Return the most exact of the fastest trials that are better than the present one, else the present one."""
     fastest = min(others, key=lambda trial: trial.median)
     fast = [trial for trial in others if better(present, trial) and not better(trial, fastest)]
-    # A first digit of divergence; below that the answers are as good, and time counts again.
+    # Divergences with the same first digit are equal; then time decides.
     return min(fast, key=lambda trial: (float(f"{trial.kld:.0e}"), trial.median), default=present)
 
 
 def values_of(setting: str, quantized: bool, memory: str, available: int) -> list[Any]:
-    """The values to try, where the setting means anything on a CPU of `available` cores."""
+    """Return the values of a setting to try on a CPU of `available` cores; none if the setting has no effect."""
     powers = [2**i for i in range(available.bit_length()) if 2**i < available]
     return {
         "thread_num": [*powers, available],
         "precision": ["low", "normal", "high"],
-        # Only packed weights can be kept packed, and only then are activations rounded.
+        # Only quantized weights can stay quantized in memory, and only then are activations rounded.
         "memory": ["low", "high"] if quantized else [],
         "attention_mode": [8, 0, 10],
         "dynamic_option": [0, 1, 2, 8] if quantized and memory == "low" else [],
@@ -111,7 +127,7 @@ def values_of(setting: str, quantized: bool, memory: str, available: int) -> lis
 
 
 class Tuner:
-    """Settings of one bundle, timed and held against the exact ones."""
+    """Trials of one bundle."""
 
     def __init__(
         self,
@@ -126,26 +142,24 @@ class Tuner:
         self.bundle, self.repeats, self.time_limit, self.scratch = bundle, repeats, time_limit, scratch
         self.request = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "image_side": image_side}
         self.config = json.loads((bundle / CONFIG).read_text())
-        self.present = engine_settings(self.config)
+        self.present = decoder_settings(self.config)
         self._exact: np.ndarray | None = None
         self._klds: dict[str, float] = {}
         self.trials: list[Trial] = []
 
     def _changed(self, settings: Settings) -> Settings:
-        """What must be written over config.json; a setting that is as it was stays unwritten, and the vision tower's
-        own with it.
-        """
+        """Return the settings that differ from config.json; others are not written, nor the vision tower's own."""
         return {key: value for key, value in settings.items() if value != self.present[key]}
 
     def _predictions(self, settings: Settings) -> np.ndarray:
-        """float32 [positions, vocabulary]."""
+        """Return logits, float32 [positions, vocabulary]."""
         path = self.scratch / "logits.npy"
         job = {
             "bundle": str(self.bundle),
             "settings": settings,
             "prompts": PROMPTS,
             "image_side": self.request["image_side"],
-            "limit": ANSWER,
+            "limit": ANSWER_TOKENS,
             "answers": str(self.scratch / "answers.json"),
             "logits": str(path),
         }
@@ -156,7 +170,10 @@ class Tuner:
         return np.load(path)
 
     def kld(self, settings: Settings) -> float:
+        """Return the mean KL divergence from the predictions with `EXACT`, computed once for each settings."""
         key = json.dumps(settings, sort_keys=True)
+        if settings == self.present | EXACT:
+            return 0.0
         if key not in self._klds:
             if self._exact is None:
                 self._exact = self._predictions(EXACT)
@@ -164,24 +181,25 @@ class Tuner:
         return self._klds[key]
 
     def trial(self, group: str, label: Any, settings: Settings) -> Trial:
+        """Return a trial with its divergence and without times."""
         return Trial(group, str(label), settings, self.kld(settings))
 
     def time(self, trials: Sequence[Trial]) -> None:
-        """Time them in turns; a request is one image, where the model sees, the prompt and the answer."""
-        for _, index in turns(range(len(trials)), self.repeats):
+        """Time trials in interleaved runs; a request is an image, if the model takes one, the prompt and the answer."""
+        for _, index in interleaved(range(len(trials)), self.repeats):
             trial = trials[index]
             changed = self._changed(trial.settings)
-            found = measure(self.bundle, changed, **self.request, lengths=(), time_limit=self.time_limit)["measures"]
-            trial.seconds.append(found.get("image_s", 0.0) + found["first_token_s"] + found["decode_s"])
-            trial.decode_tokens_per_s.append(found["decode_tokens_per_s"])
-            trial.peak_mb += [found["peak_mb"]] if "peak_mb" in found else []
+            measures = measure(self.bundle, changed, **self.request, lengths=(), time_limit=self.time_limit)["measures"]
+            trial.seconds.append(measures.get("image_s", 0.0) + measures["first_token_s"] + measures["decode_s"])
+            trial.decode_tokens_per_s.append(measures["decode_tokens_per_s"])
+            trial.peak_mb += [measures["peak_mb"]] if "peak_mb" in measures else []
 
     def tune(self, settings: Sequence[str], max_kld: float | None) -> Tuned:
-        """Each of `settings` in its turn, then the whole against the present one."""
-        made = Manifest.load(self.bundle).settings
-        quantized = any(made.get(part, {}).get("bits", 32) < 16 for part in ("decoder", "vision"))
+        """Tune one setting after the other, then compare the result with the present settings."""
+        formats = Manifest.load(self.bundle).settings
+        quantized = any(formats.get(part, {}).get("bits", 32) < 16 for part in ("decoder", "vision"))
         own = self.kld(self.present)
-        bound = max(own, HARMLESS) if max_kld is None else max_kld
+        bound = max(own, NEGLIGIBLE) if max_kld is None else max_kld
         start = self.present if own <= bound else {**self.present, **EXACT}
         best = start
         for setting in steps("tune", settings, "settings"):
@@ -190,26 +208,26 @@ class Tuner:
                 self.trial(setting, value, {**best, setting: value}) for value in values if value != best[setting]
             ]
             allowed = [trial for trial in others if trial.kld <= bound]
-            here = self.trial(setting, best[setting], best)
+            present = self.trial(setting, best[setting], best)
             if allowed:
-                self.time([here, *allowed])
-                taken = choose(here, allowed)
-                taken.chosen, best = True, taken.settings
-            self.trials += [here, *others] if others else []
+                self.time([present, *allowed])
+                fastest = choose(present, allowed)
+                fastest.chosen, best = True, fastest.settings
+            self.trials += [present, *others] if others else []
         return self._decide(start, best, own, bound)
 
     def _decide(self, start: Settings, best: Settings, own: float, bound: float) -> Tuned:
         before = after = None
         if best != self.present:
-            before, after = self.trial("in all", "present", self.present), self.trial("in all", "best", best)
+            before, after = self.trial("all", "present", self.present), self.trial("all", "best", best)
             self.time([before, after])
             self.trials += [before, after]
         if start != self.present:
-            verdict = f"the present settings do not keep the bound (mean KLD {own:.2g} > {bound:.2g})"
+            verdict = f"the present settings exceed the bound (mean KLD {own:.2g} > {bound:.2g})"
         elif after is None or not better(before, after):
-            verdict, best = "nothing is faster beyond the spread: the present settings stay", self.present
+            verdict, best = "no settings are faster beyond the spread: the present settings stay", self.present
         else:
-            verdict = f"a request takes {after.median / before.median:.2f} of the time"
+            verdict = f"a request takes {after.median / before.median:.2f} times as long"
         for trial in (before, after):
             if trial is not None:
                 trial.chosen = trial.settings == best
@@ -217,11 +235,11 @@ class Tuner:
 
 
 def write_settings(bundle: Path, changed: Settings, tuned: dict[str, Any]) -> None:
-    """Put `changed` into the bundle's config.json, and into its manifest what that file is now and why."""
+    """Write settings to the bundle's config.json, and their measurements to its manifest."""
     manifest = Manifest.load(bundle)
     config = with_settings(json.loads((bundle / CONFIG).read_text()), changed)
     manifest.results = {**manifest.results, "tuned": tuned}
-    with changed_folder(manifest) as folder, whole_file(folder / CONFIG) as path:
+    with updated_folder(manifest) as folder, atomic_file(folder / CONFIG) as path:
         path.write_text(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
@@ -236,17 +254,27 @@ def tune_bundle(
     time_limit: float = 7200,
     dry_run: bool = False,
 ) -> Tuned:
-    """Find the fastest settings that keep `max_kld`, and write them into the bundle unless it is a `dry_run`.
+    """Find the fastest settings within a bound on the KL divergence, and write them to the bundle.
 
-    `max_kld` left out is the present settings' own divergence, or HARMLESS where that is more.
+    Args:
+        bundle: Folder of the bundle.
+        settings: Settings to tune.
+        prompt_tokens: Length of the prompt.
+        answer_tokens: Length of the answer.
+        image_side: Sides of the image in pixels.
+        repeats: Runs of each trial.
+        max_kld: Bound in nats; None for the larger of the present settings' own divergence and `NEGLIGIBLE`.
+        time_limit: Seconds after which one process is stopped.
+        dry_run: Write nothing.
 
     Raises:
-        ConfigError: a setting is none of SETTINGS.
-        BundleError, EngineError: the bundle is not whole, or the engine failed on it.
+        ConfigError: A setting is none of `SETTINGS`.
+        BundleError: The bundle is not whole.
+        EngineError: The engine failed on the bundle.
     """
     for setting in settings:
         if setting not in SETTINGS:
-            raise ConfigError(f"there is no setting {setting!r} to tune; there are {', '.join(SETTINGS)}")
+            raise ConfigError(f"setting {setting!r} cannot be tuned; use {', '.join(SETTINGS)}")
     folder = check_bundle(bundle)
     with tempfile.TemporaryDirectory(prefix="hf2mnn-tune-") as scratch:
         tuner = Tuner(folder, prompt_tokens, answer_tokens, image_side, repeats, time_limit, Path(scratch))

@@ -1,4 +1,4 @@
-"""What differs between model families: one small file each, and this registry."""
+"""Model families: one file for each architecture, and their registry."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen2(), Qwen3(), Llama(), Mistral(), SmolLM3())
 }
-NOT_CONVERTED = {"moe": "a mixture of experts", "next": "linear attention", "mamba": "a state space model"}
-"""What a part of a model type says of why it is none of them."""
+UNSUPPORTED_KINDS = {"moe": "a mixture of experts", "next": "linear attention", "mamba": "a state space model"}
+"""Kinds of architectures by a part of their model type."""
 
 
-def family_named(model_type: str | None, where: Path) -> Family:
-    """The family of a config's `model_type`.
+def get_family(model_type: str | None, path: Path) -> Family:
+    """Return the family of a `model_type`; `path` is the file that it was read from.
 
     Raises:
-        CheckpointError: for a type that is not converted; the sentence names those that are.
+        CheckpointError: No family has this type.
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         parts = str(model_type).split("_")
-        kinds = [kind for part, kind in NOT_CONVERTED.items() if part in parts]
-        why = f" ({kinds[0]})" if kinds else ""
+        kinds = [kind for part, kind in UNSUPPORTED_KINDS.items() if part in parts]
+        kind = f" ({kinds[0]})" if kinds else ""
         raise CheckpointError(
-            f"{where} says model_type {model_type!r}{why}, which is not converted; these are:"
+            f"{path} has model_type {model_type!r}{kind}, which is not supported; choose a model of one of these types:"
             f" {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[model_type]
 
 
-__all__ = ["FAMILIES", "Family", "VisionFamily", "family_named"]
+__all__ = ["FAMILIES", "Family", "VisionFamily", "get_family"]

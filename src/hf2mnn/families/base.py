@@ -1,6 +1,6 @@
-"""The questions that every family answers, and the answers that hold for an ordinary decoder.
+"""Base class of model families, with the defaults of a text-only decoder.
 
-A family of text alone is a subclass that says what its name is; one that sees is a `VisionFamily`.
+A text-only family is a subclass with a name; a family with image input derives from `VisionFamily`.
 """
 
 from __future__ import annotations
@@ -18,134 +18,169 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fold:
-    """A place where channels can be scaled without a change of what the model computes.
+    """Pair of layers between which channel scales can be moved without changing the model's output, as AWQ does.
 
-    producer: a normalization, or a linear layer whose outputs are multiplied and never bent. readers: all the linear
-    layers that read it. passes: points on the way that are scaled as well. groups, size: with grouped queries, in how
-    many runs of `size` channels the readers see each run of the producer.
+    Attributes:
+        smooth_layer: Normalization, or linear layer whose output only passes through linear operators.
+        balance_layers: All linear layers that consume the output of `smooth_layer`.
+        tap_points: Tap points between them, which are scaled too.
+        repeats: With grouped-query attention, query heads per key-value head: how often each run of `head_dim` output
+            channels of `smooth_layer` occurs in the input of `balance_layers`.
+        head_dim: Channels of a run; 0 without grouped queries.
     """
 
-    producer: str
-    readers: tuple[str, ...]
-    passes: tuple[str, ...] = ()
-    groups: int = 1
-    size: int = 0
+    smooth_layer: str
+    balance_layers: tuple[str, ...]
+    tap_points: tuple[str, ...] = ()
+    repeats: int = 1
+    head_dim: int = 0
 
-    def spread(self, scales: np.ndarray) -> np.ndarray:
-        """The readers' channels of the producer's."""
-        return scales if self.groups == 1 else np.repeat(scales.reshape(-1, self.size), self.groups, axis=0).reshape(-1)
+    def expand(self, scales: np.ndarray) -> np.ndarray:
+        """Map output channels of `smooth_layer` to input channels of `balance_layers`."""
+        if self.repeats == 1:
+            return scales
+        return np.repeat(scales.reshape(-1, self.head_dim), self.repeats, axis=0).reshape(-1)
 
-    def gather(self, sizes: np.ndarray) -> np.ndarray:
-        """The producer's channels of the readers', as their mean."""
-        return sizes if self.groups == 1 else sizes.reshape(-1, self.groups, self.size).mean(axis=1).reshape(-1)
+    def reduce(self, magnitudes: np.ndarray) -> np.ndarray:
+        """Map input channels of `balance_layers` to output channels of `smooth_layer` by their mean."""
+        if self.repeats == 1:
+            return magnitudes
+        return magnitudes.reshape(-1, self.repeats, self.head_dim).mean(axis=1).reshape(-1)
 
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
-"""Keys of configurations whose layers choose among several MLPs."""
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+"""Keys of config.json that mark a mixture of experts."""
 
 
 class Family:
-    """A decoder of transformers: where its parts are and what its graph is fed."""
+    """Architecture of transformers: module names, parameter names and graph inputs.
+
+    Attributes:
+        model_type: `model_type` in config.json.
+        architecture: Class name in transformers.
+        has_vision: True for a `VisionFamily`.
+        special_tokens: Tokens whose ids config.json must hold, by key.
+        image_placeholder: Text that the chat template writes for an image.
+        decoder: Name of the decoder module without lm_head.
+        legacy_prefixes: Pairs of a parameter name's prefix and its prefix in older checkpoints.
+        position_rows: Rows of the position ids: 3 with M-RoPE, else 1.
+        deepstack_layers: Decoder layers after which features of the vision tower are added (Qwen3-VL).
+        rope_types: Supported `rope_type`s: those whose frequencies do not depend on the sequence length.
+    """
 
     model_type: str
     architecture: str
-    """Name of the class in transformers."""
-    sees = False
-    """Whether it is a `VisionFamily`."""
+    has_vision = False
     special_tokens: ClassVar[dict[str, str]] = {}
-    """Keys of config.json that hold ids, and the tokens whose ids they must be."""
-    image_text = ""
-    """What the chat template writes for an image, where the model sees."""
+    image_placeholder = ""
     decoder = "model"
-    """Module of the decoder without lm_head, by its name in the transformers model."""
-    older: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """Beginnings of parameters' names, and what older checkpoints have in their place."""
-    rows = 1
-    """Rows of position ids."""
-    deepstack = 0
-    """Layers after which the decoder adds what the vision tower has seen on the way."""
-    rotary: ClassVar[frozenset[str]] = frozenset({"default", "linear", "llama3", "yarn"})
-    """Kinds of rotary positions whose frequencies do not depend on how long the text is."""
+    legacy_prefixes: ClassVar[tuple[tuple[str, str], ...]] = ()
+    position_rows = 1
+    deepstack_layers = 0
+    rope_types: ClassVar[frozenset[str]] = frozenset({"default", "linear", "llama3", "yarn"})
 
     @property
     def embedding(self) -> str:
-        """Parameter of the embedding."""
+        """Parameter name of the token embedding."""
         return f"{self.decoder}.embed_tokens.weight"
 
     def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:
-        """Raise CheckpointError for a feature of the architecture that would be converted wrongly."""
-        this = f"this {self.model_type}"
-        if experts := [key for key in EXPERTS if text_config.get(key)]:
-            raise CheckpointError(f"{this} is a mixture of experts ({experts[0]}), which is not converted")
-        kinds = text_config.get("layer_types") or []
-        others = sorted({str(kind) for kind in kinds} - {"full_attention"}) if isinstance(kinds, list) else [kinds]
-        # A window that is off may still have a size.
-        if text_config.get("use_sliding_window") or self._slides(text_config):
-            raise CheckpointError(f"{this} uses sliding window attention, which is not converted")
+        """Check that all features of the architecture are supported.
+
+        Raises:
+            CheckpointError: The configuration has a feature that would be converted wrongly, or is invalid.
+        """
+        if experts := [key for key in EXPERT_KEYS if text_config.get(key)]:
+            raise self._unsupported(f"a mixture of experts ({experts[0]})")
+        types = text_config.get("layer_types") or []
+        others = sorted({str(name) for name in types} - {"full_attention"}) if isinstance(types, list) else [types]
+        if self._uses_sliding_window(text_config):
+            raise self._unsupported("sliding window attention")
         if others:
-            raise CheckpointError(f"{this} has layers of {others[0]}, which are not converted")
+            raise self._unsupported(f"layers of type {others[0]!r}")
         rope = text_config.get("rope_parameters") or text_config.get("rope_scaling") or {}
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-            raise CheckpointError(f"config.json of {this} says {rope!r} of its rotary positions; download it again")
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind not in self.rotary:
-            raise CheckpointError(f"{this} scales its rotary positions by {kind!r}, which is not converted")
-        if (rope.get("partial_rotary_factor") or text_config.get("partial_rotary_factor") or 1) != 1:
-            raise CheckpointError(f"{this} rotates a part of each head (partial_rotary_factor), which is not converted")
+            raise self._invalid("rope_parameters", rope)
+        rope_type = rope.get("rope_type") or rope.get("type") or "default"
+        if rope_type not in self.rope_types:
+            raise self._unsupported(f"rope_type {rope_type!r}")
+        rotated = rope.get("partial_rotary_factor") or text_config.get("partial_rotary_factor") or 1
+        if rotated != 1:
+            raise self._unsupported(f"partial_rotary_factor {rotated}")
 
-    def _slides(self, text_config: dict[str, Any]) -> bool:
-        """Whether a window is on that no key switches."""
-        return False
+    def _unsupported(self, feature: str) -> CheckpointError:
+        return CheckpointError(
+            f"this {self.model_type} checkpoint has {feature}, which is not supported; choose another checkpoint"
+        )
+
+    def _invalid(self, key: str, value: object) -> CheckpointError:
+        return CheckpointError(
+            f"config.json of this {self.model_type} checkpoint has an invalid {key}: {value!r}; download it again"
+        )
+
+    def _uses_sliding_window(self, text_config: dict[str, Any]) -> bool:
+        """Return whether the window is on; one that is off may still have a size."""
+        return bool(text_config.get("use_sliding_window"))
 
     def tensor_names(self, parameter: str, tied: bool) -> list[str]:
-        """Names, newest first, under which checkpoints have stored a parameter of the transformers model."""
+        """Return the names of a parameter in checkpoints, newest first; `tied` if lm_head is the embedding."""
         if parameter == "lm_head.weight":
             return self.tensor_names(self.embedding, tied) if tied else ["lm_head.weight"]
-        for new, old in self.older:
-            if parameter.startswith(new):
-                return [parameter, old + parameter.removeprefix(new)]
+        for prefix, legacy in self.legacy_prefixes:
+            if parameter.startswith(prefix):
+                return [parameter, legacy + parameter.removeprefix(prefix)]
         return [parameter]
 
     def language_model(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The decoder without lm_head: takes inputs_embeds, attention_mask, position_ids, past_key_values."""
+        """Return the decoder without lm_head.
+
+        Its forward takes inputs_embeds, attention_mask, position_ids and past_key_values.
+        """
         return model.get_submodule(self.decoder)
 
     def prepare(self, model: torch.nn.Module) -> None:
-        """Before it is traced, give a model in place of what MNN cannot take what computes the same bits."""
+        """Replace modules that MNN cannot convert with bit-identical equivalents, before tracing."""
 
-    def position_ids(self, input_ids: np.ndarray, grids: list[np.ndarray], model: dict[str, Any]) -> np.ndarray:
-        """int64 [rows, tokens]: 3 rows with M-RoPE, 1 without; `grids` holds one grid_thw an image, `model` is
-        model.json.
+    def position_ids(self, input_ids: np.ndarray, grids: list[np.ndarray], info: dict[str, Any]) -> np.ndarray:
+        """Return position ids of a prompt that starts at position 0.
+
+        Args:
+            input_ids: int64 [tokens].
+            grids: grid_thw int64 [3] of each image.
+            info: Contents of model.json.
+
+        Returns:
+            int64 [position_rows, tokens].
         """
         return np.arange(len(input_ids), dtype=np.int64)[None]
 
-    def facts(self, config: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
-        """What model.json says of this family beside the decoder's sizes; `images` is preprocessor_config.json."""
+    def model_info(self, config: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
+        """Return the family's entries of model.json, from config.json and preprocessor_config.json."""
         return {}
 
-    def engine_config(self, model: dict[str, Any]) -> dict[str, Any]:
-        """This family's own keys of llm_config.json, from the facts in model.json."""
-        return {"is_visual": False, "is_mrope": self.rows == 3}
+    def engine_config(self, info: dict[str, Any]) -> dict[str, Any]:
+        """Return the family's entries of llm_config.json, from model.json."""
+        return {"is_visual": False, "is_mrope": self.position_rows == 3}
 
     def linear_inputs(self, text_config: dict[str, Any], vision_config: dict[str, Any]) -> dict[str, list[int]]:
-        """Numbers of inputs of the linear layers by part, 0 where the configuration does not say."""
+        """Return the in_features of linear layers by graph; 0 for sizes that the configuration lacks."""
         return {"decoder": [int(text_config.get(key) or 0) for key in ("hidden_size", "intermediate_size")]}
 
-    def folds(self, model: dict[str, Any]) -> list[Fold]:
-        """Where channels can be scaled; `model` is model.json. Of the decoder: normalizations and what reads them,
-        values and the output projection, up and down.
+    def folds(self, info: dict[str, Any]) -> list[Fold]:
+        """Return the folds of all layers, from model.json.
+
+        A decoder layer has four: its two normalizations, v_proj to o_proj, and up_proj to down_proj.
         """
-        group, found = model["num_attention_heads"] // model["num_key_value_heads"], []
-        for index in range(model["num_hidden_layers"]):
+        repeats, folds = info["num_attention_heads"] // info["num_key_value_heads"], []
+        for index in range(info["num_hidden_layers"]):
             layer = f"{self.decoder}.layers.{index}"
             attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
             projections = tuple(f"{attention}.{name}_proj" for name in "qkv")
-            found += [
+            context, output = f"{attention}.context", f"{attention}.o_proj"
+            folds += [
                 Fold(f"{layer}.input_layernorm", projections),
-                Fold(
-                    f"{attention}.v_proj", (f"{attention}.o_proj",), (f"{attention}.context",), group, model["head_dim"]
-                ),
+                Fold(f"{attention}.v_proj", (output,), (context,), repeats, info["head_dim"]),
                 Fold(f"{layer}.post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj")),
                 Fold(f"{mlp}.up_proj", (f"{mlp}.down_proj",)),
             ]
-        return found
+        return folds

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, text alone."""
+"""Qwen2 and Qwen2.5 without image input."""
 
 from __future__ import annotations
 
@@ -6,5 +6,7 @@ from hf2mnn.families.base import Family
 
 
 class Qwen2(Family):
+    """Qwen2 and Qwen2.5 without image input."""
+
     model_type = "qwen2"
     architecture = "Qwen2ForCausalLM"

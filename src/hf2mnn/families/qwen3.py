@@ -1,4 +1,4 @@
-"""Qwen3, text alone: queries and keys are normalized head by head before they are rotated."""
+"""Qwen3 without image input: RMSNorm on queries and keys of each head before RoPE."""
 
 from __future__ import annotations
 
@@ -6,5 +6,7 @@ from hf2mnn.families.base import Family
 
 
 class Qwen3(Family):
+    """Qwen3 without image input."""
+
     model_type = "qwen3"
     architecture = "Qwen3ForCausalLM"

@@ -1,4 +1,4 @@
-"""SmolLM3: every fourth layer leaves its queries and keys where they are (no rotary positions)."""
+"""SmolLM3: every fourth layer has no rotary positions."""
 
 from __future__ import annotations
 
@@ -6,5 +6,7 @@ from hf2mnn.families.base import Family
 
 
 class SmolLM3(Family):
+    """SmolLM3."""
+
     model_type = "smollm3"
     architecture = "SmolLM3ForCausalLM"

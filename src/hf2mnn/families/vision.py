@@ -1,8 +1,7 @@
-"""What the families that see have in common: a vision transformer over the patches of an image, M-RoPE, and the way in
-which MNN's engine feeds them.
+"""Base class of families with image input: a vision transformer over image patches, and M-RoPE.
 
-M-RoPE and the order of patches follow the models' descriptions in transformers; the inputs of the vision graph follow
-`Omni::qwen2VisionProcess` of MNN's engine 3.6.1.
+M-RoPE and the order of patches are those of transformers. The inputs of the vision graph are those that
+`Omni::qwen2VisionProcess` of MNN 3.6.1 (transformers/llm/engine/src/omni.cpp) feeds.
 """
 
 from __future__ import annotations
@@ -14,58 +13,71 @@ import numpy as np
 
 from hf2mnn.core.errors import CheckpointError, EvaluationSetError
 from hf2mnn.families.base import Family, Fold
+from hf2mnn.families.engine_limits import IMAGE_SIZE, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 
 if TYPE_CHECKING:
     import torch
 
-# What transformers' Qwen2VLImageProcessor takes where preprocessor_config.json leaves it out.
+# Defaults of transformers' Qwen2VLImageProcessor for keys that preprocessor_config.json lacks.
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-NOT_SEEN = np.finfo(np.float32).min
-IDS = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
-BUILT_IN = {"temporal_patch_size": 2, "merge_size": 2}
-"""Of the engine, whatever a configuration says; `patch_size` is by family."""
+MASKED = np.finfo(np.float32).min
+"""Value of an attention mask where a query must not attend to a key."""
+IMAGE_TOKEN_KEYS = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
+BUILT_IN = {"temporal_patch_size": TEMPORAL_PATCH_SIZE, "merge_size": MERGE_SIZE}
+"""Constants of MNN's engine that no configuration changes; `VisionFamily.patch_size` is one too."""
+MAX_ASPECT_RATIO = 200
+"""Ratio of an image's sides above which transformers refuses it."""
 
 
 class VisionFamily(Family):
-    """A decoder that is shown images."""
+    """Decoder with a vision tower.
 
-    sees = True
-    image_text = "<|vision_start|><|image_pad|><|vision_end|>"
+    Attributes:
+        vision: Name of the vision tower's module.
+        patch_size: Side of a patch in pixels, a constant in MNN's engine.
+        width_key: Key of the hidden size in vision_config.
+        mlp_input_layers: Layers of a block's MLP that consume its second normalization.
+        identical_blocks: Whether all blocks of the tower differ in their weights and attention masks alone.
+        full_attention_blocks: Attribute of the tower with the indices of its blocks with full attention; None if all
+            blocks have it.
+    """
+
+    has_vision = True
+    image_placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
     special_tokens: ClassVar = {
         "image_token_id": "<|image_pad|>",
         "vision_start_token_id": "<|vision_start|>",
         "vision_end_token_id": "<|vision_end|>",
     }
     decoder, vision = "model.language_model", "model.visual"
-    # transformers 4.52 and later name the parts inside the model; the hub's checkpoints are older.
-    older = (("model.language_model.", "model."), ("model.visual.", "visual."))
-    rows = 3
-    rotary = Family.rotary | {"mrope"}
-    patch_size = 14
-    """Sides of a patch as the engine cuts it."""
-    width = "hidden_size"
-    """Key of the vision tower's width in its configuration."""
-    mlp_inputs: ClassVar[tuple[str, ...]] = ("fc1",)
-    """Layers of a block's MLP that read its normalization."""
-    blocks_alike = True
-    """Whether every block of the tower computes the same but for its weights and what its attention may see."""
-    full_attention: str | None = None
-    """Attribute of the tower that lists the blocks whose attention sees all patches, where that of others does not."""
+    # transformers 4.52 moved these modules into `model`; published checkpoints are older.
+    legacy_prefixes = (("model.language_model.", "model."), ("model.visual.", "visual."))
+    position_rows = 3
+    rope_types = Family.rope_types | {"mrope"}
+    patch_size = PATCH_SIZE
+    width_key = "hidden_size"
+    mlp_input_layers: ClassVar[tuple[str, ...]] = ("fc1",)
+    identical_blocks = True
+    full_attention_blocks: str | None = None
 
     def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:
+        """Check that all features are supported, and that the keys of image input are there."""
         super().check(config, text_config)
-        for key in (*IDS, "vision_config"):
+        for key in (*IMAGE_TOKEN_KEYS, "vision_config"):
             if key not in config:
-                raise CheckpointError(f"config.json of this {self.model_type} has no {key}: it is not complete")
+                raise CheckpointError(
+                    f"config.json of this {self.model_type} checkpoint has no {key}; download it again"
+                )
         if not isinstance(config["vision_config"], dict):
-            raise CheckpointError(f"config.json of this {self.model_type} has a vision_config that is no JSON object")
+            raise self._invalid("vision_config", config["vision_config"])
 
-    def facts(self, config: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
+    def model_info(self, config: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
+        """Return the family's entries of model.json: token ids, and the settings of the image processor."""
         size = processor.get("size")
         size = size if isinstance(size, dict) else {}
         return {
-            **{key: config.get(key) for key in IDS},
+            **{key: config.get(key) for key in IMAGE_TOKEN_KEYS},
             "patch_size": processor.get("patch_size", 14),
             "temporal_patch_size": processor.get("temporal_patch_size", 2),
             "merge_size": processor.get("merge_size", 2),
@@ -77,13 +89,14 @@ class VisionFamily(Family):
         }
 
     def tower(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The vision tower with its projector."""
+        """Return the vision tower with its projector."""
         return model.get_submodule(self.vision)
 
     def tower_arguments(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Arguments of the tower's forward in transformers for the tensors of `vision_inputs`. It takes what follows
-        from the grid as it is given, and hands what stands for the lengths of sequences to its attention, unseen: so a
-        mask [1, n, n] stands there.
+        """Map the inputs of the vision graph to the arguments of the tower's forward in transformers.
+
+        The tower passes `cu_seqlens` to its attention unchanged, so a mask [1, n, n] takes its position. Values that
+        the tower would compute from the grid are given, so `grid_thw` is None.
         """
         return {
             "hidden_states": inputs["patches"],
@@ -93,19 +106,24 @@ class VisionFamily(Family):
             "max_seqlen": 1,
         }
 
-    def vision_inputs(self, pixel_values: np.ndarray, grid_thw: np.ndarray, model: dict[str, Any]) -> dict[str, Any]:
-        """Inputs of the vision graph for one image, by name, in the order in which MNN's engine feeds them; `model`
-        is model.json.
+    def vision_inputs(self, pixel_values: np.ndarray, grid_thw: np.ndarray, info: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs of the vision graph for one image, in the order in which MNN's engine feeds them.
 
-        patches float32 [n, channels * 2 * patch * patch]; position_ids int32 [2, n] (row, column of each patch, in the
-        order of the patches: merged squares first); attention_mask float32 [1, n, n], added to the scores.
+        Args:
+            pixel_values: float32 [n, channels * temporal_patch_size * patch_size * patch_size].
+            grid_thw: int64 [3]: frames, and rows and columns of patches.
+            info: Contents of model.json.
+
+        Returns:
+            patches float32, as pixel_values; position_ids int32 [2, n]: row and column of each patch, in the order of
+            the patches, which is by merged patch; attention_mask float32 [1, n, n], added to the scores.
         """
-        frames, height, width = (int(side) for side in grid_thw)
+        frames, height, width = (int(size) for size in grid_thw)
         rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-        positions = np.stack([self.in_squares(side, model["merge_size"]) for side in (rows, columns)])
-        # A frame sees only itself; an image is one frame.
+        positions = np.stack([self.patch_order(axis, info["merge_size"]) for axis in (rows, columns)])
+        # Attention is within a frame; an image is one frame.
         frame = np.repeat(np.arange(frames), height * width)
-        mask = np.where(frame[:, None] == frame[None, :], np.float32(0), NOT_SEEN)
+        mask = np.where(frame[:, None] == frame[None, :], np.float32(0), MASKED)
         return {
             "patches": np.ascontiguousarray(pixel_values, dtype=np.float32),
             "position_ids": np.tile(positions, (1, frames)).astype(np.int32),
@@ -113,62 +131,74 @@ class VisionFamily(Family):
         }
 
     @staticmethod
-    def in_squares(values: np.ndarray, merge_size: int) -> np.ndarray:
-        """[height, width] of a frame to [height * width] in the order of its patches."""
+    def patch_order(values: np.ndarray, merge_size: int) -> np.ndarray:
+        """Reorder [height, width] of a frame to [height * width] in the order of its patches."""
         height, width = values.shape
-        squares = (height // merge_size, merge_size, width // merge_size, merge_size)
-        return values.reshape(squares).transpose(0, 2, 1, 3).reshape(-1)
+        merged = (height // merge_size, merge_size, width // merge_size, merge_size)
+        return values.reshape(merged).transpose(0, 2, 1, 3).reshape(-1)
 
     @property
     def vision_outputs(self) -> list[str]:
-        return ["image_embeds", *(["deepstack_feature"] if self.deepstack else [])]
+        """Names of the vision graph's outputs."""
+        return ["image_embeds", *(["deepstack_feature"] if self.deepstack_layers else [])]
 
     @staticmethod
-    def as_rows(outputs: list[np.ndarray]) -> np.ndarray:
-        """float32 [rows, hidden] of what the vision graph gives: image tokens, and with deepstack as many more for each
-        of its layers.
-        """
+    def concat_outputs(outputs: list[np.ndarray]) -> np.ndarray:
+        """Concatenate the outputs of the vision graph to float32 [tokens * (1 + deepstack_layers), hidden]."""
         return np.concatenate([output.reshape(-1, output.shape[-1]) for output in outputs])
 
     def vision_axes(self) -> dict[str, dict[int, str]]:
-        """Dynamic axes of the vision graph's inputs."""
+        """Return the dynamic axes of the vision graph's inputs."""
         return {
             "patches": {0: "patches"},
             "position_ids": {1: "patches"},
             "attention_mask": {1: "patches", 2: "patches"},
         }
 
-    def position_ids(self, input_ids: np.ndarray, grids: list[np.ndarray], model: dict[str, Any]) -> np.ndarray:
-        """M-RoPE: text counts on in all three rows; an image's tokens share one time and count rows and columns;
-        the text after it goes on from the largest position so far.
+    def position_ids(self, input_ids: np.ndarray, grids: list[np.ndarray], info: dict[str, Any]) -> np.ndarray:
+        """Return M-RoPE position ids (Qwen2-VL, arXiv:2409.12191) of a prompt that starts at position 0.
+
+        A text token has one position in all three rows. The tokens of an image have its start plus their frame, row and
+        column. Text after an image continues at the largest position so far plus 1.
+
+        Args:
+            input_ids: int64 [tokens].
+            grids: grid_thw int64 [3] of each image.
+            info: Contents of model.json.
+
+        Returns:
+            int64 [3, tokens]: time, height, width.
         """
-        image_token, merge = model["image_token_id"], model["merge_size"]
+        image_token, merge = info["image_token_id"], info["merge_size"]
         columns, next_position, token, images = [], 0, 0, iter(grids)
         while token < len(input_ids):
             grid = next(images, None) if input_ids[token] == image_token else None
-            if grid is None:  # an image token without an image is what a bad answer goes on with
+            if grid is None:  # text, or an image token without an image, which a wrong answer may contain
                 columns.append(np.full((3, 1), next_position))
                 next_position, token = next_position + 1, token + 1
                 continue
-            frames, height, width = (int(side) for side in grid)
+            frames, height, width = (int(size) for size in grid)
             height, width = height // merge, width // merge
             cells = np.stack(np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij"))
             columns.append(cells.reshape(3, -1) + next_position)
             next_position, token = next_position + max(height, width), token + frames * height * width
         return np.concatenate(columns, axis=1).astype(np.int64)
 
-    def image_size(self, width: int, height: int, model: dict[str, Any]) -> tuple[int, int]:
-        """(width, height) to which the checkpoint's processor resizes an image: both sides multiples of a merged
-        patch, the area within bounds, the shape kept as well as that allows (`smart_resize` in transformers). `model`
-        is model.json.
+    def image_size(self, width: int, height: int, info: dict[str, Any]) -> tuple[int, int]:
+        """Return the (width, height) to which the checkpoint's image processor resizes an image.
+
+        Both are multiples of a merged patch, their product is within the bounds of model.json (`info`), and the aspect
+        ratio is kept as far as possible: `smart_resize` of transformers.
 
         Raises:
-            EvaluationSetError: the image is over 200 times longer than wide, which transformers refuses.
+            EvaluationSetError: The aspect ratio is over 200, which transformers refuses.
         """
-        if max(width, height) > 200 * min(width, height):
-            raise EvaluationSetError(f"a {width} x {height} image is over 200 times longer than wide; crop it")
-        unit = model["patch_size"] * model["merge_size"]
-        low, high = model["min_pixels"] or 0, model["max_pixels"] or float("inf")
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            raise EvaluationSetError(
+                f"an image of {width} x {height} pixels has an aspect ratio over {MAX_ASPECT_RATIO}; crop it"
+            )
+        unit = info["patch_size"] * info["merge_size"]
+        low, high = info["min_pixels"] or 0, info["max_pixels"] or float("inf")
         sides = [round(side / unit) * unit for side in (width, height)]
         area = sides[0] * sides[1]
         if area > high:
@@ -179,30 +209,34 @@ class VisionFamily(Family):
             sides = [math.ceil(side * scale / unit) * unit for side in (width, height)]
         return sides[0], sides[1]
 
-    def engine_config(self, model: dict[str, Any]) -> dict[str, Any]:
-        mean, std = np.array(model["image_mean"]), np.array(model["image_std"])
+    def engine_config(self, info: dict[str, Any]) -> dict[str, Any]:
+        """Return the family's entries of llm_config.json; the engine normalizes pixels from 0 to 255."""
+        mean, std = np.array(info["image_mean"]), np.array(info["image_std"])
         return {
-            **super().engine_config(model),
+            **super().engine_config(info),
             "is_visual": True,
             "image_mean": [float(value) for value in mean * 255],
             "image_norm": [float(value) for value in 1 / (std * 255)],
-            "image_size": 420,
-            "image_pad": model["image_token_id"],
-            "vision_start": model["vision_start_token_id"],
-            "vision_end": model["vision_end_token_id"],
+            "image_size": IMAGE_SIZE,
+            "image_pad": info["image_token_id"],
+            "vision_start": info["vision_start_token_id"],
+            "vision_end": info["vision_end_token_id"],
         }
 
     def linear_inputs(self, text_config: dict[str, Any], vision_config: dict[str, Any]) -> dict[str, list[int]]:
-        sizes = [int(vision_config.get(key) or 0) for key in (self.width, "intermediate_size")]
+        """Return the in_features of linear layers by graph; 0 for sizes that the configuration lacks."""
+        sizes = [int(vision_config.get(key) or 0) for key in (self.width_key, "intermediate_size")]
         return {**super().linear_inputs(text_config, vision_config), "vision": sizes}
 
-    def folds(self, model: dict[str, Any]) -> list[Fold]:
-        """In the vision tower only the normalizations: what is between its linear layers is bent, and values share a
-        layer with queries.
+    def folds(self, info: dict[str, Any]) -> list[Fold]:
+        """Return the folds of all layers, from model.json.
+
+        A block of the vision tower has only its two normalizations: its MLP is not linear between its layers, and
+        values share a linear layer with queries and keys.
         """
-        found = super().folds(model)
-        for index in range(model["vision_depth"]):
+        folds = super().folds(info)
+        for index in range(info["vision_depth"]):
             block = f"{self.vision}.blocks.{index}"
-            found.append(Fold(f"{block}.norm1", (f"{block}.attn.qkv",)))
-            found.append(Fold(f"{block}.norm2", tuple(f"{block}.mlp.{name}" for name in self.mlp_inputs)))
-        return found
+            folds.append(Fold(f"{block}.norm1", (f"{block}.attn.qkv",)))
+            folds.append(Fold(f"{block}.norm2", tuple(f"{block}.mlp.{name}" for name in self.mlp_input_layers)))
+        return folds

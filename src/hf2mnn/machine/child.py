@@ -1,4 +1,4 @@
-"""Child processes for native code: they find the packages that this process has, and end with it."""
+"""Child processes for native code: they import the packages of this process, and end with it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+"""Option of prctl(2), from linux/prctl.h."""
 
 
-def environment() -> dict[str, str]:
-    """Of a child that imports what this process can import."""
+def child_environment() -> dict[str, str]:
+    """Return environment variables for a child that imports the packages of this process."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-def end_with(parent: int) -> None:
-    """In a child: be killed by the kernel as soon as `parent`, which has started it, is gone.
+def die_with_parent(parent: int) -> None:
+    """Let the kernel kill this process when its parent ends.
 
-    Who is killed cannot stop its children, and one that goes on works in a folder that the next run removes, with no
-    time limit left. Linux only; elsewhere it does nothing.
+    A killed parent cannot stop its children. A child that goes on writes to a folder that the next run removes, and
+    has no time limit. Linux only; elsewhere this does nothing.
+
+    Args:
+        parent: Process id of the parent; this process ends at once if the parent is already gone.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,22 +1,27 @@
-"""What a model will take: memory and time of each stage, and disk of a run, from the number of its weights.
+"""Memory and time of a stage, and disk of a run, as functions of the number of weights.
 
-Memory: measured peaks of checkpoints of true shape (5 million, 2.2 and 8.3 billion weights), and some tenths over
-them; docs/benchmarks/scale.md has the measurements. Time: several times what 2 cores took, for a scheduler kills what
-is late.
+Memory: measured peaks of checkpoints of real shapes (5 million, 2.2 and 8.3 billion weights) plus a margin; the
+measurements are in docs/benchmarks/scale.md. Time: several times the time on 2 cores, because a scheduler kills jobs
+that exceed their limit.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-TYPICAL = 2.2e9
-"""Weights taken for a model of which nothing is known before it is fetched: a 2B."""
+TYPICAL_WEIGHTS = 2.2e9
+"""Number of weights assumed for a model that is not fetched yet: a 2B model."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """`memory` in MB and `minutes`: what Python, its libraries and a small model take. `per_weight` in bytes, and
-    `per_billion` in minutes for a billion weights, come on top.
+    """Memory and time of a stage: a constant and a part for each weight.
+
+    Attributes:
+        memory: MB of Python, its libraries and a small model.
+        per_weight: Bytes for each weight.
+        minutes: Minutes for a small model.
+        per_billion: Minutes for each billion weights.
     """
 
     memory: float
@@ -25,24 +30,37 @@ class Footprint:
     per_billion: float
 
     def memory_mb(self, weights: float) -> int:
+        """Return the memory in MB for a model with so many weights."""
         return int(self.memory + self.per_weight * weights / 1e6)
 
     def runtime_min(self, weights: float) -> int:
+        """Return the time limit in minutes for a model with so many weights."""
         return int(self.minutes + self.per_billion * weights / 1e9)
 
 
 def bundle_bytes(weights: float, embedding: float, bits: float) -> int:
-    """Size of a bundle whose weights have so many bits, scales included, with an embedding in bfloat16."""
+    """Return the size of a bundle.
+
+    Args:
+        weights: Number of weights.
+        embedding: Number of weights of the embedding, which is stored in bfloat16.
+        bits: Bits for each weight, scales included.
+    """
     return int(weights * bits / 8 + 2 * embedding)
 
 
 def run_bytes(weights: float, embedding: float, bits: list[float], fetched: bool) -> dict[str, int]:
-    """Bytes that a run writes, by what they are for.
+    """Return the bytes that a run writes, by purpose.
 
-    weights, embedding: how many there are, in all and in the embedding. bits: a weight's in each bundle. fetched: the
-    checkpoint is downloaded. The ONNX graphs share the checkpoint's files where one file system has both.
+    The ONNX graphs share the checkpoint's files where one file system holds both.
+
+    Args:
+        weights: Number of weights.
+        embedding: Number of weights of the embedding.
+        bits: Bits for each weight of each bundle.
+        fetched: Whether the checkpoint is downloaded.
     """
-    found = {"checkpoint": int(2 * weights)} if fetched else {}
-    found["bundles"] = int(2 * embedding) + sum(bundle_bytes(weights, 0, each) for each in bits)
-    found["float32 for a diagnosis, removed again"] = bundle_bytes(weights, 0, 32)
-    return found
+    sizes = {"checkpoint": int(2 * weights)} if fetched else {}
+    sizes["bundles"] = int(2 * embedding) + sum(bundle_bytes(weights, 0, each) for each in bits)
+    sizes["float32 baseline, removed at the end"] = bundle_bytes(weights, 0, 32)
+    return sizes

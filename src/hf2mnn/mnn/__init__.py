@@ -1,1 +1,1 @@
-"""Writing and running what MNN reads: its tokenizer file, its graphs, its bundle."""
+"""MNN: conversion of graphs, bundles, tokenizer files, chat templates, and the LLM engine in a child process."""

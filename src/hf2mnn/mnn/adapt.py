@@ -1,6 +1,6 @@
-"""Put the portable graphs into the form that MNN's LLM engine looks for: its tensor names and its layout.
+"""Adapt the inputs and outputs of the ONNX graphs to MNN's LLM engine: its names and shapes of tensors.
 
-Only names and two reshaping nodes change; weights stay in the ONNX graph's own files, linked, not copied.
+Weights are not copied: the adapted graph reads the files of the original one by symbolic links.
 """
 
 from __future__ import annotations
@@ -15,23 +15,27 @@ from onnx.external_data_helper import uses_external_data
 from hf2mnn.onnx.initializers import stored_initializers
 
 FLAT = "_flat"
-"""What an output is called before it gets the shape that the engine wants."""
+"""Suffix of an output before it gets the shape that the engine requires."""
 
 
-def save_dressed(model: onnx.ModelProto, source: Path, folder: Path) -> Path:
-    """Write a changed graph of `source` into `folder`, and link beside it the files that it reads.
+def save_adapted(model: onnx.ModelProto, source: Path, folder: Path) -> Path:
+    """Write an adapted graph to `folder`, with links to the weight files that it uses.
+
+    Args:
+        model: The adapted graph.
+        source: ONNX file of the original graph.
+        folder: Output folder.
 
     Raises:
-        ExportError: a weight is not where the graph says. The converter takes a file that is missing or too short for
-            zeros and says nothing.
+        ExportError: A weight file is missing or too short; the converter would use zeros without a message.
     """
     stored = stored_initializers(source)
-    read = {tensor.name for tensor in model.graph.initializer if uses_external_data(tensor)}
-    for path in {stored[name].path for name in read}:
+    used = {tensor.name for tensor in model.graph.initializer if uses_external_data(tensor)}
+    for path in {stored[name].path for name in used}:
         (folder / path.name).symlink_to(path.resolve())
-    dressed = folder / source.name
-    onnx.save(model, dressed)
-    return dressed
+    adapted = folder / source.name
+    onnx.save(model, adapted)
+    return adapted
 
 
 def _rename(model: onnx.ModelProto, old: str, new: str) -> None:
@@ -40,11 +44,11 @@ def _rename(model: onnx.ModelProto, old: str, new: str) -> None:
         node.output[:] = [new if name == old else name for name in node.output]
 
 
-def dress_decoder(model: onnx.ModelProto) -> None:
-    """`inputs_embeds` [1, tokens, hidden] becomes `input_ids` [tokens, 1, hidden], as `llm.cpp` feeds it.
+def adapt_decoder(model: onnx.ModelProto) -> None:
+    """Replace `inputs_embeds` [1, tokens, hidden] by `input_ids` [tokens, 1, hidden], the input that `llm.cpp` feeds.
 
-    `presents` is no output any more: the engine keeps the cache itself, and once every attention is fused nothing
-    else reads `past_key_values`, so that input goes too. Where it stays, an attention was not fused.
+    The output `presents` is removed: the engine keeps the KV cache itself. Once every attention is fused, nothing uses
+    `past_key_values` either; if that input remains, an attention is not fused.
     """
     embeds = next(value for value in model.graph.input if value.name == "inputs_embeds")
     model.graph.value_info.append(embeds)
@@ -55,9 +59,10 @@ def dress_decoder(model: onnx.ModelProto) -> None:
     model.graph.node.insert(0, helper.make_node("Transpose", ["input_ids"], ["inputs_embeds"], perm=[1, 0, 2]))
 
 
-def dress_vision(model: onnx.ModelProto) -> None:
-    """`image_embeds` [image tokens, hidden] becomes [image tokens, 1, hidden], as `omni.cpp` joins it with text; what
-    deepstack adds keeps its form.
+def adapt_vision(model: onnx.ModelProto) -> None:
+    """Reshape `image_embeds` [image tokens, hidden] to [image tokens, 1, hidden], which `omni.cpp` inserts into text.
+
+    The outputs for deepstack keep their shapes.
     """
     output = model.graph.output[0]
     dims = output.type.tensor_type.shape.dim

@@ -1,4 +1,4 @@
-"""Ask a finished bundle something, as an application would."""
+"""Ask a bundle, as an application does."""
 
 from __future__ import annotations
 
@@ -11,26 +11,24 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hf2mnn.checkpoint.facts import check_facts
+from hf2mnn.checkpoint.model_info import check_model_info
 from hf2mnn.core.errors import BundleError, EvaluationSetError
 from hf2mnn.core.untrusted import read_json
-from hf2mnn.families import family_named
+from hf2mnn.families import get_family
 from hf2mnn.mnn.bundle import MODEL_CONFIG, TOKENIZER
+from hf2mnn.mnn.bundle_config import read_config
 from hf2mnn.mnn.engine import check_bundle, run_worker
-from hf2mnn.mnn.paths import read_config
+from hf2mnn.mnn.engine_facts import MEDIA_TAGS
 from hf2mnn.mnn.template import render
 from hf2mnn.mnn.tokenizer_file import read_tokenizer
 from hf2mnn.reference.examples import check_messages, image_names, read_image
 
-FILES = re.compile(r"<(img|audio)>.*?</\1>")
-"""What the engine takes for the name of a file, wherever it stands in a prompt."""
-
 
 def read_conversation(path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
-    """The messages of a JSON file, a list as `messages` of an evaluation set, and their images, which lie beside it.
+    """Read messages from a JSON file (a list as `messages` of an evaluation set), and the paths of their images.
 
     Raises:
-        EvaluationSetError: it is none, or holds what the engine cannot be given.
+        EvaluationSetError: The file is not a conversation, or holds messages that the engine has no input for.
     """
     try:
         messages = read_json(path)
@@ -47,16 +45,16 @@ def read_conversation(path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
 
 
 def _prompt(folder: Path, messages: list[dict[str, Any]]) -> str:
-    """As the checkpoint's template, which is in the tokenizer's file, writes it."""
+    """Render messages with the chat template of the tokenizer file."""
     tokenizer = read_tokenizer(folder / TOKENIZER)
     tokens = {"eos_token": tokenizer.eos, "bos_token": tokenizer.bos}
     prompt = render(tokenizer.template, messages, {name: text for name, text in tokens.items() if text})
     if prompt is None:
         raise EvaluationSetError(
-            f"the chat template of {folder} refuses these messages; look at their roles, their order and their contents"
+            f"the chat template of {folder} rejects these messages; check their roles, order and contents"
         )
-    if found := FILES.search(prompt):
-        raise EvaluationSetError(f"the engine takes {found[0][:80]!r} for a file; write it otherwise")
+    if tag := re.search(MEDIA_TAGS, prompt):
+        raise EvaluationSetError(f"the engine takes {tag[0][:80]!r} in a message for a file; change this text")
     return prompt
 
 
@@ -69,35 +67,43 @@ def continue_conversation(
     time_limit: float = 600,
     as_called: bool = False,
 ) -> str:
-    """The engine's greedy answer to a conversation as text; `image_files` are its images in order.
+    """Return the engine's greedy answer to a conversation.
 
-    The checkpoint's template writes the prompt, images are resized as the checkpoint's processor would, and tokens
-    after one get their right positions; with `as_called` all three are left to the engine, whose ways of doing so
-    differ.
+    Args:
+        bundle: Folder of the bundle.
+        messages: The conversation.
+        image_files: Images of the conversation in order.
+        max_new_tokens: Largest number of tokens in the answer.
+        threads: Number of threads; 0 for that of config.json.
+        time_limit: Seconds after which the engine is stopped.
+        as_called: Whether the engine renders the template, resizes the images and counts positions. By default this
+            package does so as transformers, because the engine differs.
 
     Raises:
-        BundleError, EngineError: the bundle is not whole, or the engine failed on it.
-        EvaluationSetError: an image is not one, or the messages are not such that the template takes.
+        BundleError: The bundle is incomplete, changed, or not from hf2mnn.
+        EngineError: The engine failed.
+        EvaluationSetError: An image cannot be read, or the template rejects the messages.
     """
     folder = check_bundle(bundle)
-    model = read_config(folder, MODEL_CONFIG).get("hf2mnn")
-    if not isinstance(model, dict):
-        raise BundleError(f"{folder} was not made by hf2mnn: its {MODEL_CONFIG} does not say which model it is")
-    check_facts(model, folder / MODEL_CONFIG)
-    family = family_named(model.get("model_type"), folder)
-    if image_files and not family.sees:
-        raise EvaluationSetError(f"{folder} is a {family.model_type}, which does not see; ask it without images")
+    info = read_config(folder, MODEL_CONFIG).get("hf2mnn")
+    if not isinstance(info, dict):
+        raise BundleError(f"{folder / MODEL_CONFIG} has no key hf2mnn: make the bundle with 'hf2mnn quantize'")
+    check_model_info(info, folder / MODEL_CONFIG)
+    family = get_family(info.get("model_type"), folder)
+    if image_files and not family.has_vision:
+        raise EvaluationSetError(f"{folder} is a {family.model_type} model, which has no image input; omit the images")
     prompt = _prompt(folder, messages)
-    if family.sees and prompt.count(family.image_text) != len(image_files):
+    if family.has_vision and (count := prompt.count(family.image_placeholder)) != len(image_files):
         raise EvaluationSetError(
-            f"the chat template wrote {prompt.count(family.image_text)} images for {len(image_files)} in the messages"
+            f"the chat template wrote {count} images for {len(image_files)} in the messages; remove"
+            f" {family.image_placeholder} from their texts"
         )
     with tempfile.TemporaryDirectory(prefix="hf2mnn-ask-") as scratch:
         images = []
         for index, file in enumerate(image_files):
             path, image = Path(scratch, f"{index}.npy"), read_image(file)
             if not as_called:
-                size = family.image_size(image.width, image.height, model)
+                size = family.image_size(image.width, image.height, info)
                 image = image.resize(size, Image.Resampling.BICUBIC)
             np.save(path, np.array(image))
             images.append(str(path))
@@ -124,8 +130,8 @@ def ask_bundle(
     system: str | None = None,
     **options: Any,
 ) -> str:
-    """The answer to one question, its images before its text; `options` are those of `continue_conversation`."""
+    """Return the answer to one question, with images before its text; for `options` see `continue_conversation`."""
     parts = [{"type": "image", "image": str(file)} for file in image_files]
-    asked = {"role": "user", "content": [*parts, {"type": "text", "text": prompt}] if parts else prompt}
-    messages = [asked] if system is None else [{"role": "system", "content": system}, asked]
+    question = {"role": "user", "content": [*parts, {"type": "text", "text": prompt}] if parts else prompt}
+    messages = [question] if system is None else [{"role": "system", "content": system}, question]
     return continue_conversation(bundle, messages, image_files, max_new_tokens, **options)

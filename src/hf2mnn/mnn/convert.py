@@ -1,8 +1,8 @@
-"""MNN's converter, called so that it can neither harm nor deceive: in a child process, in a folder of its own, and
-judged by what it wrote.
+"""MNN's converter: ONNX to a graph, and graphs to and from .mnn files.
 
-It answers True and exits 0 whatever happened, and stages weights in its working directory, where two at once corrupt
-each other. The wheel's console script and `MNN.tools` are never used: they install packages and report usage.
+The converter prints "Success" and exits with 0 after any error, and writes temporary weights to its working directory.
+So it runs in a child process and in a folder of its own, and only its output files count. The console script of the
+wheel and `MNN.tools` are not used: they install packages and report usage.
 """
 
 from __future__ import annotations
@@ -16,76 +16,48 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hf2mnn.core.errors import ConversionError, MachineError
-from hf2mnn.core.shortage import ended_by_others, full
-from hf2mnn.machine.child import environment
+from hf2mnn.core.machine_errors import disk_full_message, explain_kill
+from hf2mnn.machine.child import child_environment
 from hf2mnn.mnn.graph import Graph
 from hf2mnn.onnx.initializers import float_values
 
-# Python has this signal ignored; the converter does not look whether what it writes arrives.
+# Python ignores SIGXFSZ, and the converter does not check whether its writes succeed.
 CALL = (
     "import sys, _tools, signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL);"
-    " from hf2mnn.machine.child import end_with; end_with(int(sys.argv[1]));"
+    " from hf2mnn.machine.child import die_with_parent; die_with_parent(int(sys.argv[1]));"
     " _tools.mnnconvert(['mnnconvert', *sys.argv[2:]])"
 )
 TIME_LIMIT = 4 * 3600
-DUMP_LIMIT = 900
-"""Seconds."""
-ROOM = 1 << 16
-"""Bytes; a disk with less is full."""
+"""Time limit of a conversion in seconds."""
+DUMP_TIME_LIMIT = 900
+"""Time limit of reading a .mnn file in seconds."""
+MIN_FREE = 1 << 16
+"""Free bytes below which a disk counts as full."""
 FUSE = "--transformerFuse"
+"""Option that fuses attentions with their KV cache."""
+CUSTOM_OPERATORS = "--allowCustomOp"
+"""Option that passes on operators that the converter does not know."""
 
 
-@dataclass(frozen=True)
-class WeightFormat:
-    """How the weights of linear layers are stored.
-
-    bits: 32 and 16 are float; 2 to 8 are integers with a scale (and a zero point unless `symmetric`) a block.
-    block: input channels that share a scale; 0 for one scale an output channel.
-    scale_bits: 16 or 32, the float type of scales and zero points.
-    method: "rtn" rounds to nearest; "hqq" searches scales as half-quadratic quantization does (much slower).
-    """
-
-    bits: int = 32
-    block: int = 0
-    symmetric: bool = False
-    scale_bits: int = 16
-    method: str = "rtn"
-
-    def options(self) -> list[str]:
-        """Command line of the converter; boolean options are always given a value, their bare forms are inverted."""
-        if self.bits == 32:
-            return []
-        if self.bits == 16:
-            return ["--fp16"]
-        block = [f"--weightQuantBlock={self.block}"] if self.block else []
-        return [
-            f"--weightQuantBits={self.bits}",
-            *block,
-            f"--weightQuantAsymmetric={int(not self.symmetric)}",
-            f"--weightQuantScaleBit={self.scale_bits}",
-            *(["--hqq"] if self.method == "hqq" else []),
-        ]
-
-
-def run_converter(arguments: list[str], folder: Path, time_limit: float = TIME_LIMIT) -> str:
-    """Run the converter with `folder` as working directory and give back what it printed.
+def run_converter(arguments: Sequence[str], folder: Path, time_limit: float = TIME_LIMIT) -> str:
+    """Run the converter in `folder`, and return its output.
 
     Raises:
-        ConversionError: it crashed or took longer than `time_limit` seconds. Its exit code says no more than that.
-        MachineError: the disk is full.
-        OSError: a file grew larger than is allowed.
+        ConversionError: It crashed or exceeded `time_limit` seconds. Exit code 0 does not mean success.
+        MachineError: The disk is full.
+        OSError: A file exceeded the limit of file sizes.
     """
     command = [sys.executable, "-c", CALL, str(os.getpid()), *arguments]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             cwd=folder,
-            env=environment(),
+            env=child_environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -93,103 +65,108 @@ def run_converter(arguments: list[str], folder: Path, time_limit: float = TIME_L
             timeout=time_limit,
         )
     except subprocess.TimeoutExpired:
-        raise ConversionError(f"MNN's converter was stopped after {time_limit:.0f} s: {' '.join(arguments)}") from None
-    said = done.stdout + done.stderr
-    if ended := ended_by_others("MNN's converter", done.returncode):
-        raise ConversionError(ended)
-    if done.returncode == -signal.SIGXFSZ:
+        raise ConversionError(
+            f"MNN's converter was stopped after {time_limit:.0f} s: {' '.join(arguments)}; run it again on a faster or"
+            " less busy machine"
+        ) from None
+    output, code = process.stdout + process.stderr, process.returncode
+    if killed := explain_kill("MNN's converter", code):
+        raise ConversionError(killed)
+    if code == -signal.SIGXFSZ:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-    if shutil.disk_usage(folder).free < ROOM:
-        raise MachineError(full(folder))
-    if done.returncode != 0:
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        raise ConversionError(f"MNN's converter died ({how}); its last words: {_last_words(said)}")
-    return said
+    if shutil.disk_usage(folder).free < MIN_FREE:
+        raise MachineError(disk_full_message(folder))
+    if code != 0:
+        reason = f"signal {-code}" if code < 0 else f"exit code {code}"
+        raise ConversionError(f"MNN's converter crashed ({reason}); its last output: {_last_lines(output)}")
+    return output
 
 
-def _last_words(said: str, lines: int = 3) -> str:
-    kept = [line.strip() for line in said.splitlines() if line.strip()]
-    return " / ".join(kept[-lines:]) or "none"
+def _last_lines(output: str, count: int = 3) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return " / ".join(lines[-count:]) or "none"
 
 
-def read_graph(path: Path, time_limit: float = DUMP_LIMIT) -> Graph:
-    """What is really inside a .mnn file, by the converter's own dump.
+def read_graph(path: Path, time_limit: float = DUMP_TIME_LIMIT) -> Graph:
+    """Read a graph from a .mnn file, by the converter, or from its JSON form.
+
+    Floats of a .mnn file are rounded to six decimals (`Graph.restore_constants`).
 
     Raises:
-        ConversionError: the file is missing or is no MNN model, or the converter crashed on it or took longer than
+        ConversionError: The file is missing or not an MNN model, or the converter crashed on it or exceeded
             `time_limit` seconds.
     """
     path = Path(path).resolve()
     if not path.is_file():
-        raise ConversionError(f"there is no MNN model {path}")
+        raise ConversionError(f"{path} does not exist: give the path of an MNN model")
+    try:
+        return Graph.checked(json.loads(path.read_bytes()) if path.suffix == ".json" else _dump(path, time_limit))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConversionError(f"{path} is not a valid MNN model ({error}); convert it again") from None
+
+
+def _dump(path: Path, time_limit: float) -> Any:
+    """Return the JSON form of a .mnn file."""
     with tempfile.TemporaryDirectory(prefix="hf2mnn-") as folder:
-        said = run_converter(
-            ["-f", "MNN", "--modelFile", str(path), "--JsonFile", "graph.json"], Path(folder), time_limit
-        )
+        arguments = ["-f", "MNN", "--modelFile", str(path), "--JsonFile", "graph.json"]
+        output = run_converter(arguments, Path(folder), time_limit)
         dump = Path(folder, "graph.json")
         if not dump.is_file():
-            raise ConversionError(f"{path} is not a model that MNN's converter can read: {_last_words(said)}")
+            raise ConversionError(f"{path} is not a model that MNN's converter can read: {_last_lines(output)}")
         try:
-            content = json.loads(dump.read_bytes())
+            return json.loads(dump.read_bytes())
         except ValueError:
             raise ConversionError(
-                f"MNN's converter wrote only a part of the graph of {path}: see whether a disk is full or a quota used"
-                " up, and run the same command again"
+                f"MNN's converter wrote only a part of the graph of {path}: free space on the disk or raise its quota,"
+                " then run the same command again"
             ) from None
-        try:
-            return Graph.checked(content)
-        except (ValueError, TypeError) as error:
-            raise ConversionError(f"{path} is not a model that can be read ({error}); convert it again") from None
 
 
 def write_graph(graph: Graph, path: Path) -> None:
-    """Build a .mnn file from a graph; external weights stay where the graph says they are.
+    """Write a .mnn file; the weight file is not changed.
 
-    MNN stamps each file with a random id; ours is drawn from the contents, so the same model has the same bytes.
+    The converter gives each file a random id. It is replaced by a hash of the content, so that equal models have equal
+    bytes.
+
+    Raises:
+        ConversionError: The converter rejected the graph.
     """
     graph.content["mnn_uuid"] = ""
     text = json.dumps(graph.content, sort_keys=True)
     graph.content["mnn_uuid"] = str(uuid.uuid5(uuid.NAMESPACE_URL, text))
     with tempfile.TemporaryDirectory(prefix="hf2mnn-", dir=path.parent) as folder:
         Path(folder, "graph.json").write_text(json.dumps(graph.content))
-        said = run_converter(["-f", "JSON", "--modelFile", "graph.json", "--MNNModel", "model.mnn"], Path(folder))
+        output = run_converter(["-f", "JSON", "--modelFile", "graph.json", "--MNNModel", "model.mnn"], Path(folder))
         built = Path(folder, "model.mnn")
         if not built.is_file():
-            raise ConversionError(f"MNN's converter did not build {path.name} from its graph: {_last_words(said)}")
+            raise ConversionError(f"MNN's converter did not build {path.name} from its graph: {_last_lines(output)}")
         built.replace(path)
 
 
-def convert_onnx(
-    source: Path,
-    destination: Path,
-    weights: WeightFormat,
-    fuse: bool = True,
-    finish: Callable[[Graph, Path], None] | None = None,
-) -> Graph:
-    """Convert an ONNX file to `destination` (.mnn) and `destination`.weight. Gives the graph that was written.
+def convert_onnx(source: Path, weights: Path, options: Sequence[str] = (FUSE,)) -> Graph:
+    """Convert an ONNX file to a graph with exact constants, and write its weights.
 
-    `fuse` is there for the tests that show what happens without it; `finish` may change the graph and its weight file
-    before they get their names, and replace operators that the converter does not know.
+    Args:
+        source: ONNX file.
+        weights: Weight file to write.
+        options: Further options of the converter.
 
     Raises:
-        ConversionError: nothing was written, with the converter's reason (an unsupported op is named by it).
+        ConversionError: The conversion failed, with the converter's reason; nothing is written.
     """
-    source, destination = Path(source).resolve(), Path(destination).resolve()
-    with tempfile.TemporaryDirectory(prefix="hf2mnn-", dir=destination.parent) as name:
+    source, weights = Path(source).resolve(), Path(weights).resolve()
+    with tempfile.TemporaryDirectory(prefix="hf2mnn-", dir=weights.parent) as name:
         folder = Path(name)
         arguments = ["-f", "ONNX", "--modelFile", str(source), "--MNNModel", "model.mnn", "--bizCode", "hf2mnn"]
-        arguments += ["--saveExternalData=1", *([FUSE] if fuse else []), *weights.options()]
-        said = run_converter([*arguments, *(["--allowCustomOp"] if finish else [])], folder)
+        output = run_converter([*arguments, "--saveExternalData=1", *options], folder)
         model, data = folder / "model.mnn", folder / "model.mnn.weight"
         if not model.is_file() or not data.is_file():
-            unsupported = [line.strip() for line in said.splitlines() if "Not Support" in line or "not support" in line]
-            reason = " / ".join(unsupported) or _last_words(said)
+            unsupported = [line.strip() for line in output.splitlines() if "not support" in line.lower()]
+            reason = " / ".join(unsupported) or _last_lines(output)
             raise ConversionError(f"MNN's converter wrote no model from {source.name}: {reason}")
         graph = read_graph(model)
+        graph.content["mnn_uuid"] = ""
         graph.drop_unused_inputs()
         graph.restore_constants(float_values(source))
-        if finish:
-            finish(graph, data)
-        data.replace(destination.with_name(destination.name + ".weight"))
-        write_graph(graph, destination)
+        data.replace(weights)
     return graph

@@ -1,7 +1,7 @@
-"""MNN's engine, kept at arm's length: a child process with a time limit and a working directory of its own.
+"""Run MNN's engine in a child process with a time limit and its own working directory.
 
-The engine is native code that ends the process on many mistakes, answers "loaded" for bundles that are not whole,
-and leaves by a segmentation fault even after all went well. A crash becomes one `EngineError`.
+The engine is native code. It ends its process on many errors, reports success for incomplete bundles, and crashes in
+its destructors after a successful run. A crash becomes one `BundleFault`.
 """
 
 from __future__ import annotations
@@ -15,57 +15,63 @@ from pathlib import Path
 from typing import Any
 
 from hf2mnn.core.errors import BundleError, BundleFault, EngineError, EngineStopped, MachineError, ManifestError
+from hf2mnn.core.machine_errors import explain_kill
 from hf2mnn.core.manifest import Manifest
-from hf2mnn.core.shortage import ended_by_others
-from hf2mnn.machine.child import environment
+from hf2mnn.machine.child import child_environment
 from hf2mnn.mnn.bundle import CONFIG, MODEL_CONFIG
-from hf2mnn.mnn.paths import check_files
+from hf2mnn.mnn.bundle_config import check_paths
+from hf2mnn.mnn.engine_facts import INFORMATION
+from hf2mnn.mnn.worker import Status
 
 WORKER = "hf2mnn.mnn.worker"
-NOISE = ("The device supports", "Warning: module need new clone")
 
 
 def check_bundle(bundle: Path) -> Path:
-    """The folder as an absolute path, once every file is the one that was made.
+    """Verify all files of a bundle against its manifest and return its absolute path.
 
-    The engine looks for three of them, loads what it finds, and talks plausible nonsense from weights that were cut
-    short, swapped, or are no weights at all.
+    The engine checks that three of the files exist. It loads weights that are truncated, of another model or no weights
+    at all, and then produces wrong output.
 
     Raises:
-        BundleError: naming the file; also for one out of the folder that its configuration names.
+        BundleError: A file is missing or changed, or a path in the configuration is outside the bundle.
     """
     bundle = Path(bundle).resolve()
     if not (bundle / CONFIG).is_file():
         raise BundleError(f"there is no bundle {bundle}: give the folder that holds {CONFIG} and llm.mnn")
     try:
-        whole = Manifest.load(bundle).verify()
+        verified = Manifest.load(bundle).verify()
     except ManifestError as error:
         raise BundleError(str(error)) from None
-    check_files(whole, (CONFIG, MODEL_CONFIG))
-    return whole
+    check_paths(verified, (CONFIG, MODEL_CONFIG))
+    return verified
 
 
 def run_worker(task: str, arguments: dict[str, Any], time_limit: float, python: Path | None = None) -> None:
-    """Run the module `task` of `hf2mnn.mnn.worker` with `arguments` (paths absolute); it writes its results where
-    they say. `python` is that of a toolchain, whose engine it then is.
+    """Run a task of `hf2mnn.mnn.worker` in a child process.
+
+    Args:
+        task: Name of the module.
+        arguments: The job, with absolute paths; the task writes its results where it says.
+        time_limit: Seconds after which the process is killed.
+        python: Interpreter of a toolchain with another release of MNN.
 
     Raises:
-        BundleFault: it crashed, or said what is wrong; with the engine's last words.
-        MachineError: the machine has no room or no memory left.
-        EngineStopped: it took too long, or was killed (by a machine short of memory, most of the time).
-        EngineError: a bug of ours.
+        BundleFault: The engine rejected the bundle or crashed on it.
+        MachineError: The machine has no disk space or memory left.
+        EngineStopped: The time limit is over, or another process killed the engine (most often for lack of memory).
+        EngineError: A bug of this package.
     """
     name = task.rpartition(".")[2]
     with tempfile.TemporaryDirectory(prefix="hf2mnn-engine-") as folder:
-        job, said = Path(folder, "job.json"), Path(folder, "said.txt")
+        job, status_file, stdout = (Path(folder, file) for file in ("job.json", "status.json", "stdout.txt"))
         job.write_text(json.dumps(arguments))
-        with said.open("wb") as output:
+        with stdout.open("wb") as output:
             try:
-                # Progress goes to our own stderr; what the engine prints is kept for the case that it dies.
-                done = subprocess.run(
-                    [python or sys.executable, "-m", WORKER, task, str(job), str(os.getpid())],
+                # Progress goes to stderr; the engine's output is kept for the message of a crash.
+                process = subprocess.run(
+                    [python or sys.executable, "-m", WORKER, task, str(job), str(status_file), str(os.getpid())],
                     cwd=folder,
-                    env=environment() if python is None else None,
+                    env=child_environment() if python is None else None,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     timeout=time_limit,
@@ -74,21 +80,24 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float, python: 
                 raise EngineStopped(
                     f"MNN's engine was stopped after {time_limit:.0f} s ({name}); see --time-limit"
                 ) from None
-        lines = [line.strip() for line in said.read_text(errors="replace").splitlines() if line.strip()]
-        lines = [line for line in lines if not line.startswith(NOISE)]
-    if done.returncode != 0:
-        refused = [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]
-        if refused:
-            raise BundleFault(refused[-1], lines)
-        short = [line.removeprefix("machine: ") for line in lines if line.startswith("machine: ")]
-        if short:
-            raise MachineError(short[-1])
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        bug = [line.removeprefix("bug: ") for line in lines if line.startswith("bug: ")]
-        if bug:
-            raise EngineError(f"{name} failed in MNN's engine: {bug[-1]}; this is a bug, report it with the log")
-        # No verdict on the bundle: nothing in it sends such a signal.
-        if ended := ended_by_others(f"MNN's engine ({name})", done.returncode):
-            raise EngineStopped(ended)
-        last = " / ".join(lines[-3:]) or "none"
-        raise BundleFault(f"MNN's engine died ({how}) during {name}; its last words: {last}", lines)
+        status = Status.read(status_file)
+        lines = [line.strip() for line in stdout.read_text(errors="replace").splitlines()]
+    lines = [line for line in lines if line and not line.startswith(INFORMATION)]
+    if status is None:
+        raise _crash(name, process.returncode, lines)
+    if status.kind == "bundle_fault":
+        raise BundleFault(status.message, status.data["kind"], output=lines)
+    if status.kind == "machine":
+        raise MachineError(status.message)
+    if status.kind == "bug":
+        raise EngineError(f"{name} failed in MNN's engine: {status.message}; this is a bug, report it with the log")
+
+
+def _crash(name: str, code: int, lines: list[str]) -> EngineError:
+    """Return the error for a process that ended with exit code `code` and without a status file."""
+    # Nothing in a bundle sends SIGKILL or SIGTERM.
+    if message := explain_kill(f"MNN's engine ({name})", code):
+        return EngineStopped(message)
+    ended = f"signal {-code}" if code < 0 else f"exit code {code}"
+    last = " / ".join(lines[-3:]) or "none"
+    return BundleFault(f"MNN's engine died ({ended}) during {name}; its last output: {last}", ended=ended, output=lines)

@@ -1,36 +1,72 @@
-"""What is really inside a .mnn file, and the proofs that a conversion did what it said.
+"""MNN graphs as JSON: queries, edits, builders of operators, and checks of a conversion.
 
-`Graph.content` is the JSON form of MNN's flatbuffer schema (schema/default/MNN.fbs), as its converter dumps it.
+The JSON form is that of MNN's flatbuffer schema (`schema/default/MNN.fbs`), which the converter reads and writes.
+Weights are outside of it, in a weight file: operators have `external` [offset, sizes in bytes ...].
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hf2mnn.core.errors import ConversionError
-from hf2mnn.mnn.build import change_layout
+from hf2mnn.mnn.engine_facts import UNSUPPORTED_OPERATORS
 
-# Ops that stand for something that the converter did not understand.
-UNSUPPORTED = ("Extra", "Plugin")
+Op = dict[str, Any]
+"""An operator in its JSON form."""
+
 LINEAR = "__matmul_converted"
-"""What the converter adds to the name of a linear layer's value to name the convolution that it becomes."""
-PACKED = "NC4HW4"
-"""Layout of what convolutions read and write: four channels side by side."""
+"""Suffix of the convolution that the converter makes of a linear layer, after the name of the layer's output."""
+NC4HW4 = "NC4HW4"
+"""Layout of the inputs and outputs of convolutions: groups of four channels."""
 ROTARY_NORMS = ("q_norm", "k_norm")
-"""Normalizations that a RoPE operator does itself: tables of its own, whose gamma is in the graph."""
+"""Normalizations that a RoPE operator computes itself; their gamma is in the graph, not in the weight file."""
 FLOAT16 = 3
-"""`quanParameter.type` of weights stored as half floats."""
+"""`quanParameter.type` of weights stored as float16."""
+DUMP_ERROR = 1e-6
+"""Largest rounding error of floats in the converter's JSON, which has six decimals."""
+
+
+def operator(
+    kind: str, main_type: str, main: Any, name: str, inputs: list[int], outputs: list[int], layout: str = "NHWC"
+) -> Op:
+    """Build an operator; `inputs` and `outputs` are indices of tensors, `layout` that of its outputs."""
+    # Keys in the order of the converter's dump: the bytes of a .mnn file depend on it.
+    op = {"inputIndexes": inputs, "main_type": main_type, "main": main, "name": name, "outputIndexes": outputs}
+    return op | {"type": kind, "defaultDimentionFormat": layout}
+
+
+def reshape(name: str, dims: list[int], source: int, output: int) -> Op:
+    """Build a Reshape; -1 in `dims` stands for the rest, 0 for the size of that axis of the input."""
+    return operator("Reshape", "Reshape", {"dims": dims, "dimType": "NCHW"}, name, [source], [output])
+
+
+def convert_layout(name: str, source_layout: str, layout: str, source: int, output: int) -> Op:
+    """Build a ConvertTensor from one layout to another."""
+    main = {"source": source_layout, "dest": layout}
+    return operator("ConvertTensor", "TensorConvertInfo", main, name, [source], [output])
 
 
 @dataclass(frozen=True)
 class WeightInfo:
-    """How one linear layer's weight is stored. `block` is 0 for one scale an output channel; `kernel` is 1 but for the
-    vision tower's patch embedding; `size` in bytes.
+    """Storage of the weight of one convolution.
+
+    Attributes:
+        name: Name of the operator.
+        inputs: Input channels times kernel size.
+        outputs: Output channels.
+        kernel: Kernel size; 1 but for the patch embedding of a vision tower.
+        bits: 32 and 16 for floats, 1 to 8 for integers.
+        block: Inputs that share a scale; 0 for one scale per output channel.
+        symmetric: Whether there are no zero points.
+        scale_bits: Size of a scale, 16 or 32.
+        size: Bytes in the weight file.
     """
 
     name: str
@@ -44,172 +80,178 @@ class WeightInfo:
     size: int
 
 
-def _texts(value: Any) -> bool:
+def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _check_op(op: Any, tensors: int) -> None:
     if isinstance(op, dict) and type(op.get("type")) is int:
-        # What the converter's dump gives for a type that has no name in its schema.
+        # The converter dumps a type that its schema has no name for as a number.
         op["type"] = str(op["type"])
     if not isinstance(op, dict) or not all(isinstance(op.get(key), str) for key in ("name", "type")):
-        raise ValueError("it has an operator without name and type")
+        raise ValueError("an operator has no name or no type")
     for indexes in (op.get("inputIndexes", []), op.setdefault("outputIndexes", [])):
         if not isinstance(indexes, list) or not all(type(i) is int and -1 <= i < tensors for i in indexes):
-            raise ValueError(f"{op['name']} reads or gives tensors that are not there")
+            raise ValueError(f"{op['name']} has inputs or outputs that are no tensors of the graph")
     if op["type"] == "Input" and not op["outputIndexes"]:
-        raise ValueError(f"{op['name']} is an input that gives nothing")
+        raise ValueError(f"{op['name']} is an input without an output tensor")
     main = op.get("main")
-    place = main.get("external") if isinstance(main, dict) else None
-    if place and (len(place) < 2 or not all(type(number) is int and 0 <= number < 1 << 62 for number in place)):
-        raise ValueError(f"{op['name']} has its weights at {place}, which cannot be")
+    external = main.get("external") if isinstance(main, dict) else None
+    if external and (len(external) < 2 or not all(type(n) is int and 0 <= n < 1 << 62 for n in external)):
+        raise ValueError(f"{op['name']} has weights at {external}, which are no offset and sizes")
 
 
 class Graph:
-    """Questions about a model, and the edits that are needed."""
+    """An MNN model without its weights.
+
+    Attributes:
+        content: JSON form of the model.
+    """
 
     def __init__(self, content: dict[str, Any]) -> None:
         self.content = content
 
     @classmethod
     def checked(cls, content: Any) -> Graph:
-        """Of a file that anyone may have made.
+        """Check the JSON form of an untrusted file.
 
         Raises:
-            ValueError: the operators have no names, types and tensors, or places in the weight file that can be.
+            ValueError: Operators lack names, types or tensors, or have impossible offsets into the weight file.
         """
-        if (
-            not isinstance(content, dict)
-            or not _texts(content.get("tensorName"))
-            or not _texts(content.get("outputName"))
+        if not isinstance(content, dict) or not all(
+            _is_names(content.get(key)) for key in ("tensorName", "outputName")
         ):
-            raise ValueError("it names no tensors")
+            raise ValueError("it has no names of tensors")
         if not isinstance(content.get("oplists"), list) or not content["oplists"]:
             raise ValueError("it has no operators")
         for op in content["oplists"]:
             _check_op(op, len(content["tensorName"]))
         return cls(content)
 
+    def save(self, path: Path) -> None:
+        """Write the JSON form, with its order of keys: the bytes of the .mnn file depend on it."""
+        path.write_text(json.dumps(self.content, separators=(",", ":")) + "\n")
+
     @property
-    def ops(self) -> list[dict[str, Any]]:
+    def ops(self) -> list[Op]:
+        """Operators in the order of execution."""
         return self.content["oplists"]
 
     @property
     def inputs(self) -> list[str]:
+        """Names of the inputs."""
         return [op["name"] for op in self.ops if op["type"] == "Input"]
 
     @property
     def outputs(self) -> list[str]:
+        """Names of the outputs."""
         return list(self.content["outputName"])
 
-    def of_type(self, *types: str) -> list[dict[str, Any]]:
+    def of_type(self, *types: str) -> list[Op]:
+        """Return the operators of these types."""
         return [op for op in self.ops if op["type"] in types]
 
     @property
-    def fused(self) -> list[dict[str, Any]]:
-        """Attentions that are the engine's own operator and keep the KV cache."""
+    def fused(self) -> list[Op]:
+        """Attention operators of the engine that keep the KV cache."""
         return [op for op in self.of_type("Attention") if op["main"]["kv_cache"]]
 
-    @property
-    def nc4hw4(self) -> bool:
-        """Whether a decoder is in the NC4HW4 layout, whose rotations are operators of their own."""
-        return bool(self.of_type("RoPE"))
-
     def drop_unused_inputs(self) -> None:
-        """Remove inputs that nothing reads: what is left of `past_key_values` once every attention is fused."""
-        read = {index for op in self.ops for index in op.get("inputIndexes", [])}
-        self.content["oplists"] = [op for op in self.ops if op["type"] != "Input" or op["outputIndexes"][0] in read]
+        """Remove inputs without consumers: `past_key_values` once every attention is fused."""
+        used = {index for op in self.ops for index in op.get("inputIndexes", [])}
+        self.content["oplists"] = [op for op in self.ops if op["type"] != "Input" or op["outputIndexes"][0] in used]
 
     @property
     def rotary_norms(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Normalizations of queries and keys that their rotation does, with the names of their modules."""
+        """Normalizations inside RoPE operators, with the names of their modules."""
         for op in self.of_type("RoPE"):
-            held = op.get("main") or {}
+            main = op.get("main") or {}
             attention = op["name"].rpartition(".")[0]
-            yield from ((f"{attention}.{name}", held[name]) for name in ROTARY_NORMS if held.get(name))
+            yield from ((f"{attention}.{name}", main[name]) for name in ROTARY_NORMS if main.get(name))
 
     def _floats(self) -> Iterator[tuple[str, dict[str, Any], str]]:
-        """Names of the float values that the graph holds itself, with the tables and keys that they are under."""
+        """Yield the float constants in the graph: name, JSON object, and key of the values in it."""
         for op in self.of_type("Const"):
             if op["main"]["dataType"] in ("DT_FLOAT", "DT_HALF"):
                 yield op["name"], op["main"], "float32s"
         for name, norm in self.rotary_norms:
             yield f"{name}.weight", norm, "gamma"
 
-    def restore_constants(self, values: dict[str, np.ndarray]) -> None:
-        """Give constants, and what else the graph holds, the values that they have in the ONNX graph, float32 by name.
+    def restore_constants(self, values: dict[str, np.ndarray], rounded_only: bool = False) -> None:
+        """Replace float constants by their exact values.
 
-        The converter's dump prints floats with six decimals, and `--fp16` stores them as half floats: of rotary
-        frequencies, which go down to 1e-6 and are multiplied by positions, either leaves little.
+        The converter's JSON has six decimals, and its `--fp16` stores constants as float16. Rotary frequencies go down
+        to 1e-6 and are multiplied by positions, so either is too coarse.
+
+        Args:
+            values: float32 values of the ONNX graph by name.
+            rounded_only: Replace only constants that are these values, rounded by the converter's JSON.
         """
         for name, table, key in self._floats():
-            if (exact := values.get(name)) is None:
+            exact = values.get(name)
+            if exact is None:
                 continue
+            if rounded_only:
+                rounded = np.array(table.get(key, []))
+                if rounded.size != exact.size or np.abs(rounded - exact.reshape(-1)).max(initial=0) >= DUMP_ERROR:
+                    continue
             table[key] = [float(value) for value in exact.reshape(-1)]
             if "dataType" in table:
                 table.pop("uint8s", None)
                 table["dataType"] = "DT_FLOAT"
 
-    def sharpen_constants(self, values: dict[str, np.ndarray]) -> None:
-        """Undo the rounding of the dump where `values` are what was rounded; what differs otherwise stays as it is."""
-        near = {}
-        for name, table, key in self._floats():
-            exact, kept = values.get(name), table.get(key, [])
-            fits = exact is not None and len(kept) == exact.size
-            if fits and np.abs(np.array(kept) - exact.reshape(-1)).max(initial=0) < 1e-6:
-                near[name] = exact
-        self.restore_constants(near)
+    def _producers(self) -> dict[str, tuple[Op, int]]:
+        """Return the operator and the index of the tensor that holds each value of the ONNX graph, by the value's name.
 
-    def _producers(self) -> dict[str, tuple[dict[str, Any], int]]:
-        """The op that computes a value of the ONNX graph, and the tensor's index, by the value's name.
-
-        A linear layer is a convolution between changes of layout, and the converter moves what follows into that
-        sandwich: the tensor with the layer's name may hold the activation after it. So the convolution is taken.
+        A linear layer is a convolution between two changes of layout. The converter moves an activation that follows
+        in between, so the tensor with the layer's name may hold the activation's output. The convolution's output is
+        the layer's.
         """
         names = self.content["tensorName"]
-        found = {names[index]: (op, index) for op in self.ops for index in op["outputIndexes"]}
+        producers = {names[index]: (op, index) for op in self.ops for index in op["outputIndexes"]}
         linear = {op["name"].removesuffix(LINEAR): (op, op["outputIndexes"][0]) for op in self.of_type("Convolution")}
-        return found | {name: at for name, at in linear.items() if name in found}
+        return producers | {name: producer for name, producer in linear.items() if name in producers}
 
     @property
     def values(self) -> set[str]:
-        """Names of everything that an op computes."""
+        """Names of all values that operators compute."""
         return set(self._producers())
 
-    def watched(self, values: list[str]) -> tuple[Graph, dict[str, str]]:
-        """A copy of the graph that also gives `values`, and the names under which it does; shapes may differ from the
-        ONNX graph's by axes of size 1 and by axes joined.
+    def with_outputs(self, values: list[str]) -> tuple[Graph, dict[str, str]]:
+        """Return a copy of the graph with further outputs, and the names of these outputs by value.
+
+        Shapes may differ from those of the ONNX graph by axes of size 1 and by merged axes.
         """
         content, producers = copy.deepcopy(self.content), self._producers()
-        names, after, given = content["tensorName"], {}, {}
+        names, copies, outputs = content["tensorName"], {}, {}
         for value in sorted(values):
             op, index = producers[value]
-            given[value] = copied = f"{value}/watched"
-            names.append(copied)
-            packed = op["type"] == "Convolution" or op["defaultDimentionFormat"] == PACKED
-            # Queries and keys come out as [1, tokens, heads, size] with channels last, and are copied as they are.
+            outputs[value] = output = f"{value}/output"
+            names.append(output)
+            is_nc4hw4 = op["type"] == "Convolution" or op["defaultDimentionFormat"] == NC4HW4
+            # RoPE gives [1, tokens, heads, head_dim] with channels last; these are copied unchanged.
             plain = "NHWC" if op["type"] == "RoPE" else "NCHW"
-            read = change_layout(copied, PACKED if packed else plain, plain, index, len(names) - 1)
-            after.setdefault(op["name"], []).append(read)
-        content["oplists"] = [made for op in content["oplists"] for made in (op, *after.get(op["name"], []))]
-        content["outputName"] = [*content["outputName"], *given.values()]
-        return Graph(content), given
+            copied = convert_layout(output, NC4HW4 if is_nc4hw4 else plain, plain, index, len(names) - 1)
+            copies.setdefault(op["name"], []).append(copied)
+        content["oplists"] = [each for op in content["oplists"] for each in (op, *copies.get(op["name"], []))]
+        content["outputName"] = [*content["outputName"], *outputs.values()]
+        return Graph(content), outputs
 
     def weights(self) -> list[WeightInfo]:
-        """Every convolution (MNN's form of a linear layer) in the order of the graph."""
+        """Return the storage of each convolution's weight, in the order of the graph."""
         return [_weight_info(op) for op in self.of_type("Convolution")]
 
     def external_ends(self) -> dict[str, int]:
-        """Where in the weight file the last byte of each operator that has something there must be, by name."""
+        """Return the offset after the last byte in the weight file of each operator that has data there, by name."""
         external = {op["name"]: op["main"].get("external") for op in self.ops if isinstance(op.get("main"), dict)}
-        return {name: place[0] + sum(place[1:]) for name, place in external.items() if place}
+        return {name: span[0] + sum(span[1:]) for name, span in external.items() if span}
 
     def external_size(self) -> int:
-        """Bytes that the weight file must have at least."""
+        """Return the smallest possible size of the weight file in bytes."""
         return max(self.external_ends().values(), default=0)
 
 
-def _weight_info(op: dict[str, Any]) -> WeightInfo:
+def _weight_info(op: Op) -> WeightInfo:
     main = op["main"]
     common, quantized = main["common"], main.get("quanParameter")
     outputs = common["outputCount"]
@@ -229,65 +271,49 @@ def _weight_info(op: dict[str, Any]) -> WeightInfo:
     return WeightInfo(op["name"], inputs, outputs, kernel, quantized["aMaxOrBits"], block, symmetric, scale_bits, size)
 
 
-def prove_supported(graph: Graph, name: str) -> None:
-    """Raises ConversionError where an op was passed through that the engine has no code for."""
-    left = [f"{op['type']} {op['name']}" for op in graph.of_type(*UNSUPPORTED)]
-    if left:
-        raise ConversionError(f"{name} holds ops that the engine does not have: {', '.join(left[:3])}")
-
-
-def prove_fused(graph: Graph, name: str, layers: int) -> None:
-    """The engine keeps the KV cache itself, so every attention must be MNN's own operator with `kv_cache`.
+def check_supported(graph: Graph, name: str) -> None:
+    """Check that the engine has every operator.
 
     Raises:
-        ConversionError: with the cause and the cure.
+        ConversionError: The converter passed on an operator that it does not know.
+    """
+    unsupported = [f"{op['type']} {op['name']}" for op in graph.of_type(*UNSUPPORTED_OPERATORS)]
+    if unsupported:
+        raise ConversionError(f"{name} has operators that MNN does not support: {', '.join(unsupported[:3])}")
+
+
+def check_fused(graph: Graph, name: str, layers: int) -> None:
+    """Check that every attention is MNN's own operator with `kv_cache`: the engine keeps the cache itself.
+
+    Raises:
+        ConversionError: An attention is not fused, or the graph still has the input `past_key_values`.
     """
     fused = len(graph.fused)
-    if "past_key_values" in graph.inputs or fused != layers:
+    has_past = "past_key_values" in graph.inputs
+    if has_past or fused != layers:
         cause = (
             "it was converted without --transformerFuse"
             if fused == 0
-            else "an attention in the ONNX graph is not the chain of ops that the converter looks for"
+            else "the operators of an attention in the ONNX graph are not the sequence that the converter fuses"
         )
-        asks = "still asks for past_key_values, and " if "past_key_values" in graph.inputs else ""
         raise ConversionError(
-            f"{name} {asks}has {fused} of {layers} attentions fused with a KV cache: {cause}; the engine would stop"
-            " with 'past_key_values tensor is input but not found' or answer wrongly. Convert the ONNX of 'hf2mnn onnx'"
-            " with --transformerFuse ('hf2mnn mnn' does)"
+            f"{name} {'has the input past_key_values and ' if has_past else ''}has {fused} of {layers} attentions fused"
+            f" with a KV cache: {cause}; the engine would stop with 'past_key_values tensor is input but not found' or"
+            " answer wrongly. Convert the ONNX graphs of 'hf2mnn export' with --transformerFuse, as 'hf2mnn convert'"
+            " does"
         )
 
 
-def prove_weights(graph: Graph, name: str, bits: int, block: int, symmetric: bool, scale_bits: int) -> None:
-    """Every linear layer is stored as asked; the converter falls back to other bits and blocks without a word.
+def check_size(graph: Graph, file: str, size: int) -> None:
+    """Check that a weight file of `size` bytes has all data of the graph.
 
     Raises:
-        ConversionError: naming the first layer that is not, and how it is.
+        ConversionError: It is too short; the message names the first operator without data.
     """
-    for weight in graph.weights():
-        if bits >= 16:
-            right = weight.bits == bits
-        else:
-            # One scale a channel is what a block as long as the layer is, and all that MNN has for a patch embedding,
-            # whose three input channels no block divides.
-            blocks = {block, 0} if weight.inputs == block or weight.kernel > 1 else {block}
-            stored = (weight.bits, weight.symmetric, weight.scale_bits)
-            right = stored == (bits, symmetric, scale_bits) and weight.block in blocks
-        if not right:
-            raise ConversionError(
-                f"{name}: layer {weight.name} ({weight.inputs} inputs) is stored with {weight.bits} bits, block"
-                f" {weight.block or 'channel'}, where {bits} bits, block {block or 'channel'} were asked for; use a"
-                " block that is a multiple of 16 and divides the layer's inputs"
-            )
-
-
-def prove_size(graph: Graph, name: str, size: int) -> None:
-    """Raises ConversionError where the weight file has not the bytes that the graph points to, with the first operator
-    whose are not there.
-    """
-    beyond = {end: operator for operator, end in graph.external_ends().items() if end > size}
-    if beyond:
-        first = beyond[min(beyond)].removesuffix(LINEAR)
+    missing = {end: operator for operator, end in graph.external_ends().items() if end > size}
+    if missing:
+        first = missing[min(missing)].removesuffix(LINEAR)
         raise ConversionError(
-            f"{name}.weight has {size} bytes, the graph reads {graph.external_size()}: it was cut short, and {first}"
-            " has no weight; make it again"
+            f"{file} has {size} bytes, but the graph reads {graph.external_size()}: it is truncated, and {first} has no"
+            " weight; make it again"
         )

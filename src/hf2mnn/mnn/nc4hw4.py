@@ -1,13 +1,13 @@
-"""The decoder as MNN's engine likes it best: in the packed layout of its convolutions from the first layer to the last.
+"""Rewrite of a decoder to the NC4HW4 layout, in which MNN's convolutions run, from the first layer to the last.
 
-`show_linear_layers` brings every linear layer's input into that layout and its output back. What lies between them can
-do without: MNN has operators for the sum with the residual and its normalization (LayerNorm with two inputs and two
-outputs), the rotation of queries and keys with a normalization of each head before it (RoPE), an attention that reads
-values and writes its output packed, and silu(gate) * up (`CPULayerNorm.cpp`, `CPURoPE.cpp`, `CPUAttention.cpp`,
-`BinaryOpOperation_MUL_SILU` of MNN 3.6.1). A layer has 12 operators then, instead of about 60.
+`restore_linear_layers` converts the layout before and after every linear layer. The operators in between can run in
+NC4HW4 as well: MNN has a sum with the residual and its normalization in one (LayerNorm with two inputs and outputs), a
+rotation of queries and keys with the normalization of each head (RoPE), an attention with outputs in NC4HW4, and
+silu(gate) * up (`CPULayerNorm.cpp`, `CPURoPE.cpp`, `CPUAttention.cpp`, `BinaryOpOperation_MUL_SILU` of MNN 3.6.1). A
+layer has 12 operators afterwards, instead of about 60.
 
-Values that are points keep their names: they are [tokens, channels, 1, 1] instead of [1, tokens, channels]. What q_norm
-and k_norm give is no value any more.
+Tap points keep their names, with shape [tokens, channels, 1, 1] instead of [1, tokens, channels]. The outputs of q_norm
+and k_norm are no tensors any more.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from hf2mnn.mnn.build import Op, change_layout, operator, reshape
-from hf2mnn.mnn.graph import LINEAR, PACKED, ROTARY_NORMS, Graph
+from hf2mnn.mnn.engine_facts import NC4HW4_SINCE
+from hf2mnn.mnn.graph import LINEAR, NC4HW4, ROTARY_NORMS, Graph, Op, convert_layout, operator, reshape
 from hf2mnn.onnx.deepstack import DEEPSTACK
 
+PLAIN = "NCHW"
+"""Layout of a decoder that is not rewritten."""
 LAYER = re.compile(r"(?P<layer>.+\.layers\.\d+)\.self_attn\.q_proj")
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD = "logits"
-SINCE = (3, 6, 1)
-"""MNN's first release with all of these operators."""
-FORMS = ("Reshape", "Permute", "ConvertTensor", "Const")
-"""Operators that change the form of values, and no value."""
-STEPS = {
+LAYOUT_OPS = ("Reshape", "Permute", "ConvertTensor", "Const")
+"""Operators that change shape or layout, and no value."""
+REPLACED_PER_LAYER = {
     ("BinaryOp", "ADD"): 4,
     ("BinaryOp", "MUL"): 5,
     ("UnaryOp", "NEG"): 2,
@@ -40,275 +41,317 @@ STEPS = {
     ("Concat", None): 2,
     ("StridedSlice", None): 4,
 }
-"""What else a layer computes: sums with the residual, halves of queries and keys turned, the gate."""
-NORMALIZED = ("LayerNorm", None)
-ADDED = ("BinaryOp", "ADD")
+"""Operators of a layer that the rewrite replaces: residual sums, rotation of queries and keys, gate."""
+NORM = ("LayerNorm", None)
+SUM = ("BinaryOp", "ADD")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Layout of a decoder.
+
+    Attributes:
+        name: "NC4HW4", or "NCHW" if the decoder was not rewritten, which is slower.
+        reason: Why it was not rewritten.
+    """
+
+    name: str
+    reason: str = ""
 
 
 class _Decoder:
-    """The parts of a decoder of layers with a pre-norm, rotated queries and keys, and a gated MLP; queries and keys may
-    be normalized before, and deepstack may add to what the first layers give.
+    """Parts of a decoder of layers with pre-norm, rotated queries and keys, and gated MLP.
+
+    Queries and keys may be normalized before the rotation, and deepstack may add to the outputs of the first layers.
+
+    Attributes:
+        producers: Operator that computes a tensor, by the tensor's index.
+        consumers: Operators that read a tensor, by the tensor's index.
+        linear: Convolutions by the names of their linear layers.
+        layers: Names of the layers.
+        norms, head_norms: Normalizations of the stream, and of queries and keys, by name.
+        deepstack: Tensors that deepstack adds to the outputs of the first layers.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.names = graph.content["tensorName"]
         self.ops = graph.ops
-        self.makers = {index: op for op in graph.ops for index in op["outputIndexes"]}
-        self.readers: dict[int, list[Op]] = {}
+        self.producers = {index: op for op in graph.ops for index in op["outputIndexes"]}
+        self.consumers: dict[int, list[Op]] = {}
         for op in graph.ops:
             for index in op.get("inputIndexes", []):
-                self.readers.setdefault(index, []).append(op)
+                self.consumers.setdefault(index, []).append(op)
         self.linear = {op["name"].removesuffix(LINEAR): op for op in graph.of_type("Convolution")}
         self.attentions = graph.fused
-        found = [LAYER.fullmatch(name) for name in self.linear]
-        self.layers = [match["layer"] for match in found if match]
+        matches = [LAYER.fullmatch(name) for name in self.linear]
+        self.layers = [match["layer"] for match in matches if match]
         norms = {op["name"]: op for op in graph.of_type("LayerNorm")}
         of_heads = {f"{layer}.self_attn.{name}" for layer in self.layers for name in ROTARY_NORMS}
         self.head_norms = {name: op for name, op in norms.items() if name in of_heads}
         self.norms = {name: op for name, op in norms.items() if name not in of_heads}
         splits = [op for op in graph.of_type("Slice") if [self.names[i] for i in op["inputIndexes"]] == [DEEPSTACK]]
         self.deepstack = [index for op in splits for index in op["outputIndexes"]]
-        """What is added to each of the first layers' output."""
 
-    @property
-    def understood(self) -> bool:
-        """Whether the parts are there that are rewritten, each as often as there are layers."""
+    def mismatch(self) -> str:
+        """Return the first difference from a decoder that can be rewritten, "" if there is none."""
         count = len(self.layers)
-        wanted = {f"{layer}.{name}" for layer in self.layers for name in LINEARS} | {HEAD}
+        linears = {f"{layer}.{name}" for layer in self.layers for name in LINEARS} | {HEAD}
         norms = {f"{layer}.{name}" for layer in self.layers for name in NORMS}
-        return (
-            count > 0
-            and set(self.linear) == wanted
-            and norms < set(self.norms)
-            and len(self.norms) == len(norms) + 1
-            and len(self.attentions) == count
-            and all(self.gated(layer) for layer in self.layers)
-            and len(self.head_norms) in (0, len(ROTARY_NORMS) * count)
-            and all(self.rotated_next(name) for name in self.head_norms)
-            and len(self.deepstack) <= count
-            and all(map(self.added, self.layers, self.deepstack))
-        )
+        if not count:
+            return "it has no layers with a self_attn.q_proj"
+        if differing := sorted(set(self.linear) ^ linears):
+            return f"its layers do not have the usual linear layers, see {differing[0]}"
+        if not norms < set(self.norms) or len(self.norms) != len(norms) + 1:
+            return f"it has {len(self.norms)} normalizations of the stream instead of {len(norms) + 1}"
+        if len(self.attentions) != count:
+            return f"{len(self.attentions)} of its {count} attentions are fused"
+        if ungated := [layer for layer in self.layers if not self._is_silu_gated(layer)]:
+            return f"the activation of {ungated[0]}.mlp.gate_proj is not SiLU"
+        if len(self.head_norms) not in (0, len(ROTARY_NORMS) * count):
+            return "not all queries and keys are normalized"
+        if others := [name for name in self.head_norms if not self._is_rotated_next(name)]:
+            return f"{others[0]} is not an RMS norm of each head between a projection and its rotation"
+        if len(self.deepstack) > count or not all(map(self._is_added, self.layers, self.deepstack)):
+            return "deepstack is not added to the outputs of the first layers"
+        return ""
 
     @property
     def replaced(self) -> Counter[tuple[str, str | None]]:
-        """How often each kind of step is computed by an operator that falls away."""
-        steps = Counter({step: each * len(self.layers) for step, each in STEPS.items()})
-        return steps + Counter({NORMALIZED: len(self.head_norms), ADDED: len(self.deepstack)})
+        """Operators that the rewrite replaces, counted by type and kind."""
+        counts = Counter({kind: each * len(self.layers) for kind, each in REPLACED_PER_LAYER.items()})
+        return counts + Counter({NORM: len(self.head_norms), SUM: len(self.deepstack)})
 
-    def rotated_next(self, name: str) -> bool:
-        """Whether a normalization is of what a projection gives, each head by itself, and only that is rotated."""
+    def _is_rotated_next(self, name: str) -> bool:
+        """Check that a normalization is of each head of a projection, and that only the rotation reads its output."""
         norm, main = self.head_norms[name], self.head_norms[name]["main"]
         projection = self.linear[f"{name.removesuffix('_norm')}_proj"]["outputIndexes"][0]
         (view,) = norm["inputIndexes"]
-        readers = [op["type"] for op in self.readers.get(norm["outputIndexes"][0], [])]
+        consumers = [op["type"] for op in self.consumers.get(norm["outputIndexes"][0], [])]
         return (
             main.get("useRMSNorm", False)
             and (main["axis"], main["group"]) == ([-1], 1)
-            and len(self.makers[view]["inputIndexes"]) == 2
-            and self.through(view, "Reshape", "ConvertTensor") == projection
-            and readers == ["Permute"]
+            and len(self.producers[view]["inputIndexes"]) == 2
+            and self.origin(view, "Reshape", "ConvertTensor") == projection
+            and consumers == ["Permute"]
         )
 
-    def added(self, layer: str, seen: int) -> bool:
-        """Whether what deepstack adds is added to what the layer gives, and read by nothing else."""
-        readers = self.readers.get(seen, [])
-        sums = [op for op in readers if op["type"] == "BinaryOp" and op["main"]["opType"] == "ADD"]
-        read = {self.names[index] for op in sums for index in op["inputIndexes"]}
-        return len(sums) == len(readers) == 1 and read == {layer, self.names[seen]}
+    def _is_added(self, layer: str, index: int) -> bool:
+        """Check that the only consumer of a tensor of deepstack adds it to the output of a layer."""
+        consumers = self.consumers.get(index, [])
+        sums = [op for op in consumers if op["type"] == "BinaryOp" and op["main"]["opType"] == "ADD"]
+        terms = {self.names[term] for op in sums for term in op["inputIndexes"]}
+        return len(sums) == len(consumers) == 1 and terms == {layer, self.names[index]}
 
-    def gated(self, layer: str) -> bool:
-        """Whether the activation is SiLU, and of the gate."""
+    def _is_silu_gated(self, layer: str) -> bool:
+        """Check that SiLU is computed of the output of gate_proj."""
         gate = self.linear[f"{layer}.mlp.gate_proj"]
         activations = [op for op in self.ops if op["type"] == "UnaryOp" and op["main"]["opType"] == "SILU"]
-        sources = [self.through(op["inputIndexes"][0], "Reshape", "ConvertTensor") for op in activations]
+        sources = [self.origin(op["inputIndexes"][0], "Reshape", "ConvertTensor") for op in activations]
         return gate["outputIndexes"][0] in sources
 
-    def through(self, index: int, *types: str) -> int:
-        """Where a value comes from, past operators that only change its form."""
-        while self.makers[index]["type"] in types:
-            index = self.makers[index]["inputIndexes"][0]
+    def origin(self, index: int, *types: str) -> int:
+        """Return the tensor that a tensor is made from by operators of these types alone."""
+        while self.producers[index]["type"] in types:
+            index = self.producers[index]["inputIndexes"][0]
         return index
 
     def rotation(self) -> tuple[int, int, int]:
-        """(cosines, sines, size of a head) of the first layer's query; those of all layers are the same."""
-        turned = self.makers[self.through(self.attentions[0]["inputIndexes"][0], "Permute", "ConvertTensor")]
-        products = [self.makers[index] for index in turned["inputIndexes"]]
-        straight = next(op for op in products if self.makers[op["inputIndexes"][0]]["type"] != "Concat")
-        crossed = next(op for op in products if op is not straight)
-        view = self.makers[self.through(straight["inputIndexes"][0], "Permute", "LayerNorm")]
-        shape = self.makers[view["inputIndexes"][1]]["main"]["int32s"]
-        return straight["inputIndexes"][1], crossed["inputIndexes"][1], shape[-1]
+        """Return the tensors of cosines and sines, which all layers share, and the size of a head."""
+        rotated = self.producers[self.origin(self.attentions[0]["inputIndexes"][0], "Permute", "ConvertTensor")]
+        products = [self.producers[index] for index in rotated["inputIndexes"]]
+        cosine = next(op for op in products if self.producers[op["inputIndexes"][0]]["type"] != "Concat")
+        sine = next(op for op in products if op is not cosine)
+        view = self.producers[self.origin(cosine["inputIndexes"][0], "Permute", "LayerNorm")]
+        shape = self.producers[view["inputIndexes"][1]]["main"]["int32s"]
+        return cosine["inputIndexes"][1], sine["inputIndexes"][1], shape[-1]
 
     def last_rows(self) -> Op:
-        """The slice by `logits_index`."""
-        return next(op for op in self.ops if op["type"] == "StridedSlice" and self._is_index(op["inputIndexes"][1]))
-
-    def _is_index(self, index: int) -> bool:
-        return self.names[index] == "logits_index"
+        """Return the slice by `logits_index`."""
+        slices = (op for op in self.ops if op["type"] == "StridedSlice")
+        return next(op for op in slices if self.names[op["inputIndexes"][1]] == "logits_index")
 
 
-class _Packed:
-    """Collects operators of the new form."""
+class _Builder:
+    """Collects the operators of the rewritten decoder."""
 
     def __init__(self, names: list[str]) -> None:
         self.names, self.ops = names, []
 
-    def value(self, name: str) -> int:
+    def tensor(self, name: str) -> int:
+        """Add a tensor."""
         self.names.append(name)
         return len(self.names) - 1
 
-    def add(self, kind: str, main_type: str, main: Any, read: list[int], *made: str, form: str = PACKED) -> list[int]:
-        outputs = [self.value(name) for name in made]
-        self.ops.append(operator(kind, main_type, main, made[-1], read, outputs, form))
-        return outputs
+    def add(
+        self, kind: str, main_type: str, main: Any, inputs: list[int], *outputs: str, layout: str = NC4HW4
+    ) -> list[int]:
+        """Add an operator; return its output tensors."""
+        tensors = [self.tensor(name) for name in outputs]
+        self.ops.append(operator(kind, main_type, main, outputs[-1], inputs, tensors, layout))
+        return tensors
 
-    def take(self, op: Op, read: list[int], *made: str, **main: Any) -> list[int]:
-        """An operator as it is, with other inputs and outputs."""
-        outputs = [self.value(name) for name in made]
-        taken = copy.deepcopy(op) | {"inputIndexes": read, "outputIndexes": outputs, "defaultDimentionFormat": PACKED}
+    def take(self, op: Op, inputs: list[int], *outputs: str, **main: Any) -> list[int]:
+        """Add a copy of an operator with other inputs and outputs; return its output tensors."""
+        tensors = [self.tensor(name) for name in outputs]
+        taken = copy.deepcopy(op) | {"inputIndexes": inputs, "outputIndexes": tensors, "defaultDimentionFormat": NC4HW4}
         taken["main"] |= main
         self.ops.append(taken)
-        return outputs
+        return tensors
 
-    def binary(self, kind: str, read: list[int], name: str) -> int:
+    def binary(self, kind: str, inputs: list[int], name: str) -> int:
+        """Add an elementwise operator of two inputs; return its output tensor."""
         main = {"opType": kind, "T": "DT_FLOAT", "activationType": 0}
-        return self.add("BinaryOp", "BinaryOp", main, read, name)[0]
+        return self.add("BinaryOp", "BinaryOp", main, inputs, name)[0]
 
-    def seen(self, read: int) -> int:
-        """What deepstack adds [1, tokens or 1, hidden or 1] with the stream's axes: [tokens or 1, hidden or 1, 1, 1].
+    def deepstack(self, source: int) -> int:
+        """Move the axes of a deepstack tensor, [1, tokens or 1, hidden or 1], to [tokens or 1, hidden or 1, 1, 1].
 
-        It is not brought into the packed layout: the engine calls it NHWC in one place and NCHW in another, and the sum
-        takes either.
+        The result is not converted to NC4HW4: the engine's shape code treats it as NHWC, its kernels as NCHW, and the
+        sum accepts both.
         """
-        turned, flat = self.value(f"{self.names[read]}__turned"), self.value(f"{self.names[read]}__flat")
-        self.ops.append(operator("Permute", "Permute", {"dims": [1, 2, 0]}, self.names[turned], [read], [turned]))
-        # 0 leaves a side as it is.
-        self.ops.append(reshape(self.names[flat], [0, 0, 1, 1], turned, flat))
+        permuted, flat = self.tensor(f"{self.names[source]}__turned"), self.tensor(f"{self.names[source]}__flat")
+        self.ops.append(operator("Permute", "Permute", {"dims": [1, 2, 0]}, self.names[permuted], [source], [permuted]))
+        self.ops.append(reshape(self.names[flat], [0, 0, 1, 1], permuted, flat))
         return flat
 
 
 def _head_norm(norm: Op, gamma: np.ndarray) -> dict[str, Any]:
-    """A normalization as the rotation does it, which reads nothing from the weight file."""
-    kept = {key: value for key, value in norm["main"].items() if key != "external"}
-    return kept | {"gamma": [float(value) for value in gamma]}
+    """Return a normalization as a part of RoPE, with its gamma in the graph; keys in the order of a dump."""
+    main = {key: value for key, value in norm["main"].items() if key != "external"}
+    axis, epsilon = main.pop("axis"), main.pop("epsilon")
+    return {"axis": axis, "epsilon": epsilon, "gamma": [float(value) for value in gamma], **main}
 
 
 def _rewrite(decoder: _Decoder, vectors: dict[str, np.ndarray]) -> list[Op]:
-    made, names = _Packed(decoder.names), decoder.names
-    cosines, sines, size = decoder.rotation()
+    new, names = _Builder(decoder.names), decoder.names
+    cosines, sines, head_dim = decoder.rotation()
     mask = decoder.attentions[0]["inputIndexes"][3]
     embeds = names.index("inputs_embeds")
     hidden = decoder.linear[f"{decoder.layers[0]}.self_attn.q_proj"]["main"]["common"]["inputCount"]
 
-    def linear(name: str, read: int) -> int:
-        return made.take(decoder.linear[name], [read], name)[0]
+    def linear(name: str, source: int) -> int:
+        return new.take(decoder.linear[name], [source], name)[0]
 
-    flat, stream = made.value("inputs_embeds__flat"), made.value("inputs_embeds__packed")
-    made.ops.append(reshape("inputs_embeds__flat", [-1, hidden, 1, 1], embeds, flat))
-    made.ops.append(change_layout("inputs_embeds__packed", "NCHW", PACKED, flat, stream))
-    added, before, deepstack = None, "", iter(decoder.deepstack)
+    flat, stream = new.tensor("inputs_embeds__flat"), new.tensor("inputs_embeds__packed")
+    new.ops.append(reshape("inputs_embeds__flat", [-1, hidden, 1, 1], embeds, flat))
+    new.ops.append(convert_layout("inputs_embeds__packed", "NCHW", NC4HW4, flat, stream))
+    # The sum of the stream and a layer's last output, `residual`, is part of the next normalization.
+    residual, sum_name, deepstack = None, "", iter(decoder.deepstack)
     for layer, attention in zip(decoder.layers, decoder.attentions, strict=True):
         norm = f"{layer}.input_layernorm"
-        if added is None:
-            (read,) = made.take(decoder.norms[norm], [stream], norm)
+        if residual is None:
+            (x,) = new.take(decoder.norms[norm], [stream], norm)
         else:
-            stream, read = made.take(decoder.norms[norm], [stream, added], before, norm)
-        query, key, value = (linear(f"{layer}.self_attn.{name}_proj", read) for name in "qkv")
+            stream, x = new.take(decoder.norms[norm], [stream, residual], sum_name, norm)
+        query, key, value = (linear(f"{layer}.self_attn.{name}_proj", x) for name in "qkv")
         heads = [
-            decoder.linear[f"{layer}.self_attn.{name}_proj"]["main"]["common"]["outputCount"] // size for name in "qk"
+            decoder.linear[f"{layer}.self_attn.{name}_proj"]["main"]["common"]["outputCount"] // head_dim
+            for name in "qk"
         ]
-        main = {"rope_cut_head_dim": size, "num_head": heads[0], "kv_num_head": heads[1], "head_dim": size}
+        main = {"rope_cut_head_dim": head_dim, "num_head": heads[0], "kv_num_head": heads[1], "head_dim": head_dim}
         for kind in ROTARY_NORMS if decoder.head_norms else ():
             name = f"{layer}.self_attn.{kind}"
             main[kind] = _head_norm(decoder.head_norms[name], vectors[f"{name}.weight"])
-        points = f"{layer}.self_attn.query", f"{layer}.self_attn.key"
-        turned = made.add("RoPE", "RoPEParam", main, [query, key, cosines, sines], *points, form="NHWC")
-        context = f"{layer}.self_attn.context"
-        (seen,) = made.take(attention, [*turned, value, mask], context, output_c4=True)
-        projected = linear(f"{layer}.self_attn.o_proj", seen)
+        rotated = f"{layer}.self_attn.query", f"{layer}.self_attn.key"
+        query_key = new.add("RoPE", "RoPEParam", main, [query, key, cosines, sines], *rotated, layout="NHWC")
+        (context,) = new.take(attention, [*query_key, value, mask], f"{layer}.self_attn.context", output_c4=True)
+        projected = linear(f"{layer}.self_attn.o_proj", context)
         norm = f"{layer}.post_attention_layernorm"
-        stream, read = made.take(decoder.norms[norm], [stream, projected], f"{norm}__sum", norm)
-        gate, up = linear(f"{layer}.mlp.gate_proj", read), linear(f"{layer}.mlp.up_proj", read)
-        gated = made.binary("MUL_SILU", [up, gate], f"{layer}.mlp__gated")
-        added, before = linear(f"{layer}.mlp.down_proj", gated), layer
-        if (seen := next(deepstack, None)) is not None:
-            # Not by the two inputs of LayerNorm, which must be alike: for text alone the engine feeds one zero.
-            total = made.binary("ADD", [stream, added], layer)
-            stream, added = made.binary("ADD", [total, made.seen(seen)], f"{names[seen]}__sum"), None
-    if added is not None:
-        stream = made.binary("ADD", [stream, added], before)
+        stream, x = new.take(decoder.norms[norm], [stream, projected], f"{norm}__sum", norm)
+        gate, up = linear(f"{layer}.mlp.gate_proj", x), linear(f"{layer}.mlp.up_proj", x)
+        gated = new.binary("MUL_SILU", [up, gate], f"{layer}.mlp__gated")
+        residual, sum_name = linear(f"{layer}.mlp.down_proj", gated), layer
+        if (added := next(deepstack, None)) is not None:
+            # LayerNorm's two inputs must have one shape; for text alone the engine feeds a single zero here.
+            total = new.binary("ADD", [stream, residual], layer)
+            stream = new.binary("ADD", [total, new.deepstack(added)], f"{names[added]}__sum")
+            residual = None
+    if residual is not None:
+        stream = new.binary("ADD", [stream, residual], sum_name)
     axis = {"dims": [1], "dataFormat": "NCHW", "dataType": "DT_INT32", "int32s": [0]}
-    (first,) = made.add("Const", "Blob", axis, [], "rows_axis", form="NHWC")
-    made.ops[-1].pop("inputIndexes")
-    rows = decoder.last_rows()
-    _, begin, end, _, *rest = rows["inputIndexes"]
-    (wanted,) = made.take(rows, [stream, begin, end, first, *rest], "last_rows")
-    (last,) = set(decoder.norms) - {f"{layer}.{name}" for layer in decoder.layers for name in NORMS}
-    (normed,) = made.take(decoder.norms[last], [wanted], last)
-    (packed,) = made.take(decoder.linear[HEAD], [normed], f"{HEAD}__packed")
+    (first_axis,) = new.add("Const", "Blob", axis, [], "rows_axis", layout="NHWC")
+    new.ops[-1].pop("inputIndexes")
+    slice_op = decoder.last_rows()
+    _, begin, end, _, *rest = slice_op["inputIndexes"]
+    (rows,) = new.take(slice_op, [stream, begin, end, first_axis, *rest], "last_rows")
+    (last_norm,) = set(decoder.norms) - {f"{layer}.{name}" for layer in decoder.layers for name in NORMS}
+    (normed,) = new.take(decoder.norms[last_norm], [rows], last_norm)
+    (logits,) = new.take(decoder.linear[HEAD], [normed], f"{HEAD}__packed")
     outputs = decoder.linear[HEAD]["main"]["common"]["outputCount"]
-    plain = made.value(f"{HEAD}__unpacked")
-    made.ops.append(change_layout(f"{HEAD}__unpacked", PACKED, "NCHW", packed, plain))
-    made.ops.append(reshape(HEAD, [1, -1, outputs], plain, names.index(HEAD)))
-    return made.ops
+    plain = new.tensor(f"{HEAD}__unpacked")
+    new.ops.append(convert_layout(f"{HEAD}__unpacked", NC4HW4, "NCHW", logits, plain))
+    new.ops.append(reshape(HEAD, [1, -1, outputs], plain, names.index(HEAD)))
+    return new.ops
 
 
-def _needed(ops: list[Op], new: list[Op]) -> list[Op]:
-    """What of the old operators the new ones read, in order."""
-    makers = {index: op for op in ops for index in op["outputIndexes"]}
-    own = {index for op in new for index in op["outputIndexes"]}
-    found: set[int] = set()
-    left = [index for op in new for index in op.get("inputIndexes", []) if index not in own]
-    while left:
-        op = makers[left.pop()]
-        if id(op) not in found:
-            found.add(id(op))
-            left += op.get("inputIndexes", [])
-    return [op for op in ops if id(op) in found]
+def _still_needed(ops: list[Op], new: list[Op]) -> list[Op]:
+    """Return the old operators that the new ones depend on, in order."""
+    producers = {index: op for op in ops for index in op["outputIndexes"]}
+    internal = {index for op in new for index in op["outputIndexes"]}
+    needed: set[int] = set()
+    pending = [index for op in new for index in op.get("inputIndexes", []) if index not in internal]
+    while pending:
+        op = producers[pending.pop()]
+        if id(op) not in needed:
+            needed.add(id(op))
+            pending += op.get("inputIndexes", [])
+    return [op for op in ops if id(op) in needed]
 
 
-def _replaced(dropped: list[Op], decoder: _Decoder) -> bool:
-    """Whether all that computes among the operators that fall away is what the new ones do: in each layer two residual
-    sums, the rotation of queries and keys, their normalizations and the gate, and what deepstack adds; the rest only
-    changes the form of values.
+def _unexpected(dropped: list[Op], decoder: _Decoder) -> str:
+    """Return the first kind of operator that the rewrite would drop and does not replace, "" if there is none."""
+    computing = Counter(
+        (op["type"], (op.get("main") or {}).get("opType")) for op in dropped if op["type"] not in LAYOUT_OPS
+    )
+    expected = decoder.replaced
+    differing = [kind for kind in computing | expected if computing[kind] != expected[kind]]
+    if not differing:
+        return ""
+    (kind, name) = differing[0]
+    return f"it has {computing[kind, name]} operators of type {name or kind} instead of {expected[kind, name]}"
+
+
+def supports_nc4hw4(release: str) -> bool:
+    """Return whether a release of MNN, such as "3.6.1", has these operators; older converters crash on RoPE."""
+    return tuple(int(part) for part in re.findall(r"\d+", release)[:3]) >= NC4HW4_SINCE
+
+
+def to_nc4hw4(graph: Graph, vectors: dict[str, np.ndarray], release: str) -> Layout:
+    """Rewrite a decoder to the NC4HW4 layout, in place; a decoder of another structure stays unchanged.
+
+    Args:
+        graph: The decoder after `restore_linear_layers`.
+        vectors: float32 initializers of the ONNX graph with one axis, by name: gamma of normalizations in RoPE.
+        release: Release of MNN that runs the graph.
+
+    Returns:
+        The layout of the decoder, and the reason if it was not rewritten.
     """
-    computing = Counter((op["type"], (op.get("main") or {}).get("opType")) for op in dropped if op["type"] not in FORMS)
-    return computing == decoder.replaced
-
-
-def runs_packed(release: str) -> bool:
-    """Whether a release of MNN ("3.6.1") has these operators; an older converter crashes on the rotation."""
-    return tuple(int(part) for part in re.findall(r"\d+", release)[:3]) >= SINCE
-
-
-def pack_decoder(graph: Graph, vectors: dict[str, np.ndarray]) -> bool:
-    """Rewrite a decoder in place; False where it is not of the kind that is understood, and nothing is changed.
-
-    `vectors` are the float32 initializers with one axis of the ONNX graph, by name: the weights of the normalizations
-    that become a part of the graph.
-    """
+    if not supports_nc4hw4(release):
+        required = ".".join(map(str, NC4HW4_SINCE))
+        return Layout(PLAIN, f"MNN {release} does not have its operators, MNN {required} does")
     decoder = _Decoder(graph)
-    if not decoder.understood:
-        return False
-    before = list(decoder.names)
+    if reason := decoder.mismatch():
+        return Layout(PLAIN, reason)
+    old_count = len(decoder.names)
     new = _rewrite(decoder, vectors)
-    kept = _needed(graph.ops, new)
-    taken = [*graph.of_type("Input", "Convolution", "Attention"), *decoder.norms.values()]
-    alike = {id(op) for op in [*kept, *taken, decoder.last_rows()]}
-    dropped = [op for op in graph.ops if id(op) not in alike]
-    if not _replaced(dropped, decoder):
-        del graph.content["tensorName"][len(before) :]
-        return False
+    needed = _still_needed(graph.ops, new)
+    copied = [*graph.of_type("Input", "Convolution", "Attention"), *decoder.norms.values(), decoder.last_rows()]
+    kept = {id(op) for op in [*needed, *copied]}
+    dropped = [op for op in graph.ops if id(op) not in kept]
+    if reason := _unexpected(dropped, decoder):
+        del graph.content["tensorName"][old_count:]
+        return Layout(PLAIN, reason)
     inputs = graph.of_type("Input")
-    graph.content["oplists"] = [*inputs, *(op for op in kept if op["type"] != "Input"), *new]
-    _make_names_unique(graph, before)
-    return True
+    graph.content["oplists"] = [*inputs, *(op for op in needed if op["type"] != "Input"), *new]
+    _rename_old_tensors(graph, old_count)
+    return Layout(NC4HW4)
 
 
-def _make_names_unique(graph: Graph, before: list[str]) -> None:
-    """A point's old tensor gives its name away to the new one."""
+def _rename_old_tensors(graph: Graph, old_count: int) -> None:
+    """Rename old tensors whose names new tensors have."""
     names = graph.content["tensorName"]
-    taken = Counter(names[len(before) :])
-    for index in range(len(before)):
-        if taken[names[index]]:
+    new_names = set(names[old_count:])
+    for index in range(old_count):
+        if names[index] in new_names:
             names[index] += "__before"

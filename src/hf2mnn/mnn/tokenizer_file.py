@@ -1,8 +1,8 @@
-"""A tokenizer file of MNN's LLM engine as it stands on disk, whoever wrote it: `tokenizer.mtok` and `tokenizer.txt`.
+"""Read tokenizer files of MNN's LLM engine from any source: `tokenizer.mtok` and `tokenizer.txt`.
 
-The engine reads both without a look at where they end (`Tokenizer::createTokenizer` and
-`PipelineTokenizer::load_vocab_binary` of MNN 3.6.1), so a file that was cut short or changed makes it read, or write,
-past its memory. Here every count is held against the bytes that are there before anything is made of it.
+The engine does not check where these files end (`Tokenizer::createTokenizer` and
+`PipelineTokenizer::load_vocab_binary` of MNN 3.6.1): with a truncated or changed file it reads or writes past its
+memory. Here every count is checked against the bytes that remain, before memory is allocated.
 """
 
 from __future__ import annotations
@@ -19,21 +19,29 @@ import numpy as np
 
 from hf2mnn.checkpoint.folder import LFS_POINTER
 from hf2mnn.core.errors import BundleError
-from hf2mnn.mnn.tokenizer import MAGIC, PIPELINE
+from hf2mnn.mnn.engine_facts import PIPELINE, TOKENIZER_KINDS, TOKENIZER_MAGIC, Decoder, Model, Normalizer, PreTokenizer
 
-KINDS = {0: "sentencepiece", 1: "tiktoken", 2: "bert", 3: "huggingface", PIPELINE: "pipeline"}
-"""What the second number of the file says; all but the last are text (`tokenizer.txt`)."""
 HUGGINGFACE = "huggingface"
-LARGEST = 1 << 28
-"""Bytes of a file that is read at all; the largest vocabularies take a few million."""
-DEEPEST = 8
-"""Sequences in sequences of a normalizer, splitter or decoder."""
+MAX_SIZE = 1 << 28
+"""Largest size of a file in bytes; the largest vocabularies have a few million."""
+MAX_DEPTH = 8
+"""Largest depth of nested sequences in a normalizer, pre-tokenizer or decoder."""
 
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """tokens: text by id, in the byte alphabet where the model is byte-level BPE, b"" for one that only stands in
-    `added`. merges: rank by the texts of its halves. added: text by id. template, eos, bos: "" where there is none.
+    """Contents of a tokenizer file.
+
+    Attributes:
+        kind: A value of `TOKENIZER_KINDS`.
+        special: Ids of special tokens.
+        stop: Ids of end-of-text tokens.
+        tokens: Text by id, in the byte alphabet for byte-level BPE; b"" for a token that only `added` has.
+        merges: Rank by the texts of the two halves.
+        added: Text of added tokens by id.
+        template: Chat template, or "".
+        eos: End-of-text token, or "".
+        bos: Begin-of-text token, or "".
     """
 
     kind: str
@@ -48,22 +56,25 @@ class TokenizerFile:
 
     @property
     def known(self) -> set[int]:
+        """Ids of all tokens."""
         return self.tokens.keys() | self.added.keys()
 
     def text(self, number: int) -> str | None:
-        """What a token is; of an added one its own text."""
-        found = self.added.get(number, self.tokens.get(number))
-        return None if found is None else found.decode(errors="replace")
+        """Return the text of a token, or None for an unknown id."""
+        stored = self.added.get(number, self.tokens.get(number))
+        return None if stored is None else stored.decode(errors="replace")
 
 
 class _Cursor:
-    """The binary part, front to back."""
+    """Position in the binary part of a file."""
 
     def __init__(self, content: bytes, position: int, path: Path) -> None:
         self.content, self.position, self.path = content, position, path
 
-    def fail(self, what: str) -> NoReturn:
-        raise BundleError(f"{self.path} is no tokenizer that MNN's engine can read: {what}; copy or export it again")
+    def fail(self, reason: str) -> NoReturn:
+        raise BundleError(
+            f"{self.path} is not a tokenizer file that MNN's engine can read: {reason}; copy or export it again"
+        )
 
     @property
     def left(self) -> int:
@@ -71,7 +82,7 @@ class _Cursor:
 
     def raw(self, size: int) -> bytes:
         if size > self.left:
-            self.fail(f"it ends {size - self.left} bytes too soon")
+            self.fail(f"it ends {size - self.left} bytes too early")
         self.position += size
         return self.content[self.position - size : self.position]
 
@@ -80,18 +91,22 @@ class _Cursor:
         return value
 
     def count(self, smallest: int) -> int:
-        """A u32 of entries that take at least `smallest` bytes each."""
+        """Read a u32 count of entries of at least `smallest` bytes each."""
         count = self.number("I")
         if count * smallest > self.left:
-            self.fail(f"it counts {count} entries where {self.left} bytes are left")
+            self.fail(f"it counts {count} entries, and {self.left} bytes remain")
         return count
 
     def string(self) -> bytes:
         return self.raw(self.number("H"))
 
 
-def _numbers_and_strings(form: str) -> Callable[[_Cursor, int], None]:
-    """Skips u8 (B), u32 (I) and strings (s)."""
+_Skip = Callable[[_Cursor, int], None]
+"""Function that moves a cursor past a part at a depth of nesting."""
+
+
+def _fields(form: str) -> _Skip:
+    """Return a function that skips u8 (B), u32 (I) and strings (s)."""
 
     def skip(cursor: _Cursor, _: int) -> None:
         for kind in form:
@@ -114,7 +129,7 @@ def _bert(cursor: _Cursor, depth: int) -> None:
         _table(cursor, depth)
 
 
-def _sequence(parts: dict[int, Callable[[_Cursor, int], None]]) -> Callable[[_Cursor, int], None]:
+def _sequence(parts: dict[int, _Skip]) -> _Skip:
     def skip(cursor: _Cursor, depth: int) -> None:
         for _ in range(cursor.count(1)):
             _part(cursor, parts, depth + 1)
@@ -122,36 +137,54 @@ def _sequence(parts: dict[int, Callable[[_Cursor, int], None]]) -> Callable[[_Cu
     return skip
 
 
-NORMALIZERS: dict[int, Callable[[_Cursor, int], None]] = {
-    **{kind: _numbers_and_strings(form) for kind, form in enumerate(["", "", "s", "ss"])},
-    5: _numbers_and_strings("BBBB"),
-    6: _table,
-    7: _bert,
-    8: _numbers_and_strings("BB"),
+NORMALIZERS: dict[int, _Skip] = {
+    Normalizer.NONE: _fields(""),
+    Normalizer.NFKC_WITHOUT_TABLE: _fields(""),
+    Normalizer.PREPEND: _fields("s"),
+    Normalizer.REPLACE: _fields("ss"),
+    Normalizer.BERT_WITHOUT_TABLE: _fields("BBBB"),
+    Normalizer.NFKC: _table,
+    Normalizer.BERT: _bert,
+    Normalizer.STRIP: _fields("BB"),
 }
-NORMALIZERS[4] = _sequence(NORMALIZERS)
-SPLITTERS = {kind: _numbers_and_strings(form) for kind, form in enumerate(["", "B", "B", "sB", "sBB", ""])}
-SPLITTERS[6] = _sequence(SPLITTERS)
-DECODERS = {kind: _numbers_and_strings(form) for kind, form in enumerate(["", "", "sB", "sB", "", "ss", "sII"])}
-DECODERS[7] = _sequence(DECODERS)
+NORMALIZERS[Normalizer.SEQUENCE] = _sequence(NORMALIZERS)
+PRE_TOKENIZERS: dict[int, _Skip] = {
+    PreTokenizer.NONE: _fields(""),
+    PreTokenizer.BYTE_LEVEL: _fields("B"),
+    PreTokenizer.DIGITS: _fields("B"),
+    PreTokenizer.METASPACE: _fields("sB"),
+    PreTokenizer.SPLIT: _fields("sBB"),
+    PreTokenizer.BERT: _fields(""),
+}
+PRE_TOKENIZERS[PreTokenizer.SEQUENCE] = _sequence(PRE_TOKENIZERS)
+DECODERS: dict[int, _Skip] = {
+    Decoder.BYTE_LEVEL: _fields(""),
+    Decoder.BYTE_FALLBACK: _fields(""),
+    Decoder.METASPACE: _fields("sB"),
+    Decoder.WORDPIECE: _fields("sB"),
+    Decoder.FUSE: _fields(""),
+    Decoder.REPLACE: _fields("ss"),
+    Decoder.STRIP: _fields("sII"),
+}
+DECODERS[Decoder.SEQUENCE] = _sequence(DECODERS)
 
 
-def _part(cursor: _Cursor, parts: dict[int, Callable[[_Cursor, int], None]], depth: int = 0) -> None:
-    kind = cursor.number("B")
-    if kind not in parts or depth > DEEPEST:
-        cursor.fail(f"byte {cursor.position - 1} is {kind}, which is no kind of a part")
-    parts[kind](cursor, depth)
+def _part(cursor: _Cursor, parts: dict[int, _Skip], depth: int = 0) -> None:
+    code = cursor.number("B")
+    if code not in parts or depth > MAX_DEPTH:
+        cursor.fail(f"byte {cursor.position - 1} is {code}, which is not the code of a part")
+    parts[code](cursor, depth)
 
 
-def _vocabulary(cursor: _Cursor, count: int, after: int = 0) -> dict[int, bytes]:
-    """`count` entries of text and id, each with `after` bytes more."""
+def _vocabulary(cursor: _Cursor, count: int, extra: int = 0) -> dict[int, bytes]:
+    """Read `count` entries of text and id, each followed by `extra` bytes."""
     tokens = {}
-    if count * (6 + after) > cursor.left:
-        cursor.fail(f"it counts {count} tokens where {cursor.left} bytes are left")
+    if count * (6 + extra) > cursor.left:
+        cursor.fail(f"it counts {count} tokens, and {cursor.left} bytes remain")
     for _ in range(count):
         text, number = cursor.string(), cursor.number("I")
-        cursor.raw(after)
-        # The engine's table has as many rows as there are entries; it writes past its end for a greater id.
+        cursor.raw(extra)
+        # The engine's table has one row for each entry, and it writes past its end for a larger id.
         if number >= count:
             cursor.fail(f"token {text.decode(errors='replace')!r} has id {number} in a vocabulary of {count}")
         tokens[number] = text
@@ -159,34 +192,35 @@ def _vocabulary(cursor: _Cursor, count: int, after: int = 0) -> dict[int, bytes]
 
 
 def _model(cursor: _Cursor) -> tuple[dict[int, bytes], dict[tuple[bytes, bytes], int]]:
-    kind, count = cursor.number("B"), cursor.number("I")
-    if kind == 0:
+    """Read vocabulary and merges."""
+    code, count = cursor.number("B"), cursor.number("I")
+    if code == Model.BPE:
         cursor.raw(2)
-        merged = cursor.number("I")
+        merges = cursor.number("I")
         tokens = _vocabulary(cursor, count)
-        rows = np.frombuffer(cursor.raw(12 * merged), "<u4").reshape(-1, 3).tolist()
+        rows = np.frombuffer(cursor.raw(12 * merges), "<u4").reshape(-1, 3).tolist()
         if any(left not in tokens or right not in tokens for left, right, _ in rows):
             cursor.fail("a merge names a token that is not in the vocabulary")
         return tokens, {(tokens[left], tokens[right]): rank for left, right, rank in rows}
-    if kind == 1:
-        _numbers_and_strings("ssI")(cursor, 0)
+    if code == Model.WORDPIECE:
+        _fields("ssI")(cursor, 0)
         return _vocabulary(cursor, count), {}
-    if kind == 2:
+    if code == Model.UNIGRAM:
         cursor.raw(5)
         return _vocabulary(cursor, count, 8), {}
-    return cursor.fail(f"its model is of kind {kind}")
+    return cursor.fail(f"its model has the unknown code {code}")
 
 
 def _text(cursor: _Cursor, raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        cursor.fail("its chat template is no UTF-8")
+        cursor.fail("its chat template is not UTF-8")
 
 
-def _binary(cursor: _Cursor, special: tuple[int, ...], stop: tuple[int, ...]) -> TokenizerFile:
+def _read_binary(cursor: _Cursor, special: tuple[int, ...], stop: tuple[int, ...]) -> TokenizerFile:
     _part(cursor, NORMALIZERS)
-    _part(cursor, SPLITTERS)
+    _part(cursor, PRE_TOKENIZERS)
     tokens, merges = _model(cursor)
     _part(cursor, DECODERS)
     added = {}
@@ -194,41 +228,40 @@ def _binary(cursor: _Cursor, special: tuple[int, ...], stop: tuple[int, ...]) ->
         number = cursor.number("I")
         cursor.raw(3)
         added[number] = cursor.string()
-    # Each of the rest may be left out.
+    # The rest is optional.
     template = _text(cursor, cursor.raw(cursor.number("I"))) if cursor.left else ""
     eos = _text(cursor, cursor.string()) if cursor.left else ""
     if cursor.left:
         cursor.raw(1)
     bos = _text(cursor, cursor.string()) if cursor.left else ""
-    return TokenizerFile(KINDS[PIPELINE], special, stop, tokens, merges, added, template, eos, bos)
+    return TokenizerFile(TOKENIZER_KINDS[PIPELINE], special, stop, tokens, merges, added, template, eos, bos)
 
 
-def _lines(cursor: _Cursor, kind: str, special: tuple[int, ...], stop: tuple[int, ...]) -> TokenizerFile:
+def _read_lines(cursor: _Cursor, kind: str, special: tuple[int, ...], stop: tuple[int, ...]) -> TokenizerFile:
     first, *lines = cursor.raw(cursor.left).split(b"\n")
     try:
-        counted = [int(number) for number in first.split()]
+        counts = [int(number) for number in first.split()]
     except ValueError:
-        counted = []
-    count, merged = (*counted, 0, 0)[:2]
-    if not 0 < count <= len(lines) or not 0 <= merged <= len(lines) - count:
-        cursor.fail(f"it counts {count} tokens and {merged} merges in {len(lines)} lines")
+        counts = []
+    count, merges = (*counts, 0, 0)[:2]
+    if not 0 < count <= len(lines) or not 0 <= merges <= len(lines) - count:
+        cursor.fail(f"it counts {count} tokens and {merges} merges in {len(lines)} lines")
     tokens = lines[:count]
     if kind != HUGGINGFACE:
         try:
             tokens = [base64.b64decode(line.partition(b" ")[0], validate=True) for line in tokens]
         except binascii.Error:
-            cursor.fail("a token is not written in base64")
-    pairs = [line.partition(b" ")[::2] for line in lines[count : count + merged]]
-    return TokenizerFile(
-        kind, special, stop, dict(enumerate(tokens)), {pair: rank for rank, pair in enumerate(pairs)}, {}
-    )
+            cursor.fail("a token is not in base64")
+    pairs = [line.partition(b" ")[::2] for line in lines[count : count + merges]]
+    ranks = {pair: rank for rank, pair in enumerate(pairs)}
+    return TokenizerFile(kind, special, stop, dict(enumerate(tokens)), ranks, {})
 
 
 def parse_tokenizer(content: bytes, path: Path) -> TokenizerFile:
-    """The bytes of a tokenizer file; `path` is for messages.
+    """Parse the bytes of a tokenizer file; `path` is for messages.
 
     Raises:
-        BundleError: it is none, or was cut short.
+        BundleError: The file is not a tokenizer, or is truncated.
     """
     cursor = _Cursor(content, 0, path)
     if content.startswith(LFS_POINTER):
@@ -239,24 +272,29 @@ def parse_tokenizer(content: bytes, path: Path) -> TokenizerFile:
         sizes = [int(number) for number in counts.split()]
         numbers = [int(number) for number in ids.split()]
     except ValueError:
-        cursor.fail(f"it does not begin with '{MAGIC}' and a kind")
-    if magic != MAGIC or kind not in KINDS:
-        cursor.fail(f"it begins with '{magic} {kind}', not with '{MAGIC}' and a kind from 0 to {max(KINDS)}")
+        cursor.fail(f"it does not begin with '{TOKENIZER_MAGIC}' and a kind")
+    if magic != TOKENIZER_MAGIC or kind not in TOKENIZER_KINDS:
+        expected = f"'{TOKENIZER_MAGIC}' and a kind from 0 to {max(TOKENIZER_KINDS)}"
+        cursor.fail(f"it begins with '{magic} {kind}', not with {expected}")
     if len(sizes) != 3 or min(sizes) < 0 or sum(sizes) != len(numbers) or min(numbers, default=0) < 0:
-        cursor.fail(f"its second line counts other than the {len(numbers)} ids of the third")
+        cursor.fail(f"its second line does not count the {len(numbers)} ids of the third")
     cursor.raw(len(head) + len(counts) + len(ids) + 3)
     special, stop = tuple(numbers[: sizes[0]]), tuple(numbers[sizes[0] : sizes[0] + sizes[1]])
-    if KINDS[kind] == KINDS[PIPELINE]:
-        return _binary(cursor, special, stop)
-    return _lines(cursor, KINDS[kind], special, stop)
+    if kind == PIPELINE:
+        return _read_binary(cursor, special, stop)
+    return _read_lines(cursor, TOKENIZER_KINDS[kind], special, stop)
 
 
 def read_tokenizer(path: Path) -> TokenizerFile:
-    """Raises BundleError where it is not there, or as `parse_tokenizer` does."""
+    """Read a tokenizer file.
+
+    Raises:
+        BundleError: The file is missing, too large, or as for `parse_tokenizer`.
+    """
     try:
         size = path.stat().st_size
-        if size > LARGEST:
-            raise BundleError(f"{path} has {size} bytes, which no tokenizer has; copy or export it again")
+        if size > MAX_SIZE:
+            raise BundleError(f"{path} has {size} bytes, more than any tokenizer; copy or export it again")
         return parse_tokenizer(path.read_bytes(), path)
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror}); copy or export it again") from None

@@ -1,1 +1,1 @@
-"""The portable graph: explicit KV cache, lazy weights, and an ONNX Runtime session that decodes."""
+"""Portable ONNX graphs: export with an explicit KV cache, and an ONNX Runtime session that decodes."""

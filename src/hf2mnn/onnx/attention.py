@@ -1,14 +1,14 @@
-"""Attention that traces as one opaque node, and is written out as standard ops after the graph is optimized.
+"""Attention as one opaque node while tracing, expanded to standard operators after the graph is optimized.
 
-MNN's converter replaces attention by its own fused operator, with a KV cache that the engine keeps, only where it
-finds one exact chain of ops (`FuseAttention.cpp` and `RemovePastKeyValue` in MNN 3.6.1):
+MNN's converter fuses attention into an operator with a KV cache of the engine only if it matches one exact chain of
+operators (`FuseAttention.cpp` and `RemovePastKeyValue` of MNN 3.6.1):
 
     Reshape(Transpose(MatMul(Softmax(Add(Mul(MatMul(Transpose(q), K), scale), mask)), V)))
     K = [Reshape(Expand(Unsqueeze(] Transpose(Concat(past_k, k, axis=1), 0 2 3 1) [)))]
     V = [Reshape(Expand(Unsqueeze(] Transpose(Concat(past_v, v, axis=1), 0 2 1 3) [)))]
 
-with q, k, v as [batch, tokens, heads, head size] and the brackets for grouped queries. An optimizer folds the pair
-of transposes around q away, so the chain must not be in the graph while one runs.
+q, k and v are [batch, tokens, heads, head_dim]. The operators in brackets are for grouped-query attention. An optimizer
+would remove the two transposes of q, which cancel out, so the chain is added after optimization.
 """
 
 from __future__ import annotations
@@ -31,10 +31,19 @@ def cached_attention(
     mask: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query [1, heads, s, d]; key, value [1, kv heads, s, d]; past [1, p, kv heads, d]; mask [1, 1, s, p + s].
+    """Attention with a KV cache, as a symbolic node for tracing.
 
-    Gives [1, s, heads, d] and the cache with this call's keys and values, [1, p + s, kv heads, d] each. Only to be
-    traced: it has no values.
+    Args:
+        query: [1, heads, s, d].
+        key: [1, kv heads, s, d].
+        value: [1, kv heads, s, d].
+        past_key: Cached keys [1, p, kv heads, d].
+        past_value: Cached values [1, p, kv heads, d].
+        mask: [1, 1, s, p + s], added to the scores.
+        scale: Factor of the scores.
+
+    Returns:
+        Context [1, s, heads, d], and the extended keys and values, [1, p + s, kv heads, d] each.
     """
     batch, heads, tokens, size = query.shape
     present = [batch, past_key.shape[1] + tokens, key.shape[1], size]
@@ -51,7 +60,18 @@ def cached_attention(
 def full_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """query, key, value [1, heads, n, d] and mask [1, n, n] to [1, n, heads, d]. Only to be traced."""
+    """Attention without a cache, as a symbolic node for tracing.
+
+    Args:
+        query: [1, heads, n, d].
+        key: [1, heads, n, d].
+        value: [1, heads, n, d].
+        mask: [1, n, n], added to the scores.
+        scale: Factor of the scores.
+
+    Returns:
+        Context [1, n, heads, d].
+    """
     batch, heads, tokens, size = query.shape
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::{FULL}",
@@ -64,7 +84,7 @@ def full_attention(
 
 
 class _Chain:
-    """Appends nodes of one attention after another and gives them names that say which layer they are of."""
+    """Builder of a chain of nodes whose names begin with the name of their attention."""
 
     def __init__(self, name: str) -> None:
         self.name, self.nodes = name, []
@@ -86,7 +106,7 @@ class _Chain:
 
 
 def _expand_heads(chain: _Chain, value: ir.Value, heads: int, kv_heads: int, shape: list[int], name: str) -> ir.Value:
-    """Repeat each kv head for its group of query heads; nothing to do where there is one for each."""
+    """Repeat each key-value head for its group of query heads."""
     if heads == kv_heads:
         return value
     group = heads // kv_heads
@@ -100,17 +120,17 @@ def _expand_heads(chain: _Chain, value: ir.Value, heads: int, kv_heads: int, sha
 
 
 def _dimensions(value: ir.Value) -> tuple[int, int]:
-    """(heads, head size) of a [1, heads, tokens, head size] value."""
+    """Return heads and head_dim of a value [1, heads, tokens, head_dim]."""
     return int(value.shape[1]), int(value.shape[3])
 
 
-def _expand(node: ir.Node, name: str) -> list[ir.Node]:
+def _expand_node(node: ir.Node, name: str) -> list[ir.Node]:
     chain = _Chain(name)
     query, key, value, *rest = node.inputs
-    heads, size = _dimensions(query)
+    heads, head_dim = _dimensions(query)
     kv_heads, _ = _dimensions(key)
     swap = (0, 2, 1, 3)
-    # The engine's operator takes [batch, tokens, heads, head size]; MNN looks for the Transpose after that.
+    # The engine's operator takes [batch, tokens, heads, head_dim]; MNN matches the Transpose after it.
     query = chain("Transpose", query, name="query", perm=swap)
     key = chain("Transpose", key, name="key", perm=swap)
     value = chain("Transpose", value, name="value", perm=swap)
@@ -123,8 +143,8 @@ def _expand(node: ir.Node, name: str) -> list[ir.Node]:
     query = chain("Transpose", query, name="query_heads", perm=swap)
     key = chain("Transpose", key, name="key_heads", perm=(0, 2, 3, 1))
     value = chain("Transpose", value, name="value_heads", perm=swap)
-    key = _expand_heads(chain, key, heads, kv_heads, [1, heads, size, -1], "key")
-    value = _expand_heads(chain, value, heads, kv_heads, [1, heads, -1, size], "value")
+    key = _expand_heads(chain, key, heads, kv_heads, [1, heads, head_dim, -1], "key")
+    value = _expand_heads(chain, value, heads, kv_heads, [1, heads, -1, head_dim], "value")
     scores = chain("MatMul", query, key, name="scores")
     scale = chain.constant(np.array(node.attributes["scale"].as_float(), np.float32), "scale")
     scores = chain("Mul", scores, scale, name="scaled")
@@ -139,11 +159,11 @@ def _expand(node: ir.Node, name: str) -> list[ir.Node]:
     return chain.nodes
 
 
-def write_out_attention(model: ir.Model) -> int:
-    """Replace every opaque attention node by standard ops. Gives how many there were."""
-    found = [node for node in model.graph if node.domain == DOMAIN]
-    for layer, node in enumerate(found):
-        model.graph.insert_before(node, _expand(node, f"attention_{layer}"))
+def expand_attention(model: ir.Model) -> int:
+    """Replace every opaque attention node by standard operators, and return their number."""
+    opaque = [node for node in model.graph if node.domain == DOMAIN]
+    for layer, node in enumerate(opaque):
+        model.graph.insert_before(node, _expand_node(node, f"attention_{layer}"))
         model.graph.remove(node, safe=True)
     model.opset_imports.pop(DOMAIN, None)
-    return len(found)
+    return len(opaque)

@@ -1,8 +1,8 @@
-"""Deepstack: after each of the first layers, the decoder adds what a block of the vision tower has seen of an image.
+"""Deepstack: features of the vision tower that the decoder adds after each of its first layers (Qwen3-VL).
 
-deepstack_embeds float32 [layers, tokens, hidden] has zeros where there is text; one token serves for all, as the engine
-feeds zeros [layers, 1, 1]. It is put into the finished graph, so that the layers themselves are alike when they are
-traced.
+The input deepstack_embeds float32 [layers, tokens, hidden] is zero for text. One token broadcasts to all, as MNN's
+engine feeds zeros [layers, 1, 1]. It is inserted into the finished graph, so that all layers are identical when they
+are traced.
 """
 
 from __future__ import annotations
@@ -15,27 +15,32 @@ DEEPSTACK = "deepstack_embeds"
 
 
 def add_deepstack(model: ir.Model, layers: str, count: int, hidden: int) -> None:
-    """Let a decoder's graph, its points named, add `deepstack_embeds` to what its first `count` layers give. `layers`
-    is the name of their list.
+    """Add `deepstack_embeds` to the outputs of the first layers of a decoder graph with named tap points.
+
+    Args:
+        model: Decoder graph.
+        layers: Name of the list of layers.
+        count: Number of layers with deepstack features.
+        hidden: Hidden size.
 
     Raises:
-        ExportError: the graph has no point for what a layer gives.
+        ExportError: The graph has no tap point for a layer.
     """
     graph = model.graph
-    given = ir.Value(name=DEEPSTACK, shape=ir.Shape([count, "seen", hidden]), type=ir.TensorType(ir.DataType.FLOAT))
-    made = {value.name: value for node in graph for value in node.outputs}
-    # Not Gather: MNN's converter dies of one in the dump of its own graph.
-    split = ir.node("Split", [given], {"axis": 0, "num_outputs": count}, num_outputs=count, name="deepstack")
-    for layer, seen in enumerate(split.outputs):
-        output = made.get(f"{layers}.{layer}")
+    embeds = ir.Value(name=DEEPSTACK, shape=ir.Shape([count, "seen", hidden]), type=ir.TensorType(ir.DataType.FLOAT))
+    values = {value.name: value for node in graph for value in node.outputs}
+    # Not Gather: MNN's converter crashes when it dumps such a graph.
+    split = ir.node("Split", [embeds], {"axis": 0, "num_outputs": count}, num_outputs=count, name="deepstack")
+    for layer, features in enumerate(split.outputs):
+        output = values.get(f"{layers}.{layer}")
         if output is None:
-            raise ExportError(f"the decoder has no point for what layer {layer} gives; this is a bug, report it")
-        added = ir.node("Add", [output, seen], name=f"deepstack_{layer}/added")
-        seen.name, seen.type = f"deepstack_{layer}/seen", given.type
-        result = added.outputs[0]
-        result.name, result.type, result.shape = added.name, given.type, output.shape
+            raise ExportError(f"the decoder graph has no tap point {layers}.{layer}; this is a bug, report it")
+        add = ir.node("Add", [output, features], name=f"deepstack_{layer}/added")
+        features.name, features.type = f"deepstack_{layer}/seen", embeds.type
+        result = add.outputs[0]
+        result.name, result.type, result.shape = add.name, embeds.type, output.shape
         output.replace_all_uses_with(result)
-        added.replace_input_with(0, output)
-        graph.insert_after(output.producer(), added)
+        add.replace_input_with(0, output)
+        graph.insert_after(output.producer(), add)
     graph.insert_before(graph[0], split)
-    graph.inputs.append(given)
+    graph.inputs.append(embeds)

@@ -1,4 +1,4 @@
-"""Read the weights of an exported graph where they lie, without loading the graph's data."""
+"""Read the weights of an exported graph from its external files, without loading all of them."""
 
 from __future__ import annotations
 
@@ -12,63 +12,74 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from hf2mnn.checkpoint.tensors import StoredTensor
 from hf2mnn.core.errors import ExportError
-from hf2mnn.core.untrusted import inside
+from hf2mnn.core.untrusted import path_inside
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """An ONNX file without the data that lies outside of it.
+    """Load an ONNX file without its external data.
 
     Raises:
-        ExportError: it is none.
+        ExportError: The file is not a readable ONNX graph.
     """
     try:
         return onnx.load(path, load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
-        raise ExportError(f"{path} is not an ONNX graph that can be read ({error}); make it again") from None
+        raise ExportError(f"{path} is not an ONNX graph that can be read ({error}); export it again") from None
 
 
 def _stored(tensor: onnx.TensorProto, folder: Path) -> StoredTensor:
-    """Raises ExportError for a place that is out of the folder, or none."""
+    """Return the location of an external tensor.
+
+    Raises:
+        ExportError: The location is invalid or outside of the folder.
+    """
     try:
         info, dtype = ExternalDataInfo(tensor), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        path, offset, shape = inside(folder, info.location), int(info.offset or 0), tuple(tensor.dims)
+        path, offset, shape = path_inside(folder, info.location), int(info.offset or 0), tuple(tensor.dims)
         if min(offset, *shape) < 0:
             raise ValueError(f"{shape} at {offset}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(
-            f"{tensor.name} is said to lie where nothing can be read ({error}); export the graph again"
+            f"initializer {tensor.name} has an invalid external location ({error}); export the graph again"
         ) from None
     return StoredTensor(path, dtype, shape, offset)
 
 
 def stored_initializers(graph: Path) -> dict[str, StoredTensor]:
-    """Every initializer of an ONNX file that lies outside of it, by name.
+    """Return the locations of an ONNX file's external initializers by name.
 
     Raises:
-        ExportError: a file that the graph points into is missing or too short.
+        ExportError: A file is missing or too short.
     """
-    model, found = load_graph(graph), {}
-    for tensor in filter(uses_external_data, model.graph.initializer):
-        stored = found[tensor.name] = _stored(tensor, graph.parent)
+    initializers = {}
+    for tensor in filter(uses_external_data, load_graph(graph).graph.initializer):
+        stored = initializers[tensor.name] = _stored(tensor, graph.parent)
+        end = stored.offset + stored.size
         size = stored.path.stat().st_size if stored.path.is_file() else 0
-        if size < stored.offset + stored.size:
+        if size < end:
             raise ExportError(
-                f"{graph.name} reads {tensor.name} up to byte {stored.offset + stored.size} of {stored.path.name},"
-                f" which has {size}; export it again"
+                f"initializer {tensor.name} of {graph.name} ends at byte {end} of {stored.path.name}, which has {size}"
+                " bytes; export the graph again"
             )
-    return found
+    return initializers
 
 
 class Matrices:
-    """The matrices that a graph's operators read: initializers, cast and transposed on their way or not."""
+    """Constant matrices of a graph's operators: initializers, directly or through Cast and Transpose.
+
+    Attributes:
+        initializers: Initializers by name.
+        producers: Nodes by the names of their outputs.
+        folder: Folder of the graph, for `read`.
+    """
 
     def __init__(self, model: onnx.ModelProto, folder: Path = Path()) -> None:
-        """`folder` is the graph's, for `read`."""
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self.producers = {name: node for node in model.graph.node for name in node.output}
         self.folder = folder
 
     def _find(self, name: str) -> tuple[onnx.TensorProto | None, bool]:
+        """Return the initializer behind a value, and whether it is transposed."""
         transposed = False
         while (node := self.producers.get(name)) is not None and node.op_type in ("Cast", "Transpose"):
             transposed ^= node.op_type == "Transpose"
@@ -76,14 +87,14 @@ class Matrices:
         return self.initializers.get(name), transposed
 
     def shape(self, name: str) -> tuple[int, int] | None:
-        """Of the value `name`; None for what is no matrix of constants."""
+        """Return the shape of a value, or None if it is not a constant matrix."""
         tensor, transposed = self._find(name)
         if tensor is None or len(tensor.dims) != 2:
             return None
         return tuple(tensor.dims[::-1] if transposed else tensor.dims)
 
     def read(self, name: str) -> np.ndarray:
-        """float32, of the value `name`, which has a `shape`."""
+        """Read a constant matrix in float32."""
         tensor, transposed = self._find(name)
         if uses_external_data(tensor):
             values = _stored(tensor, self.folder).rows(0, tensor.dims[0])
@@ -93,10 +104,10 @@ class Matrices:
 
 
 def float_values(graph: Path) -> dict[str, np.ndarray]:
-    """float32 constants and initializers that an ONNX file holds itself, by name.
+    """Return the float32 constants and initializers inside an ONNX file, by name.
 
     Raises:
-        ExportError: one of them is not the values of its shape.
+        ExportError: The data of one do not fit its shape.
     """
     model = load_graph(graph)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer if not uses_external_data(tensor)}
@@ -107,18 +118,16 @@ def float_values(graph: Path) -> dict[str, np.ndarray]:
     try:
         return {name: numpy_helper.to_array(tensor) for name, tensor in floats.items()}
     except (ValueError, TypeError) as error:
-        raise ExportError(f"{graph} has a constant that is none ({error}); make it again") from None
+        raise ExportError(f"{graph} has an invalid constant ({error}); export it again") from None
 
 
-def initializer_values(graph: Path, axes: int) -> dict[str, np.ndarray]:
-    """float32 initializers with so many axes, by name, wherever they lie."""
-    outside = {name: stored for name, stored in stored_initializers(graph).items() if len(stored.shape) == axes}
-    inside = {name: values for name, values in float_values(graph).items() if values.ndim == axes}
-    return inside | {name: stored.rows(0, stored.shape[0]) for name, stored in outside.items()}
+def initializer_values(graph: Path, rank: int) -> dict[str, np.ndarray]:
+    """Return the float32 initializers and constants with `rank` axes, inside and outside of an ONNX file, by name."""
+    external = {name: stored for name, stored in stored_initializers(graph).items() if len(stored.shape) == rank}
+    internal = {name: values for name, values in float_values(graph).items() if values.ndim == rank}
+    return internal | {name: stored.rows(0, stored.shape[0]) for name, stored in external.items()}
 
 
-def small_values(graph: Path) -> dict[str, np.ndarray]:
-    """What an MNN graph of an ONNX file may hold itself: its float32 constants, and vectors wherever they lie, by
-    name.
-    """
+def small_constants(graph: Path) -> dict[str, np.ndarray]:
+    """Return the float32 values that MNN's converter stores inside a graph: constants, and all vectors, by name."""
     return float_values(graph) | initializer_values(graph, 1)

@@ -1,7 +1,7 @@
-"""Trace a few layers, and repeat one in the graph as often as the model has it.
+"""Trace three layers of a model, and copy one in the graph as often as the model has layers.
 
-Layers of one kind differ in nothing but their weights, and torch.export takes a second for each: of 28 layers three are
-enough. The first stays what it is, the second is the pattern, the third becomes the last.
+The layers differ in their weights alone, and torch.export takes a second for each. The first traced layer stays the
+first, the second is the pattern to copy, and the third becomes the last.
 """
 
 from __future__ import annotations
@@ -14,151 +14,177 @@ import torch
 TRACED = 3
 
 
-def _described(layer: torch.nn.Module) -> tuple:
-    """What of a layer shapes its graph: its modules, their settings, their weights' shapes; not its index."""
-    kinds = [(name, type(module)) for name, module in layer.named_modules()]
+def _structure(layer: torch.nn.Module) -> tuple:
+    """Return all properties of a layer that shape its graph: modules, settings and shapes of weights."""
+    modules = [(name, type(module)) for name, module in layer.named_modules()]
     settings = [
         (name, key, value)
         for name, module in layer.named_modules()
         for key, value in sorted(vars(module).items())
         if isinstance(value, bool | int | float | str | None) and key != "layer_idx"
     ]
-    return kinds, settings, [(name, weight.shape, weight.dtype) for name, weight in layer.named_parameters()]
+    return modules, settings, [(name, weight.shape, weight.dtype) for name, weight in layer.named_parameters()]
 
 
-def layers_of(part: torch.nn.Module) -> tuple[str, torch.nn.ModuleList] | None:
-    """The list of a part's layers with its name, where all of them are alike and there are more than are traced."""
-    lists = [(name, found) for name, found in part.named_modules() if isinstance(found, torch.nn.ModuleList)]
-    name, layers = max(lists, key=lambda found: len(found[1]), default=("", ()))
-    alike = len(layers) > TRACED and all(_described(layer) == _described(layers[0]) for layer in layers)
-    return (name, layers) if alike else None
+def identical_layers(module: torch.nn.Module) -> tuple[str, torch.nn.ModuleList] | None:
+    """Return the longest list of layers of a module and its name, or None if they differ or are too few to copy."""
+    lists = [(name, child) for name, child in module.named_modules() if isinstance(child, torch.nn.ModuleList)]
+    name, layers = max(lists, key=lambda entry: len(entry[1]), default=("", ()))
+    identical = len(layers) > TRACED and all(_structure(layer) == _structure(layers[0]) for layer in layers)
+    return (name, layers) if identical else None
 
 
-def shorten(part: torch.nn.Module, name: str, layers: torch.nn.ModuleList) -> None:
-    """Leave a part only the layers that are traced."""
-    part.set_submodule(name, torch.nn.ModuleList(layers[:TRACED]))
+def keep_traced_layers(module: torch.nn.Module, name: str, layers: torch.nn.ModuleList) -> None:
+    """Remove all but the traced layers from a module."""
+    module.set_submodule(name, torch.nn.ModuleList(layers[:TRACED]))
 
 
-def _dependent(graph: ir.Graph, values: list[ir.Value]) -> list[ir.Node]:
-    """The nodes that need one of these values, in order."""
-    reached, found = set(values), []
+def _dependent_nodes(graph: ir.Graph, values: list[ir.Value]) -> list[ir.Node]:
+    """Return the nodes that depend on one of these values, in order."""
+    reached, nodes = set(values), []
     for node in graph:
         if any(value in reached for value in node.inputs):
-            found.append(node)
+            nodes.append(node)
             reached.update(node.outputs)
-    return found
+    return nodes
 
 
 class _Pattern:
-    """A layer's nodes, what they read of the layer before (`entries`), and what the next one reads of them (`exits`),
-    in the order in which it is made. What needs no weight of the next layer, as the first half of its normalization,
-    counts to this one.
+    """Nodes of the second traced layer.
+
+    Nodes that depend on no weight of the next layer, as the first half of its normalization, belong to this layer.
+
+    Attributes:
+        nodes: Nodes to copy.
+        entries: Values of the layer before that they use.
+        exits: Values of theirs that the next layer uses, in the order in which they are computed.
+        entry_uses: Uses of each entry in this layer.
+        exit_uses: Uses of each exit in the next layer.
     """
 
     def __init__(self, graph: ir.Graph, own: list[list[ir.Value]]) -> None:
-        """`own` are the weights and inputs that each of the three traced layers has for itself."""
-        first, second, third = (_dependent(graph, values) for values in own)
+        """Find the pattern; `own` are the weights and graph inputs of each of the traced layers."""
+        first, second, third = (_dependent_nodes(graph, values) for values in own)
         after = set(third)
         self.nodes = [node for node in second if node not in after]
         inside = set(self.nodes)
         before = [value for node in first if node not in set(second) for value in node.outputs]
-        made = [value for node in self.nodes for value in node.outputs]
+        outputs = [value for node in self.nodes for value in node.outputs]
         self.entries = [value for value in before if any(use.node in inside for use in value.uses())]
-        self.exits = [value for value in made if any(use.node in after for use in value.uses())]
-        self.behind = [[use for use in value.uses() if use.node in after] for value in self.exits]
-        self.ahead = [[use for use in value.uses() if use.node in inside] for value in self.entries]
+        self.exits = [value for value in outputs if any(use.node in after for use in value.uses())]
+        self.exit_uses = [[use for use in value.uses() if use.node in after] for value in self.exits]
+        self.entry_uses = [[use for use in value.uses() if use.node in inside] for value in self.entries]
 
     @property
     def repeatable(self) -> bool:
-        """Whether the next layer reads of this one what this one reads of the layer before."""
-        sides = [
-            [(value.producer().op_type, sorted((use.node.op_type, use.idx) for use in uses)) for value, uses in side]
-            for side in (
-                list(zip(self.entries, self.ahead, strict=True)),
-                list(zip(self.exits, self.behind, strict=True)),
-            )
-        ]
-        return bool(self.nodes) and sides[0] == sides[1]
+        """Whether the next layer uses the exits as this layer uses the entries."""
+        entries, exits = (
+            [
+                (value.producer().op_type, sorted((use.node.op_type, use.idx) for use in uses))
+                for value, uses in zip(values, all_uses, strict=True)
+            ]
+            for values, all_uses in ((self.entries, self.entry_uses), (self.exits, self.exit_uses))
+        )
+        return bool(self.nodes) and entries == exits
 
 
 class _Names:
-    """Names of what belongs to a layer: weights by prefix, one input and one output of the graph."""
+    """Names of a layer's values: weights by a prefix, and one input and one output of the graph."""
 
     def __init__(self, prefix: str, inputs: str, outputs: str) -> None:
         self.prefixes = (prefix, inputs, outputs)
 
-    def of(self, name: str, old: int, new: int) -> str:
+    def renumber(self, name: str, old: int, new: int) -> str:
+        """Return the name of layer `new` for a name of layer `old`."""
         for prefix in filter(None, self.prefixes):
             if name == f"{prefix}{old}" or name.startswith(f"{prefix}{old}."):
                 return f"{prefix}{new}{name.removeprefix(f'{prefix}{old}')}"
         return f"{name}/{new}"
 
-    def own(self, graph: ir.Graph, layer: int) -> list[ir.Value]:
-        """A layer's weights and input."""
+    def own_values(self, graph: ir.Graph, layer: int) -> list[ir.Value]:
+        """Return a layer's weights and graph input."""
         prefix, inputs, _ = self.prefixes
         weights = [value for name, value in graph.initializers.items() if name.startswith(f"{prefix}{layer}.")]
         return weights + [value for value in graph.inputs if value.name == f"{inputs}{layer}"]
 
 
-def _rename_layer(graph: ir.Graph, names: _Names, old: int, new: int) -> None:
-    for value in names.own(graph, old):
+def _renumber_layer(graph: ir.Graph, names: _Names, old: int, new: int) -> None:
+    for value in names.own_values(graph, old):
         if value.name in graph.initializers:
             graph.initializers.pop(value.name)
-            value.name = names.of(value.name, old, new)
+            value.name = names.renumber(value.name, old, new)
             graph.initializers[value.name] = value
         else:
-            value.name = names.of(value.name, old, new)
+            value.name = names.renumber(value.name, old, new)
     for value in graph.outputs:
         if value.name == f"{names.prefixes[2]}{old}":
-            value.name = names.of(value.name, old, new)
+            value.name = names.renumber(value.name, old, new)
 
 
-def _like(old: ir.Value, name: str) -> ir.Value:
-    return ir.Value(name=name, shape=copy.deepcopy(old.shape), type=old.type)
+def _value_like(original: ir.Value, name: str) -> ir.Value:
+    return ir.Value(name=name, shape=copy.deepcopy(original.shape), type=original.type)
 
 
-def _copy_layer(graph: ir.Graph, pattern: _Pattern, names: _Names, index: int, known: dict) -> list[ir.Node]:
-    """The pattern's nodes once more, as layer `index`; `known` says what they read in place of what the pattern reads,
-    and is told what they make.
+def _copy_layer(
+    graph: ir.Graph, pattern: _Pattern, names: _Names, index: int, values: dict[ir.Value, ir.Value]
+) -> list[ir.Node]:
+    """Copy the pattern as layer `index`.
+
+    Args:
+        graph: Graph to add weights, inputs and outputs to.
+        pattern: Pattern.
+        names: Names of the layer's values.
+        index: Number of the new layer.
+        values: The new layer's values by those of the pattern; has the entries, and gets the others.
+
+    Returns:
+        The new nodes.
     """
-    for value in names.own(graph, 1):
-        made = known[value] = _like(value, names.of(value.name, 1, index))
+    for value in names.own_values(graph, 1):
+        new = values[value] = _value_like(value, names.renumber(value.name, 1, index))
         if value.name in graph.initializers:
-            graph.initializers[made.name] = made
+            graph.initializers[new.name] = new
         else:
-            graph.inputs.append(made)
+            graph.inputs.append(new)
     nodes = []
     for node in pattern.nodes:
-        read = [known.get(value, value) for value in node.inputs]
-        made = [_like(value, names.of(value.name, 1, index)) for value in node.outputs]
-        name = names.of(node.name or made[0].name, 1, index)
-        nodes.append(ir.Node(node.domain, node.op_type, read, list(node.attributes.values()), outputs=made, name=name))
-        for old, new in zip(node.outputs, made, strict=True):
-            known[old] = new
-            if old in graph.outputs:
+        inputs = [values.get(value, value) for value in node.inputs]
+        outputs = [_value_like(value, names.renumber(value.name, 1, index)) for value in node.outputs]
+        name = names.renumber(node.name or outputs[0].name, 1, index)
+        attributes = list(node.attributes.values())
+        nodes.append(ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs, name=name))
+        for original, new in zip(node.outputs, outputs, strict=True):
+            values[original] = new
+            if original in graph.outputs:
                 graph.outputs.append(new)
     return nodes
 
 
 def repeat_layers(model: ir.Model, prefix: str, count: int, inputs: str = "", outputs: str = "") -> bool:
-    """Make `count` layers of the three that were traced; False, and nothing is changed, where the
-    second does not read of the first what the third reads of the second.
+    """Extend the three traced layers of a graph to `count` layers.
 
-    `prefix` begins the names of a layer's weights ("model.layers." before "0.mlp..."). Where each layer has an input
-    and an output of the graph for itself, `inputs` and `outputs` begin their names.
+    Args:
+        model: Graph.
+        prefix: Prefix of the names of layers' weights, as "model.layers." in "model.layers.0.mlp.up_proj.weight".
+        count: Number of layers.
+        inputs: Prefix of graph inputs that each layer has for itself.
+        outputs: Prefix of graph outputs that each layer has for itself.
+
+    Returns:
+        False, with the graph unchanged, if the third layer does not use the second as the second uses the first.
     """
     graph, names = model.graph, _Names(prefix, inputs, outputs)
-    pattern = _Pattern(graph, [names.own(graph, layer) for layer in range(TRACED)])
+    pattern = _Pattern(graph, [names.own_values(graph, layer) for layer in range(TRACED)])
     if not pattern.repeatable:
         return False
-    _rename_layer(graph, names, TRACED - 1, count - 1)
-    place, current = pattern.nodes[-1], pattern.exits
+    _renumber_layer(graph, names, TRACED - 1, count - 1)
+    last, exits = pattern.nodes[-1], pattern.exits
     for index in range(TRACED - 1, count - 1):
-        known = dict(zip(pattern.entries, current, strict=True))
-        nodes = _copy_layer(graph, pattern, names, index, known)
-        graph.insert_after(place, nodes)
-        place, current = nodes[-1], [known[value] for value in pattern.exits]
-    for uses, value in zip(pattern.behind, current, strict=True):
+        values = dict(zip(pattern.entries, exits, strict=True))
+        nodes = _copy_layer(graph, pattern, names, index, values)
+        graph.insert_after(last, nodes)
+        last, exits = nodes[-1], [values[value] for value in pattern.exits]
+    for uses, value in zip(pattern.exit_uses, exits, strict=True):
         for use in uses:
             use.node.replace_input_with(use.idx, value)
     return True

@@ -1,6 +1,6 @@
-"""Run the exported graphs with ONNX Runtime: images, prefill, cached decode, several turns.
+"""Run the exported graphs with ONNX Runtime: images, prefill, cached decode, multi-turn conversations.
 
-This is the route for whoever deploys ONNX; it needs onnxruntime, numpy and the folder of the `onnx` stage, no torch.
+For users who deploy the ONNX graphs. It needs onnxruntime, numpy and the folder of the `export` stage, and no torch:
 
     model = OnnxModel("results/shapes-vl/onnx")
     cache = model.new_cache()
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from hf2mnn.families import family_named
+from hf2mnn.families import get_family
 from hf2mnn.onnx.deepstack import DEEPSTACK
 
 Image = tuple[np.ndarray, np.ndarray]
@@ -24,38 +24,43 @@ Image = tuple[np.ndarray, np.ndarray]
 
 
 def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    """A graph on the CPU; `threads` 0 lets ONNX Runtime choose."""
+    """Open a graph on the CPU; with 0 `threads` ONNX Runtime chooses."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Spinning threads steal the cores from jobs beside this one.
+    # Spinning threads take CPU time from other jobs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def causal_mask(past: int, tokens: int) -> np.ndarray:
-    """float32 [1, 1, tokens, past + tokens], added to the scores: no token sees what comes after it."""
+    """Return a causal attention mask to add to the scores, float32 [1, 1, tokens, past + tokens]."""
     future = np.arange(past + tokens)[None, :] > past + np.arange(tokens)[:, None]
     return np.where(future, np.finfo(np.float32).min, np.float32(0))[None, None]
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, with their positions, so that a turn can be taken back or reused."""
+    """Keys, values and positions of a conversation's tokens; may be truncated to continue from an earlier token.
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, rows: int) -> None:
+    Attributes:
+        past: float32 [layers, 2, 1, tokens, kv heads, head_dim].
+        positions: int64 [position_rows, tokens].
+    """
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, position_rows: int) -> None:
         self.past = np.zeros((layers, 2, 1, 0, kv_heads, head_dim), np.float32)
-        self.positions = np.zeros((rows, 0), np.int64)
+        self.positions = np.zeros((position_rows, 0), np.int64)
 
     def __len__(self) -> int:
         return self.past.shape[3]
 
     @property
     def next_position(self) -> int:
-        """Position of the next text token: one after the largest so far (an image takes fewer than its tokens)."""
+        """Position of the next text token: the largest so far plus 1. An image has fewer positions than tokens."""
         return int(self.positions.max()) + 1 if len(self) else 0
 
     def append(self, presents: np.ndarray, positions: np.ndarray) -> None:
-        """Take over a call's `presents` (past and new together) and the positions of its new tokens."""
+        """Set the cache to a call's `presents`, with old and new tokens, and append the positions of the new ones."""
         if presents.shape[3] != len(self) + positions.shape[1]:
             raise ValueError(
                 f"{presents.shape[3]} cached tokens do not follow {len(self)} with {positions.shape[1]} more"
@@ -64,7 +69,7 @@ class KVCache:
         self.positions = np.concatenate([self.positions, positions], axis=1)
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens, to answer again or to take another turn from there."""
+        """Remove all but the first `length` tokens."""
         if not 0 <= length <= len(self):
             raise ValueError(f"cannot keep {length} of {len(self)} cached tokens")
         self.past = self.past[:, :, :, :length]
@@ -72,60 +77,84 @@ class KVCache:
 
 
 class OnnxModel:
-    """The graphs of one model and what is needed to feed them."""
+    """Graphs of a model.
+
+    Attributes:
+        folder: Folder of the `export` stage.
+        info: Contents of model.json.
+        family: Family of the model.
+    """
 
     def __init__(self, folder: Path | str, threads: int = 0, embedding: np.ndarray | None = None) -> None:
-        """`threads` 0 lets ONNX Runtime choose; `embedding` (float32 [vocabulary, hidden]) replaces the graph's."""
+        """Open the graphs.
+
+        Args:
+            folder: Folder of the `export` stage.
+            threads: Threads; with 0 ONNX Runtime chooses.
+            embedding: Embedding matrix, float32 [vocabulary, hidden], in place of the graph's.
+        """
         self.folder = Path(folder)
-        self.facts = json.loads((self.folder / "model.json").read_text())
-        self.family = family_named(self.facts["model_type"], self.folder / "model.json")
-        names = ("decoder", "embedding", *(["vision"] if self.family.sees else []))
+        self.info = json.loads((self.folder / "model.json").read_text())
+        self.family = get_family(self.info["model_type"], self.folder / "model.json")
+        names = ("decoder", "embedding", *(["vision"] if self.family.has_vision else []))
         self._graphs = {name: open_session(self.folder / f"{name}.onnx", threads) for name in names}
-        self._table = embedding
+        self._embedding = embedding
 
     def new_cache(self) -> KVCache:
-        facts = self.facts
-        return KVCache(facts["num_hidden_layers"], facts["num_key_value_heads"], facts["head_dim"], self.family.rows)
+        """Return an empty cache."""
+        sizes = (self.info[key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
+        return KVCache(*sizes, self.family.position_rows)
 
-    def see(self, image: Image) -> list[np.ndarray]:
-        """Image embeddings float32 [image tokens, hidden] of one image, and with deepstack what is added to the first
-        layers, [layers, image tokens, hidden].
+    def embed_image(self, image: Image) -> list[np.ndarray]:
+        """Run the vision graph.
+
+        Returns:
+            image_embeds float32 [image tokens, hidden], and with deepstack the features float32
+            [layers, image tokens, hidden].
         """
-        return self._graphs["vision"].run(None, self.family.vision_inputs(*image, self.facts))
+        return self._graphs["vision"].run(None, self.family.vision_inputs(*image, self.info))
 
     def embed(self, input_ids: np.ndarray, images: list[Image]) -> dict[str, np.ndarray]:
-        """The decoder's inputs for int64 ids, image tokens replaced by what the vision tower sees: `inputs_embeds`
-        float32 [1, tokens, hidden], and with deepstack `deepstack_embeds`.
+        """Return the decoder's inputs for int64 ids [tokens], with image tokens replaced by image embeddings.
+
+        Returns:
+            `inputs_embeds` float32 [1, tokens, hidden], and with deepstack `deepstack_embeds`.
         """
         ids = np.asarray(input_ids, np.int64)
         run = self._graphs["embedding"].run
-        embeds = run(None, {"input_ids": ids[None]})[0] if self._table is None else self._table[ids][None]
-        places = ids == self.facts["image_token_id"] if self.family.sees else np.zeros(len(ids), bool)
-        added = np.zeros((self.family.deepstack, *embeds.shape[1:]), np.float32)
+        embeds = run(None, {"input_ids": ids[None]})[0] if self._embedding is None else self._embedding[ids][None]
+        is_image = ids == self.info["image_token_id"] if self.family.has_vision else np.zeros(len(ids), bool)
+        deepstack = np.zeros((self.family.deepstack_layers, *embeds.shape[1:]), np.float32)
         if images:
-            seen = [self.see(image) for image in images]
-            count = sum(len(output[0]) for output in seen)
-            if count != places.sum():
-                raise ValueError(f"the prompt has {places.sum()} image tokens, the images give {count}")
-            embeds[0, places] = np.concatenate([output[0] for output in seen])
-            if self.family.deepstack:
-                added[:, places] = np.concatenate([output[1] for output in seen], axis=1)
-        elif places.any() and len(places) > 1:  # alone, it is what a bad answer goes on with
-            raise ValueError(f"the prompt has {places.sum()} image tokens and no image")
-        return {"inputs_embeds": embeds, **({DEEPSTACK: added} if self.family.deepstack else {})}
+            outputs = [self.embed_image(image) for image in images]
+            count = sum(len(output[0]) for output in outputs)
+            if count != is_image.sum():
+                raise ValueError(f"the prompt has {is_image.sum()} image tokens, and the images have {count}")
+            embeds[0, is_image] = np.concatenate([output[0] for output in outputs])
+            if self.family.deepstack_layers:
+                deepstack[:, is_image] = np.concatenate([output[1] for output in outputs], axis=1)
+        elif is_image.any() and len(ids) > 1:  # a wrong answer may have an image token, which is decoded alone
+            raise ValueError(f"the prompt has {is_image.sum()} image tokens and no image")
+        return {"inputs_embeds": embeds, **({DEEPSTACK: deepstack} if self.family.deepstack_layers else {})}
 
     def prefill(
         self, cache: KVCache, input_ids: np.ndarray, images: list[Image] | None = None, all_logits: bool = False
     ) -> np.ndarray:
-        """Run `input_ids` after what `cache` holds and add them to it. Decoding a token is the same call with one id.
+        """Run tokens after those in the cache, and append them; a decoding step is a call with one token.
+
+        Args:
+            cache: Cache of the conversation.
+            input_ids: int64 [tokens].
+            images: Images of these tokens.
+            all_logits: Return the logits of all tokens.
 
         Returns:
-            logits float32 [tokens, vocabulary] with `all_logits`, else [1, vocabulary] of the last token.
+            float32 [tokens, vocabulary] with `all_logits`, else [1, vocabulary] of the last token.
         """
         images = images or []
         input_ids, past = np.asarray(input_ids, np.int64), len(cache)
         grids = [grid for _, grid in images]
-        positions = self.family.position_ids(input_ids, grids, self.facts)
+        positions = self.family.position_ids(input_ids, grids, self.info)
         positions = positions + cache.next_position
         logits, presents = self._graphs["decoder"].run(
             ["logits", "presents"],
@@ -141,11 +170,11 @@ class OnnxModel:
         return logits[0]
 
     def greedy(self, cache: KVCache, logits: np.ndarray, max_new_tokens: int) -> list[int]:
-        """Ids of the greedy answer, the stop id included, from the `logits` [vocabulary] after the prompt."""
+        """Decode greedily from the `logits` [vocabulary] after the prompt; return the ids with the stop id."""
         answer = []
         while len(answer) < max_new_tokens:
             answer.append(int(logits.argmax()))
-            if answer[-1] in self.facts["stop_ids"]:
+            if answer[-1] in self.info["stop_ids"]:
                 break
             logits = self.prefill(cache, np.array(answer[-1:]))[-1]
         return answer

@@ -1,7 +1,7 @@
-"""Trace transformers' own model into an ONNX graph without any weights in memory.
+"""Trace the model of transformers to an ONNX graph, without weights in memory.
 
-The model is built under FakeTensorMode: shapes and dtypes are there, values are not. The graph depends on the
-configuration alone; `hf2mnn.onnx.weights` then gives each initializer its values from the checkpoint.
+The model is built under FakeTensorMode, which has shapes and dtypes and no values. The graph depends on the
+configuration alone; `hf2mnn.onnx.weights` attaches the checkpoint's values to its initializers.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf2mnn.core.errors import ExportError
 from hf2mnn.families import Family, VisionFamily
-from hf2mnn.onnx.attention import FULL, cached_attention, full_attention, write_out_attention
-from hf2mnn.onnx.repeat import TRACED, layers_of, repeat_layers, shorten
+from hf2mnn.onnx.attention import FULL, cached_attention, expand_attention, full_attention
+from hf2mnn.onnx.repeat import TRACED, identical_layers, keep_traced_layers, repeat_layers
 
 OPSET = 18
-ATTENTION = "hf2mnn_cached"
-# What is called flash is given all patches at once by transformers; others get them cut by image or window.
+DECODER_ATTENTION = "hf2mnn_cached"
+# transformers passes all patches to attention functions with "flash" in their names, and splits them for others.
 VISION_ATTENTION = "hf2mnn_flash_full"
-# Folding stops here: shapes and scalars are folded, weights are left to be read from the checkpoint.
+# Largest tensor to fold: shapes and scalars are folded, weights are not.
 FOLD_LIMIT = 4096
 PAST, PRESENT = "past_", "present_"
-"""Inputs and outputs of the decoder while it is traced: the cache of each layer."""
+"""Prefixes of the decoder's inputs and outputs while it is traced: one for the cache of each layer."""
 
 
 class _Cache:
-    """Stands where transformers expects a cache: lets keys and values through, and collects what the graph returns."""
+    """Cache for transformers that passes keys and values through, and collects the extended ones for graph outputs."""
 
     def __init__(self, pasts: list[torch.Tensor]) -> None:
         self.pasts, self.presents = pasts, {}
@@ -48,67 +48,69 @@ class _Cache:
         return self.pasts[0].shape[2]
 
 
-def _attend(module, query, key, value, attention_mask, scaling, store: _Cache, **_: object):
-    past_key, past_value = store.pasts[module.layer_idx]
+def _decoder_attention(module, query, key, value, attention_mask, scaling, cache: _Cache, **_: object):
+    past_key, past_value = cache.pasts[module.layer_idx]
     context, *present = cached_attention(query, key, value, past_key, past_value, attention_mask, scaling)
-    store.presents[module.layer_idx] = torch.stack(present)
+    cache.presents[module.layer_idx] = torch.stack(present)
     return context, None
 
 
-def _see(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_: object):
+def _vision_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_: object):
+    # VisionFamily.tower_arguments passes the mask in this argument.
     return full_attention(query, key, value, cu_seq_lens_q, scaling), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
-ALL_ATTENTION_FUNCTIONS.register(VISION_ATTENTION, _see)
+ALL_ATTENTION_FUNCTIONS.register(DECODER_ATTENTION, _decoder_attention)
+ALL_ATTENTION_FUNCTIONS.register(VISION_ATTENTION, _vision_attention)
 
 
 class Decoder(torch.nn.Module):
-    """The graph of the decoder, its cache layer by layer; `hf2mnn.onnx.export` documents its inputs and outputs."""
+    """Decoder graph with one cache for each layer; `hf2mnn.onnx.export` documents its inputs and outputs."""
 
     def __init__(self, language_model: torch.nn.Module, lm_head: torch.nn.Module) -> None:
         super().__init__()
         self.language_model, self.lm_head = language_model, lm_head
-        language_model.config._attn_implementation = ATTENTION
+        language_model.config._attn_implementation = DECODER_ATTENTION
 
     def forward(self, inputs_embeds, attention_mask, position_ids, logits_index, pasts):
-        store = _Cache(pasts)
+        """Return the logits, and the extended cache of each layer."""
+        cache = _Cache(pasts)
         hidden = self.language_model(
             inputs_embeds=inputs_embeds,
-            # A ready mask: transformers then makes none of its own.
+            # transformers passes a mask of four axes to the attention function unchanged.
             attention_mask=attention_mask,
             position_ids=position_ids[:, None] if len(position_ids) > 1 else position_ids,
-            past_key_values=store,
+            past_key_values=cache,
             use_cache=True,
-            store=store,
+            cache=cache,
         ).last_hidden_state
-        # hidden[:, logits_index:], with the index a run-time value; torch.export cannot slice by one.
-        last, axis = torch.tensor([2**31 - 1], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
-        wanted = torch.onnx.ops.symbolic(
-            "Slice", (hidden, logits_index, last, axis), dtype=hidden.dtype, shape=hidden.shape
+        # hidden[:, logits_index:], with the index a run-time value, by which torch.export cannot slice.
+        end, axis = torch.tensor([2**31 - 1], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+        selected = torch.onnx.ops.symbolic(
+            "Slice", (hidden, logits_index, end, axis), dtype=hidden.dtype, shape=hidden.shape
         )
-        return self.lm_head(wanted), [store.presents[layer] for layer in sorted(store.presents)]
+        return self.lm_head(selected), [cache.presents[layer] for layer in sorted(cache.presents)]
 
 
 class Tower(torch.nn.Module):
-    """The graph of the vision tower: float32 [image tokens, hidden], and with deepstack [layers, image tokens, hidden]
-    of what is added to the decoder's first layers.
-    """
+    """Graph of the vision tower; `hf2mnn.onnx.export` documents its outputs."""
 
     def __init__(self, visual: torch.nn.Module, family: VisionFamily, names: list[str]) -> None:
-        """`names` are those of the inputs, in order."""
+        """Wrap the tower; `names` are the names of the inputs, in order."""
         super().__init__()
         self.visual, self.family, self.names = visual, family, names
         visual.config._attn_implementation = VISION_ATTENTION
 
     def forward(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        seen = self.visual(**self.family.tower_arguments(dict(zip(self.names, inputs, strict=True))))
-        return [seen.pooler_output, *([torch.stack(seen.deepstack_features)] if self.family.deepstack else [])]
+        """Return the image embeddings, and with deepstack the stacked features."""
+        output = self.visual(**self.family.tower_arguments(dict(zip(self.names, inputs, strict=True))))
+        features = [torch.stack(output.deepstack_features)] if self.family.deepstack_layers else []
+        return [output.pooler_output, *features]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns about torchvision, training flags and its own internals; none concerns this graph."""
+    """Silence warnings of the exporter about torchvision, training flags and its own internals."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -120,7 +122,7 @@ def _quiet() -> Iterator[None]:
 
 
 def build_fake(config: transformers.PreTrainedConfig, family: Family) -> tuple[torch.nn.Module, FakeTensorMode]:
-    """The model without values, but for its rotary tables, which are computed and not stored in checkpoints."""
+    """Build the model without values, except its rotary tables, which are computed and not stored in checkpoints."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model = getattr(transformers, family.architecture)._from_config(config, dtype=torch.float32).eval()
@@ -133,34 +135,42 @@ def build_fake(config: transformers.PreTrainedConfig, family: Family) -> tuple[t
 
 
 def _trace(module: torch.nn.Module, mode: FakeTensorMode, inputs: dict, outputs: list[str], axes: dict) -> ir.Model:
-    """`inputs` are (shape, dtype) by name, or a list of such mappings for an argument that is a list."""
-    shown: list[Any] = []
-    dynamic: list[Any] = []
-    named: list[str] = []
+    """Export a module.
 
-    def argument(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, dict]:
-        named.append(name)
+    Args:
+        module: Module with fake parameters.
+        mode: Their mode.
+        inputs: (shape, dtype) of the forward's arguments by name; a dictionary of these for an argument that is a list.
+        outputs: Names of the graph's outputs.
+        axes: Names of the dynamic axes by graph input.
+    """
+    arguments: list[Any] = []
+    dynamic_shapes: list[Any] = []
+    names: list[str] = []
+
+    def add_input(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, dict]:
+        names.append(name)
         return torch.zeros(shape, dtype=dtype), dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC)
 
     with _quiet(), mode:
-        for name, described in inputs.items():
-            if isinstance(described, dict):
-                pairs = [argument(inside, *one) for inside, one in described.items()]
-                tensor, moving = [tensor for tensor, _ in pairs], [moving for _, moving in pairs]
+        for name, spec in inputs.items():
+            if isinstance(spec, dict):
+                pairs = [add_input(key, *item) for key, item in spec.items()]
+                argument, dynamic = [tensor for tensor, _ in pairs], [shape for _, shape in pairs]
             else:
-                tensor, moving = argument(name, *described)
-            shown.append(tensor)
-            dynamic.append(moving)
+                argument, dynamic = add_input(name, *spec)
+            arguments.append(argument)
+            dynamic_shapes.append(dynamic)
         model = torch.onnx.export(
             module.eval(),
-            tuple(shown),
+            tuple(arguments),
             dynamo=True,
             optimize=False,
             verbose=False,
             opset_version=OPSET,
-            input_names=named,
+            input_names=names,
             output_names=outputs,
-            dynamic_shapes=tuple(dynamic),
+            dynamic_shapes=tuple(dynamic_shapes),
         ).model
     for value in model.graph.initializers.values():
         if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
@@ -173,32 +183,37 @@ def _trace(module: torch.nn.Module, mode: FakeTensorMode, inputs: dict, outputs:
     return model
 
 
-def _declare(value: ir.Value, shape: list[int | str]) -> None:
-    value.shape = ir.Shape(shape)
+def _head_dim(text: transformers.PreTrainedConfig) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _trace_decoder(config: transformers.PreTrainedConfig, family: Family, repeat: bool) -> ir.Model | None:
-    """The decoder with one cache for each layer; None where it cannot be made of a few layers."""
+    """Trace the decoder with one cache for each layer.
+
+    Args:
+        config: Configuration of the model.
+        family: Family of the model.
+        repeat: Trace three layers and copy them; return None if the layers differ.
+    """
     text = config.get_text_config()
     model, mode = build_fake(config, family)
-    part = family.language_model(model)
-    layers, kv_heads = text.num_hidden_layers, text.num_key_value_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    found = layers_of(part) if repeat else None
-    if repeat and found is None:
+    language_model = family.language_model(model)
+    layers, kv_heads, head_dim = text.num_hidden_layers, text.num_key_value_heads, _head_dim(text)
+    identical = identical_layers(language_model) if repeat else None
+    if repeat and identical is None:
         return None
-    prefix, traced = f"{family.decoder}.", TRACED if found else layers
-    if found:
-        shorten(part, *found)
+    prefix, traced = f"{family.decoder}.", TRACED if identical else layers
+    if identical:
+        keep_traced_layers(language_model, *identical)
     tokens, past = 5, 3
-    pasts = {f"{PAST}{layer}": ((2, 1, past, kv_heads, size), torch.float32) for layer in range(traced)}
+    pasts = {f"{PAST}{layer}": ((2, 1, past, kv_heads, head_dim), torch.float32) for layer in range(traced)}
     graph = _trace(
-        Decoder(part, model.lm_head),
+        Decoder(language_model, model.lm_head),
         mode,
         {
             "inputs_embeds": ((1, tokens, text.hidden_size), torch.float32),
             "attention_mask": ((1, 1, tokens, past + tokens), torch.float32),
-            "position_ids": ((family.rows, tokens), torch.int32),
+            "position_ids": ((family.position_rows, tokens), torch.int32),
             "logits_index": ((1,), torch.int32),
             "pasts": pasts,
         },
@@ -210,16 +225,16 @@ def _trace_decoder(config: transformers.PreTrainedConfig, family: Family, repeat
             **{name: {2: "past"} for name in pasts},
         },
     )
-    _name_parameters(graph, "language_model.", prefix)
-    if found and not repeat_layers(graph, f"{prefix}{found[0]}.", layers, PAST, PRESENT):
+    _rename_parameters(graph, "language_model.", prefix)
+    if identical and not repeat_layers(graph, f"{prefix}{identical[0]}.", layers, PAST, PRESENT):
         return None
     return graph
 
 
-def _join_caches(graph: ir.Graph, layers: int, kv_heads: int, size: int) -> None:
-    """`past_key_values` and `presents` in the place of one input and one output for each layer."""
+def _join_caches(graph: ir.Graph, layers: int, kv_heads: int, head_dim: int) -> None:
+    """Replace the cache inputs and outputs of the layers by `past_key_values` and `presents` for all layers."""
     pasts, presents = ({value.name: value for value in values} for values in (graph.inputs, graph.outputs))
-    past = ir.Value(name="past_key_values", shape=ir.Shape([layers, 2, 1, "past", kv_heads, size]))
+    past = ir.Value(name="past_key_values", shape=ir.Shape([layers, 2, 1, "past", kv_heads, head_dim]))
     past.type, first = ir.TensorType(ir.DataType.FLOAT), graph[0]
     axis = ir.node("Constant", [], {"value": ir.tensor(np.array([0], np.int64))}, name="cache_axis")
     axis.outputs[0].name = axis.name
@@ -229,92 +244,97 @@ def _join_caches(graph: ir.Graph, layers: int, kv_heads: int, size: int) -> None
         index = ir.node("Constant", [], {"value": ir.tensor(np.array(layer, np.int64))}, name=f"cache_{layer}/index")
         index.outputs[0].name = index.name
         gather = ir.node("Gather", [past, index.outputs[0]], {"axis": 0}, name=f"cache_{layer}/past")
-        one, made = pasts[f"{PAST}{layer}"], presents[f"{PRESENT}{layer}"]
-        gather.outputs[0].name, gather.outputs[0].shape, gather.outputs[0].type = gather.name, one.shape, one.type
-        one.replace_all_uses_with(gather.outputs[0])
+        layer_past, layer_present = pasts[f"{PAST}{layer}"], presents[f"{PRESENT}{layer}"]
+        gathered = gather.outputs[0]
+        gathered.name, gathered.shape, gathered.type = gather.name, layer_past.shape, layer_past.type
+        layer_past.replace_all_uses_with(gathered)
         graph.insert_before(first, [index, gather])
-        graph.inputs.remove(one)
-        unsqueeze = ir.node("Unsqueeze", [made, axis.outputs[0]], name=f"cache_{layer}/present")
+        graph.inputs.remove(layer_past)
+        unsqueeze = ir.node("Unsqueeze", [layer_present, axis.outputs[0]], name=f"cache_{layer}/present")
         unsqueeze.outputs[0].name = unsqueeze.name
-        graph.outputs.remove(made)
+        graph.outputs.remove(layer_present)
         graph.append(unsqueeze)
         stacked.append(unsqueeze.outputs[0])
     concat = ir.node("Concat", stacked, {"axis": 0}, name="presents")
     joined = concat.outputs[0]
     joined.name, joined.type = "presents", past.type
-    _declare(joined, [layers, 2, 1, "past + tokens", kv_heads, size])
+    joined.shape = ir.Shape([layers, 2, 1, "past + tokens", kv_heads, head_dim])
     graph.append(concat)
     graph.inputs.append(past)
     graph.outputs.append(joined)
 
 
 def trace_decoder(config: transformers.PreTrainedConfig, family: Family) -> ir.Model:
-    """The decoder's graph, but for what deepstack adds; initializers are named as the parameters of the transformers
-    model and have no values.
+    """Return the decoder graph without deepstack.
+
+    Its initializers have the names of the transformers model's parameters and no values.
+
+    Raises:
+        ExportError: The graph has another number of attentions than the model has layers.
     """
-    graph = _trace_decoder(config, family, repeat=True) or _trace_decoder(config, family, repeat=False)
+    model = _trace_decoder(config, family, repeat=True) or _trace_decoder(config, family, repeat=False)
     text = config.get_text_config()
-    layers, kv_heads = text.num_hidden_layers, text.num_key_value_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    _join_caches(graph.graph, layers, kv_heads, size)
-    found = write_out_attention(graph)
-    if found != layers:
+    layers = text.num_hidden_layers
+    _join_caches(model.graph, layers, text.num_key_value_heads, _head_dim(text))
+    attentions = expand_attention(model)
+    if attentions != layers:
         raise ExportError(
-            f"the decoder has {layers} layers but {found} attentions were traced; this is a bug, report it"
+            f"the decoder graph has {attentions} attentions and the model {layers} layers; this is a bug, report it"
         )
-    _declare(graph.graph.outputs[0], [1, "rows", text.vocab_size])
-    return graph
+    model.graph.outputs[0].shape = ir.Shape([1, "rows", text.vocab_size])
+    return model
 
 
 def _trace_vision(
     config: transformers.PreTrainedConfig, family: VisionFamily, sample: dict, repeat: bool
 ) -> ir.Model | None:
+    """Trace the vision tower; with `repeat`, trace three blocks and copy them, and return None if the blocks differ."""
     model, mode = build_fake(config, family)
     visual = family.tower(model)
-    found = layers_of(visual) if repeat else None
-    if repeat and found is None:
+    identical = identical_layers(visual) if repeat else None
+    if repeat and identical is None:
         return None
-    everything = getattr(visual, family.full_attention) if family.full_attention else None
-    if found:
-        count = len(found[1])
-        shorten(visual, *found)
-        if everything is not None:
-            setattr(visual, family.full_attention, [0])  # so that both masks are in the graph
+    full_blocks = getattr(visual, family.full_attention_blocks) if family.full_attention_blocks else None
+    if identical:
+        count = len(identical[1])
+        keep_traced_layers(visual, *identical)
+        if full_blocks is not None:
+            setattr(visual, family.full_attention_blocks, [0])  # so that the graph uses both masks
     inputs = {name: (array.shape, getattr(torch, array.dtype.name)) for name, array in sample.items()}
-    graph = _trace(
-        Tower(visual, family, list(sample)), mode, {"inputs": inputs}, family.vision_outputs, family.vision_axes()
-    )
-    _name_parameters(graph, "visual.", f"{family.vision}.")
-    if found and not repeat_layers(graph, f"{family.vision}.{found[0]}.", count):
+    tower = Tower(visual, family, list(sample))
+    graph = _trace(tower, mode, {"inputs": inputs}, family.vision_outputs, family.vision_axes())
+    _rename_parameters(graph, "visual.", f"{family.vision}.")
+    if identical and not repeat_layers(graph, f"{family.vision}.{identical[0]}.", count):
         return None
-    if found and everything is not None:
-        _choose_masks(graph, everything)
+    if identical and full_blocks is not None:
+        _assign_masks(graph, full_blocks)
     return graph
 
 
-def _choose_masks(graph: ir.Model, everything: list[int]) -> None:
-    """Of a tower whose first block alone sees all patches: let these blocks do so, and the others not."""
+def _assign_masks(graph: ir.Model, full_blocks: list[int]) -> None:
+    """Give `full_blocks` the mask of full attention, which only block 0 has, and all others the window mask."""
     attentions = [node for node in graph.graph if node.op_type == FULL]
     masks = attentions[0].inputs[-1], attentions[1].inputs[-1]
     for block, attention in enumerate(attentions):
-        attention.replace_input_with(len(attention.inputs) - 1, masks[block not in everything])
+        attention.replace_input_with(len(attention.inputs) - 1, masks[block not in full_blocks])
 
 
 def trace_vision(config: transformers.PreTrainedConfig, family: VisionFamily, sample: dict) -> ir.Model:
-    """The vision graph; `sample` gives the shapes and dtypes of its inputs (numpy arrays by name)."""
-    graph = _trace_vision(config, family, sample, repeat=True) if family.blocks_alike else None
-    graph = graph or _trace_vision(config, family, sample, repeat=False)
-    write_out_attention(graph)
+    """Return the vision graph; `sample` are arrays with the shapes and dtypes of its inputs, by name."""
+    model = _trace_vision(config, family, sample, repeat=True) if family.identical_blocks else None
+    model = model or _trace_vision(config, family, sample, repeat=False)
+    expand_attention(model)
     shape = ["image tokens", config.get_text_config().hidden_size]
-    for value, of in zip(graph.graph.outputs, (shape, [family.deepstack, *shape]), strict=False):
-        _declare(value, of)
-    return graph
+    shapes = (shape, [family.deepstack_layers, *shape])
+    for value, output_shape in zip(model.graph.outputs, shapes, strict=False):
+        value.shape = ir.Shape(output_shape)
+    return model
 
 
-def _name_parameters(model: ir.Model, inside: str, outside: str) -> None:
-    """Initializers traced through a wrapper get the name that they have in the whole model."""
+def _rename_parameters(model: ir.Model, prefix: str, new_prefix: str) -> None:
+    """Rename initializers from their names in a wrapper to those in the whole model."""
     for name, value in list(model.graph.initializers.items()):
-        if name.startswith(inside):
+        if name.startswith(prefix):
             model.graph.initializers.pop(name)
-            value.name = outside + name.removeprefix(inside)
+            value.name = new_prefix + name.removeprefix(prefix)
             model.graph.initializers[value.name] = value

@@ -1,8 +1,8 @@
-"""AWQ (Lin et al., 2024): the scales of channels by which rounding harms the outputs least.
+"""AWQ (Lin et al., 2024): channel scales that make the errors of rounding harm the outputs least.
 
-Scales are the mean sizes of a layer's inputs to a power between 0 and 1; the power is searched, for all layers that
-read the same inputs together, by the error of their outputs: for a weight's error D and the inputs' second moment H,
-the sum over rows of D H D^T.
+A scale is the mean magnitude of a channel of a layer's inputs to a power between 0 and 1. The power is searched for all
+layers with the same input together. The measure is the error of their outputs: for the error D of a weight and
+H = E[x x^T], the sum over rows of D H D^T.
 """
 
 from __future__ import annotations
@@ -10,89 +10,108 @@ from __future__ import annotations
 import numpy as np
 
 from hf2mnn.families.base import Fold
-from hf2mnn.mnn.convert import WeightFormat
 from hf2mnn.quant.folding import Scales
-from hf2mnn.quant.layer_inputs import Activations
-from hf2mnn.quant.rounding import round_rows
+from hf2mnn.quant.formats import WeightFormat
+from hf2mnn.quant.layer_inputs import Activations, Calibrated, check_finite
+from hf2mnn.quant.rounding import RoundRows, round_rows
 from hf2mnn.quant.weights import Operator, WeightFile
-from hf2mnn.reference.tap_points import kept_rows
+from hf2mnn.reference.tap_points import evenly_spaced
 
 POWERS = np.linspace(0, 1, 21)
-ROWS = 256
+SAMPLED_ROWS = 256
 """Rows of a weight by which a power is judged."""
 SMALLEST = 1e-4
-"""Of the largest mean size: channels that are never used get no larger scale than this allows."""
+"""Smallest magnitude of a channel, as a share of the largest one: unused channels get no smaller scale."""
 
 
-def _candidates(sizes: np.ndarray) -> list[np.ndarray]:
-    """Scales float32 [channels] for each power, around 1."""
-    sizes = np.maximum(sizes, SMALLEST * sizes.max(initial=0)).astype(np.float64)
-    if not sizes.any():
+def _candidates(magnitudes: np.ndarray) -> list[np.ndarray]:
+    """Return scales float32 [channels] for each power but 0, with a geometric mean of their extremes of 1."""
+    magnitudes = np.maximum(magnitudes, SMALLEST * magnitudes.max(initial=0)).astype(np.float64)
+    if not magnitudes.any():
         return []
-    found = [sizes**power for power in POWERS[1:]]
-    return [(scales / np.sqrt(scales.max() * scales.min())).astype(np.float32) for scales in found]
+    candidates = [magnitudes**power for power in POWERS[1:]]
+    return [(scales / np.sqrt(scales.max() * scales.min())).astype(np.float32) for scales in candidates]
 
 
-def _harm(rows: np.ndarray, moment: np.ndarray, form: WeightFormat, columns: np.ndarray | None) -> float:
-    """Error of the outputs where `rows` are rounded after scaling."""
-    scaled = rows if columns is None else rows * columns
-    importance = np.diag(moment) if columns is None else np.diag(moment) / np.square(columns)
-    levels = round_rows(scaled, form.bits, form.block, form.symmetric, form.scale_bits, "mse", importance)
-    made = levels.dequantize() if columns is None else levels.dequantize() / columns
-    error = (made - rows).astype(np.float64)
-    return float(np.einsum("ri,ri->", error @ moment, error))
+def _output_error(W: np.ndarray, H: np.ndarray, form: WeightFormat, s: np.ndarray | None) -> float:
+    """Return the error of the outputs of rows W that are quantized after scaling by s; None for no scaling."""
+    scaled = W if s is None else W * s
+    importance = np.diag(H) if s is None else np.diag(H) / np.square(s)
+    quantized = round_rows(scaled, form.bits, form.block, form.symmetric, form.scale_bits, "mse", importance)
+    restored = quantized.dequantize() if s is None else quantized.dequantize() / s
+    D = (restored - W).astype(np.float64)
+    return float(np.einsum("ri,ri->", D @ H, D))
 
 
-def fold_scales(
-    fold: Fold, readers: list[tuple[Operator, np.ndarray, WeightFormat]], activations: Activations
+def search_fold(
+    fold: Fold, layers: list[tuple[Operator, np.ndarray, WeightFormat]], activations: Activations
 ) -> np.ndarray | None:
-    """Scales float32 [channels that the producer gives], None where none is better than leaving all as it is.
+    """Search the scales of a fold, float32 [output channels of `fold.smooth_layer`]; None if no scaling is best.
 
-    `readers`: each operator that reads the fold with some of its rows, float32 [rows, inputs], and its format.
+    Args:
+        fold: The fold.
+        layers: Balance layers, each with some rows of its weight, float32 [rows, inputs], and its format.
+        activations: Recorded inputs.
     """
-    name = readers[0][0].name
-    sizes = fold.gather(np.abs(activations.rows(name)).mean(axis=0))
-    moment = activations.second_moment(name).astype(np.float64)
+    name = layers[0][0].name
+    magnitudes = fold.reduce(np.abs(activations.rows(name)).mean(axis=0))
+    H = activations.second_moment(name).astype(np.float64)
 
-    def harm(columns: np.ndarray | None) -> float:
-        return sum(_harm(rows, moment, form, columns) for _, rows, form in readers)
+    def error_with(s: np.ndarray | None) -> float:
+        return sum(_output_error(W, H, form, s) for _, W, form in layers)
 
-    best, least = None, harm(None)
-    for scales in _candidates(sizes):
-        found = harm(fold.spread(scales))
-        if found < least:
-            best, least = scales, found
+    best, least = None, error_with(None)
+    for scales in _candidates(magnitudes):
+        error = error_with(fold.expand(scales))
+        if error < least:
+            best, least = scales, error
     return best
 
 
-def sample_rows(weights: WeightFile, operator: Operator) -> np.ndarray:
-    """At most ROWS rows of a weight, evenly spread."""
-    return weights.rows(operator)[kept_rows(operator.outputs, ROWS)]
+class Awq(Calibrated):
+    """AWQ as a method of `hf2mnn.quant.methods`.
 
-
-def search_scales(
-    folds: list[Fold],
-    layers: list[Operator],
-    weights: WeightFile,
-    formats: dict[str, WeightFormat],
-    activations: Activations | None,
-) -> Scales:
-    """Scales for every fold of which a reader is to be quantized by awq; those are in the same part as their producer.
-
-    Raises:
-        QuantizationError: nothing was recorded of a layer's inputs.
+    Attributes:
+        scales: Scales of the part that is being quantized.
     """
-    known, scales = {operator.name: operator for operator in layers}, Scales()
-    for fold in folds:
-        readers = [known[name] for name in fold.readers if name in known]
-        if not readers or not all(_wanted(formats[operator.name]) for operator in readers):
-            continue
-        sampled = [(operator, sample_rows(weights, operator), formats[operator.name]) for operator in readers]
-        found = fold_scales(fold, sampled, activations)
-        if found is not None:
-            scales.add(fold, found)
-    return scales
 
+    method = "awq"
 
-def _wanted(form: WeightFormat) -> bool:
-    return form.method == "awq" and form.bits < 16
+    def __init__(self, activations: Activations | None) -> None:
+        super().__init__(activations)
+        self.scales = Scales()
+
+    def search(
+        self, folds: list[Fold], layers: list[Operator], weights: WeightFile, formats: dict[str, WeightFormat]
+    ) -> Scales:
+        """Set `scales` for every fold whose balance layers in `layers` are all quantized by awq, and return them.
+
+        Raises:
+            QuantizationError: No inputs of a layer were recorded.
+        """
+        by_name, self.scales = {operator.name: operator for operator in layers}, Scales()
+        for fold in folds:
+            balance = [by_name[name] for name in fold.balance_layers if name in by_name]
+            if not balance or not all(self._quantizes(formats[operator.name]) for operator in balance):
+                continue
+            sampled = [(operator, self._sample(weights, operator), formats[operator.name]) for operator in balance]
+            scales = search_fold(fold, sampled, self.activations)
+            if scales is not None:
+                self.scales.add(fold, scales)
+        return self.scales
+
+    def _quantizes(self, form: WeightFormat) -> bool:
+        return form.method == self.method and form.bits < 16
+
+    @staticmethod
+    def _sample(weights: WeightFile, operator: Operator) -> np.ndarray:
+        return weights.rows(operator)[evenly_spaced(operator.outputs, SAMPLED_ROWS)]
+
+    def prepare(self, operator: Operator, form: WeightFormat) -> RoundRows:
+        """Return the function that quantizes rows of an operator: mse, weighted by the mean squares of the inputs."""
+        mean_squares = np.square(self.activations.rows(operator.name), dtype=np.float64).mean(axis=0)
+        check_finite(mean_squares, operator.name)
+        s = self.scales.columns.get(operator.name, np.ones(operator.inputs, np.float32))
+        importance = (mean_squares / np.square(s, dtype=np.float64)).astype(np.float32)
+        shape = (form.bits, form.block, form.symmetric, form.scale_bits)
+        return lambda _, rows: round_rows(rows, *shape, "mse", importance)

@@ -1,6 +1,6 @@
-"""Where a bundle's embedding is: in a bfloat16 file of its own, or in the quantized lm_head, which a tied model shares.
+"""The embedding of a bundle: a bfloat16 file of its own, or the quantized lm_head of a tied model.
 
-The engine reads rows as they are asked for (`diskembedding.cpp` of MNN 3.6.1), from lm_head only with 4 or 8 bits.
+The engine reads single rows at run time (`diskembedding.cpp` of MNN 3.6.1), from lm_head only with 4 or 8 bits.
 """
 
 from __future__ import annotations
@@ -15,30 +15,37 @@ import numpy as np
 from hf2mnn.checkpoint.tensors import StoredTensor
 from hf2mnn.core.errors import BundleError, QuantizationError
 from hf2mnn.mnn.bundle import DECODER, EMBEDDING, MODEL_CONFIG, ROWS_AT_ONCE, embedding_table, table_blocks
-from hf2mnn.mnn.convert import WeightFormat
-from hf2mnn.mnn.paths import read_config
+from hf2mnn.mnn.bundle_config import read_config
+from hf2mnn.mnn.engine_facts import QUANTIZED_EMBEDDING_BITS, TIE_EMBEDDINGS_KEYS
 from hf2mnn.quant.blob import SCALE_TYPES, header, unpack
-from hf2mnn.quant.names import LM_HEAD
+from hf2mnn.quant.formats import LM_HEAD, WeightFormat
 from hf2mnn.quant.weights import Operator
 
 TIED = "tie_embeddings"
-BITS = (4, 8)
-POSITIONS = ("weight_offset", "alpha_offset", "alpha_size", "quant_bit", "quant_block", "half")
-"""What the places of a list mean; the last, whether scales are half floats, may be left out (`llmconfig.hpp`)."""
+"""Key of llm_config.json with the position of an embedding in lm_head."""
 
 
 def check_tied(model: dict[str, Any], form: WeightFormat) -> None:
-    """Raises QuantizationError where the engine cannot read the embedding from lm_head; `model` is model.json."""
+    """Check that the engine can read the embedding from lm_head.
+
+    Args:
+        model: Content of model.json.
+        form: Format of lm_head.
+
+    Raises:
+        QuantizationError: The model is not tied, or the format has other bits than 4 or 8.
+    """
     if not model["tie_word_embeddings"]:
         raise QuantizationError(f"{LM_HEAD}: the model's embedding is another weight; use embedding: file")
-    if form.bits not in BITS:
+    if form.bits not in QUANTIZED_EMBEDDING_BITS:
         raise QuantizationError(
-            f"{LM_HEAD}: the engine reads an embedding of 4 or 8 bits, this one gets {form.bits}; use embedding: file"
+            f"{LM_HEAD}: the engine reads an embedding of 4 or 8 bits, but the format has {form.bits}; use embedding:"
+            " file"
         )
 
 
 def tied_settings(operator: Operator) -> dict[str, Any]:
-    """What llm_config.json says of an embedding in `operator`, as it was written."""
+    """Return the value of `tie_embeddings` in llm_config.json for an embedding in `operator` of the written file."""
     (offset, _), (scales, size), _ = operator.parts
     stored = operator.stored
     blocks = size // (operator.outputs * (1 if stored["readType"] == 0 else 2))
@@ -55,43 +62,56 @@ def tied_settings(operator: Operator) -> dict[str, Any]:
 
 
 def parse_tied(stored: Any) -> dict[str, Any] | None:
-    """The same out of llm_config.json's `tie_embeddings`, which llmexport writes as a list; None where there is none.
+    """Parse `tie_embeddings` of llm_config.json, which llmexport writes as a list; None if the key is missing.
 
     Raises:
-        BundleError: it is neither form.
+        BundleError: It is neither a list nor an object of valid numbers.
     """
     if stored is None:
         return None
+    *required, half = TIE_EMBEDDINGS_KEYS
     if isinstance(stored, list):
-        stored = dict(zip(POSITIONS, stored, strict=False))
-        stored["alpha_dtype"] = "fp16" if stored.pop("half", 0) else "fp32"
-    whole = isinstance(stored, dict) and all(isinstance(stored.get(key), int) for key in POSITIONS[:-1])
-    if not whole or min(stored[key] for key in POSITIONS[:-1]) < 0:
-        raise BundleError(f"{TIED} of {MODEL_CONFIG} does not say where the embedding is; convert the checkpoint again")
+        stored = dict(zip(TIE_EMBEDDINGS_KEYS, stored, strict=False))
+        stored["alpha_dtype"] = "fp16" if stored.pop(half, 0) else "fp32"
+    valid = isinstance(stored, dict) and all(isinstance(stored.get(key), int) for key in required)
+    if not valid or min(stored[key] for key in required) < 0:
+        raise BundleError(
+            f"{TIED} of {MODEL_CONFIG} does not have the position of an embedding ({', '.join(required)}); convert the"
+            " checkpoint again"
+        )
     return {"alpha_dtype": "fp32", **stored}
 
 
 def embedding_in_weights(model: dict[str, Any]) -> bool:
-    """Whether the engine reads the embedding out of the decoder's weight file; `model` is llm_config.json.
+    """Return whether the engine reads the embedding from the decoder's weight file.
 
-    An embedding that begins at 0 is quantized, in the embedding's own file. Raises BundleError as `parse_tied` does.
+    An embedding at offset 0 is quantized, but in a file of its own.
+
+    Args:
+        model: Content of llm_config.json.
+
+    Raises:
+        BundleError: `tie_embeddings` is invalid.
     """
     tied = parse_tied(model.get(TIED))
     return tied is not None and tied["weight_offset"] != 0
 
 
-def tied_in(bundle: Path) -> dict[str, Any] | None:
-    """Where lm_head is the embedding, `tied_settings` as the bundle has them."""
+def read_tied(bundle: Path) -> dict[str, Any] | None:
+    """Return `tied_settings` of a bundle; None if the embedding has a file of its own."""
     return parse_tied(read_config(bundle, MODEL_CONFIG).get(TIED))
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:
     with path.open("rb") as file:
         file.seek(offset)
-        found = file.read(size)
-    if len(found) != size:
-        raise BundleError(f"{path} ends before the embedding that {MODEL_CONFIG} says is there: it was cut short")
-    return found
+        content = file.read(size)
+    if len(content) != size:
+        raise BundleError(
+            f"{path} ends before byte {offset + size}, where {MODEL_CONFIG} has the embedding: it is truncated, make it"
+            " again"
+        )
+    return content
 
 
 def _tied_rows(path: Path, tied: dict[str, Any], shape: tuple[int, int]) -> Iterator[np.ndarray]:
@@ -103,40 +123,44 @@ def _tied_rows(path: Path, tied: dict[str, Any], shape: tuple[int, int]) -> Iter
     for start in range(0, rows, ROWS_AT_ONCE):
         count = min(ROWS_AT_ONCE, rows - start)
         packed = _read(path, tied["weight_offset"] + start * hidden * bits // 8, count * hidden * bits // 8)
-        levels = unpack(packed, count * hidden, bits).reshape(count, -1, block).astype(np.float32)
+        q = unpack(packed, count * hidden, bits).reshape(count, -1, block).astype(np.float32)
         pairs = alpha[start : start + count]
-        values = levels * pairs[:, :, -1:]
+        values = q * pairs[:, :, -1:]
         yield (values + pairs[:, :, :1] if pairs.shape[2] == 2 else values).reshape(count, hidden)
 
 
 def embedding_rows(path: Path, tied: dict[str, Any] | None, shape: tuple[int, int]) -> Iterator[np.ndarray]:
-    """float32 [rows, hidden] of an embedding of `shape`, a block at a time, as the engine reads it: bfloat16, or where
-    `tied` says, in `path`.
+    """Yield the rows of an embedding as the engine reads them, float32 [rows, hidden], some at a time.
+
+    Args:
+        path: File of the embedding, or weight file of the decoder.
+        tied: Position in the weight file (`tied_settings`); None for a bfloat16 file.
+        shape: Vocabulary and hidden size.
 
     Raises:
-        BundleError: the embedding is not whole.
+        BundleError: The file is truncated.
     """
     if tied is not None:
         yield from _tied_rows(path, tied, shape)
         return
     vocabulary, hidden = shape
-    for at in range(0, vocabulary, ROWS_AT_ONCE):
-        found = _read(path, 2 * at * hidden, 2 * hidden * min(ROWS_AT_ONCE, vocabulary - at))
-        yield np.frombuffer(found, ml_dtypes.bfloat16).reshape(-1, hidden).astype(np.float32)
+    for start in range(0, vocabulary, ROWS_AT_ONCE):
+        content = _read(path, 2 * start * hidden, 2 * hidden * min(ROWS_AT_ONCE, vocabulary - start))
+        yield np.frombuffer(content, ml_dtypes.bfloat16).reshape(-1, hidden).astype(np.float32)
 
 
-def beside(rows: Iterator[np.ndarray], right: StoredTensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of an embedding with the checkpoint's rounded to bfloat16, both float32 [rows, hidden]."""
-    for block, exact in zip(rows, table_blocks(right), strict=True):
+def pair_with_checkpoint(rows: Iterator[np.ndarray], table: StoredTensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield rows of an embedding with those of the checkpoint in bfloat16, both float32 [rows, hidden]."""
+    for block, exact in zip(rows, table_blocks(table), strict=True):
         yield block, exact.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def embedding_blocks(bundle: Path, onnx_folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The bundle's embedding and the checkpoint's, as `beside` gives them.
+    """Yield rows of a bundle's embedding and of the checkpoint's, as `pair_with_checkpoint` does.
 
     Raises:
-        BundleError: the embedding is not whole.
+        BundleError: The embedding is truncated.
     """
-    right, tied = embedding_table(onnx_folder), tied_in(bundle)
+    table, tied = embedding_table(onnx_folder), read_tied(bundle)
     path = bundle / (f"{DECODER}.weight" if tied else EMBEDDING)
-    return beside(embedding_rows(path, tied, right.shape), right)
+    return pair_with_checkpoint(embedding_rows(path, tied, table.shape), table)

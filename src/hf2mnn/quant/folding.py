@@ -1,78 +1,87 @@
-"""Scales of channels, folded into neighbouring weights: what one operator gives is divided, what reads it multiplied.
+"""Channel scales folded into the weights of adjacent layers (AWQ, Lin et al., 2024).
 
-The model computes the same; only what rounding makes of its weights is different. A channel that the inputs make
-important is given larger weights, which lose less by it (AWQ, Lin et al., 2024).
+The outputs of a layer are divided by them, the inputs of the next layers multiplied. The model computes the same
+function; only the errors of quantization change. Channels whose inputs are large get larger weights, which lose less by
+rounding.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from hf2mnn.families.base import Fold
+from hf2mnn.mnn.graph import Op
 from hf2mnn.quant.weights import Operator, WeightFile
 
 FOLDED = "folded.safetensors"
-"""In a bundle: `Scales.points`, for the comparison layer by layer."""
+"""File of a bundle with `Scales.tap_points`, for the comparison layer by layer."""
 
 
 @dataclass
 class Scales:
-    """float32 vectors by module: `columns` multiply the inputs' weights, `rows` divide the outputs'."""
+    """Scales of folds, float32 vectors by module.
+
+    Attributes:
+        columns: Factors of the columns of a balance layer's weight.
+        rows: Divisors of the rows of a smooth layer's weight, or of a normalization's gamma and beta.
+    """
 
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     rows: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(self, fold: Fold, scales: np.ndarray) -> None:
-        """`scales` float32 [channels that the producer gives]."""
-        self.rows[fold.producer] = scales
-        for reader in fold.readers:
-            self.columns[reader] = fold.spread(scales)
+        """Add the scales of a fold, float32 [output channels of `fold.smooth_layer`]."""
+        self.rows[fold.smooth_layer] = scales
+        for layer in fold.balance_layers:
+            self.columns[layer] = fold.expand(scales)
 
-    def points(self, folds: list[Fold]) -> dict[str, np.ndarray]:
-        """What the values of each point on the way must be multiplied with to be the checkpoint's."""
-        found = {}
+    def tap_points(self, folds: list[Fold]) -> dict[str, np.ndarray]:
+        """Return the factors by which values of scaled tap points become those of the checkpoint."""
+        factors = {}
         for fold in folds:
-            if fold.producer in self.rows:
-                found[fold.producer] = self.rows[fold.producer]
-                found |= {point: fold.spread(self.rows[fold.producer]) for point in fold.passes}
-        return found
+            if fold.smooth_layer in self.rows:
+                factors[fold.smooth_layer] = self.rows[fold.smooth_layer]
+                factors |= {point: fold.expand(self.rows[fold.smooth_layer]) for point in fold.tap_points}
+        return factors
 
 
-def folded_points(bundle: Path) -> dict[str, np.ndarray]:
-    """float32 [values] by point (`hf2mnn.reference.tap_points`); nothing where the bundle has no folded scales."""
+def folded_tap_points(bundle: Path) -> dict[str, np.ndarray]:
+    """Return `Scales.tap_points` of a bundle, float32 vectors by tap point; empty if it has no folded scales."""
     path = bundle / FOLDED
     return load_file(path) if path.is_file() else {}
 
 
 class FoldedWeights(WeightFile):
-    """A float weight file, read as it is once scales are folded into it."""
+    """A float weight file with scales folded into its weights."""
 
     def __init__(self, weights: WeightFile, scales: Scales) -> None:
         self.path, self.weights, self.scales = weights.path, weights, scales
 
     def rows(self, operator: Operator, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """Return scaled rows as `WeightFile.rows` does."""
         end = operator.outputs if end is None else end
-        found = self.weights.rows(operator, begin, end)
+        rows = self.weights.rows(operator, begin, end)
         if operator.name in self.scales.columns:
-            found = found * self.scales.columns[operator.name]
+            rows = rows * self.scales.columns[operator.name]
         if operator.name in self.scales.rows:
-            found = found / self.scales.rows[operator.name][begin:end, None]
-        return found
+            rows = rows / self.scales.rows[operator.name][begin:end, None]
+        return rows
 
     def bias(self, operator: Operator) -> bytes:
-        return self._divided(self.weights.bias(operator), operator.name)
+        """Return the scaled bias."""
+        return self._divide(self.weights.bias(operator), operator.name)
 
-    def constants(self, op: dict[str, Any]) -> bytes:
-        return self._divided(self.weights.constants(op), op["name"])
+    def constants(self, op: Op) -> bytes:
+        """Return scaled gamma and beta of a normalization."""
+        return self._divide(self.weights.constants(op), op["name"])
 
-    def _divided(self, stored: bytes, name: str) -> bytes:
-        """Biases, and gamma and beta one after the other."""
+    def _divide(self, values: bytes, name: str) -> bytes:
+        """Divide one or more vectors, one after the other."""
         if name not in self.scales.rows:
-            return stored
+            return values
         scales = self.scales.rows[name]
-        return (np.frombuffer(stored, np.float32).reshape(-1, len(scales)) / scales).tobytes()
+        return (np.frombuffer(values, np.float32).reshape(-1, len(scales)) / scales).tobytes()

@@ -1,34 +1,61 @@
-"""Which format each operator of a model gets: one for all of a part, and a plan's over it."""
+"""Formats of weights, and the choice of a format for each operator."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from hf2mnn.core.errors import QuantizationError
-from hf2mnn.mnn.convert import WeightFormat
-from hf2mnn.quant.blob import size
-from hf2mnn.quant.weights import Operator
+
+if TYPE_CHECKING:
+    from hf2mnn.quant.weights import Operator
+
+LM_HEAD = "lm_head"
+EMBEDDING = "embedding"
+"""Name of the embedding among the operators of the sensitivity stage."""
+MEASURED, CANDIDATES = "measured.csv", "candidates.csv"
+"""Tables of the sensitivity stage."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """Storage of the weight of a linear layer.
+
+    Attributes:
+        bits: 32 and 16 for floats, 2 to 8 for integers with a scale per block.
+        block: Inputs that share a scale, which others call group size; 0 for one scale per output channel.
+        symmetric: Whether there are no zero points.
+        scale_bits: 16 or 32, size of the scales and zero points, which are floats.
+        method: Method of quantization: "rtn", "hqq", "mse", "awq", "gptq" or "checkpoint".
+    """
+
+    bits: int = 32
+    block: int = 0
+    symmetric: bool = False
+    scale_bits: int = 16
+    method: str = "rtn"
 
 
 def check_format(operator: Operator, form: WeightFormat) -> WeightFormat:
-    """The format as an operator can have it: one scale a channel where it is a convolution, as MNN has no blocks there.
+    """Return the format in which MNN stores an operator: one scale per channel for a convolution, which has no blocks.
 
     Raises:
-        QuantizationError: the block does not divide the inputs; hqq without zero points.
+        QuantizationError: The block does not divide the inputs, or the method is hqq without zero points.
     """
     if form.bits >= 16:
         return form
     if form.method == "hqq" and form.symmetric:
-        raise QuantizationError(f"{operator.name}: hqq searches a zero point, and symmetric has none; use mse")
+        raise QuantizationError(
+            f"{operator.name}: hqq searches a zero point, and a symmetric format has none; use method: mse"
+        )
     if operator.kernel > 1 or form.block == operator.inputs:
         return replace(form, block=0)
     if form.block and operator.inputs % form.block:
         fitting = [str(block) for block in (128, 64, 32, 16) if operator.inputs % block == 0]
         raise QuantizationError(
             f"{operator.name}: block {form.block} does not divide its {operator.inputs} inputs; use"
-            f" {', '.join(fitting) + ' or ' if fitting else ''}0 (one scale a channel)"
+            f" {', '.join(fitting) + ' or ' if fitting else ''}0 (one scale per channel)"
         )
     return form
 
@@ -36,21 +63,23 @@ def check_format(operator: Operator, form: WeightFormat) -> WeightFormat:
 def choose_formats(
     operators: Iterable[Operator], base: WeightFormat, overrides: dict[str, dict[str, Any]], part: str
 ) -> dict[str, WeightFormat]:
-    """The format of every operator by name; `overrides` holds a plan's settings by operator.
+    """Return the format of every operator by name.
+
+    Args:
+        operators: Operators of a part.
+        base: Format of the part.
+        overrides: Settings of a plan by operator.
+        part: Name of the part, for error messages.
 
     Raises:
-        QuantizationError: the plan names an operator that is not there; a block does not divide an operator's inputs.
+        QuantizationError: The plan has an unknown operator, or an operator cannot have its format.
     """
     known = {operator.name: operator for operator in operators}
-    strangers = sorted(set(overrides) - set(known))
-    if strangers:
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
         raise QuantizationError(
-            f"the plan names {strangers[0]}, which the {part} does not have; it has {', '.join(list(known)[:3])}, ..."
+            f"{unknown[0]}: the plan names this operator, but the {part} does not have it; it has"
+            f" {', '.join(list(known)[:3])}, ..."
         )
-    chosen = {name: replace(base, **overrides.get(name, {})) for name in known}
-    return {name: check_format(operator, chosen[name]) for name, operator in known.items()}
-
-
-def stored_size(operator: Operator, form: WeightFormat) -> int:
-    """Bytes of an operator's weight with its scales in the weight file."""
-    return size(operator.outputs, operator.inputs, form.bits, form.block, form.symmetric, form.scale_bits)
+    formats = {name: replace(base, **overrides.get(name, {})) for name in known}
+    return {name: check_format(operator, formats[name]) for name, operator in known.items()}

@@ -1,9 +1,9 @@
-"""GPTQ (Frantar et al., 2023): round one input channel after another, and let those to come make up for the error.
+"""GPTQ (Frantar et al., 2023): quantize input channels one by one, and compensate each error in those that follow.
 
-For a layer with inputs x of second moment H = E[x x^T], the error of its output is (w - q) H (w - q)^T for each row w.
-With H^-1 = U^T U, U upper triangular, rounding channel j to q_j costs (w_j - q_j)^2 / U_jj^2 once the channels after it
-have been moved by -(w_j - q_j) / U_jj * U_j: so these costs weigh the search for a block's scale, which is made when
-its turn comes, for the weights as they then are.
+For a layer with inputs x and H = E[x x^T], the output error of a row w is (w - q) H (w - q)^T. Let Hinv be the upper
+Cholesky factor of the inverse, H^-1 = Hinv^T Hinv. Quantizing channel j costs (w_j - q_j)^2 / Hinv_jj^2 once the
+channels after j have been changed by -(w_j - q_j) / Hinv_jj * Hinv_j. These costs are the weights of the search for a
+block's scale, which is made with the weights as they are when the block begins.
 """
 
 from __future__ import annotations
@@ -13,107 +13,125 @@ from numba import njit
 from scipy.linalg.lapack import dtrtri
 from threadpoolctl import threadpool_limits
 
-from hf2mnn.core.errors import QuantizationError
-from hf2mnn.quant.blob import Levels
-from hf2mnn.quant.rounding import LANES, ONE, ZERO, F, least_squares, level_range, search_steps
+from hf2mnn.quant.blob import Quantized
+from hf2mnn.quant.formats import WeightFormat
+from hf2mnn.quant.layer_inputs import Activations, Calibrated, check_finite
+from hf2mnn.quant.rounding import LANES, ONE, ZERO, F, RoundRows, q_range, search_scales, search_steps
+from hf2mnn.quant.weights import Operator
 
 DAMPING = 0.01
-"""Share of H's mean diagonal that is added to the diagonal: few inputs say little about rare directions."""
+"""Share of H's mean diagonal that is added to its diagonal: few inputs say little about rare directions."""
 
 
-def check_finite(recorded: np.ndarray, name: str) -> None:
-    """Raises QuantizationError where what was recorded of an operator's inputs is not finite."""
-    if not np.isfinite(recorded).all():
-        raise QuantizationError(f"{name}: its recorded inputs hold NaN or infinite numbers; record them again")
+def inverse_cholesky(H: np.ndarray, name: str) -> np.ndarray:
+    """Return Hinv, float32 [inputs, inputs], of H with damping.
 
-
-def compensation(second_moment: np.ndarray, name: str) -> np.ndarray:
-    """U, float32 [inputs, inputs], of a second moment float32 [inputs, inputs].
+    Args:
+        H: float32 [inputs, inputs].
+        name: Name of the operator, for error messages.
 
     Raises:
-        QuantizationError: the recorded inputs are not finite.
+        QuantizationError: H is not finite.
     """
-    moment = second_moment.astype(np.float64)
-    check_finite(moment, name)
-    mean = float(np.diag(moment).mean())
-    moment[np.diag_indices_from(moment)] += DAMPING * mean if mean else 1.0
-    # With rows and columns reversed, H = L L^T gives H^-1 = U^T U for U = L^-1 reversed. One thread: several would sum
-    # in another order.
+    H = H.astype(np.float64)
+    check_finite(H, name)
+    mean = float(np.diag(H).mean())
+    H[np.diag_indices_from(H)] += DAMPING * mean if mean else 1.0
+    # With rows and columns in reverse order, H = L L^T gives Hinv = L^-1 in reverse order. One thread: several would
+    # sum in another order.
     with threadpool_limits(1):
-        lower = np.linalg.cholesky(moment[::-1, ::-1])
-        inverse, _ = dtrtri(lower, lower=1)
+        L = np.linalg.cholesky(H[::-1, ::-1])
+        inverse, _ = dtrtri(L, lower=1)
     return np.ascontiguousarray(inverse[::-1, ::-1], F)
 
 
 @njit(nogil=True, cache=True)
-def _gptq(rows, block, low, high, symmetric, half, upper, kinds, shares, levels, scales, zeros):
+def _gptq(rows, block, low, high, symmetric, half, Hinv, steps, shares, q, scales, zero_points):
     count, inputs = rows.shape
-    tile, errors = np.empty((inputs, LANES), F), np.empty((block, LANES), F)
-    least, most, best = np.empty(LANES, F), np.empty(LANES, F), np.empty((4, LANES), F)
-    scale, zero, moved = np.empty(LANES, F), np.empty(LANES, F), np.empty(LANES, F)
-    importance = np.empty(inputs, F)
+    W, errors = np.empty((inputs, LANES), F), np.empty((block, LANES), F)
+    w_min, w_max, best = np.empty(LANES, F), np.empty(LANES, F), np.empty((4, LANES), F)
+    s, z, change = np.empty(LANES, F), np.empty(LANES, F), np.empty(LANES, F)
+    costs = np.empty(inputs, F)
     for i in range(inputs):
-        importance[i] = ONE / (upper[i, i] * upper[i, i])
+        costs[i] = ONE / (Hinv[i, i] * Hinv[i, i])
     for start in range(0, count, LANES):
         for lane in range(LANES):
             row = min(start + lane, count - 1)
             for i in range(inputs):
-                tile[i, lane] = rows[row, i]
-        for place in range(inputs // block):
-            begin, end = place * block, (place + 1) * block
+                W[i, lane] = rows[row, i]
+        for index in range(inputs // block):
+            begin, end = index * block, (index + 1) * block
             for lane in range(LANES):
-                least[lane] = most[lane] = tile[begin, lane]
+                w_min[lane] = w_max[lane] = W[begin, lane]
             for i in range(begin + 1, end):
                 for lane in range(LANES):
-                    least[lane] = min(least[lane], tile[i, lane])
-                    most[lane] = max(most[lane], tile[i, lane])
-            least_squares(
-                tile[begin:end],
-                importance[begin:end],
-                least,
-                most,
-                low,
-                high,
-                symmetric,
-                half,
-                kinds,
-                shares,
-                best,
-                scale,
-                zero,
-            )
+                    w_min[lane] = min(w_min[lane], W[i, lane])
+                    w_max[lane] = max(w_max[lane], W[i, lane])
+            tile, h = W[begin:end], costs[begin:end]
+            search_scales(tile, h, w_min, w_max, low, high, symmetric, half, steps, shares, best, s, z)
             for i in range(begin, end):
                 for lane in range(LANES):
-                    inverse = ONE / scale[lane] if scale[lane] > ZERO else ZERO
-                    level = min(max(np.rint((tile[i, lane] - zero[lane]) * inverse), low), high)
-                    errors[i - begin, lane] = (tile[i, lane] - (level * scale[lane] + zero[lane])) / upper[i, i]
+                    inverse = ONE / s[lane] if s[lane] > ZERO else ZERO
+                    value = min(max(np.rint((W[i, lane] - z[lane]) * inverse), low), high)
+                    errors[i - begin, lane] = (W[i, lane] - (value * s[lane] + z[lane])) / Hinv[i, i]
                     if start + lane < count:
-                        levels[start + lane, i] = np.int8(level)
+                        q[start + lane, i] = np.int8(value)
                 for k in range(i + 1, end):
                     for lane in range(LANES):
-                        tile[k, lane] -= errors[i - begin, lane] * upper[i, k]
+                        W[k, lane] -= errors[i - begin, lane] * Hinv[i, k]
             for lane in range(min(LANES, count - start)):
-                scales[start + lane, place], zeros[start + lane, place] = scale[lane], zero[lane]
-            # What is beyond the block is moved once for all of it.
+                scales[start + lane, index], zero_points[start + lane, index] = s[lane], z[lane]
+            # Channels after the block are changed once, by the errors of the whole block.
             for k in range(end, inputs):
                 for lane in range(LANES):
-                    moved[lane] = ZERO
+                    change[lane] = ZERO
                 for i in range(begin, end):
                     for lane in range(LANES):
-                        moved[lane] += errors[i - begin, lane] * upper[i, k]
+                        change[lane] += errors[i - begin, lane] * Hinv[i, k]
                 for lane in range(LANES):
-                    tile[k, lane] -= moved[lane]
+                    W[k, lane] -= change[lane]
 
 
-def gptq_rows(rows: np.ndarray, bits: int, block: int, symmetric: bool, scale_bits: int, upper: np.ndarray) -> Levels:
-    """Quantize rows of a weight, float32 [rows, inputs], each by itself; `upper` comes from `compensation`."""
+def gptq_rows(rows: np.ndarray, bits: int, block: int, symmetric: bool, scale_bits: int, Hinv: np.ndarray) -> Quantized:
+    """Quantize rows of a weight independently of each other.
+
+    Args:
+        rows: float32 [rows, inputs].
+        bits: 2 to 8.
+        block: A divisor of the inputs; 0 for one block a row.
+        symmetric: Whether there are no zero points.
+        scale_bits: 16 or 32.
+        Hinv: float32 [inputs, inputs] from `inverse_cholesky`.
+    """
     count, inputs = rows.shape
     block = block or inputs
     shape = (count, inputs // block)
-    levels, scales, zeros = np.empty((count, inputs), np.int8), np.empty(shape, F), np.empty(shape, F)
-    low, high = level_range(bits)
-    kinds, shares = search_steps(bits, symmetric, even=bool(np.ptp(np.diag(upper)) == 0))
-    half = scale_bits == 16
+    q, scales, zero_points = np.empty((count, inputs), np.int8), np.empty(shape, F), np.empty(shape, F)
+    low, high = q_range(bits)
+    steps, shares = search_steps(bits, symmetric, uniform=bool(np.ptp(np.diag(Hinv)) == 0))
     rows = np.ascontiguousarray(rows, F)
-    _gptq(rows, block, low, high, symmetric, half, upper, kinds, shares, levels, scales, zeros)
-    return Levels(levels, scales, None if symmetric else zeros)
+    _gptq(rows, block, low, high, symmetric, scale_bits == 16, Hinv, steps, shares, q, scales, zero_points)
+    return Quantized(q, scales, None if symmetric else zero_points)
+
+
+class Gptq(Calibrated):
+    """GPTQ as a method of `hf2mnn.quant.methods`."""
+
+    method = "gptq"
+
+    def __init__(self, activations: Activations | None) -> None:
+        super().__init__(activations)
+        self._last: tuple[str, np.ndarray] | None = None
+
+    def prepare(self, operator: Operator, form: WeightFormat) -> RoundRows:
+        """Return the function that quantizes rows of an operator."""
+        Hinv = self._inverse_cholesky(operator.name)
+        return lambda _, rows: gptq_rows(rows, form.bits, form.block, form.symmetric, form.scale_bits, Hinv)
+
+    def _inverse_cholesky(self, module: str) -> np.ndarray:
+        """Return Hinv of a layer; the last one is kept, because layers with the same input follow each other."""
+        tensor = self.activations.tensor(module)
+        if self._last is None or self._last[0] != tensor:
+            self._last = None
+            self._last = (tensor, inverse_cholesky(self.activations.second_moment(module), module))
+        return self._last[1]

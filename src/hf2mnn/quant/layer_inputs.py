@@ -1,60 +1,102 @@
-"""What linear layers read on the calibration set, as the `activations` stage has kept it: numpy alone, no torch."""
+"""Inputs of linear layers on the calibration set, from the calibrate stage, and the base class of calibrated methods.
+
+It needs NumPy alone, no PyTorch.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
-import ml_dtypes  # noqa: F401  by it numpy knows bfloat16
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 from safetensors import safe_open
 
 from hf2mnn.core.errors import QuantizationError
+from hf2mnn.quant.formats import WeightFormat
+from hf2mnn.quant.weights import Operator
 from hf2mnn.reference.golden import ACTIVATIONS
 
 
 class Activations:
-    """The folder of the `activations` stage; layers have their names in the transformers model."""
+    """Folder of the calibrate stage; layers have their names in the transformers model."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self._file = safe_open(self.folder / ACTIVATIONS, "np")
-        self._readers: dict[str, str] = json.loads(self._file.metadata()["readers"])
+        self._tensors: dict[str, str] = json.loads(self._file.metadata()["readers"])
 
     @property
     def modules(self) -> list[str]:
-        return sorted(self._readers)
+        """Names of the recorded layers."""
+        return sorted(self._tensors)
 
     def has(self, module: str) -> bool:
-        return module in self._readers
+        """Return whether inputs of a layer were recorded."""
+        return module in self._tensors
 
     def tensor(self, module: str) -> str:
-        """Name of the tensor that `module` reads: the same for layers that read the same.
+        """Return the name of a layer's input, which is the same for layers with the same input.
 
         Raises:
-            QuantizationError: nothing was kept of this layer.
+            QuantizationError: No inputs of this layer were recorded.
         """
         if not self.has(module):
             raise QuantizationError(
                 f"{self.folder} holds no activations of {module}: no example of the calibration set runs it, or the"
                 " model has no such linear layer; a vision tower needs examples with images"
             )
-        return self._readers[module]
+        return self._tensors[module]
 
     def rows(self, module: str) -> np.ndarray:
-        """float32 [rows, in_features], the values of bfloat16. Raises QuantizationError as `tensor` does."""
+        """Return inputs, bfloat16 values as float32 [rows, in_features]. Raise QuantizationError as `tensor` does."""
         return self._file.get_tensor(self.tensor(module)).astype(np.float32)
 
     def second_moment(self, module: str) -> np.ndarray:
-        """float32 [in_features, in_features]: the mean over rows of the outer product of a row with itself.
+        """Return H = E[x x^T], float32 [in_features, in_features], x being a row of inputs.
 
-        The same bytes with any BLAS and any number of threads: each column is rounded to whole multiples of a power of
-        two (of 4096 rows, 2^19 or more of them up to its largest value), so that float64 holds every partial sum
-        exactly and their order does not show. Raises QuantizationError as `tensor` does.
+        The bytes are the same for any BLAS and any number of threads: each column is rounded to whole multiples of a
+        power of two (for 4096 rows, its largest value is at least 2^19 of them), so that float64 holds every partial
+        sum exactly and their order does not matter.
+
+        Raises:
+            QuantizationError: No inputs of this layer were recorded.
         """
         rows = self.rows(module).astype(np.float64)
         bits = (np.finfo(np.float64).nmant + 1 - len(rows).bit_length()) // 2
         _, exponents = np.frexp(np.abs(rows).max(axis=0))
         whole = np.rint(np.ldexp(rows, bits - exponents))
-        moment = np.ldexp(whole.T @ whole, exponents[:, None] + exponents - 2 * bits) / len(rows)
-        return moment.astype(np.float32)
+        H = np.ldexp(whole.T @ whole, exponents[:, None] + exponents - 2 * bits) / len(rows)
+        return H.astype(np.float32)
+
+
+def check_finite(values: np.ndarray, name: str) -> None:
+    """Raise QuantizationError if statistics of the inputs of the operator `name` are not finite."""
+    if not np.isfinite(values).all():
+        raise QuantizationError(
+            f"{name}: its recorded inputs hold NaN or infinite numbers; run 'hf2mnn calibrate' again"
+        )
+
+
+class Calibrated:
+    """A method that needs the inputs of layers."""
+
+    method: ClassVar[str]
+
+    def __init__(self, activations: Activations | None) -> None:
+        self.activations = activations
+
+    def resolve(self, operator: Operator, form: WeightFormat) -> WeightFormat:
+        """Return the format with mse for the patch embedding, a convolution whose inputs are not recorded.
+
+        Raises:
+            QuantizationError: There are no recorded inputs.
+        """
+        if self.activations is None:
+            raise QuantizationError(
+                f"{operator.name}: {self.method} needs recorded inputs of layers; give the folder of 'hf2mnn calibrate'"
+                " by --calibration"
+            )
+        return replace(form, method="mse") if operator.kernel > 1 else form

@@ -1,8 +1,8 @@
-"""Take the levels and scales of an AWQ or GPTQ checkpoint over into MNN's format, bit for bit.
+"""Quantized values of an AWQ or GPTQ checkpoint in MNN's format, with bit-identical weights.
 
-A packed weight is (level - zero) * scale with whole numbers from 0; MNN's is level * scale + zero with levels around 0,
-so its zero is (2^(bits-1) - zero) * scale: a half float times a whole number below 2^8, which float32 always holds, and
-half floats where all zeros are in the middle (then none is stored) or the product has few enough digits.
+A weight of the checkpoint is (q - zero_point) * s with integers from 0; one of MNN is q * s + z with integers around 0.
+So z = (2^(bits-1) - zero_point) * s: a float16 times an integer below 2^8, which float32 always holds. float16 holds it
+if every zero point is 2^(bits-1), when z is not stored at all, or if the product has few enough digits.
 """
 
 from __future__ import annotations
@@ -12,61 +12,79 @@ from dataclasses import replace
 import numpy as np
 
 from hf2mnn.checkpoint.folder import Checkpoint
-from hf2mnn.checkpoint.prequantized import PackedLinear
+from hf2mnn.checkpoint.prequantized import PrequantizedLinear
 from hf2mnn.core.errors import QuantizationError
-from hf2mnn.mnn.convert import WeightFormat
-from hf2mnn.quant.blob import Levels
+from hf2mnn.quant.blob import Quantized
+from hf2mnn.quant.formats import WeightFormat
+from hf2mnn.quant.rounding import RoundRows
 from hf2mnn.quant.weights import Operator
-from hf2mnn.quant.write import RoundRows
 
 
-def _levels(packed: PackedLinear) -> Levels:
-    middle = 1 << packed.bits - 1
-    levels = (packed.levels.astype(np.int16) - middle).astype(np.int8)
-    scales = packed.scales.astype(np.float32)
-    zeros = None if packed.symmetric else (middle - packed.zeros.astype(np.float32)) * scales
-    return Levels(levels, scales, zeros)
+def _to_mnn(layer: PrequantizedLinear) -> Quantized:
+    middle = 1 << layer.bits - 1
+    q = (layer.q.astype(np.int16) - middle).astype(np.int8)
+    scales = layer.scales.astype(np.float32)
+    zero_points = None if layer.symmetric else (middle - layer.zero_points.astype(np.float32)) * scales
+    return Quantized(q, scales, zero_points)
 
 
-def packed_format(checkpoint: Checkpoint, operator: Operator, form: WeightFormat) -> WeightFormat:
-    """The format that holds an operator's weight exactly; 16 bits for one that the checkpoint has not packed.
+class Prequantized:
+    """Values of a checkpoint as the method "checkpoint" of `hf2mnn.quant.methods`."""
 
-    Raises:
-        QuantizationError: the checkpoint is not packed at all, or has other bits or blocks than were asked for.
-    """
-    quantization = checkpoint.quantization
-    if quantization is None:
-        raise QuantizationError(
-            f"{checkpoint.folder} is no AWQ or GPTQ checkpoint, from which method 'checkpoint' takes levels; use mse"
-        )
-    packed = checkpoint.packed(f"{operator.name}.weight")
-    if packed is None:
-        return replace(form, bits=16, block=0)
-    group = packed.group if packed.group < operator.inputs else 0
-    if form.bits != packed.bits or form.block not in (0, group, packed.group):
-        raise QuantizationError(
-            f"{operator.name}: the checkpoint holds {packed.bits} bits in blocks of {packed.group}, {form.bits} in"
-            f" blocks of {form.block} were asked for; set these to what there is, or choose another method"
-        )
-    zeros = _levels(packed).zeros
-    with np.errstate(over="ignore"):
-        exact = zeros is None or bool((zeros.astype(np.float16).astype(np.float32) == zeros).all())
-    return replace(form, block=group, symmetric=zeros is None, scale_bits=16 if exact else 32)
+    method = "checkpoint"
 
+    def __init__(self, checkpoint: Checkpoint | None) -> None:
+        self.checkpoint = checkpoint
 
-def packed_levels(checkpoint: Checkpoint, operator: Operator) -> RoundRows:
-    """Rounds by taking over what is there, which must be the float weight to the last bit."""
-    whole = _levels(checkpoint.packed(f"{operator.name}.weight"))
+    def resolve(self, operator: Operator, form: WeightFormat) -> WeightFormat:
+        """Return the format that holds the weight exactly; float16 for one that the checkpoint does not quantize.
 
-    def take(first: int, rows: np.ndarray) -> Levels:
-        span = slice(first, first + len(rows))
-        zeros = None if whole.zeros is None else whole.zeros[span]
-        taken = Levels(whole.levels[span], whole.scales[span], zeros)
-        if not np.array_equal(taken.dequantize(), rows):
+        Raises:
+            QuantizationError: There is no AWQ or GPTQ checkpoint, or `form` has other bits or another block.
+            CheckpointError: The layer cannot be converted.
+        """
+        if self.checkpoint is None:
             raise QuantizationError(
-                f"{operator.name}: the packed weight is not the float model's; make the onnx and mnn stages again from"
-                " this checkpoint"
+                f"{operator.name}: method checkpoint takes quantized values from the checkpoint; give its folder by"
+                " --checkpoint"
             )
-        return taken
+        if self.checkpoint.quantization is None:
+            raise QuantizationError(
+                f"{self.checkpoint.folder} is not an AWQ or GPTQ checkpoint, which method checkpoint needs; use"
+                " method: mse"
+            )
+        layer = self.checkpoint.prequantized(f"{operator.name}.weight")
+        if layer is None:
+            return replace(form, bits=16, block=0)
+        group = layer.group if layer.group < operator.inputs else 0
+        if form.bits != layer.bits or form.block not in (0, group, layer.group):
+            raise QuantizationError(
+                f"{operator.name}: the checkpoint has {layer.bits} bits in blocks of {layer.group}, but the format has"
+                f" {form.bits} bits in blocks of {form.block}; set these to the checkpoint's, or use another method"
+            )
+        zero_points = _to_mnn(layer).zero_points
+        with np.errstate(over="ignore"):
+            exact = zero_points is None or np.array_equal(
+                zero_points.astype(np.float16).astype(np.float32), zero_points
+            )
+        return replace(form, block=group, symmetric=zero_points is None, scale_bits=16 if exact else 32)
 
-    return take
+    def prepare(self, operator: Operator, form: WeightFormat) -> RoundRows:
+        """Return the function that takes rows of an operator from the checkpoint.
+
+        It raises QuantizationError if they are not the rows of the float model, to the last bit.
+        """
+        layer = _to_mnn(self.checkpoint.prequantized(f"{operator.name}.weight"))
+
+        def take(first: int, rows: np.ndarray) -> Quantized:
+            span = slice(first, first + len(rows))
+            zero_points = None if layer.zero_points is None else layer.zero_points[span]
+            quantized = Quantized(layer.q[span], layer.scales[span], zero_points)
+            if not np.array_equal(quantized.dequantize(), rows):
+                raise QuantizationError(
+                    f"{operator.name}: the quantized weight of the checkpoint is not that of the float model; run"
+                    " 'hf2mnn export' and 'hf2mnn convert' again with this checkpoint"
+                )
+            return quantized
+
+        return take

@@ -1,259 +1,269 @@
-"""Levels and scales for the weights of a linear layer: where they are rounded to, whatever the inputs will be.
+"""Methods without calibration data, which differ in the scales and zero points of a block.
 
-    rtn   the range of a block in equal steps: round to nearest
-    hqq   half-quadratic quantization (Badri & Shaji, 2023): the zero point that makes the p-norm of the error small,
-          p = 0.7, the scale left as it is; 20 steps, as MNN's converter does them
-    mse   least squares: the scale and zero point with the smallest weighted sum of squared errors that a search finds
+    rtn   round to nearest: equal steps over the range of the block
+    hqq   half-quadratic quantization (Badri & Shaji, 2023): the scale of rtn, and the zero point with the smallest
+          p-norm of the error, p = 0.7; 20 iterations, as in MNN's converter
+    mse   scale search by mean squared error: the scale and zero point with the smallest weighted sum of squared errors
 
-All work on tiles of LANES rows by one block, rows along the SIMD lanes: every sum runs over a block in its order, so
-results depend neither on threads nor on the width of the machine's registers. Scales and zero points are rounded to the
-float type that they are stored in *before* levels and errors are computed with them.
+Weights W are processed in tiles of one block by LANES rows, with the rows along the SIMD lanes. Sums over a block have
+a fixed order, so results depend neither on threads nor on the width of registers. Scales and zero points are rounded to
+their stored float type before errors are computed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
-from hf2mnn.quant.blob import Levels
+from hf2mnn.quant.blob import Quantized
+from hf2mnn.quant.formats import WeightFormat
+from hf2mnn.quant.weights import Operator
+
+RoundRows = Callable[[int, np.ndarray], Quantized]
+"""Quantize rows of a weight, given the index of the first row and float32 [rows, inputs]; any thread may call it."""
 
 LANES = 32
 F = np.float32
 ZERO, ONE = F(0), F(1)
-HALF_NORMAL = F(2.0**-14)
-"""Smallest normal half float; below it they are multiples of 2^-24."""
-METHODS = {"rtn": 0, "hqq": 1, "mse": 2}
+FLOAT16_TINY = F(2.0**-14)
+"""Smallest normal float16; smaller values are multiples of 2^-24."""
+DATA_FREE = {"rtn": 0, "hqq": 1, "mse": 2}
+"""Methods of this module, and their codes in the kernel."""
 
-STEPS, P, BETA = 20, F(0.7), F(10)
-SHRINKS = F(BETA ** (-1 / (2 - P)))
-"""Errors below this become 0 in the shrinkage of hqq: |x| <= |x|^(p-1) / beta."""
+ITERATIONS, P, BETA = 20, F(0.7), F(10)
+SHRINK_LIMIT = F(BETA ** (-1 / (2 - P)))
+"""Errors below this are 0 after the shrinkage of hqq: |x| <= |x|^(p-1) / beta."""
 
-RANGE, LOW, HIGH, AGAIN, BEST = range(5)
-"""Steps of the search of mse. RANGE: the block's range, with a share of it cut off at each end; LOW, HIGH: the best
-scale, changed by a share of itself, while the lowest (highest) level stays where it is; AGAIN, BEST: what least squares
-makes of the levels of the step before, or of the best."""
+RANGE, KEEP_LOW, KEEP_HIGH, REFIT, REFIT_BEST = range(5)
+"""Steps of the search of mse.
+
+RANGE: the range of the block, with a share of it cut off at each end. KEEP_LOW, KEEP_HIGH: the best scale, changed by a
+share of itself, with the weight at the lowest (highest) q unchanged. REFIT, REFIT_BEST: least squares for the q of the
+previous step, or of the best one.
+"""
 NUDGES = (-1.0, 1.0, -0.5, 0.5)
-"""Changes of a scale, in halves of a step over its 2^bits levels."""
-
-
-def narrowest(bits: int) -> float:
-    """How much of a block's range may be cut off at each end: with few levels, clipping a tail is worth it."""
-    return {2: 0.4, 3: 0.3, 4: 0.3, 5: 0.2, 6: 0.1, 7: 0.06, 8: 0.04}[bits]
+"""Changes of a scale, in halves of a step over its 2^bits values."""
+LARGEST_CUT = {2: 0.4, 3: 0.3, 4: 0.3, 5: 0.2, 6: 0.1, 7: 0.06, 8: 0.04}
+"""Largest share of a block's range to cut off at each end, by bits: with few values of q, clipping is worth it."""
 
 
 @njit(nogil=True, cache=True, inline="always")
 def stored(x, half):
-    """The value that is stored of a float32: itself, or the nearest half float (Veltkamp's splitting)."""
+    """Round a float32 to its stored type: itself, or the nearest float16 (Veltkamp's splitting)."""
     if not half:
         return x
-    if abs(x) < HALF_NORMAL:
+    if abs(x) < FLOAT16_TINY:
         return (x + F(0.75)) - F(0.75)
     large = x * F(8193)
     return large - (large - x)
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _fit(tile, importance, scale, zero, low, high, sums):
-    """With these scales: sums[0] the weighted squared error, and of the levels chosen, weighted: [1] their sum, [2] of
-    their squares, [3] of their products with the weights.
+def _errors(W, h, s, z, low, high, sums):
+    """Quantize a tile with scales s and zero points z.
+
+    Fills `sums`: [0] squared errors; [1] q, [2] q^2 and [3] w * q, all weighted by h.
     """
     inverse = np.empty(LANES, F)
     for lane in range(LANES):
-        inverse[lane] = ONE / scale[lane] if scale[lane] > ZERO else ZERO
-        for which in range(4):
-            sums[which, lane] = ZERO
-    for i in range(tile.shape[0]):
-        h = importance[i]
+        inverse[lane] = ONE / s[lane] if s[lane] > ZERO else ZERO
+        for k in range(4):
+            sums[k, lane] = ZERO
+    for i in range(W.shape[0]):
+        weight = h[i]
         for lane in range(LANES):
-            weight = tile[i, lane]
-            level = min(max(np.rint((weight - zero[lane]) * inverse[lane]), low), high)
-            error = weight - (level * scale[lane] + zero[lane])
-            sums[0, lane] += h * error * error
-            sums[1, lane] += h * level
-            sums[2, lane] += h * level * level
-            sums[3, lane] += h * weight * level
+            w = W[i, lane]
+            q = min(max(np.rint((w - z[lane]) * inverse[lane]), low), high)
+            error = w - (q * s[lane] + z[lane])
+            sums[0, lane] += weight * error * error
+            sums[1, lane] += weight * q
+            sums[2, lane] += weight * q * q
+            sums[3, lane] += weight * w * q
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _refit(sums, total, weighted, symmetric, half, scale, zero):
-    """Scale and zero by linear regression of the weights on the levels that `_fit` has chosen; left as they are where
-    there is none. `total` is the sum of the importance, `weighted` that of the weights times it.
+def _refit(sums, total, weighted, symmetric, half, s, z):
+    """Set s and z by linear regression of w on q, from `sums` of `_errors`; leave them unchanged if it has no solution.
+
+    `total` is the sum of h, `weighted` that of h * w.
     """
     for lane in range(LANES):
         if symmetric:
             if sums[2, lane] > ZERO:
-                scale[lane] = stored(abs(sums[3, lane]) / sums[2, lane], half)
+                s[lane] = stored(abs(sums[3, lane]) / sums[2, lane], half)
         else:
             spread = total * sums[2, lane] - sums[1, lane] * sums[1, lane]
             if spread > ZERO and total > ZERO:
                 slope = (total * sums[3, lane] - sums[1, lane] * weighted[lane]) / spread
                 if slope > ZERO:
-                    scale[lane] = stored(slope, half)
-                    zero[lane] = stored((weighted[lane] - slope * sums[1, lane]) / total, half)
+                    s[lane] = stored(slope, half)
+                    z[lane] = stored((weighted[lane] - slope * sums[1, lane]) / total, half)
 
 
 @njit(nogil=True, cache=True)
-def least_squares(tile, importance, least, most, low, high, symmetric, half, kinds, shares, best, scales, zeros):
-    """Scales and zeros with the smallest error of those that the steps, `kinds` with their `shares`, try.
-    `best` [4, LANES] is scratch: what `_fit` says of the best.
+def search_scales(W, h, w_min, w_max, low, high, symmetric, half, steps, shares, best, scales, zero_points):
+    """Set the scales and zero points of a tile to the best ones of a search (mse).
+
+    `steps` and `shares` are from `search_steps`; `best` [4, LANES] is scratch: the sums of the best step.
     """
     middle = F(0.5) * (low + high)
-    scale, zero, sums = np.empty(LANES, F), np.empty(LANES, F), np.empty((4, LANES), F)
+    s, z, sums = np.empty(LANES, F), np.empty(LANES, F), np.empty((4, LANES), F)
     total, weighted = ZERO, np.zeros(LANES, F)
-    for i in range(tile.shape[0]):
-        total += importance[i]
+    for i in range(W.shape[0]):
+        total += h[i]
         for lane in range(LANES):
-            weighted[lane] += importance[i] * tile[i, lane]
-    for step in range(len(kinds)):
-        kind, share = kinds[step], shares[step]
-        if kind == RANGE:
+            weighted[lane] += h[i] * W[i, lane]
+    for index in range(len(steps)):
+        step, share = steps[index], shares[index]
+        if step == RANGE:
             for lane in range(LANES):
                 if symmetric:
-                    reach = max(-least[lane], most[lane])
-                    scale[lane], zero[lane] = stored(reach * (ONE - F(2) * share) / high, half), ZERO
+                    reach = max(-w_min[lane], w_max[lane])
+                    s[lane], z[lane] = stored(reach * (ONE - F(2) * share) / high, half), ZERO
                 else:
-                    width = (most[lane] - least[lane]) * (ONE - F(2) * share)
-                    scale[lane] = stored(width / (high - low), half)
-                    zero[lane] = stored(F(0.5) * (least[lane] + most[lane]) - middle * scale[lane], half)
-        elif kind in (LOW, HIGH):
-            end = low if kind == LOW else high
+                    width = (w_max[lane] - w_min[lane]) * (ONE - F(2) * share)
+                    s[lane] = stored(width / (high - low), half)
+                    z[lane] = stored(F(0.5) * (w_min[lane] + w_max[lane]) - middle * s[lane], half)
+        elif step in (KEEP_LOW, KEEP_HIGH):
+            end = low if step == KEEP_LOW else high
             for lane in range(LANES):
-                scale[lane] = stored(scales[lane] * (ONE + share), half)
-                zero[lane] = ZERO if symmetric else stored(zeros[lane] + (scales[lane] - scale[lane]) * end, half)
-        elif kind == AGAIN:
-            _refit(sums, total, weighted, symmetric, half, scale, zero)
+                s[lane] = stored(scales[lane] * (ONE + share), half)
+                z[lane] = ZERO if symmetric else stored(zero_points[lane] + (scales[lane] - s[lane]) * end, half)
+        elif step == REFIT:
+            _refit(sums, total, weighted, symmetric, half, s, z)
         else:
             for lane in range(LANES):
-                scale[lane], zero[lane] = scales[lane], zeros[lane]
-            _refit(best, total, weighted, symmetric, half, scale, zero)
-        _fit(tile, importance, scale, zero, low, high, sums)
-        # Without a branch, so that lanes are still worked on side by side.
+                s[lane], z[lane] = scales[lane], zero_points[lane]
+            _refit(best, total, weighted, symmetric, half, s, z)
+        _errors(W, h, s, z, low, high, sums)
+        # Selected without a branch, so that the loop is vectorized.
         for lane in range(LANES):
-            better = step == 0 or sums[0, lane] < best[0, lane]
-            scales[lane] = scale[lane] if better else scales[lane]
-            zeros[lane] = zero[lane] if better else zeros[lane]
-            for which in range(4):
-                best[3 - which, lane] = sums[3 - which, lane] if better else best[3 - which, lane]
+            better = index == 0 or sums[0, lane] < best[0, lane]
+            scales[lane] = s[lane] if better else scales[lane]
+            zero_points[lane] = z[lane] if better else zero_points[lane]
+            for k in range(4):
+                best[3 - k, lane] = sums[3 - k, lane] if better else best[3 - k, lane]
 
 
 @njit(nogil=True, cache=True)
-def _half_quadratic(tile, least, most, low, high, half, scales, zeros):
-    """The scale of the range, and the zero point after STEPS steps; zero is in steps of the scale, counted from 0."""
-    size = F(tile.shape[0])
+def _half_quadratic(W, w_min, w_max, low, high, half, scales, zero_points):
+    """Set the scales and zero points of a tile by hqq; its zero point `zero` is in steps of the scale, from q = 0."""
+    size = F(W.shape[0])
     inverse, zero, sums = np.empty(LANES, F), np.empty(LANES, F), np.empty(LANES, F)
     top = high - low
     for lane in range(LANES):
-        inverse[lane] = ONE / max((most[lane] - least[lane]) / top, F(1e-7))
-        zero[lane] = -least[lane] * inverse[lane]
-    for _ in range(STEPS):
-        large = ZERO
+        inverse[lane] = ONE / max((w_max[lane] - w_min[lane]) / top, F(1e-7))
+        zero[lane] = -w_min[lane] * inverse[lane]
+    for _ in range(ITERATIONS):
+        largest = ZERO
         for lane in range(LANES):
             sums[lane] = ZERO
-            # No error is larger than half a step, or than what the ends of the range stand over.
-            over = max(-(least[lane] * inverse[lane] + zero[lane]), most[lane] * inverse[lane] + zero[lane] - top)
-            large = max(large, max(over, F(0.5)) / inverse[lane])
-        if large <= SHRINKS:
-            for i in range(tile.shape[0]):
+            # An error is at most half a step, or the distance of an end of the range from the nearest q.
+            over = max(-(w_min[lane] * inverse[lane] + zero[lane]), w_max[lane] * inverse[lane] + zero[lane] - top)
+            largest = max(largest, max(over, F(0.5)) / inverse[lane])
+        if largest <= SHRINK_LIMIT:
+            for i in range(W.shape[0]):
                 for lane in range(LANES):
-                    scaled = tile[i, lane] * inverse[lane]
+                    scaled = W[i, lane] * inverse[lane]
                     sums[lane] += min(max(np.rint(scaled + zero[lane]), ZERO), top) - scaled
         else:
-            for i in range(tile.shape[0]):
+            for i in range(W.shape[0]):
                 for lane in range(LANES):
-                    scaled = tile[i, lane] * inverse[lane]
-                    level = min(max(np.rint(scaled + zero[lane]), ZERO), top)
-                    error = tile[i, lane] - (level - zero[lane]) / inverse[lane]
-                    size_of = abs(error)
-                    kept = ZERO
-                    if size_of > SHRINKS:
-                        kept = max(size_of - size_of ** (P - ONE) / BETA, ZERO)
-                        kept = kept if error > ZERO else -kept
-                    sums[lane] += level - (tile[i, lane] - kept) * inverse[lane]
+                    scaled = W[i, lane] * inverse[lane]
+                    q = min(max(np.rint(scaled + zero[lane]), ZERO), top)
+                    error = W[i, lane] - (q - zero[lane]) / inverse[lane]
+                    magnitude = abs(error)
+                    shrunk = ZERO
+                    if magnitude > SHRINK_LIMIT:
+                        shrunk = max(magnitude - magnitude ** (P - ONE) / BETA, ZERO)
+                        shrunk = shrunk if error > ZERO else -shrunk
+                    sums[lane] += q - (W[i, lane] - shrunk) * inverse[lane]
         for lane in range(LANES):
             zero[lane] = sums[lane] / size
     for lane in range(LANES):
         scales[lane] = stored(ONE / inverse[lane], half)
-        zeros[lane] = stored(-(zero[lane] + low) / inverse[lane], half)
+        zero_points[lane] = stored(-(zero[lane] + low) / inverse[lane], half)
 
 
 @njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc"})
 def _extremes(values):
-    """Smallest and largest of finite numbers; in whichever order they are compared."""
-    least = most = values[0]
+    """Return the smallest and largest of finite numbers; the order of comparisons does not matter."""
+    smallest = largest = values[0]
     for value in values:
-        least, most = min(least, value), max(most, value)
-    return least, most
+        smallest, largest = min(smallest, value), max(largest, value)
+    return smallest, largest
 
 
 @njit(nogil=True, cache=True)
-def _choose(values, scale, zero, low, high, levels):
-    inverse = ONE / scale if scale > ZERO else ZERO
-    # From 0, on views: indices that may be negative are not vectorized.
-    for i in range(len(values)):
-        levels[i] = np.int8(min(max(np.rint((values[i] - zero) * inverse), low), high))
+def _quantize(w, s, z, low, high, q):
+    inverse = ONE / s if s > ZERO else ZERO
+    # Views that start at 0: loops over indices that may be negative are not vectorized.
+    for i in range(len(w)):
+        q[i] = np.int8(min(max(np.rint((w[i] - z) * inverse), low), high))
 
 
 @njit(nogil=True, cache=True)
-def _round(rows, block, low, high, symmetric, half, method, importance, kinds, shares, levels, scales, zeros):
-    """Fill levels [rows, inputs], scales and zeros [rows, blocks]."""
+def _round(rows, block, low, high, symmetric, half, method, importance, steps, shares, q, scales, zero_points):
+    """Fill q [rows, inputs], scales and zero points [rows, blocks]."""
     count, inputs = rows.shape
-    tile, best = np.empty((block, LANES), F), np.empty((4, LANES), F)
-    least, most = np.empty(LANES, F), np.empty(LANES, F)
-    scale, zero = np.empty(LANES, F), np.empty(LANES, F)
+    W, best = np.empty((block, LANES), F), np.empty((4, LANES), F)
+    w_min, w_max = np.empty(LANES, F), np.empty(LANES, F)
+    s, z = np.empty(LANES, F), np.empty(LANES, F)
     for start in range(0, count, LANES):
-        for place in range(inputs // block):
-            begin, end = place * block, (place + 1) * block
+        for index in range(inputs // block):
+            begin, end = index * block, (index + 1) * block
             for lane in range(LANES):
-                values = rows[min(start + lane, count - 1), begin:end]
-                least[lane], most[lane] = _extremes(values)
+                w = rows[min(start + lane, count - 1), begin:end]
+                w_min[lane], w_max[lane] = _extremes(w)
                 if method != 0:
                     for i in range(block):
-                        tile[i, lane] = values[i]
+                        W[i, lane] = w[i]
             if method == 0:
-                # As the converter does it: levels by the exact scale, whose nearest half float is stored.
+                # As in the converter: q is computed with the exact scale, and its nearest float16 is stored.
                 for lane in range(LANES):
                     if symmetric:
-                        scale[lane], zero[lane] = max(-least[lane], most[lane]) / high, ZERO
+                        s[lane], z[lane] = max(-w_min[lane], w_max[lane]) / high, ZERO
                     else:
-                        scale[lane] = (most[lane] - least[lane]) / (high - low)
-                        zero[lane] = least[lane] - low * scale[lane]
+                        s[lane] = (w_max[lane] - w_min[lane]) / (high - low)
+                        z[lane] = w_min[lane] - low * s[lane]
             elif method == 1:
-                _half_quadratic(tile, least, most, low, high, half, scale, zero)
+                _half_quadratic(W, w_min, w_max, low, high, half, s, z)
             else:
                 h = importance[begin:end]
-                least_squares(tile, h, least, most, low, high, symmetric, half, kinds, shares, best, scale, zero)
+                search_scales(W, h, w_min, w_max, low, high, symmetric, half, steps, shares, best, s, z)
             for lane in range(min(LANES, count - start)):
                 row = start + lane
-                _choose(rows[row, begin:end], scale[lane], zero[lane], low, high, levels[row, begin:end])
-                scales[row, place] = stored(scale[lane], half)
-                zeros[row, place] = stored(zero[lane], half)
+                _quantize(rows[row, begin:end], s[lane], z[lane], low, high, q[row, begin:end])
+                scales[row, index] = stored(s[lane], half)
+                zero_points[row, index] = stored(z[lane], half)
 
 
-def level_range(bits: int) -> tuple[np.float32, np.float32]:
-    """Lowest and highest level."""
+def q_range(bits: int) -> tuple[np.float32, np.float32]:
+    """Return the lowest and highest q."""
     return F(-(1 << bits - 1)), F((1 << bits - 1) - 1)
 
 
-def search_steps(bits: int, symmetric: bool, even: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Kinds, int64 [steps], and shares, float32 [steps], of the search of mse.
+def search_steps(bits: int, symmetric: bool, uniform: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps of the search of mse, int64 [steps], and their shares, float32 [steps].
 
-    The whole search refits each range and each change of the best one twice. Where all weights count the same (`even`)
-    a third of the steps comes within a hundredth of its error; where few count most, it does not. With 8 bits the error
-    is so small that less will do.
+    The full search refits each range and each change of the best scale twice. With uniform importance, a third of the
+    steps comes within 1 % of its error; with 8 bits, errors are so small that fewer steps suffice.
     """
     nudges = [nudge / (2 << bits) for nudge in NUDGES]
-    ends = [LOW] if symmetric else [LOW, HIGH]
-    if not even:
-        ranges = [(RANGE, cut) for cut in np.linspace(0, narrowest(bits), 8)]
-        tried = [*ranges, *((end, nudge) for end in ends for nudge in nudges)]
-        steps = [step for one in tried for step in (one, (AGAIN, 0), (AGAIN, 0))]
+    ends = [KEEP_LOW] if symmetric else [KEEP_LOW, KEEP_HIGH]
+    if not uniform:
+        ranges = [(RANGE, cut) for cut in np.linspace(0, LARGEST_CUT[bits], 8)]
+        candidates = [*ranges, *((end, nudge) for end in ends for nudge in nudges)]
+        steps = [step for candidate in candidates for step in (candidate, (REFIT, 0), (REFIT, 0))]
     else:
         count, nudges, refits = (2, nudges[:2], 1) if bits == 8 else (4, nudges, 2)
-        ranges = [(RANGE, cut) for cut in np.linspace(0, narrowest(bits), count)]
-        moves = [(end, nudge) for end in ends for nudge in nudges]
-        steps = [*ranges, (BEST, 0), *moves, *[(BEST, 0)] * refits]
-    kinds, shares = zip(*steps, strict=True)
-    return np.array(kinds), np.array(shares, F)
+        ranges = [(RANGE, cut) for cut in np.linspace(0, LARGEST_CUT[bits], count)]
+        changes = [(end, nudge) for end in ends for nudge in nudges]
+        steps = [*ranges, (REFIT_BEST, 0), *changes, *[(REFIT_BEST, 0)] * refits]
+    codes, shares = zip(*steps, strict=True)
+    return np.array(codes), np.array(shares, F)
 
 
 def round_rows(
@@ -264,20 +274,44 @@ def round_rows(
     scale_bits: int,
     method: str,
     importance: np.ndarray | None = None,
-) -> Levels:
-    """Quantize rows of a weight, float32 [rows, inputs], each by itself.
+) -> Quantized:
+    """Quantize rows of a weight independently of each other.
 
-    `block` divides the inputs, 0 is one block a row. `importance` float32 [inputs], not negative, weighs the squared
-    errors of mse. hqq has no symmetric form.
+    Args:
+        rows: float32 [rows, inputs].
+        bits: 2 to 8.
+        block: A divisor of the inputs; 0 for one block a row.
+        symmetric: Whether there are no zero points; not for hqq.
+        scale_bits: 16 or 32.
+        method: "rtn", "hqq" or "mse".
+        importance: float32 [inputs], not negative: weights of the squared errors of mse.
     """
     count, inputs = rows.shape
     block = block or inputs
     blocks = inputs // block
-    levels, scales = np.empty((count, inputs), np.int8), np.empty((count, blocks), F)
-    zeros = np.empty((count, blocks), F)
-    weights = np.ones(inputs, F) if importance is None else np.ascontiguousarray(importance, F)
-    low, high = level_range(bits)
-    kinds, shares = search_steps(bits, symmetric, even=bool(np.ptp(weights) == 0))
-    rows, half, code = np.ascontiguousarray(rows, F), scale_bits == 16, METHODS[method]
-    _round(rows, block, low, high, symmetric, half, code, weights, kinds, shares, levels, scales, zeros)
-    return Levels(levels, scales, None if symmetric else zeros)
+    q, scales, zero_points = (
+        np.empty((count, inputs), np.int8),
+        np.empty((count, blocks), F),
+        np.empty((count, blocks), F),
+    )
+    h = np.ones(inputs, F) if importance is None else np.ascontiguousarray(importance, F)
+    low, high = q_range(bits)
+    steps, shares = search_steps(bits, symmetric, uniform=bool(np.ptp(h) == 0))
+    rows, half, code = np.ascontiguousarray(rows, F), scale_bits == 16, DATA_FREE[method]
+    _round(rows, block, low, high, symmetric, half, code, h, steps, shares, q, scales, zero_points)
+    return Quantized(q, scales, None if symmetric else zero_points)
+
+
+class DataFree:
+    """rtn, hqq or mse as a method of `hf2mnn.quant.methods`."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+
+    def resolve(self, operator: Operator, form: WeightFormat) -> WeightFormat:
+        """Return the format unchanged."""
+        return form
+
+    def prepare(self, operator: Operator, form: WeightFormat) -> RoundRows:
+        """Return the function that quantizes rows of an operator."""
+        return lambda _, rows: round_rows(rows, form.bits, form.block, form.symmetric, form.scale_bits, self.method)

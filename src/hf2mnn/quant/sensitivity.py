@@ -1,8 +1,8 @@
 """Sensitivity: divergence of the answers when one operator alone is quantized.
 
-PyTorch reads prompts and answers of the calibration set with one weight replaced by its rounded self, and the mean KL
-divergence of its predictions from the untouched model's is noted, for a few numbers of bits. Beside it stands, for
-every format that the operator could have, how far that is from the weight.
+PyTorch predicts the answers of the calibration set with one weight replaced by its quantized form, for a few numbers of
+bits. The measure is the mean KL divergence from the predictions of the original model. The error of the weight is
+computed for every format that an operator could have.
 """
 
 from __future__ import annotations
@@ -19,24 +19,31 @@ import torch
 from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.core.progress import progress, steps
 from hf2mnn.metrics import kl_divergence
-from hf2mnn.quant.names import CANDIDATES, EMBEDDING, LM_HEAD, MEASURED
+from hf2mnn.quant.formats import CANDIDATES, EMBEDDING, LM_HEAD, MEASURED
 from hf2mnn.quant.rounding import round_rows
-from hf2mnn.reference.golden import Golden, GoldenExample, spread_examples
-from hf2mnn.reference.mapped import replaced
-from hf2mnn.reference.pytorch import Reference, prompt_and_answer
-from hf2mnn.reference.tap_points import kept_rows
+from hf2mnn.reference.golden import Golden, GoldenExample, sample_examples
+from hf2mnn.reference.mapped_weights import override_weight
+from hf2mnn.reference.pytorch import ReferenceModel, prompt_and_answer
+from hf2mnn.reference.tap_points import evenly_spaced
 
 BITS = tuple(range(2, 9))
 BLOCKS = (32, 64, 128, 0)
-TYPICAL = 64
-"""Block with which a measurement is made, where it divides the inputs."""
-ROWS = 128
-"""Rows of a weight by which a format's error is judged."""
+MEASURED_BLOCK = 64
+"""Block of a measurement, if it divides the inputs."""
+SAMPLED_ROWS = 128
+"""Rows of a weight by which the error of a format is judged."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight that can be quantized. `blocks` are the sizes that divide its inputs; `part` as in a bundle."""
+    """A weight that can be quantized.
+
+    Attributes:
+        name: Name of the operator.
+        part: "decoder" or "vision".
+        module: Its PyTorch module.
+        blocks: Blocks that divide its inputs.
+    """
 
     name: str
     part: str
@@ -45,111 +52,127 @@ class Layer:
 
     @property
     def rows(self) -> np.ndarray:
-        """float32 [outputs, inputs]."""
+        """The weight, float32 [outputs, inputs]."""
         weight = self.module.weight.detach().numpy()
         return weight.reshape(len(weight), -1)
 
-    def rounded(self, rows: np.ndarray, bits: int, block: int) -> np.ndarray:
+    def quantize(self, rows: np.ndarray, bits: int, block: int) -> np.ndarray:
+        """Return float32 rows after quantization."""
         return round_rows(rows, bits, block, False, 16, "mse").dequantize()
 
 
 def layers_of(model: torch.nn.Module, decoder: torch.nn.Module, tied: bool) -> list[Layer]:
-    """Linear layers, the patch embedding, and the embedding where it is lm_head's weight."""
-    inside, found = {id(module) for module in decoder.modules()}, []
+    """Return the linear layers, the patch embedding, and the embedding if it shares the weight of lm_head."""
+    in_decoder, layers = {id(module) for module in decoder.modules()}, []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv3d):
-            part = "decoder" if id(module) in inside or name == LM_HEAD else "vision"
+            part = "decoder" if id(module) in in_decoder or name == LM_HEAD else "vision"
             inputs = module.in_features if isinstance(module, torch.nn.Linear) else module.weight[0].numel()
             # MNN has no blocks in a convolution.
             blocks = BLOCKS if isinstance(module, torch.nn.Linear) else (0,)
-            found.append(Layer(name, part, module, tuple(b for b in blocks if b < inputs and inputs % max(b, 1) == 0)))
+            fitting = tuple(block for block in blocks if block < inputs and inputs % max(block, 1) == 0)
+            layers.append(Layer(name, part, module, fitting))
         elif tied and isinstance(module, torch.nn.Embedding):
-            found.append(Layer(EMBEDDING, "decoder", module, ()))
-    return found
+            layers.append(Layer(EMBEDDING, "decoder", module, ()))
+    return layers
 
 
-class Bench:
-    """The model, some examples of the calibration set, and its own predictions for their answers."""
+class SensitivityMeter:
+    """The model, some examples of the calibration set, and its predictions of their answers.
 
-    def __init__(self, source: Path, calibration: Path, examples: int, weights: str = "auto") -> None:
-        checkpoint = Checkpoint(source)
-        # The largest matrix, its rounded self, their difference, and one for what rounding takes.
-        rounding = 4 * 4 * max(map(prod, checkpoint.shapes()))
-        self.reference = Reference(checkpoint, 1, weights, kept=rounding)
-        model = self.reference.model
-        golden = Golden(calibration)
-        chosen = set(spread_examples(golden.records, examples))
-        self.examples = [example for example in golden.examples() if example.id in chosen]
-        self.golden = golden
+    Attributes:
+        layers: Weights that can be quantized.
+        predictions: Logits of each example's answer, float32 [answer tokens, vocabulary].
+    """
+
+    def __init__(self, checkpoint_folder: Path, calibration: Path, examples: int, weights: str = "auto") -> None:
+        checkpoint = Checkpoint(checkpoint_folder)
+        # The largest matrix, its quantized form, their difference, and the work memory of quantization.
+        reserved = 4 * 4 * max(map(prod, checkpoint.shapes()))
+        self.reference = ReferenceModel(checkpoint, 1, weights, reserved=reserved)
+        self.golden = Golden(calibration)
+        chosen = set(sample_examples(self.golden.records, examples))
+        self.examples = [example for example in self.golden.examples() if example.id in chosen]
         self.embeds = [self._embeds(example) for example in self.examples]
-        self.right = [self._predict(index, whole=False) for index in range(len(self.examples))]
-        self.layers = layers_of(model, self.reference.decoder, self.reference.facts["tie_word_embeddings"])
+        self.predictions = [self.predict(index, whole=False) for index in range(len(self.examples))]
+        tied = self.reference.info["tie_word_embeddings"]
+        self.layers = layers_of(self.reference.model, self.reference.decoder, tied)
 
     def _embeds(self, example: GoldenExample) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the decoder is fed, float32 [1, tokens, hidden], and its positions."""
-        inside = self.reference.inside(*prompt_and_answer(self.golden, example))
-        positions = inside["position_ids"]
-        return inside["inputs_embeds"][None], positions[:, None] if len(positions) > 1 else positions
+        """Return the inputs of the decoder: float32 [1, tokens, hidden] and position ids."""
+        values = self.reference.forward_with_taps(*prompt_and_answer(self.golden, example))
+        positions = values["position_ids"]
+        return values["inputs_embeds"][None], positions[:, None] if len(positions) > 1 else positions
 
     @torch.inference_mode()
-    def _predict(self, index: int, whole: bool) -> np.ndarray:
-        """Logits [answer tokens, vocabulary]; `whole` goes through embedding and vision tower again."""
+    def predict(self, index: int, whole: bool) -> np.ndarray:
+        """Return logits float32 [answer tokens, vocabulary]; `whole` runs embedding and vision tower again."""
         example, kept = self.examples[index], len(self.examples[index].answer_ids)
-        if whole or self.reference.family.deepstack:  # which adds to more than the embeddings
-            made = self.reference.read(*prompt_and_answer(self.golden, example), logits_to_keep=kept)
+        if whole or self.reference.family.deepstack_layers:  # the vision tower adds to layers as well
+            output = self.reference.forward(*prompt_and_answer(self.golden, example), logits_to_keep=kept)
         else:
             embeds, positions = self.embeds[index]
-            made = self.reference.model(inputs_embeds=embeds, position_ids=positions, logits_to_keep=kept)
-        return made.logits[0].float().numpy()
+            output = self.reference.model(inputs_embeds=embeds, position_ids=positions, logits_to_keep=kept)
+        return output.logits[0].float().numpy()
 
     def divergence(self, layer: Layer, bits: int) -> tuple[float, float]:
-        """(mean KL divergence in nats, relative weight error) with this layer alone in `bits`."""
-        block = TYPICAL if TYPICAL in layer.blocks or layer.name == EMBEDDING else 0
+        """Return mean KL divergence in nats and relative weight error with this layer alone quantized to `bits`."""
+        block = MEASURED_BLOCK if MEASURED_BLOCK in layer.blocks or layer.name == EMBEDDING else 0
         rows = layer.rows
-        made = layer.rounded(rows, bits, block)
-        error = float(np.linalg.norm(made - rows) / np.linalg.norm(rows))
+        quantized = layer.quantize(rows, bits, block)
+        error = float(np.linalg.norm(quantized - rows) / np.linalg.norm(rows))
         whole = layer.part == "vision" or layer.name == EMBEDDING
-        with replaced(layer.module, torch.from_numpy(made)):
-            found = [self._predict(index, whole) for index in range(len(self.examples))]
-        pairs = zip(self.right, found, strict=True)
-        return float(np.concatenate([kl_divergence(right, other) for right, other in pairs]).mean()), error
+        with override_weight(layer.module, torch.from_numpy(quantized)):
+            predictions = [self.predict(index, whole) for index in range(len(self.examples))]
+        pairs = zip(self.predictions, predictions, strict=True)
+        return float(np.concatenate([kl_divergence(p, q) for p, q in pairs]).mean()), error
 
 
-def candidates(layer: Layer) -> list[dict]:
-    """A row for every format that the layer can have, with its error by some of the rows."""
-    rows, found = layer.rows, []
-    sampled = rows[kept_rows(len(rows), ROWS)]
+def candidates(layer: Layer) -> list[dict[str, Any]]:
+    """Return a row for every format that the layer can have, with its error on some rows of the weight."""
+    rows, table = layer.rows, []
+    sampled = rows[evenly_spaced(len(rows), SAMPLED_ROWS)]
     norm = np.linalg.norm(sampled)
     for bits in BITS:
         for block in layer.blocks:
-            error = float(np.linalg.norm(layer.rounded(sampled, bits, block) - sampled) / norm) if norm else 0.0
+            error = float(np.linalg.norm(layer.quantize(sampled, bits, block) - sampled) / norm) if norm else 0.0
             row = {"part": layer.part, "operator": layer.name, "bits": bits, "block": block}
-            found.append(row | {"weight_error": error})
-    return found
+            table.append(row | {"weight_error": error})
+    return table
 
 
 def measure_sensitivity(
     checkpoint: Path, calibration: Path, folder: Path, bits: list[int], examples: int, weights: str
 ) -> dict[str, Any]:
-    """Write measured.csv (part, operator, bits, weight_error, mean_kld) and candidates.csv (part, operator, bits,
-    block, weight_error) to `folder`.
+    """Write the tables of the sensitivity stage.
+
+    measured.csv has columns part, operator, bits, weight_error, mean_kld; candidates.csv has part, operator, bits,
+    block, weight_error.
+
+    Args:
+        checkpoint: Folder of the fetch stage.
+        calibration: Folder of the reference stage for the calibration set.
+        folder: Output folder.
+        bits: Bits to measure with.
+        examples: Examples to measure with.
+        weights: "resident", "mapped" or "auto".
 
     Returns:
-        Numbers of `operators` and of `positions`; where the `weights` were.
+        Numbers of `operators` and of `positions`, and where the `weights` were.
     """
-    bench, rows = Bench(checkpoint, calibration, examples, weights), []
-    with progress("sensitivity", len(bench.layers) * len(bits), "runs") as shown:
-        for layer in bench.layers:
+    meter, rows = SensitivityMeter(checkpoint, calibration, examples, weights), []
+    with progress("sensitivity", len(meter.layers) * len(bits), "runs") as bar:
+        for layer in meter.layers:
             for width in bits:
-                kld, error = bench.divergence(layer, width)
+                kld, error = meter.divergence(layer, width)
                 row = {"part": layer.part, "operator": layer.name, "bits": width}
                 rows.append(row | {"weight_error": error, "mean_kld": kld})
-                shown.update()
+                bar.update()
     pd.DataFrame(rows).to_csv(folder / MEASURED, index=False, float_format="%.6g")
-    could = [row for layer in steps("formats", bench.layers, "layers") for row in candidates(layer)]
-    pd.DataFrame(could).to_csv(folder / CANDIDATES, index=False, float_format="%.6g")
+    table = [row for layer in steps("formats", meter.layers, "layers") for row in candidates(layer)]
+    pd.DataFrame(table).to_csv(folder / CANDIDATES, index=False, float_format="%.6g")
     return {
-        "operators": len(bench.layers),
-        "positions": sum(map(len, bench.right)),
-        "weights": bench.reference.weights,
+        "operators": len(meter.layers),
+        "positions": sum(map(len, meter.predictions)),
+        "weights": meter.reference.weights,
     }

@@ -1,9 +1,9 @@
-"""A bundle: what the `mnn` stage has made, and the weights in the formats that were asked for."""
+"""Bundles: graphs of the convert stage with the checkpoint's weights in the chosen formats."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +12,31 @@ from safetensors.numpy import save_file
 
 from hf2mnn.core.errors import ConversionError
 from hf2mnn.core.files import link_or_copy
-from hf2mnn.families import family_named
-from hf2mnn.mnn import graph as proof
-from hf2mnn.mnn.bundle import EMBEDDING, PARTS, TOKENIZER, EngineSettings, parts_in, write_configs
-from hf2mnn.mnn.convert import WeightFormat, read_graph, write_graph
-from hf2mnn.onnx.initializers import small_values, stored_initializers
-from hf2mnn.quant.awq import search_scales
+from hf2mnn.families import get_family
+from hf2mnn.mnn.bundle import EMBEDDING, GRAPHS, PARTS, TOKENIZER, EngineSettings, parts_in, write_configs
+from hf2mnn.mnn.convert import read_graph, write_graph
+from hf2mnn.mnn.graph import Graph, check_size
+from hf2mnn.onnx.initializers import stored_initializers
 from hf2mnn.quant.embedding import check_tied, tied_settings
-from hf2mnn.quant.folding import FOLDED, FoldedWeights, folded_points
-from hf2mnn.quant.formats import check_format, choose_formats
+from hf2mnn.quant.folding import FOLDED, FoldedWeights, folded_tap_points
+from hf2mnn.quant.formats import LM_HEAD, WeightFormat, check_format, choose_formats
 from hf2mnn.quant.methods import Methods
-from hf2mnn.quant.names import LM_HEAD, module_names
-from hf2mnn.quant.weights import ModelWeights, Operator, operators
+from hf2mnn.quant.weights import ModelWeights, Operator, module_names, operators
 from hf2mnn.quant.write import write_weights
 
 TABLE = "weights.csv"
-"""A row for each operator of a variant."""
+"""Table of a bundle with a row for each operator."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a variant is to be. plan: settings that differ from the part's, by part and operator; embedding: "file", or
-    "lm_head", where the decoder's last layer serves as the embedding too.
+    """Settings of a bundle.
+
+    Attributes:
+        decoder, vision: Formats of the weights of each part.
+        engine: Settings of the engine.
+        plan: Settings of operators that differ from their part's, by part and operator.
+        embedding: "file", or "lm_head" if the engine reads the embedding from the decoder's last layer.
     """
 
     decoder: WeightFormat
@@ -43,69 +46,115 @@ class Choice:
     embedding: str = "file"
 
     def base(self, part: str) -> WeightFormat:
+        """Return the format of a part."""
         return {"decoder": self.decoder, "vision": self.vision}[part]
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that a manifest records; the plan is an input of its own."""
+        parts = {"decoder": asdict(self.decoder), "vision": asdict(self.vision), "engine": asdict(self.engine)}
+        return parts | {"embedding": self.embedding}
 
 
 class Part:
-    """One graph of a model, on its way into a bundle."""
+    """A graph of a model on its way into a bundle.
 
-    def __init__(self, name: str, onnx_folder: Path, base: Path) -> None:
-        """`base` is the `mnn` stage's folder."""
+    Attributes:
+        name: "decoder" or "vision".
+        file: Name of the .mnn file.
+        modules: Modules by output of the ONNX graph.
+        graph: The graph.
+        operators: Its operators with weights.
+        weights: Their float weights.
+    """
+
+    def __init__(self, name: str, onnx_folder: Path, graphs: Path) -> None:
+        """Read a graph from the folders of the export and convert stages."""
         self.name = name
         self.file, source = PARTS[name]
-        self.names = module_names(onnx_folder / source)
-        self.graph = read_graph(base / self.file)
-        # The dump that a graph is read from prints six decimals.
-        self.graph.restore_constants(small_values(onnx_folder / source))
-        self.operators = operators(self.graph, self.names)
-        initializers = stored_initializers(onnx_folder / source)
-        self.weights = ModelWeights(self.graph, base / f"{self.file}.weight", initializers)
+        graph_file, weight_file = GRAPHS[name]
+        self.modules = module_names(onnx_folder / source)
+        self.graph = read_graph(graphs / graph_file)
+        self.operators = operators(self.graph, self.modules)
+        self.weights = ModelWeights(self.graph, graphs / weight_file, stored_initializers(onnx_folder / source))
 
     def formats(self, choice: Choice, methods: Methods) -> dict[str, WeightFormat]:
-        """The format of each operator. Raises QuantizationError where one cannot have it."""
-        chosen = choose_formats(self.operators, choice.base(self.name), choice.plan.get(self.name, {}), self.name)
+        """Return the format of each operator by name.
+
+        Raises:
+            QuantizationError: An operator cannot be stored in its format.
+        """
+        formats = choose_formats(self.operators, choice.base(self.name), choice.plan.get(self.name, {}), self.name)
         by_name = {operator.name: operator for operator in self.operators}
-        return {name: check_format(by_name[name], methods.settle(by_name[name], form)) for name, form in chosen.items()}
+        return {
+            name: check_format(by_name[name], methods.resolve(by_name[name], form)) for name, form in formats.items()
+        }
 
     def write(
         self, folder: Path, formats: dict[str, WeightFormat], methods: Methods, model: dict[str, Any], threads: int
     ) -> tuple[pd.DataFrame, list[Operator]]:
-        """Write the graph and its weights; gives a row for each operator, and the operators as they are now."""
-        folds = family_named(model["model_type"], folder).folds(model)
-        methods.scales = search_scales(folds, self.operators, self.weights, formats, methods.activations)
-        if points := methods.scales.points(folds):
-            save_file(folded_points(folder) | points, folder / FOLDED)
-        weights = FoldedWeights(self.weights, methods.scales)
+        """Write the .mnn file and its weight file.
+
+        Args:
+            folder: Folder of the bundle.
+            formats: Format of each operator by name.
+            methods: Quantizes the operators.
+            model: Content of model.json.
+            threads: Number of threads.
+
+        Returns:
+            A row for each operator, and the operators of the written file.
+        """
+        folds = get_family(model["model_type"], folder).folds(model)
+        scales = methods.awq.search(folds, self.operators, self.weights, formats)
+        if factors := scales.tap_points(folds):
+            save_file(folded_tap_points(folder) | factors, folder / FOLDED)
+        weights = FoldedWeights(self.weights, scales)
         path = folder / f"{self.file}.weight"
         written, table = write_weights(self.graph, self.operators, weights, path, formats, methods, threads, self.name)
         write_graph(written, folder / self.file)
-        return table.assign(part=self.name), self._proved(folder / self.file, written)
+        return table.assign(part=self.name), self._check(folder / self.file, written)
 
-    def _proved(self, path: Path, wanted: proof.Graph) -> list[Operator]:
-        """Raises ConversionError where the graph that the converter has built does not read its weights as `wanted`."""
-        found = read_graph(path)
-        layers = operators(found, self.names)
-        if layers != operators(wanted, self.names) or len(found.fused) != len(wanted.fused):
+    def _check(self, path: Path, expected: Graph) -> list[Operator]:
+        """Read the .mnn file back and return its operators.
+
+        Raises:
+            ConversionError: Its weights are not those of `expected`.
+        """
+        graph = read_graph(path)
+        layers = operators(graph, self.modules)
+        if layers != operators(expected, self.modules) or len(graph.fused) != len(expected.fused):
             raise ConversionError(
-                f"MNN's converter built {path.name} with other weights than it was given; this is a bug, report it"
+                f"MNN's converter built {path.name} with other weights than its input has; this is a bug, report it"
             )
-        proof.prove_size(found, path.name, path.with_name(f"{path.name}.weight").stat().st_size)
+        weights = path.with_name(f"{path.name}.weight")
+        check_size(graph, weights.name, weights.stat().st_size)
         return layers
 
 
 def make_variant(
-    onnx_folder: Path, base: Path, folder: Path, choice: Choice, methods: Methods, threads: int
+    onnx_folder: Path, graphs: Path, folder: Path, choice: Choice, methods: Methods, threads: int
 ) -> dict[str, Any]:
-    """Write a whole bundle into `folder`. Gives its figures.
+    """Write a bundle to `folder`.
+
+    Args:
+        onnx_folder: Folder of the export stage.
+        graphs: Folder of the convert stage.
+        folder: Output folder.
+        choice: Settings of the bundle.
+        methods: Quantizes the operators.
+        threads: Number of threads; the bytes are the same for any number.
+
+    Returns:
+        `weights`, `weight_bytes` and `bits_per_weight` of all operators, and `embedding_bytes` beside lm_head.
 
     Raises:
-        QuantizationError: an operator cannot be stored as chosen.
-        ConversionError: what was written is not what it must be.
+        QuantizationError: An operator cannot be stored in its format.
+        ConversionError: The written file is not what was intended.
     """
     model = json.loads((onnx_folder / "model.json").read_text())
     shared, tables, tied = [TOKENIZER], [], None
     for name in parts_in(onnx_folder):
-        part = Part(name, onnx_folder, base)
+        part = Part(name, onnx_folder, graphs)
         formats = part.formats(choice, methods)
         if name == "decoder" and choice.embedding == LM_HEAD:
             check_tied(model, formats[LM_HEAD])
@@ -116,16 +165,16 @@ def make_variant(
     if tied is None:
         shared.append(EMBEDDING)
     for name in shared:
-        link_or_copy(base / name, folder / name)
+        link_or_copy(graphs / name, folder / name)
     write_configs(folder, model, choice.engine, tied)
-    return _figures(tables, folder, 0 if tied else (base / EMBEDDING).stat().st_size)
+    return _summarize(tables, folder, 0 if tied else (graphs / EMBEDDING).stat().st_size)
 
 
-def _figures(tables: list[pd.DataFrame], folder: Path, embedding: int) -> dict[str, Any]:
-    """Write weights.csv; sums over all operators, and the bytes that the embedding takes beside lm_head."""
+def _summarize(tables: list[pd.DataFrame], folder: Path, embedding_bytes: int) -> dict[str, Any]:
+    """Write weights.csv; return sums over all operators."""
     table = pd.concat(tables, ignore_index=True)
     table.insert(0, "part", table.pop("part"))
     table.to_csv(folder / TABLE, index=False, float_format="%.6g")
     weights, size = int((table["outputs"] * table["inputs"]).sum()), int(table["bytes"].sum())
-    figures = {"weights": weights, "weight_bytes": size, "bits_per_weight": round(8 * size / weights, 4)}
-    return figures | {"embedding_bytes": embedding}
+    results = {"weights": weights, "weight_bytes": size, "bits_per_weight": round(8 * size / weights, 4)}
+    return results | {"embedding_bytes": embedding_bytes}

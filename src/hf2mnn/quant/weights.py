@@ -1,7 +1,8 @@
-"""The weights of a .mnn model, read one operator at a time: float, half float or quantized, whoever wrote them."""
+"""Weights of a .mnn model, read one operator at a time: float, half float or quantized, of any converter."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,42 @@ import numpy as np
 
 from hf2mnn.checkpoint.tensors import StoredTensor
 from hf2mnn.core.errors import QuantizationError
-from hf2mnn.mnn.graph import FLOAT16, Graph, prove_size
-from hf2mnn.quant.blob import HEADER, SCALE_TYPES, Header, Levels, damaged, hollow, parse_header, parse_sparse
-from hf2mnn.quant.names import module_of
+from hf2mnn.mnn.adapt import FLAT
+from hf2mnn.mnn.graph import FLOAT16, LINEAR, Graph, Op, check_size
+from hf2mnn.onnx.initializers import load_graph
+from hf2mnn.onnx.tap_points import outputs_by_module
+from hf2mnn.quant.blob import (
+    MAX_HEADER,
+    SCALE_TYPES,
+    Header,
+    Quantized,
+    damaged,
+    is_decompression_bomb,
+    parse_header,
+    parse_sparse,
+)
 
-LEVELS, SPARSE, BYTES = 1, 2, 4
-"""`quanParameter.type` of weights stored as levels: packed, only what is not zero, or bare bytes."""
+DENSE, SPARSE, INT8 = 1, 2, 4
+"""`quanParameter.type` of quantized weights: see `hf2mnn.quant.blob`, or an int8 for each weight."""
+FRAME = re.compile(r"__\d+$")
+"""Suffix of the convolutions into which the converter splits a three-dimensional one (the patch embedding)."""
+MAX_WEIGHTS = (1 << 31) - 1
+"""Largest number of weights of an operator; the engine counts them in 32 bits."""
+FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class Operator:
-    """A linear layer, or the patch embedding (`kernel` over 1: its inputs are channels times kernel).
+    """A linear layer, or the patch embedding of a vision tower.
 
-    name: its module in the transformers model, where that is known. parts: (offset, bytes) of weight, scales and bias
-    in the weight file (a weight of 0 bytes is elsewhere), and of a sparse float weight (whose numbers are the scales)
-    the places of its numbers. stored: `quanParameter` of the graph, None where the weight is float32.
+    Attributes:
+        name: Its module in the transformers model if known, else its name in the graph.
+        outputs: Output channels.
+        inputs: Input channels times kernel size.
+        kernel: Kernel size; 1 for a linear layer.
+        parts: Offset and bytes of weight, scales and bias in the weight file; of a sparse float weight the scales are
+            its numbers, and a fourth part their indices. A weight of 0 bytes is not in this file.
+        stored: `quanParameter` of the graph; None for a float32 weight.
     """
 
     name: str
@@ -40,193 +62,221 @@ class Operator:
         return self.outputs * self.inputs
 
     def blocks(self, block: int) -> int:
-        """Blocks in a row; `block` 0 is one."""
+        """Return the number of blocks in a row; `block` 0 is one."""
         return self.inputs // block if block else 1
 
 
-MOST_WEIGHTS = (1 << 31) - 1
-"""Of an operator: the engine counts them in 32 bits."""
-FLOAT_MAX = float(np.finfo(np.float32).max)
+def module_names(graph: Path) -> dict[str, str]:
+    """Return the module of each output of an ONNX graph that an operator computes: "logits" is of "lm_head"."""
+    modules = {output: module for module, output in outputs_by_module(load_graph(graph)).items()}
+    return modules | {f"{output}{FLAT}": module for output, module in modules.items()}
 
 
-def _operator(op: dict[str, Any], outputs: dict[str, str]) -> Operator:
-    """Raises QuantizationError for a graph that anyone may have made, where its numbers cannot be."""
-    try:
-        made = _described(op, outputs)
-        stored = made.stored
-        numbers = (made.outputs, made.inputs, made.kernel)
-        right = all(type(number) is int and number > 0 for number in numbers) and made.size <= MOST_WEIGHTS
-        if stored:
-            integers = [stored[key] for key in ("type", "readType", "aMin", "aMaxOrBits")]
-            right &= all(type(number) is int and abs(number) <= MOST_WEIGHTS for number in integers)
-            right &= type(stored["quantScale"]) in (int, float) and abs(stored["quantScale"]) < FLOAT_MAX
-            right &= all(isinstance(stored[key], bool) for key in ("shapeInt32", "has_scaleInt"))
-            right &= isinstance(stored["scaleStorage"], str)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
-        raise _unlike(op, f"{type(error).__name__}: {error}") from None
-    if not right:
-        raise _unlike(op, f"{made.outputs} x {made.inputs} weights")
-    return made
+def _module_of(operator: str, modules: dict[str, str]) -> str:
+    value = FRAME.sub("", operator.removesuffix(LINEAR))
+    return modules.get(value, value)
 
 
-def _unlike(op: dict[str, Any], what: str) -> QuantizationError:
-    return QuantizationError(f"{op['name']}: the graph describes no layer ({what}); convert the model again")
-
-
-def _described(op: dict[str, Any], outputs: dict[str, str]) -> Operator:
+def _parse(op: Op, modules: dict[str, str]) -> Operator:
     main = op["main"]
     common, external, stored = main["common"], main.get("external"), main.get("quanParameter")
-    name = module_of(op["name"], outputs)
+    name = _module_of(op["name"], modules)
     if not external:
         raise QuantizationError(f"{name}: its weight is inside the graph; convert with --saveExternalData")
     kernel = common["kernelX"] * common["kernelY"]
     inputs = common["inputCount"] * kernel // max(common.get("group", 1), 1)
-    places = [size for size in external[4:] if size]
-    sizes = [*external[1:4], *places] if stored else [external[1], 0, external[2]]
+    indices = [size for size in external[4:] if size]
+    sizes = [*external[1:4], *indices] if stored else [external[1], 0, external[2]]
     starts = np.cumsum([external[0], *sizes]).tolist()
     parts = tuple(zip(starts, sizes, strict=False))
     return Operator(name, common["outputCount"], inputs, kernel, parts, stored)
 
 
-def operators(graph: Graph, outputs: dict[str, str] | None = None) -> list[Operator]:
-    """Every operator with a weight, in the order of the graph; `outputs` comes from `module_names`."""
-    return [_operator(op, outputs or {}) for op in graph.of_type("Convolution")]
+def _operator(op: Op, modules: dict[str, str]) -> Operator:
+    """Parse an operator of an untrusted graph.
+
+    Raises:
+        QuantizationError: Keys are missing, or numbers are impossible.
+    """
+    try:
+        operator = _parse(op, modules)
+        stored = operator.stored
+        numbers = (operator.outputs, operator.inputs, operator.kernel)
+        valid = all(type(number) is int and number > 0 for number in numbers) and operator.size <= MAX_WEIGHTS
+        if stored:
+            integers = [stored[key] for key in ("type", "readType", "aMin", "aMaxOrBits")]
+            valid &= all(type(number) is int and abs(number) <= MAX_WEIGHTS for number in integers)
+            valid &= type(stored["quantScale"]) in (int, float) and abs(stored["quantScale"]) < FLOAT_MAX
+            valid &= all(isinstance(stored[key], bool) for key in ("shapeInt32", "has_scaleInt"))
+            valid &= isinstance(stored["scaleStorage"], str)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        raise _invalid(op, f"{type(error).__name__}: {error}") from None
+    if not valid:
+        raise _invalid(op, f"{operator.outputs} x {operator.inputs} weights")
+    return operator
+
+
+def _invalid(op: Op, reason: str) -> QuantizationError:
+    return QuantizationError(
+        f"{op['name']}: its description in the graph is not that of a layer ({reason}); convert the model again"
+    )
+
+
+def operators(graph: Graph, modules: dict[str, str] | None = None) -> list[Operator]:
+    """Return every operator with a weight, in the order of the graph.
+
+    Args:
+        graph: The graph.
+        modules: Modules by output, from `module_names`.
+
+    Raises:
+        QuantizationError: A weight is inside the graph, or the description of an operator is invalid.
+    """
+    return [_operator(op, modules or {}) for op in graph.of_type("Convolution")]
 
 
 class WeightFile:
-    """A .mnn.weight file under its graph. Reads what it is asked for, and keeps nothing."""
+    """A weight file and its graph; every call reads the file anew."""
 
     def __init__(self, graph: Graph, path: Path) -> None:
-        """Raises ConversionError where the file is shorter than the graph reads."""
+        """Raise ConversionError if the file is shorter than the graph reads."""
         self.path = Path(path)
-        size = self.path.stat().st_size if self.path.is_file() else 0
-        prove_size(graph, self.path.name.removesuffix(".weight"), size)
+        check_size(graph, self.path.name, self.path.stat().st_size if self.path.is_file() else 0)
 
     def raw(self, offset: int, size: int) -> bytes:
+        """Return bytes of the file."""
         with self.path.open("rb") as file:
             file.seek(offset)
             return file.read(size)
 
     def _numbers(self, part: tuple[int, int], dtype: type[np.generic]) -> np.ndarray:
-        """As many as there are; like the engine, without bytes that are no whole one."""
+        """Return all whole numbers of a part; like the engine, ignore the bytes after them."""
         raw, size = self.raw(*part), np.dtype(dtype).itemsize
         return np.frombuffer(raw[: len(raw) // size * size], dtype)
 
     def bias(self, operator: Operator) -> bytes:
-        """float32 [outputs]."""
+        """Return the bias, float32 [outputs]."""
         return self.raw(*operator.parts[2])
 
-    def constants(self, op: dict[str, Any]) -> bytes:
-        """float32 gamma and beta of a normalization, given as it stands in the graph."""
+    def constants(self, op: Op) -> bytes:
+        """Return float32 gamma and beta of a normalization."""
         return self.raw(op["main"]["external"][0], sum(op["main"]["external"][1:]))
 
     def rows(self, operator: Operator, begin: int = 0, end: int | None = None) -> np.ndarray:
-        """float32 [rows, inputs] from row `begin` up to `end`, exactly as the engine unpacks them.
+        """Return rows `begin` to `end` as float32 [rows, inputs], with the bits that the engine computes.
 
         Raises:
-            QuantizationError: the bytes are no weights of this operator, or are stored in a way that is not read.
+            QuantizationError: The bytes are not the weights of this operator, or their type is not supported.
         """
         end = operator.outputs if end is None else end
         kind = operator.stored["type"] if operator.stored else None
         if len(operator.parts) > 3:
             return self._sparse_floats(operator)[begin:end]
-        if kind in (LEVELS, SPARSE, BYTES):
-            return self.levels(operator, begin, end).dequantize()
+        if kind in (DENSE, SPARSE, INT8):
+            return self.quantized(operator, begin, end).dequantize()
         if kind not in (None, FLOAT16):
-            raise QuantizationError(f"{operator.name}: weights of type {kind} are not read; convert the model again")
+            raise QuantizationError(
+                f"{operator.name}: weights of type {kind} are not supported; convert the model again"
+            )
         dtype = np.dtype(np.float32 if kind is None else np.float16)
         (offset, size), row = operator.parts[0], operator.inputs * dtype.itemsize
         if size != operator.outputs * row:
             raise QuantizationError(f"{operator.name}: {size} bytes are not {operator.size} weights; convert it again")
-        found = np.frombuffer(self.raw(offset + begin * row, (end - begin) * row), dtype)
-        return found.astype(np.float32).reshape(end - begin, operator.inputs)
+        values = np.frombuffer(self.raw(offset + begin * row, (end - begin) * row), dtype)
+        return values.astype(np.float32).reshape(end - begin, operator.inputs)
 
     def _sparse_floats(self, operator: Operator) -> np.ndarray:
-        (_, values, _, places), count = operator.parts, operator.size
-        numbers, indices = self._numbers(values, np.float32), self._numbers(places, np.uint32)
-        if numbers.size != indices.size or indices.max(initial=0) >= count or hollow(count, numbers.size):
-            raise QuantizationError(f"{operator.name}: {numbers.size} numbers do not fit into {count} weights")
-        rows = np.zeros(count, np.float32)
-        rows[indices] = numbers
-        return rows.reshape(operator.outputs, operator.inputs)
+        (_, values, _, positions), count = operator.parts, operator.size
+        numbers, indices = self._numbers(values, np.float32), self._numbers(positions, np.uint32)
+        inside = numbers.size == indices.size and indices.max(initial=0) < count
+        if not inside or is_decompression_bomb(count, numbers.size):
+            raise QuantizationError(
+                f"{operator.name}: {numbers.size} numbers do not fit into {count} weights; convert the model again"
+            )
+        weights = np.zeros(count, np.float32)
+        weights[indices] = numbers
+        return weights.reshape(operator.outputs, operator.inputs)
 
     def header(self, operator: Operator) -> Header:
-        """Of a weight whose levels are packed. Raises QuantizationError where there is none for it."""
+        """Return the header of a dense quantized weight. Raise QuantizationError if it has none."""
         offset, size = operator.parts[0]
-        raw = self.raw(offset, min(size, HEADER))
+        raw = self.raw(offset, min(size, MAX_HEADER))
         return parse_header(raw, size, operator.size, operator.stored["shapeInt32"], operator.name)
 
-    def _packed(self, operator: Operator, begin: int, end: int) -> np.ndarray:
-        """int8 [rows, inputs]; what is read are the bytes of these rows."""
+    def _dense(self, operator: Operator, begin: int, end: int) -> np.ndarray:
+        """Return q of these rows, int8 [rows * inputs]; only their bytes are read."""
         head, (offset, _) = self.header(operator), operator.parts[0]
-        # From a multiple of eight levels on, which begins with a byte.
+        # Start at a multiple of eight values, which is the beginning of a byte.
         first, last = begin * operator.inputs, end * operator.inputs
-        whole = first // 8 * 8
-        raw = self.raw(offset + head.size + whole * head.bits // 8, ((last - whole) * head.bits + 7) // 8)
-        return head.levels(raw, last - whole, operator.name)[first - whole :]
+        aligned = first // 8 * 8
+        raw = self.raw(offset + head.size + aligned * head.bits // 8, ((last - aligned) * head.bits + 7) // 8)
+        return head.decode(raw, last - aligned, operator.name)[first - aligned :]
 
     def alpha(self, operator: Operator, begin: int = 0, end: int | None = None) -> np.ndarray:
-        """float32 [rows, blocks, 1 or 2]: the scale, or zero and scale, of each block of these rows as they are stored.
+        """Return the stored scales of rows as float32 [rows, blocks, 1], or [rows, blocks, 2] with zero points first.
 
         Raises:
-            QuantizationError: they do not fit the weight.
+            QuantizationError: Their number does not fit the weight.
         """
         stored, (offset, size), rows = operator.stored, operator.parts[1], operator.outputs
         dtype = np.dtype(SCALE_TYPES[16 if stored["scaleStorage"] == "FP16" else 32])
-        pairs, count = 2 if stored["readType"] or _is_old(stored) else 1, size // dtype.itemsize
+        pairs, count = 2 if stored["readType"] or _is_legacy(stored) else 1, size // dtype.itemsize
         if not count or count % (pairs * rows) or operator.size % (count // pairs):
-            raise QuantizationError(f"{operator.name}: {count} scales do not fit {rows} rows")
+            raise QuantizationError(f"{operator.name}: {count} scales do not fit {rows} rows; convert the model again")
         end, row = rows if end is None else end, count // rows
         part = offset + begin * row * dtype.itemsize, (end - begin) * row * dtype.itemsize
         return self._numbers(part, dtype).astype(np.float32).reshape(end - begin, row // pairs, pairs)
 
-    def levels(self, operator: Operator, begin: int = 0, end: int | None = None) -> Levels:
-        """Rows of a quantized weight. Only of packed levels are they alone read."""
+    def quantized(self, operator: Operator, begin: int = 0, end: int | None = None) -> Quantized:
+        """Return rows of a quantized weight. Of a dense weight, only these rows are read.
+
+        Raises:
+            QuantizationError: The bytes are not the weights of this operator.
+        """
         stored, weight, name, count = operator.stored, operator.parts[0], operator.name, operator.size
         end = operator.outputs if end is None else end
-        if stored["type"] == LEVELS:
-            levels = self._packed(operator, begin, end)
+        if stored["type"] == DENSE:
+            q = self._dense(operator, begin, end)
         else:
             raw = self.raw(*weight)
             if stored["type"] == SPARSE:
-                levels = parse_sparse(raw, self.alpha(operator).reshape(-1), count, stored["shapeInt32"], name)
+                q = parse_sparse(raw, self.alpha(operator).reshape(-1), count, stored["shapeInt32"], name)
             else:
-                levels = np.frombuffer(raw, np.int8)
-                if levels.size != count:
+                q = np.frombuffer(raw, np.int8)
+                if q.size != count:
                     raise damaged(len(raw), count, name)
-            levels = levels[begin * operator.inputs : end * operator.inputs]
-        levels, alpha = levels.reshape(end - begin, operator.inputs), self.alpha(operator, begin, end)
-        steps = alpha[:, :, -1]
-        factor = np.float32(1 if stored["has_scaleInt"] or _is_old(stored) else stored["quantScale"])
+            q = q[begin * operator.inputs : end * operator.inputs]
+        q, alpha = q.reshape(end - begin, operator.inputs), self.alpha(operator, begin, end)
+        scales = alpha[:, :, -1]
+        factor = np.float32(1 if stored["has_scaleInt"] or _is_legacy(stored) else stored["quantScale"])
         if alpha.shape[2] == 1:
-            return Levels(levels, steps * factor, None)
-        # Where aMin is negative the stored zero is the weight at level aMin; the engine moves it to level 0.
+            return Quantized(q, scales * factor, None)
+        # With a negative aMin, the stored number is the weight at q = aMin; the engine converts it to that at q = 0.
         lowest = np.float32(min(stored["aMin"] or -128, 0))
-        return Levels(levels, steps * factor, (alpha[:, :, 0] - lowest * steps) * factor)
+        return Quantized(q, scales * factor, (alpha[:, :, 0] - lowest * scales) * factor)
 
 
-def _is_old(stored: dict[str, Any]) -> bool:
-    return stored["type"] == BYTES and stored["aMin"] == 0 and abs(stored["quantScale"]) < 1e-6
+def _is_legacy(stored: dict[str, Any]) -> bool:
+    """Return whether a weight is int8 of an old converter, with other meanings of its parameters."""
+    return stored["type"] == INT8 and stored["aMin"] == 0 and abs(stored["quantScale"]) < 1e-6
 
 
 class ModelWeights(WeightFile):
-    """The weights of the `mnn` stage's graph: those of linear layers where the ONNX graph has them, the rest in its
-    weight file.
-    """
+    """Weights of a graph of the convert stage: linear layers from the ONNX graph, the rest from its weight file."""
 
     def __init__(self, graph: Graph, path: Path, initializers: dict[str, StoredTensor]) -> None:
-        """`initializers` are those of the ONNX graph that the MNN graph was made of."""
+        """Open the weight file of a graph; `initializers` are those of the ONNX graph by name."""
         super().__init__(graph, path)
         self.initializers = initializers
 
     def rows(self, operator: Operator, begin: int = 0, end: int | None = None) -> np.ndarray:
-        """Raises QuantizationError where the ONNX graph has no such weight."""
+        """Return rows as `WeightFile.rows` does. Raise QuantizationError if the ONNX graph has no such weight."""
         if operator.parts[0][1]:
             return super().rows(operator, begin, end)
         stored = self.initializers.get(f"{operator.name}.weight")
         if stored is None or stored.shape != (operator.outputs, operator.inputs):
             raise QuantizationError(
-                f"{operator.name}: the ONNX graph has no weight of {operator.outputs} x {operator.inputs} for it; make"
-                " the onnx and mnn stages again"
+                f"{operator.name}: the ONNX graph has no weight of {operator.outputs} x {operator.inputs} for it; run"
+                " 'hf2mnn export' and 'hf2mnn convert' again"
             )
         return stored.rows(begin, operator.outputs if end is None else end)

@@ -1,6 +1,6 @@
-"""Write a float MNN model with its weights in other formats, one operator after another.
+"""Write the weight file of a model with its weights in other formats, one operator after the other.
 
-What is in memory at a time are the rows that are being rounded and one operator's result, whatever the model's size.
+Memory holds the rows that are being quantized and the result of one or two operators, for any size of the model.
 """
 
 from __future__ import annotations
@@ -18,28 +18,32 @@ import pandas as pd
 
 from hf2mnn.core.errors import QuantizationError
 from hf2mnn.core.progress import progress
-from hf2mnn.mnn.convert import WeightFormat
-from hf2mnn.mnn.graph import FLOAT16, Graph
-from hf2mnn.quant.blob import SCALE_TYPES, Levels, header, pack, scale_bytes, squared_error, squares
-from hf2mnn.quant.weights import LEVELS, Operator, WeightFile
+from hf2mnn.mnn.graph import FLOAT16, Graph, Op
+from hf2mnn.quant.blob import SCALE_TYPES, Quantized, header, pack, scale_bytes, squared_error, squares
+from hf2mnn.quant.formats import WeightFormat
+from hf2mnn.quant.methods import Method
+from hf2mnn.quant.weights import DENSE, Operator, WeightFile
 
 WEIGHTS_AT_ONCE = 1 << 19
-"""Weights that a thread works on at a time: 2 MB of float32, which caches hold."""
+"""Weights of a chunk, which one thread processes: 2 MB of float32, which fit into caches."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's malloc.h."""
-KEPT = 32 << 20
-"""Bytes; the most that glibc takes for M_MMAP_THRESHOLD."""
+"""Parameters of mallopt, from glibc's malloc.h."""
+KEPT_BYTES = 32 << 20
+"""Largest value that glibc accepts for M_MMAP_THRESHOLD."""
 
-Item, Begun = TypeVar("Item"), TypeVar("Begun")
-RoundRows = Callable[[int, np.ndarray], Levels]
-"""(first row, float32 [rows, inputs]) to levels; each row is rounded by itself, by any thread."""
-Method = Callable[[Operator, WeightFormat], RoundRows]
-"""What is needed for an operator, made ready before its rows are read."""
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """A chunk's bytes, its scales' bytes, and sums over it: squared error and squared weights."""
+class _Chunk:
+    """Rows of an operator, encoded.
+
+    Attributes:
+        weights: Bytes of the weights.
+        scales: Bytes of the scales.
+        error: Sum of squared errors.
+        norm: Sum of squared weights.
+    """
 
     weights: bytes
     scales: bytes
@@ -47,80 +51,81 @@ class _Stored:
     norm: float
 
 
-def _chunks(operator: Operator) -> list[tuple[int, int]]:
-    """Rows from begin to end; eight or a multiple, so that each chunk's bits fill whole bytes."""
+def _spans(operator: Operator) -> list[tuple[int, int]]:
+    """Return the first row and the end of each chunk; multiples of eight rows, so that a chunk has whole bytes."""
     step = max(WEIGHTS_AT_ONCE // operator.inputs // 8, 1) * 8
     return [(begin, min(begin + step, operator.outputs)) for begin in range(0, operator.outputs, step)]
 
 
 def _keep_freed_memory() -> None:
-    """Glibc gives back what was freed, and the kernel clears it again for the next chunk: half of all time. Other
-    systems have no such function, and other ways.
-    """
+    """Let glibc keep freed memory; the kernel would clear it again for the next chunk, which takes half of all time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD) if mallopt else ():
-        mallopt(threshold, KEPT)
+        mallopt(threshold, KEPT_BYTES)
 
 
-def _float_rows(rows: np.ndarray, operator: Operator, bits: int, norm: float) -> _Stored:
+def _encode_floats(rows: np.ndarray, operator: Operator, bits: int, norm: float) -> _Chunk:
     if bits == 16 and np.abs(rows).max(initial=0) > np.finfo(np.float16).max:
-        raise QuantizationError(f"{operator.name}: its weights are too large for half floats; use 8 or 32 bits")
+        raise QuantizationError(f"{operator.name}: its weights exceed the range of float16; use 8 or 32 bits")
     stored = rows.astype(np.float16 if bits == 16 else np.float32)
     error = squares(rows - stored.astype(np.float32)) if bits == 16 else 0.0
-    return _Stored(stored.tobytes(), b"", error, norm)
+    return _Chunk(stored.tobytes(), b"", error, norm)
 
 
-def _level_rows(rows: np.ndarray, levels: Levels, operator: Operator, form: WeightFormat, norm: float) -> _Stored:
-    parts = [levels.scales] if levels.zeros is None else [levels.scales, levels.zeros]
+def _encode_quantized(
+    rows: np.ndarray, quantized: Quantized, operator: Operator, form: WeightFormat, norm: float
+) -> _Chunk:
+    parts = [quantized.scales] if quantized.zero_points is None else [quantized.scales, quantized.zero_points]
     if max(np.abs(part).max(initial=0) for part in parts) > np.finfo(SCALE_TYPES[form.scale_bits]).max:
-        raise QuantizationError(f"{operator.name}: its scales are too large for half floats; use scale_bits: 32")
-    packed, scales = pack(levels.levels, form.bits), scale_bytes(levels, form.scale_bits)
-    return _Stored(packed, scales, squared_error(rows, levels), norm)
+        raise QuantizationError(f"{operator.name}: its scales exceed the range of float16; use scale_bits: 32")
+    packed, scales = pack(quantized.q, form.bits), scale_bytes(quantized, form.scale_bits)
+    return _Chunk(packed, scales, squared_error(rows, quantized), norm)
 
 
-def _store(
-    operator: Operator, source: WeightFile, form: WeightFormat, method: Method, pool: ThreadPoolExecutor
-) -> Iterable[_Stored]:
-    round_rows = method(operator, form) if form.bits < 16 else None
+def _encode(
+    operator: Operator, source: WeightFile, form: WeightFormat, methods: Method, pool: ThreadPoolExecutor
+) -> Iterable[_Chunk]:
+    """Encode an operator in the threads of `pool`."""
+    round_rows = methods.prepare(operator, form) if form.bits < 16 else None
 
-    def convert(span: tuple[int, int]) -> _Stored:
+    def encode(span: tuple[int, int]) -> _Chunk:
         rows = source.rows(operator, *span)
         norm = squares(rows)
         if not np.isfinite(norm):
             raise QuantizationError(
-                f"{operator.name}: its weight holds NaN or infinite numbers; the checkpoint is damaged, fetch it again"
+                f"{operator.name}: its weight has NaN or infinite numbers; the checkpoint is damaged, fetch it again"
             )
         if round_rows is None:
-            return _float_rows(rows, operator, form.bits, norm)
-        return _level_rows(rows, round_rows(span[0], rows), operator, form, norm)
+            return _encode_floats(rows, operator, form.bits, norm)
+        return _encode_quantized(rows, round_rows(span[0], rows), operator, form, norm)
 
-    return pool.map(convert, _chunks(operator))
+    return pool.map(encode, _spans(operator))
 
 
-def _one_ahead(items: Iterable[Item], begin: Callable[[Item], Begun]) -> Iterator[tuple[Item, Begun]]:
-    """Each item with what `begin` gives for it, which is called an item early."""
-    pending: tuple[Item, Begun] | None = None
+def _one_ahead(items: Iterable[Item], start: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:
+    """Yield each item with the result of `start`, which is called one item ahead."""
+    pending: tuple[Item, Result] | None = None
     for item in items:
-        begun = (item, begin(item))
+        started = (item, start(item))
         if pending:
             yield pending
-        pending = begun
+        pending = started
     if pending:
         yield pending
 
 
 def _description(operator: Operator, form: WeightFormat, wide: bool) -> dict[str, Any]:
-    """`quanParameter` of the graph."""
+    """Return `quanParameter` of the graph."""
     described = {"type": FLOAT16, "useInt32": False, "quantScale": 0.0, "scaleIn": 0.0, "scaleOut": 0.0}
     described |= {"aMaxOrBits": 0, "aMin": 0, "readType": 0, "has_scaleInt": False, "shapeInt32": wide}
     described |= {"weightSize": 0, "scaleStorage": "FP32"}
     if form.bits == 16:
         return described
-    described |= {"type": LEVELS, "quantScale": 1.0, "aMaxOrBits": form.bits}
+    described |= {"type": DENSE, "quantScale": 1.0, "aMaxOrBits": form.bits}
     described["scaleStorage"] = "FP16" if form.scale_bits == 16 else "FP32"
     if not form.symmetric:
-        # aMin 1: the stored zero is the weight at level 0. It is a smaller number than the weight at the lowest level,
-        # so its half float is closer, and the engine reads embeddings from no other form.
+        # aMin 1: the stored zero point is the weight at q = 0. It is smaller than the weight at the lowest q, so its
+        # float16 is closer, and the engine reads embeddings from no other form.
         described |= {"aMin": 1, "readType": operator.outputs * operator.blocks(form.block)}
     return described
 
@@ -131,15 +136,15 @@ def _append(
     source: WeightFile,
     out: BinaryIO,
     form: WeightFormat,
-    stored: Iterable[_Stored],
+    chunks: Iterable[_Chunk],
 ) -> dict[str, Any]:
-    """Write an operator's chunks and point its part of the graph at them; a row of the table."""
+    """Write the chunks of an operator, update its part of the graph, and return its row of the table."""
     start, wide = out.tell(), False
     if form.bits < 16:
         head, wide = header(operator.outputs, operator.inputs, operator.blocks(form.block), form.bits)
         out.write(head)
     scales, error, norm = [], 0.0, 0.0
-    for chunk in stored:
+    for chunk in chunks:
         out.write(chunk.weights)
         scales.append(chunk.scales)
         error, norm = error + chunk.error, norm + chunk.norm
@@ -162,43 +167,53 @@ def write_weights(
     source: WeightFile,
     destination: Path,
     formats: dict[str, WeightFormat],
-    method: Method,
+    methods: Method,
     threads: int,
     label: str,
 ) -> tuple[Graph, pd.DataFrame]:
-    """Write `destination`, a .mnn.weight file; gives the graph that reads it, and a row for each operator: its shape,
-    its format, its bytes, and the relative error of its weight (the norm of the error over that of the weight).
+    """Write a weight file.
 
-    `layers` are the graph's operators, `formats` has one for each by name.
+    Args:
+        graph: A float graph.
+        layers: Its operators.
+        source: Its weights.
+        destination: The .mnn.weight file to write.
+        formats: Format of each operator, by name.
+        methods: Quantizes each operator.
+        threads: Number of threads.
+        label: Label of the progress bar.
+
+    Returns:
+        The graph of the new weight file, and a row for each operator: its shape, its format, its bytes, and the
+        relative error of its weight (norm of the error over norm of the weight).
 
     Raises:
-        QuantizationError: with the operator's name: NaN in a weight, scales too large for half floats, a weight that is
-            quantized already.
+        QuantizationError: A weight has NaN, exceeds the range of its format, or is quantized already.
     """
     for operator in layers:
         if operator.stored and operator.stored["type"] != FLOAT16:
             raise QuantizationError(f"{operator.name}: its weight is quantized already; start from the float model")
     written, rows = Graph(copy.deepcopy(graph.content)), []
     by_op = {op["name"]: operator for op, operator in zip(graph.of_type("Convolution"), layers, strict=True)}
-    inside = [op for op in written.ops if isinstance(op.get("main"), dict) and op["main"].get("external")]
-    inside.sort(key=lambda op: op["main"]["external"][0])
+    external = [op for op in written.ops if isinstance(op.get("main"), dict) and op["main"].get("external")]
+    external.sort(key=lambda op: op["main"]["external"][0])
     total = sum(operator.size for operator in layers)
     _keep_freed_memory()
-    with destination.open("wb") as out, ThreadPoolExecutor(threads) as pool, progress(label, total, "weights") as shown:
+    with destination.open("wb") as out, ThreadPoolExecutor(threads) as pool, progress(label, total, "weights") as bar:
 
-        def begin(op: dict[str, Any]) -> Iterable[_Stored] | None:
+        def start(op: Op) -> Iterable[_Chunk] | None:
             operator = by_op.get(op["name"])
-            return operator and _store(operator, source, formats[operator.name], method, pool)
+            return operator and _encode(operator, source, formats[operator.name], methods, pool)
 
-        # Threads round the next operator while this one is written.
-        for op, stored in _one_ahead(inside, begin):
+        # Threads quantize the next operator while this one is written.
+        for op, chunks in _one_ahead(external, start):
             main = op["main"]
-            if stored is not None:
+            if chunks is not None:
                 operator = by_op[op["name"]]
-                rows.append(_append(operator, main, source, out, formats[operator.name], stored))
-                shown.update(operator.size)
+                rows.append(_append(operator, main, source, out, formats[operator.name], chunks))
+                bar.update(operator.size)
             else:
-                start = out.tell()
+                offset = out.tell()
                 out.write(source.constants(op))
-                main["external"][0] = start
+                main["external"][0] = offset
     return written, pd.DataFrame(rows)

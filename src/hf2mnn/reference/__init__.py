@@ -1,1 +1,1 @@
-"""PyTorch's own answers, kept once per model: what every later stage is compared with."""
+"""Reference outputs of PyTorch in float32, computed once for each model."""

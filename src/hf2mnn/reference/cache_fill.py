@@ -1,4 +1,4 @@
-"""The ways in which a text comes into a KV cache; each must give the same logits at every position."""
+"""Ways of filling a KV cache with a text, all of which must give the same logits."""
 
 from __future__ import annotations
 
@@ -6,38 +6,44 @@ from collections.abc import Callable
 
 import numpy as np
 
-AT_ONCE = "at once"
+SINGLE_CALL = "at once"
 CHUNK = 7
-"""Tokens of a chunk: no multiple of any tile of the engine's kernels."""
-ASTRAY = 3
-"""Tokens that the second turn takes back before it goes on."""
+"""Tokens of a chunk: not a multiple of any tile size of the engine's kernels."""
+ROLLED_BACK = 3
+"""Tokens that the multi-turn way appends and removes again."""
 
 Feed = Callable[[list[int]], np.ndarray]
-"""Tokens after those in the cache to their logits [tokens, vocabulary]."""
+"""Function from token ids, appended to the cache, to their logits [tokens, vocabulary]."""
 
 
-def ways_of_feeding(ids: list[int], start: Callable[[], None], feed: Feed, forget: Callable[[int], None]) -> dict:
-    """Logits [tokens, vocabulary] of `ids` by the way they came in. `start` makes the cache as it was before them;
-    `forget(n)` takes the last n tokens out of it.
+def logits_by_fill(ids: list[int], start: Callable[[], None], feed: Feed, truncate: Callable[[int], None]) -> dict:
+    """Return the logits [tokens, vocabulary] of a text for each way of filling the cache.
+
+    Args:
+        ids: Token ids of the text.
+        start: Resets the cache to its state before the text.
+        feed: Appends tokens to the cache and returns their logits.
+        truncate: Removes the last n tokens from the cache.
     """
 
     def chunks(size: int) -> np.ndarray:
         start()
         return np.concatenate([feed(ids[i : i + size]) for i in range(0, len(ids), size)])
 
-    def two_turns() -> np.ndarray:
-        """A first turn, an answer that is taken back, and a second turn after what is left."""
+    def multi_turn() -> np.ndarray:
+        """Feed a first turn, decode an answer and remove it, then feed the second turn."""
         start()
         half = len(ids) // 2
         first = feed(ids[:half])
-        for token in ids[:ASTRAY]:
+        answer = ids[:ROLLED_BACK]
+        for token in answer:
             feed([token])
-        forget(len(ids[:ASTRAY]))
+        truncate(len(answer))
         return np.concatenate([first, feed(ids[half:])])
 
     return {
-        AT_ONCE: chunks(len(ids)),
+        SINGLE_CALL: chunks(len(ids)),
         "token by token": chunks(1),
         "in chunks": chunks(CHUNK),
-        "two turns": two_turns(),
+        "multi-turn": multi_turn(),
     }

@@ -1,13 +1,13 @@
 """Evaluation sets: a folder with examples.jsonl and the images that it names.
 
-One JSON object a line:
+Each line of examples.jsonl is a JSON object:
 
     {"id": "count-en-3", "category": "count", "language": "en", "answer": "2", "messages": [
         {"role": "user", "content": [{"type": "image", "image": "images/003.png"},
                                      {"type": "text", "text": "How many things are there?"}]}]}
 
-`messages` is what transformers' chat templates take; `answer` is left out where no one answer is right, and a list
-where there are several. `metric`, a key of `hf2mnn.reference.tasks.METRICS`, says how an answer is held against them.
+`messages` is a conversation in the format of transformers' chat templates. `answer` is one accepted answer, a list of
+them, or absent. `metric`, a key of `hf2mnn.reference.tasks.METRICS`, compares answers; the default is "exact".
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from typing import Any
 from PIL import Image
 
 from hf2mnn.core.errors import EvaluationSetError
-from hf2mnn.core.untrusted import inside, parse_json, read_bytes
+from hf2mnn.core.untrusted import parse_json, path_inside, read_bytes
 from hf2mnn.reference.tasks import METRICS
 
 NAME = "examples.jsonl"
-MOST_BYTES = 1 << 28
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Of images. PIL knows others, among them PostScript, for which it starts an interpreter."""
-
-
-NOT_TAKEN = {
-    "video": "a video, which MNN's engine 3.6.1 has no input for; give frames of it as images",
-    "audio": "a sound, which no family here takes; leave it out",
+MAX_FILE_BYTES = 1 << 28
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Formats to read. PIL has others, among them PostScript, for which it starts an interpreter."""
+UNSUPPORTED_PARTS = {
+    "video": "a video, which MNN 3.6.1 cannot read; add its frames as images",
+    "audio": "audio, which no model family supports; remove it",
     "image_url": "an image_url; name a file of the set as {'type': 'image', 'image': FILE}",
 }
-"""Kinds of parts that chat templates know and no example may have."""
+"""Kinds of message parts that chat templates accept and evaluation sets must not have."""
 
 
 @dataclass(frozen=True)
 class Example:
+    """Line of examples.jsonl; `answers` is None for an example without labels."""
+
     id: str
     category: str
     language: str
@@ -53,54 +53,58 @@ class Example:
         return image_names(self.messages)
 
 
-def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of a message's content, which may be a text alone."""
+def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the parts of a message; content that is a string is one text part."""
     content = message["content"]
     return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
 def image_names(messages: list[dict[str, Any]]) -> list[str]:
-    """File names of the images of a conversation, in its order. Templates know an image by the key alone, too."""
-    parts = [part for message in messages for part in parts_of(message)]
+    """Return the file names of a conversation's images, in order.
+
+    Chat templates accept a part as an image by its type or by its key "image".
+    """
+    parts = [part for message in messages for part in content_parts(message)]
     return [part["image"] for part in parts if part.get("type") == "image" or "image" in part]
 
 
 def _answers(record: dict[str, Any], where: str) -> tuple[list[str] | None, str]:
-    """Accepted answers and metric of a record."""
+    """Return the accepted answers and the metric of a record."""
     answers, metric = record.get("answer"), record.get("metric", "exact")
     if answers is None and "metric" in record:
-        raise EvaluationSetError(f"{where} has a metric but no answer; add one, see docs/evaluation.md")
+        raise EvaluationSetError(f"{where} has a metric and no answer; add an answer, see docs/evaluation.md")
     if metric not in METRICS:
         raise EvaluationSetError(
-            f"{where} has the metric {metric!r}; there are {', '.join(METRICS)}; see docs/evaluation.md"
+            f"{where} has an unknown metric {metric!r}; choose one of {', '.join(METRICS)}, see docs/evaluation.md"
         )
     answers = [answers] if isinstance(answers, str) else answers
     if answers is not None and not (
         isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)
     ):
         raise EvaluationSetError(
-            f"{where} has an answer that is neither a text nor a list of texts; see docs/evaluation.md"
+            f"{where} has an answer that is neither a string nor a list of strings; see docs/evaluation.md"
         )
     return answers, metric
 
 
 def check_messages(messages: list[dict[str, Any]], folder: Path) -> None:
-    """Raises ValueError, TypeError, KeyError or AttributeError for what no chat template takes, for what MNN's engine
-    cannot be given, and for images that are not in the folder.
+    """Check that chat templates and MNN's engine accept a conversation, and that its images are files of `folder`.
+
+    Raises:
+        ValueError: A part is of an unsupported kind, or a path leads out of the folder.
+        TypeError, KeyError, AttributeError: The structure is invalid.
     """
     if not isinstance(messages, list):
-        raise TypeError("messages are a list")
+        raise TypeError("messages must be a list")
     for message in messages:
-        parts = parts_of(message)
+        parts = content_parts(message)
         if not isinstance(message["role"], str) or not all(isinstance(part.get("text", ""), str) for part in parts):
-            raise TypeError("roles and contents are texts")
+            raise TypeError("role and text must be strings")
         for part in parts:
-            kind = part.get("type", "text")
-            if other := ({kind} | part.keys()) & NOT_TAKEN.keys():
-                name = min(other)
-                raise ValueError(f"a part of it is {NOT_TAKEN[name]}")
+            if unsupported := ({part.get("type", "text")} | part.keys()) & UNSUPPORTED_PARTS.keys():
+                raise ValueError(f"a part of it is {UNSUPPORTED_PARTS[min(unsupported)]}")
     for name in image_names(messages):
-        inside(folder, name)
+        path_inside(folder, name)
 
 
 def _parse(line: str, where: str, folder: Path) -> Example:
@@ -116,7 +120,7 @@ def _parse(line: str, where: str, folder: Path) -> Example:
             metric=metric,
         )
         if not isinstance(example.category, str) or not isinstance(example.language, str):
-            raise TypeError("category and language are texts")
+            raise TypeError("category and language must be strings")
         check_messages(example.messages, folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationSetError(
@@ -128,10 +132,14 @@ def _parse(line: str, where: str, folder: Path) -> Example:
 
 
 def read_examples(folder: Path) -> list[Example]:
-    """Raises EvaluationSetError for a missing file, a bad line, an id used twice, or an empty set."""
+    """Read an evaluation set.
+
+    Raises:
+        EvaluationSetError: The file is missing or empty, a line is invalid, or two examples have one id.
+    """
     path = Path(folder) / NAME
     try:
-        lines = read_bytes(path, MOST_BYTES).decode().split("\n")
+        lines = read_bytes(path, MAX_FILE_BYTES).decode().split("\n")
     except OSError:
         raise EvaluationSetError(
             f"{folder} is not an evaluation set: it has no {NAME}; see docs/evaluation.md"
@@ -141,13 +149,13 @@ def read_examples(folder: Path) -> list[Example]:
     except ValueError as error:
         raise EvaluationSetError(f"{path} cannot be read ({error}); see docs/evaluation.md") from None
     examples = [_parse(line, f"{path}:{number}", Path(folder)) for number, line in enumerate(lines, 1) if line.strip()]
-    seen: set[str] = set()
+    ids: set[str] = set()
     for example in examples:
-        if example.id in seen:
-            raise EvaluationSetError(f"{path} uses the id {example.id} twice; every example needs its own")
-        seen.add(example.id)
+        if example.id in ids:
+            raise EvaluationSetError(f"{path} uses the id {example.id} twice; give each example its own")
+        ids.add(example.id)
     if not examples:
-        raise EvaluationSetError(f"{path} holds no examples")
+        raise EvaluationSetError(f"{path} holds no examples; add some, see docs/evaluation.md")
     return examples
 
 
@@ -157,17 +165,23 @@ def image_files(examples: list[Example], folder: Path) -> dict[str, Path]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An RGB image. Raises EvaluationSetError where the file is missing or no image."""
+    """Read an RGB image.
+
+    Raises:
+        EvaluationSetError: The file is missing or is not an image.
+    """
     try:
         with warnings.catch_warnings():
-            # The library bears twice the pixels from which on it warns.
+            # PIL only warns up to twice its limit of pixels.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # From memory: of a file the library allocates whatever length a chunk of it claims.
-            with Image.open(BytesIO(read_bytes(path, MOST_BYTES)), formats=FORMATS) as image:
+            # From memory: reading a file, PIL allocates any length that a chunk claims.
+            with Image.open(BytesIO(read_bytes(path, MAX_FILE_BYTES)), formats=IMAGE_FORMATS) as image:
                 return image.convert("RGB")
     except FileNotFoundError:
-        raise EvaluationSetError(f"there is no image {path}") from None
+        raise EvaluationSetError(f"there is no image {path}; add it or correct its name") from None
     except MemoryError:
         raise
-    except Exception as error:  # of a broken image the library's readers raise anything
-        raise EvaluationSetError(f"{path} is not an image that can be read ({error}); give a PNG or JPEG") from None
+    except Exception as error:  # for invalid images PIL raises exceptions of any type
+        raise EvaluationSetError(
+            f"{path} is not an image that can be read ({error}); convert it to PNG or JPEG"
+        ) from None

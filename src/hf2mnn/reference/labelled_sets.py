@@ -1,4 +1,4 @@
-"""Evaluation sets of labelled data sets: TextVQA, DocVQA, ChartQA, AI2D, MMBench and MMMU."""
+"""Evaluation sets from public benchmarks: TextVQA, DocVQA, ChartQA, AI2D, MMBench and MMMU."""
 
 from __future__ import annotations
 
@@ -21,15 +21,21 @@ from hf2mnn.reference.examples import NAME
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# What LLaVA-1.5 (Liu et al. 2023, arXiv:2310.03744) asks for, and most evaluations since.
+# Instructions of LLaVA-1.5 (Liu et al. 2023, arXiv:2310.03744), which most evaluations use.
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
-PLACE = re.compile(r"<image (\d)>")
+IMAGE_REFERENCE = re.compile(r"<image (\d)>")
 
 
 @dataclass(frozen=True)
 class Question:
-    """`parts` in the order of the prompt, texts and images; `answers` that are accepted."""
+    """Question of a data set.
+
+    Attributes:
+        parts: Texts and images in the order of the prompt.
+        answers: Accepted answers.
+        category: Category in the evaluation set.
+    """
 
     parts: list[str | Image.Image]
     answers: list[str]
@@ -38,30 +44,36 @@ class Question:
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """Where a data set lies on the hub, and what a row of it asks.
+    """Data set on the Hugging Face hub.
 
-    files: pattern of the split's parquet files in the repository, so that no other split is downloaded; `read` needs
-    `columns`, of which `images` hold images; rows that `keep` (given the columns without images) refuses are no
-    part of the set.
+    Attributes:
+        repository: Repository on the hub.
+        split: Split.
+        files: Pattern of the split's parquet files, so that no other split is downloaded.
+        metric: Metric of `hf2mnn.reference.tasks`.
+        columns: Columns that `read` needs.
+        read: Function from a row to its question.
+        config: Configuration of the data set.
+        images: Columns that hold images.
+        keep: Filter on rows without their images; None keeps all.
     """
 
     repository: str
-    config: str
     split: str
     files: str
     metric: str
-    language: str
     columns: tuple[str, ...]
-    images: tuple[str, ...]
     read: Callable[[dict[str, Any]], Question]
+    config: str = "default"
+    images: tuple[str, ...] = ("image",)
     keep: Callable[[dict[str, Any]], bool] | None = None
 
 
 def _options(question: str, options: list[str], answer: str) -> str:
-    """The question with lettered options, of which `answer`, a letter, must be one."""
-    lettered = {chr(ord("A") + place): option for place, option in enumerate(options)}
+    """Return a multiple-choice question with lettered options; `answer` must be one of the letters."""
+    lettered = {chr(ord("A") + index): option for index, option in enumerate(options)}
     if answer not in lettered:
-        raise ValueError(f"the answer {answer!r} is none of its {len(options)} options")
+        raise ValueError(f"the answer {answer!r} is not one of its {len(options)} options")
     return "\n".join([question, *(f"{letter}. {option}" for letter, option in lettered.items()), LETTER])
 
 
@@ -79,13 +91,13 @@ def _chartqa(row: dict[str, Any]) -> Question:
 
 
 def _ai2d(row: dict[str, Any]) -> Question:
-    """`answer` is the right option's place from 0, as text."""
+    """Read a row; `answer` is the index of the right option, as a string."""
     letter = chr(ord("A") + int(row["answer"]))
     return Question([row["image"], _options(row["question"], row["options"], letter)], [letter], "ai2d")
 
 
 def _mmbench(row: dict[str, Any]) -> Question:
-    """Options and hints that there are not are null or "nan"."""
+    """Read a row; missing options and hints are null or "nan"."""
     options = [row[letter] for letter in "ABCD" if row[letter] not in (None, "", "nan")]
     hint = "" if row["hint"] in (None, "", "nan") else f"{row['hint']}\n"
     text = _options(f"{hint}{row['question']}", options, row["answer"])
@@ -93,14 +105,18 @@ def _mmbench(row: dict[str, Any]) -> Question:
 
 
 def _mmmu(row: dict[str, Any]) -> Question:
-    """`options` is a Python list as text. An image stands where it is first named; after that its number does."""
+    """Read a row; `options` is a Python list as a string.
+
+    The first reference to an image is replaced by the image, later ones by its number.
+    """
     text = _options(row["question"], ast.literal_eval(row["options"]), row["answer"])
-    parts, seen, end = [], set(), 0
-    for place in PLACE.finditer(text):
-        parts.append(text[end : place.start()])
-        parts.append(f"image {place[1]}" if place[1] in seen else row[f"image_{place[1]}"])
-        seen.add(place[1])
-        end = place.end()
+    parts, inserted, end = [], set(), 0
+    for reference in IMAGE_REFERENCE.finditer(text):
+        number = reference[1]
+        parts.append(text[end : reference.start()])
+        parts.append(f"image {number}" if number in inserted else row[f"image_{number}"])
+        inserted.add(number)
+        end = reference.end()
     parts.append(text[end:])
     subject = re.sub(r"^\w+?_(.*)_\d+$", r"\1", row["id"])
     return Question([part for part in parts if part != ""], [row["answer"]], subject)
@@ -111,13 +127,10 @@ DATASETS = {
     # card: question_id, question, image, answers (ten), image_classes, ocr_tokens, ...
     "textvqa": LabelledSet(
         repository="lmms-lab/textvqa",
-        config="default",
         split="validation",
         files="data/validation-*.parquet",
         metric="vqa",
-        language="en",
         columns=("image", "question", "answers"),
-        images=("image",),
         read=_textvqa,
     ),
     # card: questionId, question, question_types, image, docId, ucsf_document_id, answers, ...
@@ -127,56 +140,44 @@ DATASETS = {
         split="validation",
         files="DocVQA/validation-*.parquet",
         metric="anls",
-        language="en",
         columns=("image", "question", "question_types", "answers"),
-        images=("image",),
         read=_docvqa,
     ),
-    # lmms-eval's upload_chartqa.py, which made the repository: type, question, answer, image
+    # upload_chartqa.py of lmms-eval, which wrote the repository: type, question, answer, image
     "chartqa": LabelledSet(
         repository="lmms-lab/ChartQA",
-        config="default",
         split="test",
         files="data/test-*.parquet",
         metric="relaxed",
-        language="en",
         columns=("image", "question", "answer", "type"),
-        images=("image",),
         read=_chartqa,
     ),
     # card: question, options, answer, image
     "ai2d": LabelledSet(
         repository="lmms-lab/ai2d",
-        config="default",
         split="test",
         files="data/test-*.parquet",
         metric="choice",
-        language="en",
         columns=("image", "question", "options", "answer"),
-        images=("image",),
         read=_ai2d,
     ),
-    # card, configuration en: index, question, hint, answer, A, B, C, D, category, image, source, L2-category, ...
+    # card, configuration "en": index, question, hint, answer, A, B, C, D, category, image, source, L2-category, ...
     "mmbench": LabelledSet(
         repository="lmms-lab/MMBench",
         config="en",
         split="dev",
         files="en/dev-*.parquet",
         metric="choice",
-        language="en",
         columns=("image", "question", "hint", "A", "B", "C", "D", "answer", "category"),
-        images=("image",),
         read=_mmbench,
     ),
     # card: id, question, options, explanation, image_1 to image_7, img_type, answer, question_type, subfield, ...
-    # Its few open questions are scored by rules of their own, and are left out.
+    # Without the few open questions, which have a metric of their own.
     "mmmu": LabelledSet(
         repository="lmms-lab/MMMU",
-        config="default",
         split="validation",
         files="data/validation-*.parquet",
         metric="choice",
-        language="en",
         columns=("id", "question", "options", "answer", "question_type", *(f"image_{n}" for n in range(1, 8))),
         images=tuple(f"image_{n}" for n in range(1, 8)),
         read=_mmmu,
@@ -185,48 +186,57 @@ DATASETS = {
 }
 
 
-def dataset_named(name: str) -> LabelledSet:
-    """Return a labelled data set. Raises EvaluationSetError for an unknown name."""
+def get_dataset(name: str) -> LabelledSet:
+    """Return a labelled data set.
+
+    Raises:
+        EvaluationSetError: There is no data set of this name.
+    """
     if name not in DATASETS:
-        raise EvaluationSetError(f"there is no loader for {name!r}; there are {', '.join(DATASETS)}")
+        raise EvaluationSetError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
     return DATASETS[name]
 
 
-def _load(chosen: LabelledSet, path: Path | None, revision: str) -> Dataset:
-    """The split, on disk and mapped into memory: a row is read when it is asked for."""
+def _load(dataset: LabelledSet, path: Path | None, revision: str) -> Dataset:
+    """Load the split from the hub, or from a local copy in `path`, memory-mapped: rows are read on access."""
     import httpx2
     from datasets import get_dataset_config_names, load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    where = f"hf://datasets/{chosen.repository}@{revision}" if path is None else str(path)
+    where = f"hf://datasets/{dataset.repository}@{revision}" if path is None else str(path)
     if path is not None and not path.is_dir():
-        raise EvaluationSetError(f"there is no folder {path}; give the one that holds the data set's parquet files")
+        raise EvaluationSetError(f"there is no folder {path}; give the folder with the data set's parquet files")
     try:
         if path is None:
-            return load_dataset("parquet", data_files={chosen.split: f"{where}/{chosen.files}"}, split=chosen.split)
-        if found := sorted(str(file) for file in path.glob(chosen.files)):
-            return load_dataset("parquet", data_files={chosen.split: found}, split=chosen.split)
-        config = chosen.config if chosen.config in get_dataset_config_names(where) else None
-        return load_dataset(where, config, split=chosen.split)
+            return load_dataset("parquet", data_files={dataset.split: f"{where}/{dataset.files}"}, split=dataset.split)
+        if files := sorted(str(file) for file in path.glob(dataset.files)):
+            return load_dataset("parquet", data_files={dataset.split: files}, split=dataset.split)
+        config = dataset.config if dataset.config in get_dataset_config_names(where) else None
+        return load_dataset(where, config, split=dataset.split)
     except (DatasetsError, HfHubHTTPError, httpx2.TransportError, OSError, ValueError) as error:
-        # Without a message of its own ("An error occurred while ..."), what it comes from says more.
+        # The message of DatasetsError is generic ("An error occurred while ..."); its cause is specific.
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise EvaluationSetError(
-            f"the {chosen.split} rows of {where} cannot be read ({reason}); give --path a folder with its parquet files"
+            f"the {dataset.split} rows of {where} cannot be read ({reason}); give --path a folder with the parquet"
+            " files"
         ) from None
 
 
 def _check_columns(rows: Dataset, chosen: LabelledSet, name: str) -> Dataset:
-    """`rows` with the columns that are needed, images as images."""
+    """Return `rows` with the columns of the data set, and images decoded.
+
+    Raises:
+        EvaluationSetError: A column is missing.
+    """
     from datasets import Image as ImageFeature
 
     missing = [column for column in chosen.columns if column not in rows.column_names]
     if missing:
         raise EvaluationSetError(
-            f"{name} has no column {missing[0]!r} here; there are {', '.join(rows.column_names)}: is this"
-            f" {chosen.repository}?"
+            f"the rows of {name} have no column {missing[0]!r}, only {', '.join(rows.column_names)}; check that they"
+            f" are of {chosen.repository}"
         )
     rows = rows.select_columns(list(chosen.columns))
     for column in chosen.images:
@@ -236,7 +246,13 @@ def _check_columns(rows: Dataset, chosen: LabelledSet, name: str) -> Dataset:
 
 
 def _sample(rows: Dataset, chosen: LabelledSet, samples: int, seed: int) -> tuple[list[int], int]:
-    """(numbers of the rows taken, in order; number of rows there are). More samples keep those of fewer."""
+    """Draw row numbers at random.
+
+    A larger sample with the same seed contains a smaller one.
+
+    Returns:
+        Row numbers in ascending order, and the number of rows to draw from.
+    """
     numbers = list(range(len(rows)))
     if chosen.keep is not None:
         texts = rows.select_columns([column for column in chosen.columns if column not in chosen.images])
@@ -247,7 +263,7 @@ def _sample(rows: Dataset, chosen: LabelledSet, samples: int, seed: int) -> tupl
 
 
 def _save_image(image: Image.Image, folder: Path) -> str:
-    """File name under `folder`; an image that several questions share is one file."""
+    """Save an image under its digest, so that questions share it, and return its path below `folder`."""
     image = image.convert("RGB")
     digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
     name = f"images/{digest}.png"
@@ -260,7 +276,7 @@ def _record(name: str, number: int, rows: Dataset, chosen: LabelledSet, folder: 
     try:
         question = chosen.read(rows[number])
         if not question.answers or not all(isinstance(answer, str) for answer in question.answers):
-            raise ValueError("it has no answer")
+            raise ValueError("no answer")
         content = [
             {"type": "text", "text": part}
             if isinstance(part, str)
@@ -269,13 +285,13 @@ def _record(name: str, number: int, rows: Dataset, chosen: LabelledSet, folder: 
         ]
     except (ValueError, TypeError, KeyError, AttributeError, SyntaxError, OSError) as error:
         raise EvaluationSetError(
-            f"row {number} of {name} is not what its card says ({type(error).__name__}: {error}); is this"
-            f" {chosen.repository}?"
+            f"row {number} of {name} cannot be read ({type(error).__name__}: {error}); check that the rows are of"
+            f" {chosen.repository}"
         ) from None
     return {
         "id": f"{name}-{number:05}",
         "category": question.category,
-        "language": chosen.language,
+        "language": "en",
         "answer": question.answers,
         "metric": chosen.metric,
         "messages": [{"role": "user", "content": content}],
@@ -285,21 +301,29 @@ def _record(name: str, number: int, rows: Dataset, chosen: LabelledSet, folder: 
 def draw_examples(
     dataset: str, samples: int, folder: Path, path: Path | None = None, revision: str = "main", seed: int = 0
 ) -> dict[str, int]:
-    """Write an evaluation set of `samples` rows of the hub's data set, or of a local copy at `path`, to `folder`.
+    """Write an evaluation set with a random sample of a data set.
+
+    Args:
+        dataset: Name in DATASETS.
+        samples: Number of examples.
+        folder: Output folder.
+        path: Folder with a local copy of the data set; None downloads it.
+        revision: Commit, tag or branch on the hub.
+        seed: Seed of the sample.
 
     Returns:
         Numbers of `examples` written and of `rows` available.
 
     Raises:
-        EvaluationSetError: There is no such set, it cannot be reached or read, or it has other columns.
+        EvaluationSetError: The data set is unknown, cannot be downloaded or read, or has other columns.
     """
-    chosen = dataset_named(dataset)
+    chosen = get_dataset(dataset)
     rows = _check_columns(_load(chosen, path, revision), chosen, dataset)
     numbers, available = _sample(rows, chosen, samples, seed)
     if not numbers:
-        raise EvaluationSetError(f"{dataset} has no rows to draw; is this {chosen.repository}?")
+        raise EvaluationSetError(f"{dataset} has no usable rows; check that they are of {chosen.repository}")
     if len(numbers) < samples:
-        print(f"{dataset} has {available} rows, fewer than the {samples} wanted; all are used", file=sys.stderr)
+        print(f"{dataset} has only {available} rows for {samples} samples; using all", file=sys.stderr)
     (folder / "images").mkdir()
     records = [_record(dataset, number, rows, chosen, folder) for number in numbers]
     lines = (json.dumps(record, ensure_ascii=False) for record in records)

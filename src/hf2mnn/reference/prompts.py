@@ -1,17 +1,18 @@
-"""From messages and images to what the model is fed, by the checkpoint's own template, tokenizer and processor."""
+"""Convert conversations and images to model inputs with the checkpoint's own chat template and processors."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from hf2mnn.checkpoint.facts import sees
+from hf2mnn.checkpoint.model_info import has_vision
 from hf2mnn.core.errors import CheckpointError, EvaluationSetError
-from hf2mnn.core.untrusted import TEMPLATE_SECONDS, at_most
-from hf2mnn.reference.text import AnswerDecoder
+from hf2mnn.core.untrusted import TEMPLATE_SECONDS, time_limited
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,82 +20,114 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """pixel_values float32 [patches, values], grid_thw int64 [3], resized uint8 RGB [height, width, 3]."""
+    """Preprocessed image.
+
+    Attributes:
+        pixel_values: float32 [patches, values].
+        grid_thw: int64 [3]: frames, and rows and columns of patches.
+        resized: uint8 RGB [height, width, 3].
+    """
 
     pixel_values: np.ndarray
     grid_thw: np.ndarray
     resized: np.ndarray
 
 
-class Prompter:
-    """Tokenizer and image processor of one checkpoint folder (the `source` or the `onnx` stage's)."""
+class AnswerDecoder:
+    """Decode answers with tokenizer.json of a folder and the tokenizers library, for PyTorch and every conversion."""
 
-    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
-        """`facts` is model.json, or what `hf2mnn.onnx.export.model_facts` gives."""
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        """Return the text without special tokens and surrounding white space."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+
+
+class Preprocessor:
+    """Chat template, tokenizer and image processor of a checkpoint."""
+
+    def __init__(self, folder: Path, info: dict[str, Any]) -> None:
+        """Load them from a folder of the `fetch` or the `export` stage; `info` is the contents of model.json.
+
+        Raises:
+            CheckpointError: A file is missing or invalid.
+        """
         from transformers import AutoImageProcessor, AutoTokenizer
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            if sees(facts):
+            if has_vision(info):
                 self.processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # of a file that is not right these libraries raise anything
+        except Exception as error:  # for invalid files these libraries raise exceptions of any type
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"the tokenizer or image processor of {folder} does not load: {reason}") from None
+            raise CheckpointError(
+                f"the tokenizer or image processor of {folder} cannot be loaded: {reason}; download it again"
+            ) from None
         if not self.tokenizer.chat_template:
-            raise CheckpointError(f"{folder} has no chat template (chat_template.jinja or in tokenizer_config.json)")
-        self.folder, self.facts, self.decode = folder, facts, AnswerDecoder(folder)
+            raise CheckpointError(
+                f"{folder} has no chat template; add chat_template.jinja, or a chat_template to tokenizer_config.json"
+            )
+        self.folder, self.info, self.decode = folder, info, AnswerDecoder(folder)
 
-    def image(self, image: Image.Image) -> ImageInput:
-        """Raises EvaluationSetError where the processor refuses the image (over 200 times longer than wide)."""
+    def process_image(self, image: Image.Image) -> ImageInput:
+        """Resize and normalize an image and cut it into patches.
+
+        Raises:
+            EvaluationSetError: The image processor refuses the image, for an aspect ratio over 200.
+        """
         try:
             features = self.processor(images=[image], return_tensors="np")
         except ValueError as error:
             raise EvaluationSetError(
-                f"the image processor refuses a {image.width} x {image.height} image: {error}"
+                f"the image processor refuses an image of {image.width} x {image.height} pixels: {error}"
             ) from None
         pixels = np.asarray(features["pixel_values"], np.float32)
         grid = np.asarray(features["image_grid_thw"], np.int64)[0]
         return ImageInput(pixels, grid, self.unpatch(pixels, grid))
 
     def unpatch(self, pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
-        """The resized image that the patches were cut from: uint8 RGB [height, width, 3]."""
-        facts = self.facts
-        frames, height, width = (int(side) for side in grid_thw)
-        merge, patch, temporal = facts["merge_size"], facts["patch_size"], facts["temporal_patch_size"]
+        """Reconstruct the resized image, uint8 RGB [height, width, 3], from its patches."""
+        info = self.info
+        frames, height, width = (int(size) for size in grid_thw)
+        merge, patch, temporal = info["merge_size"], info["patch_size"], info["temporal_patch_size"]
         shape = (frames, height // merge, width // merge, merge, merge, 3, temporal, patch, patch)
         cells = pixel_values.reshape(shape)[0, ..., 0, :, :]
         image = cells.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * patch, width * patch, 3)
-        values = (image * np.array(facts["image_std"]) + np.array(facts["image_mean"])) * 255
+        values = (image * np.array(info["image_std"]) + np.array(info["image_mean"])) * 255
         return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
-    def text(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt as the chat template writes it, one image token an image. A template is a program of its owner's:
-        transformers runs it in Jinja's sandbox, here for a bounded time.
+    def render(self, messages: list[dict[str, Any]]) -> str:
+        """Render the chat template, with one image token for each image.
+
+        A chat template is untrusted code. transformers runs it in Jinja's sandbox, and here for a limited time.
 
         Raises:
-            CheckpointError: it fails on these messages, or takes too long.
+            CheckpointError: The template fails or takes too long.
         """
         try:
-            with at_most(TEMPLATE_SECONDS):
+            with time_limited(TEMPLATE_SECONDS):
                 return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # anything, like every program
+        except Exception as error:  # a template may raise any exception
             raise CheckpointError(
-                f"the chat template of {self.folder} fails ({type(error).__name__}: {error}); correct it or them"
+                f"the chat template of {self.folder} fails ({type(error).__name__}: {error}); correct the template or"
+                " the messages"
             ) from None
 
     def input_ids(self, messages: list[dict[str, Any]], images: list[ImageInput]) -> np.ndarray:
-        """int64 [tokens], each image's token repeated for every merged patch.
+        """Return the token ids of a prompt, int64 [tokens], with one image token for each merged patch.
 
         Raises:
-            EvaluationSetError: the template wrote another number of images than there are.
+            EvaluationSetError: The template writes another number of images than there are.
         """
-        ids = self.tokenizer(self.text(messages), add_special_tokens=False).input_ids
-        if not sees(self.facts):
+        ids = self.tokenizer(self.render(messages), add_special_tokens=False).input_ids
+        if not has_vision(self.info):
             return np.array(ids, np.int64)
-        image_token, merged = self.facts["image_token_id"], self.facts["merge_size"] ** 2
+        image_token, merged = self.info["image_token_id"], self.info["merge_size"] ** 2
         if ids.count(image_token) != len(images):
             raise EvaluationSetError(
-                f"the chat template wrote {ids.count(image_token)} images for {len(images)} in the messages"
+                f"the chat template writes {ids.count(image_token)} images and the messages have {len(images)};"
+                " correct the messages"
             )
         counts = iter(int(image.grid_thw.prod()) // merged for image in images)
         return np.array(

@@ -1,4 +1,4 @@
-"""PyTorch reference: transformers' model in float32 answers an evaluation set."""
+"""Reference model: transformers in float32 answers an evaluation set."""
 
 from __future__ import annotations
 
@@ -13,172 +13,178 @@ from PIL.Image import Image
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from hf2mnn.checkpoint.facts import model_facts
 from hf2mnn.checkpoint.folder import Checkpoint
+from hf2mnn.checkpoint.model_info import model_info
 from hf2mnn.core.errors import EvaluationSetError
 from hf2mnn.core.progress import steps
 from hf2mnn.reference.examples import Example
 from hf2mnn.reference.golden import ACTIVATIONS, EXAMPLES, PROBES, TENSORS, Golden, GoldenExample
-from hf2mnn.reference.model import load_model, place_weights
-from hf2mnn.reference.prompts import ImageInput, Prompter
-from hf2mnn.reference.tap_recorder import recorded
+from hf2mnn.reference.model import choose_weight_storage, load_model
+from hf2mnn.reference.prompts import ImageInput, Preprocessor
+from hf2mnn.reference.tap_recorder import record_tap_points
 from hf2mnn.reference.tasks import score_answer
 
 
-class Reference:
-    """The model with its prompter.
+class ReferenceModel:
+    """Model of transformers in float32 with its preprocessor.
 
-    `weights` is "auto", "resident" or "mapped", and `kept` what the stage will hold (`source.model.place_weights`); the
-    attribute `weights` says which of the last two it became.
+    Attributes:
+        info: Contents of model.json.
+        weights: "resident" or "mapped".
+        decoder: Decoder module without lm_head.
     """
 
-    def __init__(self, checkpoint: Checkpoint, max_new_tokens: int, weights: str = "auto", kept: int = 0) -> None:
-        self.facts = model_facts(checkpoint)
-        self.prompter = Prompter(checkpoint.folder, self.facts)
-        self.weights, why = place_weights(checkpoint, weights, kept)
-        print(f"PyTorch's weights are {self.weights}: {why}", file=sys.stderr, flush=True)
+    def __init__(self, checkpoint: Checkpoint, max_new_tokens: int, weights: str = "auto", reserved: int = 0) -> None:
+        """Load a checkpoint; `choose_weight_storage` documents `weights` and `reserved`."""
+        self.info = model_info(checkpoint)
+        self.preprocessor = Preprocessor(checkpoint.folder, self.info)
+        self.weights, reason = choose_weight_storage(checkpoint, weights, reserved)
+        print(f"PyTorch weights: {self.weights} ({reason})", file=sys.stderr, flush=True)
         self.model = load_model(checkpoint, self.weights)
         self.family = checkpoint.family
         self.decoder = self.family.language_model(self.model)
-        stop = self.facts["stop_ids"]
-        # A config of our own: checkpoints often ship one that samples.
+        stop_ids = self.info["stop_ids"]
+        # Not the checkpoint's generation_config.json, which often enables sampling.
         self.generation = GenerationConfig(
             do_sample=False,
             repetition_penalty=1.0,
             max_new_tokens=max_new_tokens,
-            eos_token_id=stop,
-            pad_token_id=stop[0],
+            eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0],
             return_dict_in_generate=True,
             output_logits=True,
         )
 
     def _inputs(self, ids: torch.Tensor, images: list[ImageInput]) -> dict[str, torch.Tensor]:
-        """What transformers' forward takes for int64 ids [1, tokens]."""
+        """Return the arguments of the model's forward for int64 ids [1, tokens]."""
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if images:
             grids = torch.from_numpy(np.stack([image.grid_thw for image in images]))
             pixels = torch.from_numpy(np.concatenate([image.pixel_values for image in images]))
-            inputs |= {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": self._kinds(ids, grids)}
+            types = self._token_types(ids, grids)
+            inputs |= {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": types}
         return inputs
 
-    def _kinds(self, ids: torch.Tensor, grids: torch.Tensor | None) -> torch.Tensor:
-        """1 for image tokens of images, 0 for text, an image token in an answer among it."""
-        count = 0 if grids is None else int(grids.prod(dim=-1).sum()) // self.facts["merge_size"] ** 2
-        images = (ids == self.facts["image_token_id"]).int()
+    def _token_types(self, ids: torch.Tensor, grids: torch.Tensor | None) -> torch.Tensor:
+        """Return 1 for the tokens of the images, 0 for text and for image tokens in an answer."""
+        count = 0 if grids is None else int(grids.prod(dim=-1).sum()) // self.info["merge_size"] ** 2
+        images = (ids == self.info["image_token_id"]).int()
         return images * (images.cumsum(dim=-1) <= count)
 
-    def _positions(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """int64 [rows, tokens], as transformers counts them."""
+    def _position_ids(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the position ids of transformers, int64 [position_rows, tokens]."""
         ids = inputs["input_ids"]
-        if not self.family.sees:
+        if not self.family.has_vision:
             return torch.arange(ids.shape[1])[None]
         grids = inputs.get("image_grid_thw")
-        positions, _ = self.model.model.get_rope_index(ids, self._kinds(ids, grids), image_grid_thw=grids)
+        positions, _ = self.model.model.get_rope_index(ids, self._token_types(ids, grids), image_grid_thw=grids)
         return positions[:, 0].contiguous()
 
     @torch.inference_mode()
-    def answer(self, input_ids: np.ndarray, images: list[ImageInput]) -> dict[str, torch.Tensor]:
-        """Greedy answer, the logits behind it, and the positions that transformers gives the prompt."""
+    def generate(self, input_ids: np.ndarray, images: list[ImageInput]) -> dict[str, torch.Tensor]:
+        """Decode greedily; return input_ids, position_ids, answer_ids and logits as in `GoldenExample`."""
         ids = torch.from_numpy(input_ids)[None]
         inputs = self._inputs(ids, images)
-        made = self.model.generate(**inputs, generation_config=self.generation)
+        output = self.model.generate(**inputs, generation_config=self.generation)
         return {
             "input_ids": ids[0],
-            "position_ids": self._positions(inputs),
-            "answer_ids": made.sequences[0, ids.shape[1] :].contiguous(),
-            "logits": torch.cat(made.logits).float(),
+            "position_ids": self._position_ids(inputs),
+            "answer_ids": output.sequences[0, ids.shape[1] :].contiguous(),
+            "logits": torch.cat(output.logits).float(),
         }
 
     @torch.inference_mode()
-    def read(self, ids: torch.Tensor, images: list[ImageInput], **options: Any) -> Any:
-        """The model's output for int64 `ids` [tokens] read at once; `options` are those of its forward."""
+    def forward(self, ids: torch.Tensor, images: list[ImageInput], **options: Any) -> Any:
+        """Return the model's output for int64 `ids` [tokens] in one call; `options` go to its forward."""
         return self.model(**self._inputs(ids[None], images), **options)
 
     @torch.inference_mode()
-    def inside(self, ids: torch.Tensor, images: list[ImageInput]) -> dict[str, torch.Tensor]:
-        """What the decoder is fed and every point (`hf2mnn.reference.tap_points`) while `ids` [tokens] are read at once."""
-        fed = {}
+    def forward_with_taps(self, ids: torch.Tensor, images: list[ImageInput]) -> dict[str, torch.Tensor]:
+        """Return the tensors of a `GoldenProbe` for int64 `ids` [tokens]: the decoder's inputs, and all tap points."""
+        tensors = {}
 
-        def note(_: torch.nn.Module, __: tuple, given: dict) -> None:
-            embeds = given.get("inputs_embeds")
-            # A model that does not see leaves it to its decoder.
-            embeds = self.decoder.embed_tokens(given["input_ids"]) if embeds is None else embeds
-            embeds = fed["inputs_embeds"] = embeds[0].contiguous()
-            if self.family.deepstack:
-                fed["deepstack_embeds"] = added = torch.zeros(self.family.deepstack, *embeds.shape)
-                if given.get("deepstack_visual_embeds") is not None:
-                    added[:, given["visual_pos_masks"][0]] = torch.stack(given["deepstack_visual_embeds"])
+        def record_inputs(_: torch.nn.Module, __: tuple, arguments: dict) -> None:
+            embeds = arguments.get("inputs_embeds")
+            # A model without image input passes ids to its decoder.
+            embeds = self.decoder.embed_tokens(arguments["input_ids"]) if embeds is None else embeds
+            embeds = tensors["inputs_embeds"] = embeds[0].contiguous()
+            if self.family.deepstack_layers:
+                features = torch.zeros(self.family.deepstack_layers, *embeds.shape)
+                if arguments.get("deepstack_visual_embeds") is not None:
+                    features[:, arguments["visual_pos_masks"][0]] = torch.stack(arguments["deepstack_visual_embeds"])
+                tensors["deepstack_embeds"] = features
 
-        hook = self.decoder.register_forward_pre_hook(note, with_kwargs=True)
+        hook = self.decoder.register_forward_pre_hook(record_inputs, with_kwargs=True)
         try:
-            with recorded(self.model) as points:
-                self.read(ids, images)
+            with record_tap_points(self.model) as tap_points:
+                self.forward(ids, images)
         finally:
             hook.remove()
-        fed |= {"ids": ids, "position_ids": self._positions(self._inputs(ids[None], images))}
-        return fed | {name: torch.from_numpy(value) for name, value in points.items()}
+        tensors |= {"ids": ids, "position_ids": self._position_ids(self._inputs(ids[None], images))}
+        return tensors | {name: torch.from_numpy(value) for name, value in tap_points.items()}
 
     @torch.inference_mode()
-    def see(self, image: ImageInput) -> torch.Tensor:
-        """float32 [rows, hidden] (`VisionFamily.as_rows`)."""
+    def embed_image(self, image: ImageInput) -> torch.Tensor:
+        """Return the outputs of the vision tower, joined as by `VisionFamily.concat_outputs`."""
         grid = torch.from_numpy(image.grid_thw)[None]
-        seen = self.model.model.get_image_features(torch.from_numpy(image.pixel_values), grid)
-        added = [features[0] for features in seen.deepstack_features] if self.family.deepstack else []
-        return torch.cat([seen.pooler_output[0], *added])
+        output = self.model.model.get_image_features(torch.from_numpy(image.pixel_values), grid)
+        deepstack = [features[0] for features in output.deepstack_features] if self.family.deepstack_layers else []
+        return torch.cat([output.pooler_output[0], *deepstack])
 
 
 def prompt_and_answer(golden: Golden, example: GoldenExample) -> tuple[torch.Tensor, list[ImageInput]]:
-    """What `Reference.read` takes for a stored example: int64 ids [tokens] and its images. The answer is read along,
-    but for its last token: nothing follows from that one.
+    """Return the arguments of `ReferenceModel.forward` for a stored example.
+
+    The last token of the answer is left out: no logits follow from it.
     """
-    stored = [golden.image(name) for name in example.images]
+    images = [golden.image(name) for name in example.images]
     ids = np.concatenate([example.input_ids, example.answer_ids[:-1]])
-    return torch.from_numpy(ids), [ImageInput(p.pixel_values, p.grid_thw, p.resized) for p in stored]
+    return torch.from_numpy(ids), [ImageInput(i.pixel_values, i.grid_thw, i.resized) for i in images]
 
 
-def _say(example: Example, prompter: Prompter, answer_ids: torch.Tensor) -> dict:
+def _record(example: Example, preprocessor: Preprocessor, answer_ids: torch.Tensor) -> dict:
+    """Return an example's entry of examples.json."""
     return {
         "id": example.id,
         "category": example.category,
         "language": example.language,
         "expected": example.answers,
         "metric": example.metric,
-        "answer": prompter.decode(answer_ids),
+        "answer": preprocessor.decode(answer_ids),
         "messages": example.messages,
-        "prompt": prompter.text(example.messages),
+        "prompt": preprocessor.render(example.messages),
         "images": example.images,
     }
 
 
-def _probes(records: list[dict], lengths: dict[str, int]) -> dict[str, str]:
-    """The shortest example without and with images (as few as may be), by kind: looked at layer by layer."""
+def _choose_probes(records: list[dict], lengths: dict[str, int]) -> dict[str, str]:
+    """Return the ids of the probes by kind: the shortest example without images, and with the fewest images."""
     kinds = {"text": [r for r in records if not r["images"]], "image": [r for r in records if r["images"]]}
-    short = {
-        kind: min(found, key=lambda r: (len(r["images"]), lengths[r["id"]], r["id"]))
-        for kind, found in kinds.items()
-        if found
+    return {
+        kind: min(candidates, key=lambda r: (len(r["images"]), lengths[r["id"]], r["id"]))["id"]
+        for kind, candidates in kinds.items()
+        if candidates
     }
-    return {kind: record["id"] for kind, record in short.items()}
 
 
-def answerable(examples: list[Example], checkpoint: Checkpoint, evaluation: Path) -> list[Example]:
-    """The examples that a model can be asked: those without images, where it does not see.
+def usable_examples(examples: list[Example], checkpoint: Checkpoint, folder: Path) -> list[Example]:
+    """Return the examples that the model accepts: without image input, those without images.
 
     Raises:
-        EvaluationSetError: there are none.
+        EvaluationSetError: There are none.
     """
-    found = [example for example in examples if checkpoint.family.sees or not example.images]
-    if not found:
+    usable = [example for example in examples if checkpoint.family.has_vision or not example.images]
+    if not usable:
         raise EvaluationSetError(
-            f"every example of {evaluation} has images, and this {checkpoint.family.model_type} does not see; give it"
-            " texts"
+            f"every example of {folder} has images, and {checkpoint.family.model_type} models have no image input;"
+            " choose a set with texts"
         )
-    if left := len(examples) - len(found):
-        print(f"{left} of {len(examples)} examples have images and are left out: this model does not see")
-    return found
+    if skipped := len(examples) - len(usable):
+        print(f"skipping {skipped} of {len(examples)} examples: they have images, and the model has no image input")
+    return usable
 
 
-def use_threads(threads: int) -> None:
+def set_torch_threads(threads: int) -> None:
     """Set PyTorch's threads and seed."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -192,38 +198,47 @@ def write_reference(
     max_new_tokens: int,
     weights: str,
 ) -> dict[str, Any]:
-    """Answer `examples`, whose images (`originals`) are given by name, and write the files that `Golden` reads to `folder`.
+    """Answer examples, and write the files that `Golden` reads.
+
+    Args:
+        checkpoint: Checkpoint of the model.
+        examples: Examples to answer.
+        originals: Their images by file name.
+        folder: Output folder.
+        max_new_tokens: Longest answer, in tokens.
+        weights: "resident", "mapped" or "auto".
 
     Returns:
-        Numbers of `examples`, of `labelled` ones and of their `right` answers; where the `weights` were.
+        Results for the manifest: numbers of `examples`, `labelled` ones and `right` answers; storage of `weights`.
     """
     logits = 4 * len(examples) * max_new_tokens * checkpoint.text_config["vocab_size"]
-    reference = Reference(checkpoint, max_new_tokens, weights, kept=logits)
-    tensors, records, images = {}, [], {}
-    for name, original in steps("PyTorch vision", originals.items(), "images"):
-        image = images[name] = reference.prompter.image(original)
+    reference = ReferenceModel(checkpoint, max_new_tokens, weights, reserved=logits)
+    tensors, records, inputs = {}, [], {}
+    for name, original in steps("PyTorch image embeddings", originals.items(), "images"):
+        image = inputs[name] = reference.preprocessor.process_image(original)
         tensors |= {
             f"images/{name}/pixel_values": torch.from_numpy(image.pixel_values),
             f"images/{name}/grid_thw": torch.from_numpy(image.grid_thw),
-            f"images/{name}/embeds": reference.see(image).contiguous(),
+            f"images/{name}/embeds": reference.embed_image(image).contiguous(),
             f"images/{name}/original": torch.from_numpy(np.array(original)),
             f"images/{name}/resized": torch.from_numpy(image.resized),
         }
     for example in steps("PyTorch answers", examples, "examples"):
-        seen = [images[name] for name in example.images]
-        made = reference.answer(reference.prompter.input_ids(example.messages, seen), seen)
-        tensors |= {f"examples/{example.id}/{name}": tensor for name, tensor in made.items()}
-        records.append(_say(example, reference.prompter, made["answer_ids"]))
+        images = [inputs[name] for name in example.images]
+        output = reference.generate(reference.preprocessor.input_ids(example.messages, images), images)
+        tensors |= {f"examples/{example.id}/{name}": tensor for name, tensor in output.items()}
+        records.append(_record(example, reference.preprocessor, output["answer_ids"]))
     save_file(tensors, folder / TENSORS)
-    probes = _probes(records, {record["id"]: len(tensors[f"examples/{record['id']}/input_ids"]) for record in records})
-    inside, named = {}, {record["id"]: record["images"] for record in records}
+    lengths = {record["id"]: len(tensors[f"examples/{record['id']}/input_ids"]) for record in records}
+    probes, activations = _choose_probes(records, lengths), {}
     for kind, name in probes.items():
-        # The answer is read along, but for its last token: nothing follows from that one.
+        images = next(record["images"] for record in records if record["id"] == name)
+        # Without the last token, as in `prompt_and_answer`.
         ids = [tensors[f"examples/{name}/input_ids"], tensors[f"examples/{name}/answer_ids"][:-1]]
-        made = reference.inside(torch.cat(ids), [images[file] for file in named[name]])
-        inside |= {f"{kind}/{point}": value for point, value in made.items()}
-    # One entry: safetensors writes several in random order.
-    save_file(inside, folder / ACTIVATIONS, metadata={PROBES: json.dumps(probes, sort_keys=True)})
+        recorded = reference.forward_with_taps(torch.cat(ids), [inputs[image] for image in images])
+        activations |= {f"{kind}/{tensor}": value for tensor, value in recorded.items()}
+    # One metadata entry: safetensors writes several in random order.
+    save_file(activations, folder / ACTIVATIONS, metadata={PROBES: json.dumps(probes, sort_keys=True)})
     (folder / EXAMPLES).write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     labelled = [record for record in records if record["expected"] is not None]
     return {

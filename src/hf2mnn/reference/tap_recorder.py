@@ -1,7 +1,6 @@
-"""What PyTorch computes inside, at the points of `hf2mnn.onnx.tap_points`: kept once, so that any conversion can be laid
-beside it layer by layer.
+"""Record tap points of a PyTorch model, for the layer-by-layer comparison of conversions.
 
-Recorded by forward hooks and by an attention function that listens: the model itself is transformers', unchanged.
+Forward hooks and an attention function record; the modules of transformers stay unchanged.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ import numpy as np
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf2mnn.reference.tap_points import as_rows, kept_rows
+from hf2mnn.reference.tap_points import as_matrix, evenly_spaced
 
-LISTENING = "hf2mnn_listening"
+RECORDING = "hf2mnn_recording"
+"""Name of the recording attention function in transformers."""
 
 
 def _array(value: Any) -> np.ndarray:
@@ -31,47 +31,51 @@ class _Recorder:
         self.pieces: dict[str, list[np.ndarray]] = {}
 
     def keep(self, name: str, rows: np.ndarray) -> None:
-        self.values[name] = np.ascontiguousarray(rows[kept_rows(len(rows))])
+        self.values[name] = np.ascontiguousarray(rows[evenly_spaced(len(rows))])
 
-    def attend(self, module: torch.nn.Module, query, key, value, attention_mask, **options: Any):
-        """Transformers' own sdpa, after a note of what it is given: query and key [1, heads, rows, head size]."""
+    def attention(self, module: torch.nn.Module, query, key, value, attention_mask, **options: Any):
+        """Record and run the sdpa attention of transformers; query and key are [1, heads, rows, head_dim]."""
         output = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
         name = self.names[module]
-        # A decoder's keys include none of earlier calls here: there is no cache.
+        # The model runs without a KV cache, so keys are of these rows alone.
         parts = {"query": query.transpose(1, 2), "key": key.transpose(1, 2), "context": output[0]}
         for part, value in parts.items():
-            self.pieces.setdefault(f"{name}.{part}", []).append(as_rows(_array(value)))
+            self.pieces.setdefault(f"{name}.{part}", []).append(as_matrix(_array(value)))
         return output
 
     def join(self) -> None:
-        """A vision tower attends image by image, or window by window: one call after another."""
+        """Concatenate the calls of each attention: a vision tower makes one for each image or window."""
         for name, pieces in self.pieces.items():
             self.keep(name, np.concatenate(pieces))
 
 
-def _is_point(name: str, module: torch.nn.Module) -> bool:
-    """Modules with a weight, but for the embedding, and blocks: members of a list that have parts."""
-    # A linear layer's weight is no parameter where it is mapped.
-    owns = isinstance(module, torch.nn.Linear) or (
+def _is_tap_point(name: str, module: torch.nn.Module) -> bool:
+    """Return whether a module has a weight and is no embedding, or is a block: an item of a list with children."""
+    # A mapped linear layer has no weight among its parameters.
+    has_weight = isinstance(module, torch.nn.Linear) or (
         "weight" in module._parameters and not isinstance(module, torch.nn.Embedding)
     )
-    return owns or (name.rpartition(".")[2].isdigit() and any(True for _ in module.children()))
+    return has_weight or (name.rpartition(".")[2].isdigit() and any(True for _ in module.children()))
 
 
 @contextmanager
-def recorded(model: torch.nn.Module) -> Iterator[dict[str, np.ndarray]]:
-    """While the block runs, every forward of `model` leaves its points here: float32 [kept rows, values] by name."""
+def record_tap_points(model: torch.nn.Module) -> Iterator[dict[str, np.ndarray]]:
+    """Record the tap points of forward calls inside the block.
+
+    Yields:
+        float32 [stored rows, values] by name; the attentions' are added at the end of the block.
+    """
     recorder = _Recorder(model)
     hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: recorder.keep(name, as_rows(_array(output))))
+        module.register_forward_hook(lambda _, __, output, name=name: recorder.keep(name, as_matrix(_array(output))))
         for name, module in model.named_modules()
-        if _is_point(name, module)
+        if _is_tap_point(name, module)
     ]
     configs = list({id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values())
     before = [config._attn_implementation for config in configs]
-    ALL_ATTENTION_FUNCTIONS.register(LISTENING, recorder.attend)
+    ALL_ATTENTION_FUNCTIONS.register(RECORDING, recorder.attention)
     for config in configs:
-        config._attn_implementation = LISTENING
+        config._attn_implementation = RECORDING
     try:
         yield recorder.values
     finally:

@@ -1,4 +1,4 @@
-"""How right an answer is: the scores of the field's benchmarks, each from 0 to 1."""
+"""Metrics of answers, as public benchmarks define them; each is from 0 to 1."""
 
 from __future__ import annotations
 
@@ -15,100 +15,22 @@ NUMBERS = {
 }
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-CONTRACTIONS = {
-    word.replace("'", ""): word
-    for word in [
-        "ain't",
-        "aren't",
-        "can't",
-        "could've",
-        "couldn't",
-        "couldn't've",
-        "didn't",
-        "doesn't",
-        "don't",
-        "hadn't",
-        "hadn't've",
-        "hasn't",
-        "haven't",
-        "he'd",
-        "he'd've",
-        "he's",
-        "how'd",
-        "how'll",
-        "how's",
-        "isn't",
-        "it'd",
-        "it'd've",
-        "it'll",
-        "ma'am",
-        "might've",
-        "mightn't",
-        "mightn't've",
-        "must've",
-        "mustn't",
-        "needn't",
-        "o'clock",
-        "oughtn't",
-        "shan't",
-        "should've",
-        "shouldn't",
-        "shouldn't've",
-        "somebody'll",
-        "somebody's",
-        "someone'd",
-        "someone'll",
-        "someone's",
-        "something'd",
-        "something'll",
-        "that's",
-        "there'd",
-        "there're",
-        "there's",
-        "they'd",
-        "they'd've",
-        "they'll",
-        "they're",
-        "they've",
-        "'twas",
-        "wasn't",
-        "we'd've",
-        "we've",
-        "weren't",
-        "what'll",
-        "what're",
-        "what's",
-        "what've",
-        "when's",
-        "where'd",
-        "where's",
-        "where've",
-        "who'd",
-        "who'll",
-        "who's",
-        "who've",
-        "why'll",
-        "why're",
-        "why's",
-        "won't",
-        "would've",
-        "wouldn't",
-        "wouldn't've",
-        "y'all",
-        "you'd",
-        "you'd've",
-        "you'll",
-        "you're",
-        "you've",
-    ]
-}
+_CONTRACTIONS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
+needn't o'clock oughtn't shan't should've shouldn't shouldn't've somebody'll somebody's someone'd someone'll
+someone's something'd something'll that's there'd there're there's they'd they'd've they'll they're they've
+'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'll
+who's who've why'll why're why's won't would've wouldn't wouldn't've y'all you'd you'd've you'll you're you've
+"""
+CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTIONS.split()}
 TOLERANCE = 0.05
-"""Share of the right value that a number may be off."""
+"""Relative error of a number that counts as right."""
 THRESHOLD = 0.5
-"""Share of edited characters from which an answer counts as another one."""
+"""Share of edited characters from which an answer is wrong."""
 
-# A letter alone ("B", "b.", "(B)"), at the front of its option ("B. cat", "(B) cat"), after words that announce it
-# ("the answer is B"), or in brackets anywhere. A capital without any of these is not taken: "A cat" names no option.
+# A letter alone ("B", "b.", "(B)"), in front of its option ("B. cat", "(B) cat"), after an announcement ("the answer is
+# B"), or in brackets anywhere. Other capitals do not count: "A cat" names no option.
 LETTER = re.compile(r"\W*([A-Za-z])\W*")
 FRONT = re.compile(r"\W*(?:([A-Z])[.):\n]|\(([A-Z])\))")
 ANNOUNCED = re.compile(r"(?i:answer|option|choice|choose|答案|选)(?i:\s+is|是|为)?[\s:：*(（]*([A-Z])(?![A-Za-z'])")
@@ -116,15 +38,15 @@ BRACKETS = re.compile(r"[(（]([A-Z])[)）]")
 
 
 def exact(answer: str, expected: list[str]) -> float:
-    """1 where the answer is one of the expected, white space around them aside."""
+    """Return 1 if the answer is one of the expected ones, apart from surrounding white space."""
     return float(answer.strip() in {label.strip() for label in expected})
 
 
 def normalize(text: str) -> str:
-    """The form in which the evaluation script of VQA and TextVQA compares answers.
+    """Normalize an answer as the evaluation script of VQA and TextVQA does.
 
-    Lower case; numbers up to ten as digits; no articles; punctuation gone where it stands beside a space, else a space;
-    contractions with their apostrophe.
+    Lower case; numbers up to ten as digits; no articles; contractions with their apostrophe; punctuation removed beside
+    a space, else replaced by a space.
     """
     text = " ".join(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").split())
     cleaned = text
@@ -136,10 +58,10 @@ def normalize(text: str) -> str:
 
 
 def vqa(answer: str, expected: list[str]) -> float:
-    """VQA accuracy (Antol et al. 2015, arXiv:1505.00468; its script for ten annotators, as TextVQA uses it).
+    """Return the VQA accuracy (Antol et al. 2015, arXiv:1505.00468, in its script for ten annotators; TextVQA).
 
-    min(annotators who say the same / 3, 1), averaged over leaving out each annotator once. With fewer than four
-    annotators all that are left must say the same, and a single one is not left out.
+    min(annotators with this answer / 3, 1), averaged over leaving out each annotator once. With fewer than four
+    annotators all remaining ones must agree; a single annotator is not left out.
     """
     given, labels = normalize(answer), [normalize(label) for label in expected]
     if len(labels) == 1:
@@ -149,19 +71,20 @@ def vqa(answer: str, expected: list[str]) -> float:
 
 
 def edits(one: str, other: str) -> int:
-    """Levenshtein distance: insertions, deletions and replacements of characters."""
+    """Return the Levenshtein distance: insertions, deletions and replacements of characters."""
     row = list(range(len(other) + 1))
-    for place, left in enumerate(one, 1):
-        diagonal, row[0] = row[0], place
+    for line, left in enumerate(one, 1):
+        diagonal, row[0] = row[0], line
         for column, right in enumerate(other, 1):
             diagonal, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, diagonal + (left != right))
     return row[-1]
 
 
 def anls(answer: str, expected: list[str]) -> float:
-    """Normalized Levenshtein similarity (Biten et al. 2019, arXiv:1905.13648; DocVQA), case aside.
+    """Return the normalized Levenshtein similarity, case-insensitive (Biten et al. 2019, arXiv:1905.13648; DocVQA).
 
-    The best of the labels; 0 from half of the longer text's characters edited on. ANLS is its mean over questions.
+    The maximum over the labels; 0 if at least half of the longer text's characters differ. ANLS is the mean over
+    questions.
     """
     best, given = 0.0, " ".join(answer.lower().split())
     for label in (" ".join(label.lower().split()) for label in expected):
@@ -179,8 +102,9 @@ def _number(text: str) -> float | None:
 
 
 def relaxed(answer: str, expected: list[str]) -> float:
-    """Relaxed accuracy (Methani et al. 2020, arXiv:1909.00997; ChartQA): numbers may be off by 5 %, text must be equal,
-    case aside.
+    """Return the relaxed accuracy (Methani et al. 2020, arXiv:1909.00997; ChartQA).
+
+    A number may differ by 5 %; other text must be equal, case-insensitive.
     """
     given = answer.strip()
     for label in (label.strip() for label in expected):
@@ -193,7 +117,7 @@ def relaxed(answer: str, expected: list[str]) -> float:
 
 
 def chosen(answer: str) -> str | None:
-    """The option's letter that an answer names, a capital; None where it names none."""
+    """Return the letter of the option that an answer names, as a capital, or None."""
     if alone := LETTER.fullmatch(answer):
         return alone[1].upper()
     if front := FRONT.match(answer):
@@ -203,8 +127,10 @@ def chosen(answer: str) -> str | None:
 
 
 def choice(answer: str, expected: list[str]) -> float:
-    """1 where the answer names the letter of the right option, in one of the ways that MMMU (Yue et al. 2023,
-    arXiv:2311.16502) and MMBench (Liu et al. 2023, arXiv:2307.06281) read one. No letter is wrong; none is guessed.
+    """Return 1 if the answer names the letter of the right option.
+
+    Letters are extracted as by MMMU (Yue et al. 2023, arXiv:2311.16502) and MMBench (Liu et al. 2023,
+    arXiv:2307.06281). An answer without a letter is wrong; none is guessed.
     """
     return float(chosen(answer) in {label.strip().upper() for label in expected})
 
@@ -219,5 +145,5 @@ METRICS: dict[str, Callable[[str, list[str]], float]] = {
 
 
 def score_answer(metric: str, answer: str, expected: list[str]) -> float:
-    """From 0 (wrong) to 1 (right). `expected` is not empty; `metric` is a key of METRICS."""
+    """Return the score of an answer; `metric` is a key of METRICS, and `expected` is not empty."""
     return METRICS[metric](answer, expected)

@@ -1,1 +1,1 @@
-"""The comparison: a table, gates, and a page."""
+"""Report: summary table, gates, page, and comparison of versions, from the files of the other stages."""

@@ -1,4 +1,4 @@
-"""The report's tables, as cells that the page writes down."""
+"""Tables of the page as cells of text, which the templates render."""
 
 from __future__ import annotations
 
@@ -8,51 +8,25 @@ from typing import Any
 import pandas as pd
 
 from hf2mnn.evaluation.findings import out_of_tolerance
+from hf2mnn.figures import FIGURES, GREEDY, PREDICTIONS, PROBABILITIES, SPEED, UNITS, Figure, on_page, short
 from hf2mnn.report.console import HEADS, cell
-from hf2mnn.report.evidence import Evidence, Row
-from hf2mnn.report.plots import short
-from hf2mnn.report.speed import HEADS as SPEED_HEADS
+from hf2mnn.report.evidence import Evidence
 from hf2mnn.report.speed import shown
 
 DASH = "–"
-# name: (label, kind of number, what it is and what is good)
-DIVERGENCE = {
-    "mean_kld": ("mean KLD", "nats", "how far the conversion's choice of words is from PyTorch's; 0 is equal"),
-    "median_kld": ("median KLD", "nats", "half of the positions are closer than this"),
-    "p99_kld": ("99 % KLD", "nats", "one position in a hundred is further off"),
-    "max_kld": ("largest KLD", "nats", "the worst position of all"),
-    "top1_agreement": ("top-1", "share", "positions at which the first choice is PyTorch's; 100 % is best"),
-    "top5_overlap": ("top-5 overlap", "share", "how many of PyTorch's five likeliest tokens are among the five"),
-}
-VALUES = {
-    "rms_probability_change": ("RMS Δp", "share", "typical change of the right token's probability; 0 is best"),
-    "perplexity_ratio": ("perplexity ratio", "ratio", "perplexity over PyTorch's, on PyTorch's answers; 1 is equal"),
-    "logprob_correlation": ("correlation", "near one", "of log-probabilities with PyTorch's; 1 is best"),
-    "vision_cosine": ("vision cosine", "near one", "of image embeddings with PyTorch's; 1 is equal"),
-    "vision_error": ("vision error", "nats", "size of the error of image embeddings over theirs; 0 is equal"),
-    "tokenizer_match": ("tokenizer match", "share", "prompts of which the bundle's tokenizer makes the same ids"),
-    "template_match": ("template match", "share", "conversations of which the engine makes the same prompt"),
-}
-ANSWERS = {
-    "greedy_match": ("greedy match", "share", "whole answers that are PyTorch's, token for token"),
-    "common_prefix": ("common prefix", "share", "how much of an answer is PyTorch's before the first other token"),
-    "degenerate": ("degenerate", "share", "answers that end in a loop where PyTorch's do not; 0 is best"),
-    "task_accuracy": ("task accuracy", "share", "labelled questions that are answered rightly"),
-    "as_called_match": ("as called: match", "share", "answers of a plain call of the engine that are PyTorch's"),
-    "as_called_accuracy": ("as called: accuracy", "share", "task accuracy of a plain call of the engine"),
-}
-FIGURES = DIVERGENCE | VALUES | ANSWERS
-GROUPS = {
-    "How close the predictions are": DIVERGENCE,
-    "Probabilities, images, tokens": VALUES,
-    "Answers": ANSWERS,
-}
-PARTS = {"mean_kld": "mean KLD", "top1_agreement": "top-1", "greedy_match": "greedy match"}
+BY_GROUP = ("mean_kld", "top1_agreement", "greedy_match")
+"""Figures that are shown for text and for text after an image separately."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """kind: good, bad or muted."""
+    """Cell of a table.
+
+    Attributes:
+        text: Value.
+        note: Small text below it.
+        kind: CSS class: "good", "bad", "muted" or "".
+    """
 
     text: str
     note: str = ""
@@ -61,7 +35,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """`rows` are a head and its cells; a row of no cells is a head of those below it. `wraps` lets text wrap."""
+    """A table.
+
+    Attributes:
+        caption: Caption.
+        heads: Heads of the columns.
+        rows: Head and cells of each row; without cells, the head is a heading of the rows below it.
+        wraps: Whether text wraps.
+    """
 
     caption: str
     heads: list[str]
@@ -69,97 +50,87 @@ class Table:
     wraps: bool = False
 
 
-def number(kind: str, value: float | None) -> str:
-    if value is None or pd.isna(value):
-        return DASH
-    if kind == "share":
-        return f"{100 * value:.1f} %" if not 0 < value < 0.001 else f"{100 * value:.1g} %"
-    return {"ratio": f"{value:.4f}", "near one": f"{value:.5f}"}.get(kind, short(float(value)))
+def number(unit: str, value: float | None) -> str:
+    """Format a value of a unit of `hf2mnn.figures`; a dash where it is missing."""
+    return DASH if value is None or pd.isna(value) else UNITS[unit].format(float(value))
 
 
 def comparison(table: pd.DataFrame) -> Table:
-    """The main table, as `hf2mnn table` prints it."""
+    """Return the summary with the columns of `hf2mnn table`."""
     heads = {column: head for column, head in HEADS.items() if column in table}
     kinds = {"pass": "good", "FAIL": "bad", "reference": "muted"}
     rows = []
     for row in table.to_dict("records"):
         first, *others = heads
-        cells = [
-            Cell(cell(column, row[column]).replace("-", DASH, cell(column, row[column]) == "-")) for column in others
-        ]
+        texts = {column: cell(column, row[column]) for column in others}
+        cells = [Cell(DASH if text == "-" else text) for text in texts.values()]
         if "verdict" in heads:
             cells[others.index("verdict")] = Cell(row["verdict"], "", kinds.get(row["verdict"], ""))
         rows.append((str(row[first]), cells))
-    return Table("Every conversion against PyTorch in float32", list(heads.values()), rows)
+    return Table("Variants compared with PyTorch in float32", list(heads.values()), rows)
 
 
-def _group(row: Row, group: str) -> pd.DataFrame:
-    return row.figures[row.figures["group"] == group].set_index("figure")
-
-
-def _with_interval(figures: pd.DataFrame, name: str, kind: str) -> Cell:
-    if name not in figures.index:
+def _with_interval(figures: pd.DataFrame, figure: Figure) -> Cell:
+    if figure.name not in figures.index:
         return Cell(DASH)
-    value, low, high = figures.loc[name, ["value", "low", "high"]]
-    told, *ends = (number(kind, number_) for number_ in (value, low, high))
-    return Cell(told, "" if DASH in ends or {told} == set(ends) else " … ".join(ends).replace(" %", "", 1))
+    text, *ends = (number(figure.unit, value) for value in figures.loc[figure.name, ["value", "low", "high"]])
+    return Cell(text, "" if DASH in ends or {text} == set(ends) else " … ".join(ends).replace(" %", "", 1))
 
 
 def figures(evidence: Evidence) -> list[Table]:
-    """Each figure of each conversion with its 95 % interval."""
-    wholes = {row.name: _group(row, "all") for row in evidence.rows}
-    made = []
-    for caption, told in GROUPS.items():
-        names = [name for name in told if any(name in whole.index for whole in wholes.values())]
-        rows = [
-            (variant, [_with_interval(whole, name, told[name][1]) for name in names])
-            for variant, whole in wholes.items()
-        ]
-        made.append(Table(f"{caption}, with 95 % intervals", ["variant", *(told[name][0] for name in names)], rows))
-    return made if wholes else []
+    """Return the figures of each variant with their 95 % confidence intervals."""
+    values = {variant.name: variant.whole_set() for variant in evidence.variants}
+    tables = []
+    for caption in (PREDICTIONS, PROBABILITIES, GREEDY):
+        measured = [f for f in on_page(caption) if any(f.name in frame.index for frame in values.values())]
+        rows = [(name, [_with_interval(frame, figure) for figure in measured]) for name, frame in values.items()]
+        heads = ["variant", *(figure.label for figure in measured)]
+        tables.append(Table(f"{caption}, with 95 % confidence intervals", heads, rows))
+    return tables if values else []
 
 
 def parts(evidence: Evidence) -> Table | None:
-    """Text and what follows an image, apart."""
-    groups = [group for group in ("text", "after an image") if any(len(_group(row, group)) for row in evidence.rows)]
+    """Return the figures of BY_GROUP for text prompts and for prompts with images separately."""
+    groups = ("text", "after an image")
+    groups = [group for group in groups if any(len(variant.group(group)) for variant in evidence.variants)]
     if len(groups) < 2:
         return None
     rows = [
-        (row.name, [_with_interval(_group(row, group), name, FIGURES[name][1]) for name in PARTS for group in groups])
-        for row in evidence.rows
+        (v.name, [_with_interval(v.group(group), FIGURES[name]) for name in BY_GROUP for group in groups])
+        for v in evidence.variants
     ]
-    heads = [f"{label}, {group}" for label in PARTS.values() for group in groups]
-    return Table("Text, and text after an image, with 95 % intervals", ["variant", *heads], rows)
+    heads = [f"{FIGURES[name].label}, {group}" for name in BY_GROUP for group in groups]
+    return Table("Text, and text after an image, with 95 % confidence intervals", ["variant", *heads], rows)
 
 
 def accuracy(evidence: Evidence) -> Table | None:
-    """Task accuracy by category and by language, PyTorch's first."""
-    labelled = [row.answers[row.answers["score"].notna()] for row in evidence.rows]
+    """Return task accuracy by category and by language, PyTorch's first."""
+    labelled = [variant.answers[variant.answers["score"].notna()] for variant in evidence.variants]
     if not labelled or labelled[0].empty:
         return None
 
-    def line(chosen: dict[str, Any]) -> list[Cell]:
-        picked = [frame[(frame[list(chosen)] == pd.Series(chosen)).all(axis=1)] for frame in labelled]
-        right = float(picked[0]["reference_score"].mean())
-        cells = [Cell(number("share", right), f"of {len(picked[0])}")]
-        for frame in picked:
+    def cells_of(selection: dict[str, Any]) -> list[Cell]:
+        frames = [frame[(frame[list(selection)] == pd.Series(selection)).all(axis=1)] for frame in labelled]
+        reference = float(frames[0]["reference_score"].mean())
+        cells = [Cell(number("share", reference), f"of {len(frames[0])}")]
+        for frame in frames:
             mean = float(frame["score"].mean())
-            kind = "" if abs(mean - right) < 1e-9 else "good" if mean > right else "bad"
+            kind = "" if abs(mean - reference) < 1e-9 else "good" if mean > reference else "bad"
             cells.append(Cell(number("share", mean), "", kind))
         return cells
 
-    rows = [("all", line({}))]
+    rows = [("all", cells_of({}))]
     for column in ("category", "language"):
         values = sorted(labelled[0][column].unique())
         if len(values) > 1:
             rows.append((f"by {column}", []))
-            rows += [(value, line({column: value})) for value in values]
-    return Table("Task accuracy", ["", "pytorch", *(row.name for row in evidence.rows)], rows)
+            rows += [(value, cells_of({column: value})) for value in values]
+    return Table("Task accuracy", ["", "pytorch", *(variant.name for variant in evidence.variants)], rows)
 
 
 def parity(evidence: Evidence, tolerance: float) -> Table | None:
-    """Largest KL divergence between two ways of filling the KV cache."""
-    tables = [row.parity.set_index(["probe", "way"]) for row in evidence.rows]
+    """Return the largest KL divergence of each way of filling the KV cache from a single call."""
+    tables = [variant.parity.set_index(["probe", "way"]) for variant in evidence.variants]
     ways = list(dict.fromkeys(way for table in tables for way in table.index))
     if not ways:
         return None
@@ -173,73 +144,70 @@ def parity(evidence: Evidence, tolerance: float) -> Table | None:
             if way not in table.index:
                 cells.append(Cell(DASH))
                 continue
-            found = table.loc[way]
-            note = "" if found["same_top"] == 1 else f"top-1 {number('share', found['same_top'])}"
-            cells.append(Cell(short(found["max_kld"]), note, "bad" if found["max_kld"] > tolerance else ""))
+            same_top, max_kld = table.loc[way, ["same_top", "max_kld"]]
+            note = "" if same_top == 1 else f"top-1 {number('share', same_top)}"
+            cells.append(Cell(short(max_kld), note, "bad" if max_kld > tolerance else ""))
         rows.append((way[1], cells))
-    heads = ["largest KLD, nats", *(row.name for row in evidence.rows)]
-    return Table("The same text, put into the KV cache in another way than at once", heads, rows)
+    heads = ["largest KLD, nats", *(variant.name for variant in evidence.variants)]
+    return Table("KV cache filled in other ways than by a single call", heads, rows)
 
 
 def budget(budgets: dict[str, pd.Series]) -> Table:
-    """The error budget in numbers."""
-    sources = list(dict.fromkeys(source for found in budgets.values() for source in found.index))
-    rows = [
-        (
-            source,
-            [
-                Cell(number("nats", found.get(source)), "", "" if found.get(source) else "muted")
-                for found in budgets.values()
-            ],
-        )
-        for source in sources
-    ]
-    return Table("Mean KL divergence that each source brings alone, in nats", ["source", *budgets], rows)
-
-
-def strays(evidence: Evidence) -> Table | None:
-    """The first point of each conversion that leaves its tolerance."""
+    """Return the error budgets: mean KL divergence by source for each variant."""
+    sources = list(dict.fromkeys(source for values in budgets.values() for source in values.index))
     rows = []
-    for row in evidence.rows:
-        if row.layers is None:
+    for source in sources:
+        values = [values.get(source) for values in budgets.values()]
+        rows.append((source, [Cell(number("nats", value), "", "" if value else "muted") for value in values]))
+    return Table("Mean KL divergence of each source alone, in nats", ["source", *budgets], rows)
+
+
+def first_out_of_tolerance(evidence: Evidence) -> Table | None:
+    """Return the first tap point of each variant whose local error exceeds its tolerance."""
+    rows = []
+    for variant in evidence.variants:
+        if variant.layers is None:
             continue
-        bad = out_of_tolerance(row.layers)
-        if row.layers.empty:
-            rows.append((row.name, [Cell("not measured", "", "muted"), *[Cell("")] * 4]))
+        bad = out_of_tolerance(variant.layers)
+        if variant.layers.empty:
+            rows.append((variant.name, [Cell("not measured", "", "muted"), *[Cell("")] * 4]))
         elif bad.empty:
-            rows.append((row.name, [Cell("none", "", "good"), *[Cell("")] * 4]))
+            rows.append((variant.name, [Cell("none", "", "good"), *[Cell("")] * 4]))
         else:
             first = bad.iloc[0]
-            error = [Cell(short(first["mnn_local"]), "", "bad"), Cell(short(first["tolerance"]))]
-            rows.append((row.name, [Cell(first["point"]), Cell(first["operator"]), *error, Cell(first["looks"] or "")]))
-    heads = ["variant", "point", "operator", "local error", "tolerance", "looks like"]
-    return Table("First point that leaves its tolerance", heads, rows, wraps=True) if rows else None
+            error = [Cell(short(first["local_error"]), "", "bad"), Cell(short(first["tolerance"]))]
+            named = [Cell(first["point"]), Cell(first["operator"])]
+            rows.append((variant.name, [*named, *error, Cell(first["detail"] or "")]))
+    heads = ["variant", "tap point", "operator", "local error", "tolerance", "detail"]
+    return Table("First operator that exceeds its tolerance", heads, rows, wraps=True) if rows else None
 
 
-def speed(measured: dict[str, Any]) -> Table:
-    """Medians, half the distance of the quartiles, and the ratio to the baseline."""
-    names = [measure for measure in SPEED_HEADS if any(measure in b["measures"] for b in measured["bundles"].values())]
+def speed(benchmark: dict[str, Any]) -> Table:
+    """Return medians, half interquartile ranges and ratios to the baseline; `benchmark` is benchmark.json."""
+    bundles = benchmark["bundles"]
+    measures = [f for f in on_page(SPEED) if any(f.name in bundle["measures"] for bundle in bundles.values())]
     rows = []
-    for name, bundle in measured["bundles"].items():
+    for name, bundle in bundles.items():
         cells = []
-        for measure in names:
-            found = bundle["measures"].get(measure)
-            if found is None:
+        for measure in measures:
+            values = bundle["measures"].get(measure.name)
+            if values is None:
                 cells.append(Cell(DASH))
                 continue
-            spread = (found["third_quartile"] - found["first_quartile"]) / 2
-            ratio = "" if name == measured["baseline"] else f"× {found['ratio']:.2f}"
-            cells.append(Cell(shown(measure, found["median"], spread), ratio))
+            spread = (values["third_quartile"] - values["first_quartile"]) / 2
+            ratio = "" if name == benchmark["baseline"] else f"× {values['ratio']:.2f}"
+            cells.append(Cell(shown(measure.unit, values["median"], spread), ratio))
         rows.append((name, cells))
-    return Table("Times and memory", ["bundle", *(SPEED_HEADS[measure] for measure in names)], rows)
+    return Table(SPEED, ["bundle", *(measure.measure_head for measure in measures)], rows)
 
 
-def cache(worth: pd.DataFrame) -> Table:
-    """Times that a step is faster with the KV cache than without."""
-    wide = worth.pivot(index="bundle", columns="length", values="worth").reindex(dict.fromkeys(worth["bundle"]))
+def cache(speedups: pd.DataFrame) -> Table:
+    """Return the speed-up of a decoding step by the KV cache, by number of tokens in it."""
+    wide = speedups.pivot(index="bundle", columns="length", values="speedup")
+    wide = wide.reindex(dict.fromkeys(speedups["bundle"]))
     rows = [
         (name, [Cell(number("nats", value)) for value in values])
         for name, values in zip(wide.index, wide.to_numpy(), strict=True)
     ]
     heads = ["bundle", *(f"{length} tokens" for length in wide.columns)]
-    return Table("Times that a step is faster with the KV cache", heads, rows)
+    return Table("Speed-up of a decoding step by the KV cache", heads, rows)

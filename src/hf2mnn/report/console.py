@@ -1,8 +1,9 @@
-"""The comparison as a person reads it in a terminal."""
+"""Terminal output: comparison of variants, layer errors, and changes between versions."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
 import pandas as pd
@@ -10,148 +11,131 @@ from rich.console import Console
 from rich.table import Table
 
 from hf2mnn.evaluation.findings import out_of_tolerance
+from hf2mnn.figures import CONSOLE, FIGURES, shown_in
+from hf2mnn.report.table import FAIL, PASS
 
 if TYPE_CHECKING:
-    from hf2mnn.report.evidence import Evidence, Row
+    from hf2mnn.report.evidence import Evidence, VariantEvidence
     from hf2mnn.report.versions import Versions
 
 HEADS = {
     "variant": "variant",
-    "top1_agreement": "top-1",
-    "mean_kld": "mean KLD",
-    "greedy_match": "greedy",
-    "task_accuracy": "task",
-    "vision_cosine": "vision",
-    "cache_parity": "KV cache",
-    "as_called_accuracy": "as called",
-    "bytes": "size",
-    "decode_tokens_per_s": "tok/s",
+    **{figure.name: figure.head or figure.label for figure in shown_in(CONSOLE)},
     "verdict": "verdict",
 }
-
-
-def readable_size(size: float) -> str:
-    """Bytes as B, kB, MB or GB of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
+"""Heads of the columns of the comparison."""
 
 
 def cell(column: str, value: object) -> str:
-    """A figure with the digits that mean something, or a dash where nothing was measured."""
+    """Format a value of a column; a dash where nothing was measured."""
     if pd.isna(value):
         return "-"
-    if column == "bytes":
-        return readable_size(int(value))
-    if column in ("mean_kld", "cache_parity"):
-        return f"{value:.2g}" if value else "0"
-    if column.endswith("_per_s"):
-        return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-    if column == "vision_cosine":
-        return f"{value:.5f}"
-    return f"{100 * value:.1f} %" if isinstance(value, float) else str(value)
+    return FIGURES[column].text(value) if column in FIGURES else str(value)
 
 
 def console_to(file: IO[str] | None = None, width: int = 120) -> Console:
-    """A console on `file` (stdout), `width` characters wide where that is no terminal."""
+    """Return a console for `file` (stdout by default), `width` characters wide where that is no terminal."""
     console = Console(file=file or sys.stdout, highlight=False)
     if not console.is_terminal:
         console.width = width
     return console
 
 
+def new_table(title: str, left: Sequence[str], right: Sequence[str], folded: str = "") -> Table:
+    """Return a table with left-aligned and then right-aligned columns; long cells of the column `folded` wrap."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for head in (*left, *right):
+        justify = "left" if head in left else "right"
+        table.add_column(head, justify=justify, no_wrap=head != folded, overflow="fold")
+    return table
+
+
+def print_note(console: Console, text: str) -> None:
+    """Print a note below a table."""
+    console.print(text, style="dim", markup=False)
+
+
 def print_table(frame: pd.DataFrame, file: IO[str] | None = None) -> None:
-    """One table a model, and below it why a row failed."""
+    """Print the comparison of each model, and the reasons of missed gates."""
     console = console_to(file)
     for model, rows in frame.groupby("model", sort=False):
-        made = Table(title=f"{model}: every conversion against PyTorch fp32", title_justify="left", title_style="bold")
-        for column, head in HEADS.items():
-            # A long name goes on in the next line, so that no figure is cut.
-            left, name = column in ("variant", "verdict"), column == "variant"
-            made.add_column(head, justify="left" if left else "right", no_wrap=not name, overflow="fold")
+        title, heads = f"{model}: variants compared with PyTorch in float32", list(HEADS.values())
+        table = new_table(title, heads[:1], heads[1:], folded=heads[0])
+        table.columns[-1].justify = "left"
         for row in rows.to_dict("records"):
-            colour = {"pass": "green", "FAIL": "red"}.get(row["verdict"], "dim")
+            colour = {PASS: "green", FAIL: "red"}.get(row["verdict"], "dim")
             cells = [cell(column, row[column]) for column in HEADS]
-            made.add_row(*cells[:-1], f"[{colour}]{cells[-1]}[/]")
-        console.print(made)
+            table.add_row(*cells[:-1], f"[{colour}]{cells[-1]}[/]")
+        console.print(table)
         for row in rows.to_dict("records"):
             if row["reason"]:
                 console.print(f"  {row['variant']}: {row['reason']}", markup=False)
             if row["cause"]:
                 console.print(f"  {row['variant']}, cause: {row['cause']}", markup=False)
-    console.print(
-        "top-1, mean KLD (nats): teacher-forced. greedy: whole answers equal, token for token. task: accuracy.\n"
-        "vision: cosine of image embeddings. KV cache: largest KLD between two ways of filling it. as called:\n"
-        "task accuracy for a caller of MNN 3.6.1 as it is, which places the tokens after an image wrongly.\n"
-        "tok/s: decoding on this machine.",
-        style="dim",
-        markup=False,
+    print_note(
+        console,
+        "top-1, mean KLD (nats): teacher-forced. greedy: answers that equal PyTorch's. task: task accuracy. vision:\n"
+        "cosine of image embeddings. KV cache: largest KLD between two ways of filling it. as called: task accuracy\n"
+        "for a plain call of MNN 3.6.1, whose positions after an image are wrong. tok/s: decoding on this machine.",
     )
 
 
-def _print_row_layers(console: Console, row: Row) -> None:
-    for part, points in row.layers.groupby("part", sort=False):
-        title = f"{row.name}, {part}: relative error of each point, the worse of its probes"
-        made = Table(title=title, title_justify="left", title_style="bold")
-        for head in ("point", "operator", "ONNX", "MNN", "cosine", "MNN alone", "allowed"):
-            left, name = head in ("point", "operator"), head == "point"
-            made.add_column(head, justify="left" if left else "right", no_wrap=not name, overflow="fold")
-        worst = points.sort_values("order").groupby("point", sort=False)
-        for point, seen in worst:
-            largest = seen[["onnx_error", "mnn_error", "mnn_local"]].max()
-            out = largest["mnn_local"] > seen["tolerance"].max()
-            cells = [f"{value:.1e}" for value in largest]
-            cells = [cells[0], cells[1], f"{seen['mnn_cosine'].min():.5f}", f"[red]{cells[2]}[/]" if out else cells[2]]
-            made.add_row(
+def _print_variant_layers(console: Console, variant: VariantEvidence) -> None:
+    for part, layers in variant.layers.groupby("part", sort=False):
+        title = f"{variant.name}, {part}: relative error at each tap point, the larger of its probes"
+        heads = ("ONNX", "MNN", "cosine", "MNN local", "tolerance")
+        table = new_table(title, ("tap point", "operator"), heads, folded="tap point")
+        for point, probes in layers.sort_values("order").groupby("point", sort=False):
+            onnx, mnn, local, tolerance = probes[["onnx_error", "mnn_error", "local_error", "tolerance"]].max()
+            table.add_row(
                 point.removeprefix("model.").removeprefix("language_model."),
-                seen["operator"].iloc[0],
-                *cells,
-                f"{seen['tolerance'].max():.1e}",
+                probes["operator"].iloc[0],
+                f"{onnx:.1e}",
+                f"{mnn:.1e}",
+                f"{probes['mnn_cosine'].min():.5f}",
+                f"[red]{local:.1e}[/]" if local > tolerance else f"{local:.1e}",
+                f"{tolerance:.1e}",
             )
-        console.print(made)
+        console.print(table)
 
 
 def print_layers(evidence: Evidence, file: IO[str] | None = None) -> None:
-    """Each variant layer by layer, and the first point that leaves tolerance."""
+    """Print the errors of each diagnosed variant by layer, and the first operator that exceeds its tolerance."""
     console = console_to(file)
-    for row in evidence.rows:
-        if row.layers is None:
+    for variant in evidence.variants:
+        if variant.layers is None:
             continue
-        _print_row_layers(console, row)
-        out = out_of_tolerance(row.layers)
-        if out.empty:
-            console.print(f"{row.name}: every operator stays within its tolerance", markup=False)
-        else:
-            first = out.iloc[0]
-            looks = first["looks"] or f"off by {first['mnn_local']:.2g} of its size"
-            said = f"{row.name}: the first to leave tolerance is {first['point']} ({first['operator']}): {looks}"
-            console.print(said, markup=False, style="red")
-    console.print(
-        "MNN: against PyTorch, all errors on the way included. MNN alone: of this operator, given MNN's own values of\n"
-        "the points before it.",
-        style="dim",
-        markup=False,
+        _print_variant_layers(console, variant)
+        bad = out_of_tolerance(variant.layers)
+        if bad.empty:
+            console.print(f"{variant.name}: all operators are within tolerance", markup=False)
+            continue
+        first = bad.iloc[0]
+        detail = first["detail"] or f"relative error {first['local_error']:.2g}"
+        text = f"{variant.name}: first out of tolerance: {first['point']} ({first['operator']}): {detail}"
+        console.print(text, markup=False, style="red")
+    print_note(
+        console,
+        "ONNX, MNN: error against PyTorch, accumulated from the input on. MNN local: error of this operator alone,\n"
+        "given MNN's own values of the tap points before it.",
     )
 
 
 def print_versions(versions: Versions, file: IO[str] | None = None) -> None:
-    """What changed from one version to the other beyond its uncertainty, and where the first layer changed."""
+    """Print the changes between two versions that exceed their uncertainty, and the first layer that changed."""
     console = console_to(file)
-    title = f"From {versions.one} to {versions.other}: what changed beyond its uncertainty"
-    made = Table(title=title, title_justify="left", title_style="bold")
-    for head in ("variant", "figure", "before", "after", "change"):
-        made.add_column(head, justify="right" if head in ("before", "after") else "left", no_wrap=True)
+    title = f"Changes beyond uncertainty, {versions.before} to {versions.after}"
+    table = new_table(title, ("variant", "figure"), ("before", "after", "change"))
+    table.columns[-1].justify = "left"
     for row in versions.changes.itertuples():
         colour = "red" if row.change in ("worse", "slower", "larger") else "green"
-        made.add_row(row.variant, row.figure, f"{row.one:.4g}", f"{row.other:.4g}", f"[{colour}]{row.change}[/]")
+        table.add_row(row.variant, row.figure, f"{row.before:.4g}", f"{row.after:.4g}", f"[{colour}]{row.change}[/]")
     if len(versions.changes):
-        console.print(made)
+        console.print(table)
     else:
-        console.print(f"{title}: nothing", markup=False)
-    for sentence in [*versions.made_of, *versions.first_changed]:
-        console.print(sentence, markup=False)
+        console.print(f"{title}: none", markup=False)
+    for message in [*versions.changed_inputs, *versions.messages]:
+        console.print(message, markup=False)
     for folder, names in versions.only.items():
         if names:
             console.print(f"only in {folder}: {', '.join(names)}", markup=False)

@@ -1,4 +1,8 @@
-"""All that was measured about one model, as the report reads it from the stages' folders."""
+"""Evidence: everything that the stages measured about one model, read from results/<model>.
+
+The report reads manifests of all stages and the files of reference/evaluation, evaluation/<variant>,
+diagnosis/<variant> and benchmark. It computes no figure and starts no process.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +14,45 @@ from typing import Any
 import pandas as pd
 
 from hf2mnn.core.manifest import Manifest
-from hf2mnn.evaluation.findings import misread_template, wrong_cache
-from hf2mnn.evaluation.names import ANSWERS, BUDGET, FIGURES, FINDINGS, LAYERS, PARITY, POSITIONS, SUMMARY
-
-REFERENCE_FOLDER, EVALUATIONS, DIAGNOSES, BUNDLES = "reference/evaluation", "evaluation", "diagnosis", "bundles"
-PLANS, BENCHMARK = "plans", "benchmark"
-SHARED = (
-    *("checkpoint", "examples/evaluation", "examples/calibration", "onnx", "graphs", "reference/calibration"),
-    *("calibration", "sensitivity"),
+from hf2mnn.evaluation.findings import (
+    ANSWERS,
+    BUDGET,
+    FIGURES,
+    FINDINGS,
+    LAYERS,
+    PARITY,
+    POSITIONS,
+    SUMMARY,
+    wrong_cache,
+    wrong_rendering,
 )
-"""Folders of stages that all variants of a model share, beside the reference and the benchmark."""
+
+REFERENCE_FOLDER, BENCHMARK = "reference/evaluation", "benchmark"
+PLANS, BUNDLES, EVALUATION, DIAGNOSIS = "plans", "bundles", "evaluation", "diagnosis"
+MODEL_FOLDERS = (
+    *("checkpoint", "examples/evaluation", "examples/calibration", REFERENCE_FOLDER, "reference/calibration"),
+    *("onnx", "graphs", "calibration", "sensitivity"),
+)
+"""Folders that all variants share, in the order of the pipeline; `benchmark` comes after those of the variants."""
+VARIANT_FOLDERS = (PLANS, BUNDLES, EVALUATION, DIAGNOSIS)
+"""Folders that hold a folder for each variant, in the order of the pipeline."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One conversion: a variant, or "onnxruntime", which has no diagnosis and no bundle.
+class VariantEvidence:
+    """Measurements of one variant, or of "onnxruntime", which has neither a diagnosis nor a bundle.
 
-    summary, figures, answers, positions, parity: `hf2mnn.evaluation.score.Scores`; layers, budget, findings:
-    `hf2mnn.evaluation.diagnose`; manifests by stage.
+    Attributes:
+        name: Name of the variant.
+        summary: Figures of `hf2mnn.evaluation.score.Scores` over the whole set, by name.
+        figures: All figures with their confidence intervals, by group of examples.
+        answers: One row for each example.
+        positions: One row for each token position.
+        parity: One row for each way of filling the KV cache.
+        layers: One row for each tap point (`hf2mnn.evaluation.layers.COLUMNS`); None without a diagnosis.
+        budget: Mean KL divergence by source of error; None without a diagnosis.
+        findings: Named causes (`hf2mnn.evaluation.findings.Finding`) as dictionaries.
+        manifests: Manifests by folder, see VARIANT_FOLDERS.
     """
 
     name: str
@@ -41,71 +66,96 @@ class Row:
     findings: list[dict[str, Any]]
     manifests: dict[str, Manifest]
 
+    def whole_set(self) -> pd.DataFrame:
+        """Return the figures over the whole set, indexed by name."""
+        return self.group("all")
+
+    def group(self, group: str) -> pd.DataFrame:
+        """Return the figures of a group of examples, indexed by name."""
+        return self.figures[self.figures["group"] == group].set_index("figure")
+
 
 @dataclass(frozen=True)
 class Evidence:
-    """A model's folder: the reference, each conversion in the table's order, and the speed of its bundles (None where
-    it was not measured).
+    """Measurements of one model.
+
+    Attributes:
+        model: Name of the model.
+        folder: results/<model>.
+        variants: Variants in the order of the table.
+        manifests: Manifests by folder, see MODEL_FOLDERS.
+        speed: Contents of benchmark.json; None without a benchmark.
+        cache: Speed-up by the KV cache for each bundle and length; None without a benchmark.
     """
 
     model: str
     folder: Path
-    rows: list[Row]
+    variants: list[VariantEvidence]
     manifests: dict[str, Manifest]
     speed: dict[str, Any] | None
     cache: pd.DataFrame | None
 
     @property
     def reference(self) -> Path:
+        """Folder of the reference on the evaluation set."""
         return self.folder / REFERENCE_FOLDER
 
 
-def _checked(folder: Path) -> Manifest:
+def _verified(folder: Path) -> Manifest:
     manifest = Manifest.load(folder)
     manifest.verify()
     return manifest
 
 
-def read_row(folder: Path, name: str) -> Row:
-    """Raises ManifestError where the evaluation is missing or not what its manifest says."""
-    evaluation, diagnosis, bundle = (folder / part / name for part in (EVALUATIONS, DIAGNOSES, BUNDLES))
-    manifests = {"evaluate": _checked(evaluation)}
-    if diagnosis.is_dir():
-        manifests["diagnose"] = _checked(diagnosis)
-    others = {"bundle": bundle, "plan": folder / PLANS / name}
-    manifests |= {stage: Manifest.load(path) for stage, path in others.items() if path.is_dir()}
-    known, parity = "diagnose" in manifests, pd.read_parquet(evaluation / PARITY)
-    answers = pd.read_parquet(evaluation / ANSWERS)
-    measured = [asdict(finding) for finding in [*misread_template(answers), *wrong_cache(parity)]]
-    return Row(
+def read_variant(folder: Path, name: str) -> VariantEvidence:
+    """Read the evidence of one variant from results/<model>.
+
+    Raises:
+        ManifestError: The evaluation is missing, or files differ from their manifest.
+    """
+    paths = {part: folder / part / name for part in VARIANT_FOLDERS}
+    manifests = {part: Manifest.load(paths[part]) for part in (PLANS, BUNDLES) if paths[part].is_dir()}
+    manifests[EVALUATION] = _verified(paths[EVALUATION])
+    diagnosed = paths[DIAGNOSIS].is_dir()
+    if diagnosed:
+        manifests[DIAGNOSIS] = _verified(paths[DIAGNOSIS])
+    tables = {table: pd.read_parquet(paths[EVALUATION] / table) for table in (FIGURES, ANSWERS, POSITIONS, PARITY)}
+    findings = json.loads((paths[DIAGNOSIS] / FINDINGS).read_text()) if diagnosed else []
+    findings += [asdict(finding) for finding in [*wrong_rendering(tables[ANSWERS]), *wrong_cache(tables[PARITY])]]
+    return VariantEvidence(
         name=name,
-        summary=json.loads((evaluation / SUMMARY).read_text()),
-        figures=pd.read_parquet(evaluation / FIGURES),
-        answers=answers,
-        positions=pd.read_parquet(evaluation / POSITIONS),
-        parity=parity,
-        layers=pd.read_parquet(diagnosis / LAYERS) if known else None,
-        budget=pd.read_parquet(diagnosis / BUDGET) if known else None,
-        findings=(json.loads((diagnosis / FINDINGS).read_text()) if known else []) + measured,
+        summary=json.loads((paths[EVALUATION] / SUMMARY).read_text()),
+        figures=tables[FIGURES],
+        answers=tables[ANSWERS],
+        positions=tables[POSITIONS],
+        parity=tables[PARITY],
+        layers=pd.read_parquet(paths[DIAGNOSIS] / LAYERS) if diagnosed else None,
+        budget=pd.read_parquet(paths[DIAGNOSIS] / BUDGET) if diagnosed else None,
+        findings=findings,
         manifests=manifests,
     )
 
 
 def read_evidence(model: str, folder: Path, names: list[str]) -> Evidence:
-    """`folder` is results/<model>; `names` are the conversions in order.
+    """Read the evidence of a model.
+
+    Args:
+        model: Name of the model.
+        folder: results/<model>.
+        names: Variants in the order of the table.
 
     Raises:
-        ManifestError: a stage is missing, or its files are not what its manifest says.
+        ManifestError: A stage is missing, or files differ from their manifest.
     """
-    manifests = {name: Manifest.load(folder / name) for name in SHARED if (folder / name).is_dir()}
-    manifests[REFERENCE_FOLDER] = _checked(folder / REFERENCE_FOLDER)
+    manifests = {name: Manifest.load(folder / name) for name in MODEL_FOLDERS if (folder / name).is_dir()}
+    manifests[REFERENCE_FOLDER] = _verified(folder / REFERENCE_FOLDER)
     speed, cache = folder / BENCHMARK / "benchmark.json", folder / BENCHMARK / "cache.parquet"
     if speed.is_file():
-        manifests[BENCHMARK] = _checked(folder / BENCHMARK)
+        manifests[BENCHMARK] = _verified(folder / BENCHMARK)
     return Evidence(
         model=model,
         folder=folder,
-        rows=[read_row(folder, name) for name in names],
+        variants=[read_variant(folder, name) for name in names],
         manifests=manifests,
         speed=json.loads(speed.read_text()) if speed.is_file() else None,
         cache=pd.read_parquet(cache) if cache.is_file() else None,

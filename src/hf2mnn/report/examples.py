@@ -1,4 +1,4 @@
-"""The examples that the report shows: those on which conversions differ first, with their images."""
+"""Examples of the report: prompts, images and answers, with differences from PyTorch's answer marked."""
 
 from __future__ import annotations
 
@@ -7,26 +7,34 @@ import io
 import re
 from collections import Counter
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
-from hf2mnn.reference.examples import parts_of
+from hf2mnn.reference.examples import content_parts
 from hf2mnn.reference.golden import Golden
-from hf2mnn.report.differences import marked
 
-SHOWN = 40
-"""Examples shown at most, those with a difference first."""
-SIDE = 512
-"""Longest side of an image in pixels."""
+MAX_EXAMPLES = 40
+"""Examples on the page at most; those with differences come first."""
+MAX_SIDE = 512
+"""Longest side of an embedded image in pixels."""
 LANGUAGE = re.compile(r"(?!any$)[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
+CJK = "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+TOKEN = re.compile(rf"[{CJK}]|[^\W{CJK}]+|\s+|.", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Said:
-    """An answer that the conversions `names` gave; `grade` says whether it is right, where there is a right one."""
+class Answer:
+    """An answer that differs from PyTorch's.
+
+    Attributes:
+        names: Variants that gave it.
+        text: The answer as HTML, with differences marked.
+        grade: See `grade`.
+    """
 
     names: list[str]
     text: Markup
@@ -34,105 +42,145 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Example:
-    """`same` are the conversions with PyTorch's answer, `others` the other answers; `called` those of a plain call
-    that are not PyTorch's.
+class ShownExample:
+    """An example as the page shows it.
+
+    Attributes:
+        id: Identifier of the example.
+        category: Category of the example.
+        language: Language tag of prompt and answers; empty where unknown.
+        messages: (role, text) of each message.
+        images: File names of the images.
+        expected: Correct answers; empty for an unlabelled example.
+        reference: PyTorch's answer.
+        grade: Grade of PyTorch's answer.
+        same: Variants whose answer equals PyTorch's.
+        others: Other answers.
+        as_called: Other answers of a plain call of the engine.
     """
 
     id: str
     category: str
     language: str
-    turns: list[tuple[str, str]]
+    messages: list[tuple[str, str]]
     images: list[str]
     expected: list[str]
     reference: str
     grade: str
     same: list[str]
-    others: list[Said]
-    called: list[Said]
+    others: list[Answer]
+    as_called: list[Answer]
 
 
 @dataclass(frozen=True)
 class EmbeddedImage:
+    """An image as a data URI, with its size in pixels and its id on the page."""
+
     id: str
     uri: str
     width: int
     height: int
 
 
+def split_tokens(text: str) -> list[str]:
+    """Split text into words, runs of white space, punctuation, and single CJK characters."""
+    return TOKEN.findall(text)
+
+
+def mark_differences(reference: str, answer: str) -> Markup:
+    """Return `answer` as HTML: <mark> around text that `reference` lacks, <del> around text that only it has."""
+    one, other, html = split_tokens(reference), split_tokens(answer), []
+    for kind, start, end, other_start, other_end in SequenceMatcher(None, one, other, autojunk=False).get_opcodes():
+        inserted, deleted = escape("".join(other[other_start:other_end])), escape("".join(one[start:end]))
+        if kind == "equal":
+            html.append(inserted)
+        elif kind == "delete":
+            html.append(Markup("<del>{}</del>").format(deleted))
+        else:
+            html.append(Markup("<mark>{}</mark>").format(inserted))
+    return Markup("").join(html)
+
+
 def grade(score: float | None) -> str:
-    """ "right", "wrong", a share for a partly right answer, or nothing where no answer is right or wrong."""
+    """Return "correct", "wrong", a share for a partly correct answer, or "" for an unlabelled example."""
     if score is None or pd.isna(score):
         return ""
-    return {0.0: "wrong", 1.0: "right"}.get(float(score), f"{100 * score:.0f} % right")
+    return {0.0: "wrong", 1.0: "correct"}.get(float(score), f"{100 * score:.0f} % correct")
 
 
-def turns_of(record: dict) -> list[tuple[str, str]]:
-    """(role, text) of each message of an example, without its images."""
-    texts = [" ".join(part.get("text", "") for part in parts_of(message)) for message in record["messages"]]
+def message_texts(record: dict) -> list[tuple[str, str]]:
+    """Return (role, text) of each message of an example; images are left out."""
+    texts = [" ".join(part.get("text", "") for part in content_parts(message)) for message in record["messages"]]
     return [(message["role"], text.strip()) for message, text in zip(record["messages"], texts, strict=True)]
 
 
-def _grouped(reference: str, given: list[tuple[str, str, float | None]]) -> list[Said]:
-    """The answers that are not PyTorch's, each with all that gave it, in their order."""
-    groups: dict[str, list[str]] = {}
+def _other_answers(reference: str, answers: list[tuple[str, str, float | None]]) -> list[Answer]:
+    """Group the answers that differ from `reference`; `answers` holds (variant, text, score)."""
+    names: dict[str, list[str]] = {}
     scores = {}
-    for name, text, score in given:
+    for name, text, score in answers:
         if text != reference:
-            groups.setdefault(text, []).append(name)
+            names.setdefault(text, []).append(name)
             scores[text] = score
-    return [Said(names, marked(reference, text), grade(scores[text])) for text, names in groups.items()]
+    return [Answer(names[text], mark_differences(reference, text), grade(scores[text])) for text in names]
 
 
-def _example(record: dict, rows: dict[str, pd.Series], usual: set[tuple[str, str]]) -> Example:
+def _shown_example(record: dict, rows: dict[str, pd.Series], common: set[tuple[str, str]]) -> ShownExample:
     reference = record["answer"]
-    given = [(name, row["answer"], row["score"]) for name, row in rows.items()]
-    called = [(name, row["as_called"], row["as_called_score"]) for name, row in rows.items()]
-    turns = turns_of(record)
+    answers = [(name, row["answer"], row["score"]) for name, row in rows.items()]
+    as_called = [(name, row["as_called"], row["as_called_score"]) for name, row in rows.items()]
+    messages = message_texts(record)
     first = next(iter(rows.values()), {})
-    return Example(
+    return ShownExample(
         id=record["id"],
         category=record["category"],
         language=record["language"] if LANGUAGE.fullmatch(record["language"]) else "",
-        turns=[turn for turn in turns if turn not in usual or turn is turns[-1]],
+        messages=[message for message in messages if message not in common or message is messages[-1]],
         images=record["images"],
         expected=list(dict.fromkeys(record["expected"] or [])),
         reference=reference,
         grade=grade(first.get("reference_score")),
-        same=[name for name, text, _ in given if text == reference],
-        others=_grouped(reference, given),
-        called=_grouped(reference, [said for said in called if isinstance(said[1], str)]),
+        same=[name for name, text, _ in answers if text == reference],
+        others=_other_answers(reference, answers),
+        as_called=_other_answers(reference, [answer for answer in as_called if isinstance(answer[1], str)]),
     )
 
 
-def choose(golden: Golden, answers: dict[str, pd.DataFrame]) -> list[Example]:
-    """At most SHOWN, those that most conversions answer otherwise than PyTorch first. `answers` by conversion."""
+def choose_examples(golden: Golden, answers: dict[str, pd.DataFrame]) -> list[ShownExample]:
+    """Return at most MAX_EXAMPLES examples, those with the most differing variants first.
+
+    Args:
+        golden: The reference.
+        answers: Table of answers by variant.
+    """
     by_id = {name: frame.set_index("id") for name, frame in answers.items()}
-    counts = Counter(turn for record in golden.records for turn in set(turns_of(record)))
-    # What most prompts say (a system prompt) tells nothing about one of them.
-    usual = {turn for turn, count in counts.items() if turn[0] == "system" and 2 * count > len(golden.records)}
-    made = [
-        _example(record, {name: frame.loc[record["id"]] for name, frame in by_id.items()}, usual)
+    counts = Counter(message for record in golden.records for message in set(message_texts(record)))
+    # A system prompt of most examples distinguishes none of them.
+    common = {
+        message for message, count in counts.items() if message[0] == "system" and 2 * count > len(golden.records)
+    }
+    shown = [
+        _shown_example(record, {name: frame.loc[record["id"]] for name, frame in by_id.items()}, common)
         for record in golden.records
     ]
-    made.sort(key=lambda example: -sum(len(said.names) for said in example.others))
-    return made[:SHOWN]
+    shown.sort(key=lambda example: -sum(len(answer.names) for answer in example.others))
+    return shown[:MAX_EXAMPLES]
 
 
 def _data_uri(pixels: np.ndarray) -> tuple[str, tuple[int, int]]:
-    """A data URI, as PNG or JPEG, whichever is smaller, and the image's size."""
+    """Encode uint8 RGB [height, width, 3] as PNG or JPEG, whichever is smaller; return the data URI and the size."""
     image = Image.fromarray(pixels)
-    image.thumbnail((SIDE, SIDE))
-    made = []
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    encoded = []
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
         buffer = io.BytesIO()
         image.save(buffer, format=kind, **options)
-        made.append((buffer.tell(), f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"))
-    return min(made)[1], image.size
+        encoded.append((buffer.tell(), f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"))
+    return min(encoded)[1], image.size
 
 
-def images_of(golden: Golden, examples: list[Example]) -> dict[str, EmbeddedImage]:
-    """Each image of `examples` once, by name."""
+def embed_images(golden: Golden, examples: list[ShownExample]) -> dict[str, EmbeddedImage]:
+    """Return each image of `examples` once, by file name."""
     images = {}
     for name in dict.fromkeys(name for example in examples for name in example.images):
         uri, (width, height) = _data_uri(golden.image(name).original)

@@ -1,4 +1,4 @@
-"""The report of a model as one HTML file: it needs no network, runs no script, and prints."""
+"""Page of a model: one HTML file that needs no network, runs no script, and prints."""
 
 from __future__ import annotations
 
@@ -12,153 +12,168 @@ from markupsafe import Markup
 
 from hf2mnn import __version__
 from hf2mnn.evaluation.findings import CACHE_TOLERANCE
+from hf2mnn.figures import GREEDY, PREDICTIONS, PROBABILITIES, on_page
 from hf2mnn.reference.golden import Golden
 from hf2mnn.report import cells, examples, plots, provenance
 from hf2mnn.report.console import cell
-from hf2mnn.report.evidence import Evidence, Row
+from hf2mnn.report.evidence import Evidence, VariantEvidence
 from hf2mnn.report.svg import Style, styles
+from hf2mnn.report.table import FAIL, PASS
 
 TEMPLATES = Path(__file__).parent
-PORTABLE = "onnxruntime"
-"""The row of the ONNX graphs: no bundle, so nothing to choose."""
+ONNX = "onnxruntime"
+"""Name of the variant that runs the ONNX graphs; it has no bundle."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """good: whether no required conversion misses a gate; failed and found: table rows with their findings, of those
-    that miss a gate and of those that keep them.
+    """Summary of the gates.
+
+    Attributes:
+        passed: Whether all required variants pass.
+        text: The verdict in words.
+        choice: The smallest variant that passes, in words; empty where none does.
+        failed: Table rows of variants that miss a gate, with their findings.
+        flagged: Table rows of variants that pass and have findings.
     """
 
-    good: bool
-    sentence: str
+    passed: bool
+    text: str
     choice: str
     failed: list[dict[str, Any]]
-    found: list[dict[str, Any]]
+    flagged: list[dict[str, Any]]
 
 
-def _names(names: list[str]) -> str:
+def _join(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def _misses(names: list[str]) -> str:
+    return f"{_join(names)} {'misses' if len(names) == 1 else 'miss'}"
+
+
 def verdict(evidence: Evidence, table: pd.DataFrame) -> Verdict:
-    known = {row.name: {"findings": row.findings, "diagnosed": row.layers is not None} for row in evidence.rows}
+    """Summarize the verdicts of a summary table."""
+    known = {v.name: {"findings": v.findings, "diagnosed": v.layers is not None} for v in evidence.variants}
     rows = [{**row, **known[row["variant"]]} for row in table.to_dict("records") if row["variant"] in known]
-    failed = [row for row in rows if row["verdict"] == "FAIL"]
+    failed = [row for row in rows if row["verdict"] == FAIL]
     required = [row["variant"] for row in failed if row["required"]]
-    others = [row["variant"] for row in failed if not row["required"]]
-    if not failed:
-        sentence = (
-            f"All {len(rows)} conversions keep their gates." if len(rows) != 1 else "The conversion keeps its gates."
-        )
-    elif required:
-        sentence = f"{_names(required)} {'misses' if len(required) == 1 else 'miss'} a gate that must be kept."
-        sentence += f" So {'does' if len(others) == 1 else 'do'} {_names(others)}, not required." if others else ""
+    optional = [row["variant"] for row in failed if not row["required"]]
+    if required:
+        text = f"{_misses(required)} a required gate."
+        text += f" {_misses(optional)} an optional gate." if optional else ""
+    elif optional:
+        text = f"All required variants pass; {_misses(optional)} an optional gate."
     else:
-        sentence = f"Every required conversion keeps its gates; {_names(others)}, not required,"
-        sentence += f" {'does' if len(others) == 1 else 'do'} not."
-    kept = [row for row in rows if row["verdict"] == "pass" and row["variant"] != PORTABLE and pd.notna(row["bytes"])]
+        text = f"All {len(rows)} variants pass their gates." if len(rows) != 1 else "The variant passes its gates."
+    passed = [row for row in rows if row["verdict"] == PASS and row["variant"] != ONNX and pd.notna(row["bytes"])]
     choice = ""
-    if kept:
-        least = min(kept, key=lambda row: row["bytes"])
-        figures = {column: cell(column, least[column]) for column in ("bytes", "top1_agreement", "mean_kld")}
+    if passed:
+        smallest = min(passed, key=lambda row: row["bytes"])
+        size, top1, kld = (cell(column, smallest[column]) for column in ("bytes", "top1_agreement", "mean_kld"))
         choice = (
-            f"The smallest that keeps them is {least['variant']}: {figures['bytes']}, the same first choice as PyTorch"
-            f" at {figures['top1_agreement']} of positions, mean KL divergence {figures['mean_kld']} nats."
+            f"The smallest variant that passes is {smallest['variant']}: {size}, top-1 agreement with PyTorch {top1},"
+            f" mean KL divergence {kld} nats."
         )
-    return Verdict(not required, sentence, choice, failed, [r for r in rows if r["findings"] and r not in failed])
+    flagged = [row for row in rows if row["findings"] and row not in failed]
+    return Verdict(not required, text, choice, failed, flagged)
 
 
-def _whole(row: Row) -> pd.Series:
-    return row.figures[row.figures["group"] == "all"].set_index("figure")["value"]
-
-
-def _size_table(rows: list[Row], failed: set[str]) -> pd.DataFrame:
+def _size_table(variants: list[VariantEvidence], failed: set[str]) -> pd.DataFrame:
     ends = {"mean_kld": "mean_kld", "low": "mean_kld_low", "high": "mean_kld_high"}
-    made = [
-        {"name": row.name, "megabytes": row.summary["bytes"] / 1e6, "failed": row.name in failed}
-        | {"candidate": row.name != PORTABLE}
-        | {column: float(row.summary[figure]) for column, figure in ends.items()}
-        for row in rows
+    rows = [
+        {"name": variant.name, "megabytes": variant.summary["bytes"] / 1e6, "failed": variant.name in failed}
+        | {"candidate": variant.name != ONNX}
+        | {column: float(variant.summary[figure]) for column, figure in ends.items()}
+        for variant in variants
     ]
-    return pd.DataFrame(made)
+    return pd.DataFrame(rows)
 
 
-def _layer_plots(rows: list[Row], looks: dict[str, Style]) -> list[Markup]:
-    """Accumulated and then local error of each part that was looked at, the parts side by side."""
-    diagnosed = [row for row in rows if row.layers is not None and len(row.layers)]
-    shown = []
-    for kind, column, what in (("layers", "mnn_error", "accumulated error"), ("local", "mnn_local", "local error")):
+def _layer_plots(variants: list[VariantEvidence], looks: dict[str, Style]) -> list[Markup]:
+    """Plot accumulated and then local errors, vision tower and decoder side by side."""
+    diagnosed = [variant for variant in variants if variant.layers is not None and len(variant.layers)]
+    plotted = []
+    for kind, column, label in (("layers", "mnn_error", "accumulated error"), ("local", "local_error", "local error")):
         for part, title in (("vision", "Vision tower"), ("decoder", "Decoder")):
-            parts = {row.name: row.layers[row.layers["part"] == part] for row in diagnosed}
+            parts = {variant.name: variant.layers[variant.layers["part"] == part] for variant in diagnosed}
             curves = {name: plots.depth_table(layers, column) for name, layers in parts.items() if len(layers)}
             if not curves:
                 continue
-            if kind == "layers" and PORTABLE in looks:
-                portable = plots.depth_table(parts[next(iter(curves))], "onnx_error")
-                curves = {PORTABLE: portable} | curves
-            svg = plots.layer_plot(curves, looks, f"{kind}-{part}", f"{title}, {what}", "relative error")
-            shown.append(Markup(svg))
-    return shown
+            if kind == "layers" and ONNX in looks:
+                curves = {ONNX: plots.depth_table(parts[next(iter(curves))], "onnx_error")} | curves
+            svg = plots.layer_plot(curves, looks, f"{kind}-{part}", f"{title}, {label}", "relative error")
+            plotted.append(Markup(svg))
+    return plotted
 
 
 def _plots(evidence: Evidence, budgets: dict[str, pd.Series], failed: set[str]) -> dict[str, Any]:
-    """SVG by name; None of what was not measured."""
-    looks = styles([row.name for row in evidence.rows])
-    shown: dict[str, Any] = dict.fromkeys(("size", "percentiles", "budget", "speed", "cache"))
-    shown["layers"] = _layer_plots(evidence.rows, looks)
-    if evidence.rows:
-        shown["size"] = Markup(plots.size_plot(_size_table(evidence.rows, failed), looks))
-        shown["percentiles"] = Markup(plots.percentile_plot({row.name: _whole(row) for row in evidence.rows}, looks))
+    """Return the plots as SVG by name; None for what was not measured."""
+    looks = styles([variant.name for variant in evidence.variants])
+    plotted: dict[str, Any] = dict.fromkeys(("size", "percentiles", "budget", "speed", "cache"))
+    plotted["layers"] = _layer_plots(evidence.variants, looks)
+    if evidence.variants:
+        values = {variant.name: variant.whole_set()["value"] for variant in evidence.variants}
+        plotted["size"] = Markup(plots.size_plot(_size_table(evidence.variants, failed), looks))
+        plotted["percentiles"] = Markup(plots.percentile_plot(values, looks))
     if budgets:
-        shown["budget"] = Markup(plots.budget_plot(budgets))
+        plotted["budget"] = Markup(plots.budget_plot(budgets))
     if evidence.speed:
-        measured = styles(list(dict.fromkeys([*looks, *evidence.speed["bundles"]])))
+        timed = styles(list(dict.fromkeys([*looks, *evidence.speed["bundles"]])))
         if len(evidence.speed["bundles"]) > 1:
-            shown["speed"] = Markup(plots.speed_plot(evidence.speed, measured))
+            plotted["speed"] = Markup(plots.speed_plot(evidence.speed, timed))
         if evidence.cache is not None and len(evidence.cache):
-            shown["cache"] = Markup(plots.cache_plot(evidence.cache, measured))
-    return shown
+            plotted["cache"] = Markup(plots.cache_plot(evidence.cache, timed))
+    return plotted
 
 
 def _tables(evidence: Evidence, budgets: dict[str, pd.Series]) -> dict[str, Any]:
-    known = evidence.cache is not None and len(evidence.cache)
+    """Return the tables by name; None for what was not measured."""
+    cached = evidence.cache is not None and len(evidence.cache)
     return {
         "figures": cells.figures(evidence),
         "parts": cells.parts(evidence),
         "accuracy": cells.accuracy(evidence),
         "parity": cells.parity(evidence, CACHE_TOLERANCE),
         "budget": cells.budget(budgets) if budgets else None,
-        "strays": cells.strays(evidence),
+        "first_out_of_tolerance": cells.first_out_of_tolerance(evidence),
         "speed": cells.speed(evidence.speed) if evidence.speed else None,
-        "cache": cells.cache(evidence.cache) if known else None,
+        "cache": cells.cache(evidence.cache) if cached else None,
     }
 
 
 def _machine(speed: dict[str, Any] | None) -> str:
+    """Describe the machine and the settings of the benchmark."""
     if not speed:
         return ""
     machine, sides = speed["machine"], speed["image"]
-    image = f", an image of {' × '.join(map(str, sides))} pixels" if sides else ""
+    image = f", image {' × '.join(map(str, sides))} pixels" if sides else ""
+    runs = "1 run" if speed["repeats"] == 1 else f"{speed['repeats']} interleaved runs"
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}, MNN"
-        f" {machine['MNN']}; {speed['threads']} threads, {speed['prompt_tokens']} tokens in, {speed['answer_tokens']}"
-        f" out{image}; {speed['repeats']} runs in turns."
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}, MNN"
+        f" {machine['MNN']}. Settings: {speed['threads']} threads, prompt {speed['prompt_tokens']} tokens, answer"
+        f" {speed['answer_tokens']} tokens{image}, {runs}."
     )
 
 
 def render_page(evidence: Evidence, table: pd.DataFrame) -> str:
-    """HTML. `table` has a row for "pytorch" and one for each conversion of `evidence` (`hf2mnn.report.table`)."""
-    # What a bundle that does not run has said is nothing; it stays in the verdict, the table and the provenance.
-    ran = replace(evidence, rows=[row for row in evidence.rows if not row.summary.get("fault")])
+    """Return the page as HTML.
+
+    Args:
+        evidence: Evidence of the model.
+        table: Summary of the same variants (`hf2mnn.report.table.make_table`).
+    """
+    # A bundle that does not run has no figures: it appears in the verdict, the table and the provenance only.
+    ran = replace(evidence, variants=[v for v in evidence.variants if not v.summary.get("fault")])
     budgets = {
-        row.name: row.budget.set_index("source")["mean_kld"].astype(float)
-        for row in ran.rows
-        if row.budget is not None and len(row.budget)
+        variant.name: variant.budget.set_index("source")["mean_kld"].astype(float)
+        for variant in ran.variants
+        if variant.budget is not None and len(variant.budget)
     }
-    told = verdict(evidence, table)
+    summary = verdict(evidence, table)
     golden = Golden(evidence.reference)
-    shown = examples.choose(golden, {row.name: row.answers for row in ran.rows})
-    stages = provenance.stages(evidence)
+    shown = examples.choose_examples(golden, {variant.name: variant.answers for variant in ran.variants})
+    folders = provenance.stage_folders(evidence)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -169,21 +184,22 @@ def render_page(evidence: Evidence, table: pd.DataFrame) -> str:
     return environment.get_template("page.html.jinja").render(
         model=evidence.model,
         version=__version__,
-        verdict=told,
+        verdict=summary,
         comparison=cells.comparison(table),
-        meanings={label: meaning for label, _, meaning in cells.FIGURES.values()},
+        meanings={figure.label: figure.description for figure in on_page(PREDICTIONS, PROBABILITIES, GREEDY)},
         tables=_tables(ran, budgets),
-        plots=_plots(ran, budgets, {row["variant"] for row in told.failed}),
+        plots=_plots(ran, budgets, {row["variant"] for row in summary.failed}),
         cache_tolerance=CACHE_TOLERANCE,
         machine=_machine(evidence.speed),
+        broken=(evidence.speed or {}).get("broken", {}),
         baseline=(evidence.speed or {}).get("baseline", ""),
         differing=[example for example in shown if example.others],
         agreeing=[example for example in shown if not example.others],
-        images=examples.images_of(golden, shown),
+        images=examples.embed_images(golden, shown),
         total=len(golden.records),
-        checkpoint=provenance.checkpoint(evidence),
-        variants=provenance.variants(evidence),
-        stages=stages,
-        resources=provenance.resources(stages),
-        files=provenance.files(stages),
+        checkpoint=provenance.checkpoint_origin(evidence),
+        settings=provenance.variant_settings(evidence),
+        stages=folders,
+        resources=provenance.stage_resources(folders),
+        files=provenance.listed_files(folders),
     )

@@ -1,131 +1,132 @@
-"""What everything in the report was made of, by what, and by which commands, as the manifests tell."""
+"""Provenance: checkpoint, settings, tool versions, resources and command line of each stage, from the manifests."""
 
 from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.report.cells import Cell, Table
-from hf2mnn.report.evidence import BENCHMARK, BUNDLES, DIAGNOSES, EVALUATIONS, PLANS, REFERENCE_FOLDER, Evidence
+from hf2mnn.report.evidence import BENCHMARK, BUNDLES, MODEL_FOLDERS, VARIANT_FOLDERS, Evidence
 
-STORED = ("checkpoint", "onnx", "graphs", "bundles", "reference")
-"""Folders whose files the report lists."""
+LISTED = ("checkpoint", "reference", "onnx", "graphs", "bundles")
+"""Folders whose files the report lists: inputs of later stages and of devices."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One folder of the model's results: its path there and its manifest."""
+class StageFolder:
+    """A stage folder of the model.
+
+    Attributes:
+        path: Path below results/<model>.
+        manifest: Manifest of the folder.
+    """
 
     path: str
     manifest: Manifest
 
     @property
-    def line(self) -> str:
-        """The command line that made the folder; absolute paths of its machine are cut to their names."""
-        return shlex.join(map(_portable, self.manifest.command)) or f"(stage {self.manifest.stage}, run by a program)"
+    def command(self) -> str:
+        """Command line that wrote the folder, for a shell, with absolute paths shortened to their names."""
+        words = shlex.join(map(_portable, self.manifest.command))
+        return words or f"(the stage {self.manifest.stage} was called from Python)"
 
 
-def _portable(path: str) -> str:
-    """A path as it was given; of an absolute one the name, since the rest belongs to another machine."""
-    name, equals, value = path.partition("=")
-    if equals and PurePath(value).is_absolute():
-        return f"{name}={PurePath(value).name}"
-    return PurePath(path).name if PurePath(path).is_absolute() else path
+def _portable(word: str) -> str:
+    """Shorten an absolute path, also as the value of --option=VALUE, to its name: other machines have other paths."""
+    option, equals, value = word.rpartition("=")
+    return f"{option}{equals}{PurePath(value).name}" if PurePath(value).is_absolute() else word
 
 
-def stages(evidence: Evidence) -> list[Stage]:
-    """Stages in the order of the data."""
-    known = evidence.manifests
-    order = ["checkpoint", "examples/evaluation", "examples/calibration", REFERENCE_FOLDER, "onnx", "graphs"]
-    order += ["reference/calibration", "calibration", "sensitivity"]
-    found = [Stage(name, known[name]) for name in order if name in known]
-    for row in evidence.rows:
-        folders = {"plan": f"{PLANS}/{row.name}", "bundle": f"{BUNDLES}/{row.name}"}
-        found += [Stage(path, row.manifests[name]) for name, path in folders.items() if name in row.manifests]
-    for stage, folder in (("evaluate", EVALUATIONS), ("diagnose", DIAGNOSES)):
-        rows = [row for row in evidence.rows if stage in row.manifests]
-        found += [Stage(f"{folder}/{row.name}", row.manifests[stage]) for row in rows]
-    return found + ([Stage(BENCHMARK, known[BENCHMARK])] if BENCHMARK in known else [])
+def stage_folders(evidence: Evidence) -> list[StageFolder]:
+    """Return the stage folders of a model in the order of the pipeline."""
+    manifests = {path: evidence.manifests.get(path) for path in MODEL_FOLDERS}
+    for folder in VARIANT_FOLDERS:
+        manifests |= {f"{folder}/{variant.name}": variant.manifests.get(folder) for variant in evidence.variants}
+    manifests[BENCHMARK] = evidence.manifests.get(BENCHMARK)
+    return [StageFolder(path, manifest) for path, manifest in manifests.items() if manifest is not None]
 
 
-def checkpoint(evidence: Evidence) -> str:
-    """Where the checkpoint came from, in a sentence."""
-    if "checkpoint" not in evidence.manifests:
-        return "Where the checkpoint came from is not known: its manifest is not there."
-    settings, places = evidence.manifests["checkpoint"].settings, evidence.manifests["checkpoint"].paths
-    told = f"The checkpoint is {_origin(settings, places.get('path'))}."
-    if "adapter" in settings or "adapter" in places:
-        told += f" Merged into it is the adapter {_origin(settings.get('adapter', {}), places.get('adapter'))}."
-    return told
+def checkpoint_origin(evidence: Evidence) -> str:
+    """Describe the origin of the checkpoint, and of an adapter merged into it."""
+    manifest = evidence.manifests.get("checkpoint")
+    if manifest is None:
+        return "The origin of the checkpoint is unknown: results have no checkpoint/manifest.json."
+    settings, paths = manifest.settings, manifest.paths
+    text = f"Checkpoint: {_origin(settings, paths.get('path'))}."
+    if "adapter" in settings or "adapter" in paths:
+        text += f" Merged adapter: {_origin(settings.get('adapter', {}), paths.get('adapter'))}."
+    return text
 
 
 def _origin(settings: dict[str, Any], path: str | None) -> str:
     if path:
-        return f"the local folder {_portable(path)}"
+        return f"local folder {_portable(path)}"
     hub = "ModelScope" if settings.get("hub") == "modelscope" else "the Hugging Face hub"
-    told = f"{settings['repository']} on {hub}, revision {settings['revision']}"
-    return told + (f", commit {settings['commit']}" if "commit" in settings else "")
+    text = f"{settings['repository']} on {hub}, revision {settings['revision']}"
+    return text + (f", commit {settings['commit']}" if "commit" in settings else "")
 
 
-def _text(settings: Any) -> str:
+def _as_text(settings: Any) -> str:
     if isinstance(settings, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_text(value)}" for key, value in settings.items())
+        return ", ".join(f"{key.replace('_', ' ')} {_as_text(value)}" for key, value in settings.items())
     if isinstance(settings, list):
         return " ".join(map(str, settings))
     return _portable(settings) if isinstance(settings, str) else json.dumps(settings)
 
 
-def _weights(manifest: Manifest, part: str) -> str:
-    """How a part's weights are stored; a plan names each operator's own settings."""
-    described = dict(manifest.settings.get(part, {}))
+def _weight_settings(manifest: Manifest, part: str) -> str:
+    """Return the quantization settings of the decoder or the vision tower, or the plan that holds them."""
+    settings = dict(manifest.settings.get(part, {}))
     if "plan" in manifest.paths:
-        described = {"plan": manifest.paths["plan"], "method": described.get("method", "")}
-    return _text(described)
+        settings = {"plan": manifest.paths["plan"], "method": settings.get("method", "")}
+    return _as_text(settings)
 
 
-def variants(evidence: Evidence) -> Table | None:
-    """Settings of each bundle, and what they come to."""
+def variant_settings(evidence: Evidence) -> Table | None:
+    """Return a table of each variant's settings, bits per weight, storage of the embedding and decoder layout."""
     rows = []
-    for row in evidence.rows:
-        if (manifest := row.manifests.get("bundle")) is None:
+    for variant in evidence.variants:
+        if (manifest := variant.manifests.get(BUNDLES)) is None:
             continue
         bits, embedding = (manifest.results.get(name) for name in ("bits_per_weight", "embedding_bytes"))
-        cells = [Cell(_weights(manifest, part)) for part in ("decoder", "vision")]
-        cells.append(Cell(_text(manifest.settings.get("engine", {}))))
+        cells = [Cell(_weight_settings(manifest, part)) for part in ("decoder", "vision")]
+        cells.append(Cell(_as_text(manifest.settings.get("engine", {}))))
         cells.append(Cell("32" if bits is None else f"{bits:.3f}"))
         cells.append(Cell("in lm_head" if embedding == 0 else f"{embedding / 1e6:.1f} MB" if embedding else ""))
-        rows.append((row.name, cells))
-    columns = ["variant", "decoder", "vision", "engine", "bits a weight", "embedding"]
+        cells.append(Cell(*(manifest.results.get(name, "") for name in ("decoder_layout", "layout_reason"))))
+        rows.append((variant.name, cells))
+    columns = ["variant", "decoder", "vision", "engine", "bits per weight", "embedding", "decoder layout"]
     return Table("Settings of each variant", columns, rows, wraps=True) if rows else None
 
 
-def resources(made: list[Stage]) -> Table:
-    """What each stage took, and the tools that it ran with."""
+def stage_resources(folders: Sequence[StageFolder]) -> Table:
+    """Return a table of each stage's wall time, peak memory, digest and tool versions."""
     rows = []
-    for stage in made:
-        manifest = stage.manifest
+    for folder in folders:
+        manifest = folder.manifest
         tools = ", ".join(
-            f"{tool} {release}" for tool, release in {"hf2mnn": manifest.hf2mnn, **manifest.tools}.items()
+            f"{name} {release}" for name, release in {"hf2mnn": manifest.hf2mnn, **manifest.tools}.items()
         )
-        took = [Cell(f"{manifest.seconds:.1f}"), Cell(f"{manifest.peak_rss_mb:.0f}")]
-        rows.append((stage.path, [*took, Cell(manifest.digest()[:12]), Cell(tools)]))
+        measured = [Cell(f"{manifest.seconds:.1f}"), Cell(f"{manifest.peak_rss_mb:.0f}")]
+        rows.append((folder.path, [*measured, Cell(manifest.digest()[:12]), Cell(tools)]))
     return Table("Stages", ["folder", "seconds", "peak MB", "digest", "tools"], rows, wraps=True)
 
 
-def files(made: list[Stage]) -> Table:
-    """sha256 and size of each file that a later stage or a device reads, and of what came from outside."""
+def listed_files(folders: Sequence[StageFolder]) -> Table:
+    """Return a table of sha256 and size of the files in LISTED folders, and of user-provided inputs."""
     rows: list[tuple[str, list[Cell]]] = []
-    for stage in made:
-        outside = {name: digest for name, digest in stage.manifest.inputs.items() if "/" in name or name == "examples"}
-        wanted = stage.manifest.outputs if stage.path.split("/")[0] in STORED else {}
-        if not outside and not wanted:
+    for folder in folders:
+        inputs = {name: digest for name, digest in folder.manifest.inputs.items() if "/" in name or name == "examples"}
+        outputs = folder.manifest.outputs if folder.path.split("/")[0] in LISTED else {}
+        if not inputs and not outputs:
             continue
-        rows.append((stage.path, []))
-        named = {"examples": "examples.jsonl (read)"}
-        rows += [(named.get(name, f"{name} (read)"), [Cell(""), Cell(digest)]) for name, digest in outside.items()]
-        rows += [(name, [Cell(f"{entry['size']:,}"), Cell(entry["sha256"])]) for name, entry in wanted.items()]
+        rows.append((folder.path, []))
+        names = {"examples": "examples.jsonl (input)"}
+        rows += [(names.get(name, f"{name} (input)"), [Cell(""), Cell(digest)]) for name, digest in inputs.items()]
+        rows += [(name, [Cell(f"{entry['size']:,}"), Cell(entry["sha256"])]) for name, entry in outputs.items()]
     return Table("Files", ["file", "bytes", "sha256"], rows)

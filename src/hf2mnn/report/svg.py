@@ -1,7 +1,7 @@
-"""From a matplotlib figure to SVG that stands inside a page: text as text, colours of the page, the same bytes twice.
+"""Conversion of matplotlib figures to deterministic SVG for a page: text stays text, colours are CSS variables.
 
-Ink, grid and background are drawn in colours that nothing else has and then named by the page's CSS variables, so that
-a figure is dark on light and light on dark.
+Ink, grid and background are drawn in reserved colours, which `to_svg` replaces by CSS variables of the page, so that
+a plot follows its light and dark scheme.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ P = ParamSpec("P")
 INK, MUTED, GRID, PAPER, BAD = "#101112", "#505152", "#d0d1d2", "#fefdfc", "#b32710"
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "paper", BAD: "bad"}
 WIDTH = 4.8
-"""Inches of 72 units: as wide as a phone's page, where text then has the size it is given here."""
+"""Width of a plot in inches of 72 units: that of a phone's page, where text then has its nominal size."""
 SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "hf2mnn",
@@ -53,7 +53,8 @@ SETTINGS = {
     "lines.linewidth": 1.8,
     "lines.markersize": 6.5,
 }
-# All of them reach a contrast of 3 on white and on the page's dark background; told apart by marker and hatch as well.
+# All colours have a contrast of at least 3 on white and on the page's dark background (WCAG 1.4.11). Markers and
+# hatches distinguish series without colour.
 COLOURS = ("#7a8289", "#0f76b5", "#d55e00", "#00946c", "#b8609a", "#a07000", "#7d62d0")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "h")
 HATCHES = ("", "///", "\\\\\\", "xxx", "---", "+++", "|||")
@@ -62,7 +63,7 @@ DASHES = ("-", "--", "-.", ":")
 
 @dataclass(frozen=True)
 class Style:
-    """How one series looks in every plot."""
+    """Style of one series, the same in every plot."""
 
     colour: str
     marker: str
@@ -71,28 +72,35 @@ class Style:
 
 
 def styles(names: list[str]) -> dict[str, Style]:
-    """A look for each name, in order; seven colours and nine markers make sixty-three."""
+    """Return a style for each name; 63 combinations of colour and marker are distinct."""
     cycles = (COLOURS, MARKERS, HATCHES, DASHES)
     return {name: Style(*(cycle[index % len(cycle)] for cycle in cycles)) for index, name in enumerate(names)}
 
 
-def drawn(plot: Callable[P, str]) -> Callable[P, str]:
-    """Matplotlib's settings are the module's while `plot` runs, and afterwards what they were."""
+def plot(function: Callable[P, str]) -> Callable[P, str]:
+    """Run a plot function with SETTINGS, and restore matplotlib's settings afterwards."""
 
-    @wraps(plot)
+    @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> str:
         with matplotlib.rc_context(SETTINGS):
-            return plot(*args, **kwargs)
+            return function(*args, **kwargs)
 
     return run
 
 
 def new_figure(height: float) -> Figure:
+    """Return a figure of WIDTH and `height` inches."""
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
-    """The <svg> element alone. `name` tells its ids from those of the page's other figures; `label` is read aloud."""
+    """Return a figure as an <svg> element; the same figure gives the same bytes.
+
+    Args:
+        figure: The figure.
+        name: Prefix of its ids, unique on the page.
+        label: Description for screen readers.
+    """
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
@@ -100,11 +108,11 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     text = re.sub(r"\s*<metadata>.*?</metadata>|\s*<style .*?</style>|\s*<!--.*?-->", "", text, flags=re.DOTALL)
     text = text.replace("xlink:href", "href").replace("<defs/>", "")
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
-    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
+    text = re.sub(r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text)
     text = re.sub(r'(href="|url\()#', rf"\g<1>#{name}-", text)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var(--{variable}, {colour})")
-    text = re.sub(r" font-family: [^;\"]*;", "", text)  # the page's
+    text = re.sub(r" font-family: [^;\"]*;", "", text)  # the page sets the font
     width, height = (size * 72 for size in figure.get_size_inches())
     head = f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {height:g}"'
     return re.sub(r"<svg[^>]*>", lambda _: f'{head} style="stroke-linejoin: round">', text, count=1).strip()

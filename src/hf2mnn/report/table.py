@@ -1,4 +1,4 @@
-"""The comparison: one row for PyTorch, one for each conversion, and a verdict for each."""
+"""Summary of a model: figures and verdict of each variant, with PyTorch in the first row."""
 
 from __future__ import annotations
 
@@ -9,127 +9,143 @@ from typing import Any
 import pandas as pd
 
 from hf2mnn.core.errors import Hf2mnnError
-from hf2mnn.core.files import whole_file
-from hf2mnn.evaluation.names import COMPARED
-from hf2mnn.report.evidence import REFERENCE_FOLDER, Evidence, Row
+from hf2mnn.core.files import atomic_file
+from hf2mnn.figures import BENCHMARK, FIGURES, HIGHER, IMAGES, TABLE, UNITS, measured_on, shown_in
+from hf2mnn.report.evidence import BUNDLES, REFERENCE_FOLDER, Evidence, VariantEvidence
 
-FIGURES = [*COMPARED, "mean_kld_low", "mean_kld_high", "cache_parity"]
-"""Of an evaluation's summary."""
-SPEEDS = ["load_s", "first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s", "vision_s", "bundle_mb"]
-"""Medians of `hf2mnn.evaluation.benchmark`."""
-COLUMNS = ["model", "variant", *FIGURES, "bytes", *SPEEDS, "findings", "verdict", "required", "reason", "cause"]
+TYPES = {
+    column: "Int64" if UNITS[figure.unit].integer else "float64"
+    for figure in shown_in(TABLE)
+    for column in figure.columns
+}
+"""Columns of figures and their types, the same for all models so that their tables can be joined."""
+COLUMNS = ["model", "variant", *TYPES, "verdict", "required", "reason", "cause"]
 SUMMARY = "summary.csv"
 NAMES = ("model", "variant", "verdict", "reason", "cause")
 PASS, FAIL, REFERENCE = "pass", "FAIL", "reference"
-# Gates on figures that must not be lower; of all others, the value must not be higher.
-AT_LEAST = ("top1_agreement", "greedy_match", "vision_cosine", "tokenizer_match", "template_match")
-# Where there was nothing to measure there is nothing to keep: no images, no tokenizer, no template, no diagnosis.
-OPTIONAL = ("vision_cosine", "tokenizer_match", "template_match", "findings", "cache_parity")
-EXACT = {"top1_agreement": 1.0, "top5_overlap": 1.0, "mean_kld": 0.0, "greedy_match": 1.0, "vision_cosine": 1.0}
 
 
 @dataclass(frozen=True)
-class RowSpec:
-    """A row to make: its name, its gates, and whether missing one fails the run."""
+class VariantSpec:
+    """Gates of a variant.
+
+    Attributes:
+        name: Name of the variant.
+        required: Whether a missed gate fails the run.
+        gates: Bounds by figure.
+    """
 
     name: str
     required: bool
     gates: dict[str, float]
 
 
-def reasons(summary: dict[str, Any], reference_right: float, gates: dict[str, float]) -> list[str]:
-    """Each gate that is missed, as "figure value, gate bound"; a gate on a figure that was not measured is missed."""
-    if summary.get("fault"):
-        return [summary["fault"]]
+def reasons(values: dict[str, Any], reference_right: float, gates: dict[str, float]) -> list[str]:
+    """Return each missed gate as "figure value, bound wanted".
+
+    A gate on a figure that was not measured is missed, unless the figure is optional.
+
+    Args:
+        values: Figures by name; `labelled`, the number of labelled examples; `fault` of a bundle that does not run;
+            `layout_reason` of a decoder in the slower layout.
+        reference_right: Correct answers of PyTorch.
+        gates: Bounds by figure.
+    """
+    if values.get("fault"):
+        return [values["fault"]]
+    if values["task_accuracy"] is not None:
+        lost = round(reference_right - values["task_accuracy"] * values["labelled"], 6)
+        values = values | {"answers_lost": lost, "accuracy_lost": lost / values["labelled"]}
     missed = []
-    lost = None
-    if summary["task_accuracy"] is not None:
-        lost = round(reference_right - summary["task_accuracy"] * summary["labelled"], 6)
-    for gate, bound in sorted(gates.items()):
-        if gate == "answers_lost":
-            value, kept = lost, lost is None or lost <= bound
-        elif gate == "accuracy_lost":
-            value = None if lost is None else lost / summary["labelled"]
-            kept = lost is None or value <= bound
-        elif (value := summary.get(gate)) is None:
-            kept = gate in OPTIONAL
-        else:
-            kept = value >= bound if gate in AT_LEAST else value <= bound
-        if not kept:
+    for name, bound in sorted(gates.items()):
+        figure, value = FIGURES[name], values.get(name)
+        if not figure.keeps(value, bound):
             shown = "not measured" if value is None else f"{value:.4g}"
-            missed.append(f"{gate} {shown}, {'at least' if gate in AT_LEAST else 'at most'} {bound:g} wanted")
+            missed.append(f"{name} {shown}, {'at least' if figure.better == HIGHER else 'at most'} {bound:g} wanted")
+            if name == "nc4hw4_decoder" and values.get("layout_reason"):
+                missed[-1] += f" ({values['layout_reason']})"
     return missed
 
 
-def _speeds(evidence: Evidence, name: str) -> dict[str, float]:
-    measured = (evidence.speed or {}).get("bundles", {}).get(name, {}).get("measures", {})
-    return {column: measured[column]["median"] for column in SPEEDS if column in measured}
+def _figures(evidence: Evidence, variant: VariantEvidence) -> dict[str, Any]:
+    """Return the values of a variant's figures by name; those that were not measured are missing or None."""
+    timed = (evidence.speed or {}).get("bundles", {}).get(variant.name, {}).get("measures", {})
+    bundle = variant.manifests[BUNDLES].results if BUNDLES in variant.manifests else {}
+    values = {figure.name: timed[figure.name]["median"] for figure in measured_on(BENCHMARK) if figure.name in timed}
+    values |= variant.summary
+    values["findings"] = None if variant.layers is None else len(variant.findings)
+    if "decoder_layout" in bundle:
+        values["nc4hw4_decoder"] = int(bundle["decoder_layout"] == "NC4HW4")
+        values["layout_reason"] = bundle.get("layout_reason")
+    return values
 
 
-def _row(evidence: Evidence, row: Row, spec: RowSpec, right: float) -> dict[str, Any]:
-    findings = None if row.layers is None else len(row.findings)
-    missed = reasons(row.summary | {"findings": findings}, right, spec.gates)
+def _row(evidence: Evidence, variant: VariantEvidence, spec: VariantSpec, right: float) -> dict[str, Any]:
+    values = _figures(evidence, variant)
+    missed = reasons(values, right, spec.gates)
     return {
         "model": evidence.model,
-        "variant": row.name,
-        **{column: row.summary.get(column) for column in [*FIGURES, "bytes"]},
-        **_speeds(evidence, row.name),
-        "findings": findings,
+        "variant": variant.name,
+        **{column: values.get(column) for column in TYPES},
         "verdict": FAIL if missed else PASS,
         "required": spec.required,
         "reason": "; ".join(missed),
-        "cause": "; ".join(finding["sentence"] for finding in row.findings),
+        "cause": "; ".join(finding["message"] for finding in variant.findings),
     }
 
 
-def make_table(evidence: Evidence, specs: list[RowSpec]) -> pd.DataFrame:
-    """The comparison with COLUMNS, PyTorch first, then the rows in their order."""
+def make_table(evidence: Evidence, specs: list[VariantSpec]) -> pd.DataFrame:
+    """Return the summary with COLUMNS: PyTorch first, then the variants in their order."""
     labelled, right = (evidence.manifests[REFERENCE_FOLDER].results[key] for key in ("labelled", "right"))
-    accuracy = right / labelled if labelled else None
-    source = {"model": evidence.model, "variant": "pytorch", **EXACT, "task_accuracy": accuracy, "verdict": REFERENCE}
-    source |= {"required": False, "reason": "", "cause": ""}
-    if all(row.summary.get("vision_cosine") is None for row in evidence.rows):  # a set without images
-        del source["vision_cosine"]
-    made = [_row(evidence, row, spec, right) for row, spec in zip(evidence.rows, specs, strict=True)]
-    frame = pd.DataFrame([source, *made], columns=COLUMNS)
-    kinds = dict.fromkeys([*FIGURES, *SPEEDS], "float64") | {"bytes": "Int64", "findings": "Int64"}
-    return frame.astype(kinds)  # also of what nothing was measured of, so that all models' files fit together
+    no_image = all(variant.summary.get("vision_cosine") is None for variant in evidence.variants)
+    exact = {
+        figure.name: figure.pytorch
+        for figure in shown_in(TABLE)
+        if figure.pytorch is not None and not (no_image and figure.source == IMAGES)
+    }
+    exact["task_accuracy"] = right / labelled if labelled else None
+    described = {"verdict": REFERENCE, "required": False, "reason": "", "cause": ""}
+    first = {"model": evidence.model, "variant": "pytorch", **exact, **described}
+    rows = [_row(evidence, variant, spec, right) for variant, spec in zip(evidence.variants, specs, strict=True)]
+    return pd.DataFrame([first, *rows], columns=COLUMNS).astype(TYPES)
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A summary.csv. Raises Hf2mnnError where it is missing or is not one."""
+    """Read a summary.csv.
+
+    Raises:
+        Hf2mnnError: The file is missing or is not a summary of this version.
+    """
     try:
-        # A model may be called 007, or null.
-        kinds = dict.fromkeys(NAMES, str) | {"bytes": "Int64", "findings": "Int64"}
-        holes = {column: [""] for column in COLUMNS if column not in NAMES}
-        frame = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=holes)
+        # Models may be named 007 or null.
+        kinds = dict.fromkeys(NAMES, str) | {name: kind for name, kind in TYPES.items() if kind == "Int64"}
+        missing = {column: [""] for column in COLUMNS if column not in NAMES}
+        frame = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=missing)
     except (OSError, ValueError) as error:
         error = " ".join(str(error).split())
-        raise Hf2mnnError(
-            f"{path} is not a comparison that hf2mnn wrote ({error}); run 'hf2mnn report' first"
-        ) from None
+        raise Hf2mnnError(f"{path} is not a summary of hf2mnn ({error}); run 'hf2mnn report' first") from None
     if list(frame.columns) != COLUMNS or frame.empty:
-        raise Hf2mnnError(f"{path} is not a comparison of this version of hf2mnn; delete it and run snakemake again")
+        raise Hf2mnnError(f"{path} has the columns of another version of hf2mnn; delete it and run snakemake again")
     return frame
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """As csv, and beside it the same as parquet."""
-    with whole_file(path) as partial:
+    """Write a table as csv, and as parquet next to it."""
+    with atomic_file(path) as partial:
         frame.to_csv(partial, index=False)
-    with whole_file(path.with_suffix(".parquet")) as partial:
+    with atomic_file(path.with_suffix(".parquet")) as partial:
         frame.to_parquet(partial, index=False)
 
 
 def join_tables(paths: list[Path], destination: Path) -> pd.DataFrame:
-    """All models' tables under each other, as csv and parquet."""
+    """Concatenate the summaries of all models, and write them as csv and parquet."""
     frame = pd.concat([read_table(path) for path in paths], ignore_index=True)
     write_table(frame, destination)
     return frame
 
 
 def missed_gates(frame: pd.DataFrame) -> list[str]:
-    """A sentence for each required row that misses a gate."""
+    """Describe each required variant that misses a gate."""
     failed = frame[(frame["verdict"] == FAIL) & frame["required"].astype(bool)]
     return [
         f"{row.model}/{row.variant}: {row.reason}{f' (cause: {row.cause})' if row.cause else ''}"

@@ -1,4 +1,4 @@
-"""Two versions of a model side by side: what got better, worse or slower, and where the first layer changed."""
+"""Comparison of two versions of a model: changed figures, speeds and inputs, and the first layer that changed."""
 
 from __future__ import annotations
 
@@ -12,90 +12,96 @@ import pandas as pd
 
 from hf2mnn.core.errors import Hf2mnnError
 from hf2mnn.core.manifest import Manifest
+from hf2mnn.figures import BENCHMARK, COMPARISON, HIGHER, Figure, shown_in
 from hf2mnn.metrics import relative_error
 from hf2mnn.reference.golden import Golden
-from hf2mnn.report.evidence import Evidence, Row, read_evidence
+from hf2mnn.report.evidence import Evidence, VariantEvidence, read_evidence
 from hf2mnn.report.table import SUMMARY, read_table
 
-LESS_IS_BETTER = ("mean_kld", "median_kld", "p99_kld", "rms_probability_change", "degenerate", "vision_error")
-MORE_IS_BETTER = ("top1_agreement", "top5_overlap", "greedy_match", "task_accuracy", "as_called_accuracy")
-MORE_IS_BETTER += ("vision_cosine", "tokenizer_match", "template_match")
-SPEEDS = {"load_s": False, "first_token_s": False, "prefill_tokens_per_s": True, "decode_tokens_per_s": True}
-SPEEDS |= {"vision_s": False, "bundle_mb": False}
-"""Measures of speed, and whether more is better."""
 SETTINGS = ("threads", "prompt_tokens", "answer_tokens", "image_side")
-"""Of `hf2mnn.evaluation.benchmark`; times under others say nothing of each other."""
+"""Settings of the benchmark that must be equal for its times to be comparable."""
 CHANGED = 1e-5
-"""Relative error above which a layer of PyTorch's has changed; the same weights on the same machine give 0."""
-SMALLEST = 0.02
-"""Share of a measure of speed below which no change is told; memory of one bundle differs by 0.7 % from run to run."""
+"""Relative error above which a PyTorch activation counts as changed; equal weights on one machine give 0."""
+MIN_CHANGE = 0.02
+"""Relative change of a speed or memory below which none is reported; memory varies by 0.7 % between runs."""
+LOCAL_FACTOR, LOCAL_FLOOR, LOCAL_MIN = 1.5, 1e-6, 1e-4
+"""A local error counts as changed if it changes by this factor; errors below the floor are equal, and one of both must
+exceed the minimum: smaller errors are rounding."""
 Speeds = Sequence[dict[str, Any]]
-"""For each version, "bundles" of a benchmark.json."""
-COLUMNS = ["variant", "figure", "one", "other", "change"]
+"""Entry "bundles" of benchmark.json for each version."""
+COLUMNS = ["variant", "figure", "before", "after", "change"]
 
 
 @dataclass(frozen=True)
 class Versions:
-    """changes: a table with COLUMNS, of what changed beyond its uncertainty; first_changed: a sentence each for the
-    reference and for every variant that both have; made_of: a sentence each for what was put in, tools and checkpoint.
+    """Differences between two versions.
+
+    Attributes:
+        before: Folder of one version.
+        after: Folder of the other version.
+        changes: Figures that changed beyond their uncertainty, with COLUMNS.
+        changed_inputs: A message each about the tools and the checkpoint.
+        messages: Messages about the reference, the benchmark and each variant: faults and the first layer that changed.
+        only: Names of the variants that only one version has, by folder.
     """
 
-    one: str
-    other: str
+    before: str
+    after: str
     changes: pd.DataFrame
-    first_changed: list[str]
+    changed_inputs: list[str]
+    messages: list[str]
     only: dict[str, list[str]]
-    made_of: list[str]
 
 
-def _verdict(one: float, other: float, more: bool) -> str:
-    return "better" if (other > one) == more else "worse"
+def _verdict(figure: Figure, before: float, after: float) -> str:
+    return "better" if (after > before) == (figure.better == HIGHER) else "worse"
 
 
-def _changed_figures(one: Row, other: Row) -> list[tuple]:
-    """Figures whose 95 % intervals do not meet."""
+def _changed_figures(before: VariantEvidence, after: VariantEvidence) -> list[tuple]:
+    """Return figures whose 95 % confidence intervals are disjoint, and the size of the bundle if it changed."""
     rows = []
-    tables = [row.figures[row.figures["group"] == "all"].set_index("figure") for row in (one, other)]
-    for figure in [*LESS_IS_BETTER, *MORE_IS_BETTER]:
-        if not all(figure in table.index for table in tables):
+    tables = before.whole_set(), after.whole_set()
+    for figure in shown_in(COMPARISON):
+        if not all(figure.name in table.index for table in tables):
             continue
-        a, b = (table.loc[figure] for table in tables)
+        a, b = (table.loc[figure.name] for table in tables)
         if a["high"] < b["low"] or b["high"] < a["low"]:
-            change = _verdict(a["value"], b["value"], figure in MORE_IS_BETTER)
-            rows.append((one.name, figure, a["value"], b["value"], change))
-    sizes = one.summary["bytes"], other.summary["bytes"]
+            rows.append((before.name, figure.name, a["value"], b["value"], _verdict(figure, a["value"], b["value"])))
+    sizes = before.summary["bytes"], after.summary["bytes"]
     if sizes[0] != sizes[1]:
-        rows.append((one.name, "bytes", *sizes, "smaller" if sizes[1] < sizes[0] else "larger"))
+        rows.append((before.name, "bytes", *sizes, "smaller" if sizes[1] < sizes[0] else "larger"))
     return rows
 
 
 def _changed_speed(speeds: Speeds, name: str) -> list[tuple]:
-    """Measures whose ranges do not meet, and whose medians differ by more than SMALLEST. Of seven runs in turns, chance
-    alone parts the ranges once in 1,716 times, and quartiles once in 12.
+    """Return measures of the benchmark whose ranges are disjoint and whose medians differ by more than MIN_CHANGE.
+
+    With seven interleaved runs each, ranges are disjoint by chance once in 1,716 times, quartiles once in 12.
     """
     both, rows = [side.get(name, {}).get("measures", {}) for side in speeds], []
-    for measure, more in SPEEDS.items():
-        if not all(measure in measures for measures in both):
+    for figure in shown_in(COMPARISON):
+        if figure.source != BENCHMARK or not all(figure.name in measures for measures in both):
             continue
-        a, b = (measures[measure] for measures in both)
-        if abs(b["median"] - a["median"]) <= SMALLEST * a["median"]:
+        a, b = (measures[figure.name] for measures in both)
+        if abs(b["median"] - a["median"]) <= MIN_CHANGE * a["median"]:
             continue
         if a["highest"] < b["lowest"] or b["highest"] < a["lowest"]:
-            better = _verdict(a["median"], b["median"], more) == "better"
-            kind = ("smaller", "larger") if measure == "bundle_mb" else ("faster", "slower")
-            rows.append((name, measure, a["median"], b["median"], kind[0] if better else kind[1]))
+            better = _verdict(figure, a["median"], b["median"]) == "better"
+            words = ("smaller", "larger") if figure.unit == "MB" else ("faster", "slower")
+            rows.append((name, figure.name, a["median"], b["median"], words[0] if better else words[1]))
     return rows
 
 
-def first_changed_point(one: Evidence, other: Evidence) -> str:
-    """Where PyTorch itself computes something else in the two versions, on the same input."""
-    goldens = [Golden(evidence.reference) for evidence in (one, other)]
+def first_changed_layer(before: Evidence, after: Evidence) -> str:
+    """Describe the first tap point at which PyTorch computes other values from the same input."""
+    goldens = [Golden(evidence.reference) for evidence in (before, after)]
     probes = [{probe.kind: probe for probe in golden.probes()} for golden in goldens]
-    tables = (row.layers for evidence in (one, other) for row in evidence.rows)
+    tables = (variant.layers for evidence in (before, after) for variant in evidence.variants)
+    # Only a diagnosis records the order of computation.
     order = next((table for table in tables if table is not None and len(table)), None)
     kinds = sorted(probes[0].keys() & probes[1].keys())
     if not kinds:
-        return "no probe is in both, so their layers cannot be laid side by side"
+        return "layers not compared: the versions have no probe in common"
     for kind in kinds:
         a, b = probes[0][kind], probes[1][kind]
         pixels = [
@@ -103,115 +109,129 @@ def first_changed_point(one: Evidence, other: Evidence) -> str:
             for golden, probe in zip(goldens, (a, b), strict=True)
         ]
         if not np.array_equal(a.ids, b.ids) or not all(map(np.array_equal, *pixels)):
-            return f"the {kind} probe is not the same in both, so their layers cannot be laid side by side"
-        points = list(a.points) if order is None else list(order[order["probe"] == kind]["point"])
+            return f"layers not compared: the {kind} probes differ"
+        points = list(a.tap_points) if order is None else list(order[order["probe"] == kind]["point"])
         for point in points:
-            if point not in b.points or a.points[point].shape != b.points[point].shape:
-                return f"{point} is not in both, or has another shape"
-            error = relative_error(a.points[point], b.points[point])
+            if point not in b.tap_points or a.tap_points[point].shape != b.tap_points[point].shape:
+                return f"{point} is missing in one version or has another shape"
+            error = relative_error(a.tap_points[point], b.tap_points[point])
             if error > CHANGED and order is None:
-                return f"layers changed ({kind} probe); only a variant that was diagnosed tells which is the first"
+                return f"layers changed ({kind} probe); the first is unknown without a diagnosed variant"
             if error > CHANGED:
-                return f"{point} is the first that changed ({kind} probe): by {error:.2g} of its size"
-    return "every layer is the same"
+                return f"first changed layer: {point} ({kind} probe), relative error {error:.2g}"
+    return "no layer changed"
 
 
-def first_changed_error(one: Row, other: Row, factor: float = 1.5) -> str | None:
-    """Where the error that a variant's own operator makes first differs by more than `factor`."""
-    if any(row.layers is None or row.layers.empty for row in (one, other)):
+def first_changed_error(before: VariantEvidence, after: VariantEvidence) -> str | None:
+    """Describe the first operator whose local error changed; None without two diagnoses."""
+    if any(variant.layers is None or variant.layers.empty for variant in (before, after)):
         return None
-    tables = [row.layers.set_index(["probe", "point"])["mnn_local"] for row in (one, other)]
-    for key in tables[0].index:
-        if key not in tables[1].index:
+    errors = [variant.layers.set_index(["probe", "point"])["local_error"] for variant in (before, after)]
+    for key in errors[0].index:
+        if key not in errors[1].index:
             continue
-        a, b = max(tables[0][key], 1e-6), max(tables[1][key], 1e-6)
-        if max(a, b) / min(a, b) > factor and max(a, b) > 1e-4:
-            return f"{key[1]} is the first whose own error changed: {a:.2g} to {b:.2g}"
-    return "no layer's own error changed"
+        a, b = (max(side[key], LOCAL_FLOOR) for side in errors)
+        if max(a, b) / min(a, b) > LOCAL_FACTOR and max(a, b) > LOCAL_MIN:
+            return f"first changed local error: {key[1]}, {a:.2g} to {b:.2g}"
+    return "no local error changed"
 
 
-def changed_fault(one: Row, other: Row) -> str | None:
-    """Whether a bundle runs: one that does not has no figures that could get worse."""
-    before, after = (row.summary.get("fault") for row in (one, other))
-    if after:
-        return f"does not run{'' if before else ' any more'}: {after}"
-    return "runs now" if before else None
+def changed_fault(before: VariantEvidence, after: VariantEvidence) -> str | None:
+    """Describe a bundle that runs in one version only, or in none; such a bundle has no figures to compare."""
+    old, new = (variant.summary.get("fault") for variant in (before, after))
+    if new:
+        return f"does not run{'' if old else ' any more'}: {new}"
+    return "runs now" if old else None
 
 
-def timed_apart(one: Evidence, other: Evidence) -> str | None:
-    """What differs between two timings beside the bundles."""
-    if one.speed is None or other.speed is None:
+def incomparable_speeds(before: Evidence, after: Evidence) -> str | None:
+    """Return the reason why two benchmarks are not comparable; None if they are."""
+    if before.speed is None or after.speed is None:
         return None
-    machines = [evidence.speed.get("machine", {}) for evidence in (one, other)]
+    machines = [evidence.speed.get("machine", {}) for evidence in (before, after)]
     if any(machines[0].get(key) != machines[1].get(key) for key in ("cpu", "cores")):
-        return "timed on another machine"
-    if any(one.speed.get(key) != other.speed.get(key) for key in SETTINGS):
-        return "timed with other settings"
+        return "timed on different machines"
+    if any(before.speed.get(key) != after.speed.get(key) for key in SETTINGS):
+        return "timed with different settings"
     return None
 
 
 def read_report(folder: Path, names: list[str] | None = None) -> tuple[Evidence, pd.DataFrame]:
-    """The evidence and the summary of a finished model's folder; only the rows `names` where they are given.
+    """Read the evidence and the summary of results/<model>.
+
+    Args:
+        folder: results/<model>, after the report stage.
+        names: Variants to read; None for all.
 
     Raises:
-        Hf2mnnError: there is no such folder, or no such row in it.
-        ManifestError: a stage's files are not what its manifest says.
+        Hf2mnnError: There is no such folder or variant.
+        ManifestError: Files of a stage differ from its manifest.
     """
     table = read_table(folder / SUMMARY)
-    rows = [name for name in table["variant"] if name != "pytorch"]
-    unknown = [name for name in names or [] if name not in rows]
+    known = [name for name in table["variant"] if name != "pytorch"]
+    unknown = [name for name in names or [] if name not in known]
     if unknown:
-        raise Hf2mnnError(f"{folder} has no {', '.join(unknown)}; it has {', '.join(rows)}")
-    kept = table[table["variant"].isin(["pytorch", *(names or rows)])]
-    return read_evidence(str(table["model"].iloc[0]), folder, names or rows), kept
+        raise Hf2mnnError(f"{folder} has no {', '.join(unknown)}; it has {', '.join(known)}")
+    names = names or known
+    kept = table[table["variant"].isin(["pytorch", *names])]
+    return read_evidence(str(table["model"].iloc[0]), folder, names), kept
 
 
 def _tools(evidence: Evidence) -> dict[str, str]:
-    """Releases by package, of all stages; what two stages were made by in two releases has both."""
-    found: dict[str, dict[str, None]] = {}
-    manifests = [*evidence.manifests.values(), *(made for row in evidence.rows for made in row.manifests.values())]
+    """Return the releases of each package that any stage used."""
+    tools: dict[str, set[str]] = {}
+    manifests = [*evidence.manifests.values(), *(m for v in evidence.variants for m in v.manifests.values())]
     for manifest in manifests:
         for package, release in manifest.tools.items():
-            found.setdefault(package, {})[release] = None
-    return {package: " and ".join(sorted(releases)) for package, releases in found.items()}
+            tools.setdefault(package, set()).add(release)
+    return {package: " and ".join(sorted(releases)) for package, releases in tools.items()}
 
 
-def _files(evidence: Evidence) -> dict[str, str]:
-    """sha256 of each file of the checkpoint."""
+def _checkpoint_files(evidence: Evidence) -> dict[str, str]:
+    """Return the sha256 of each file of the checkpoint."""
     return {name: entry["sha256"] for name, entry in evidence.manifests.get("checkpoint", Manifest("")).outputs.items()}
 
 
-def changed_inputs(one: Evidence, other: Evidence) -> list[str]:
-    """What the two were made of: releases of the tools that differ, and files of the checkpoint."""
-    tools, files = [_tools(evidence) for evidence in (one, other)], [_files(evidence) for evidence in (one, other)]
+def changed_inputs(before: Evidence, after: Evidence) -> list[str]:
+    """Describe the tools with different releases, and the files of the checkpoint that differ."""
+    tools, files = [_tools(side) for side in (before, after)], [_checkpoint_files(side) for side in (before, after)]
     shared = sorted(tools[0].keys() & tools[1].keys(), key=str.lower)
-    said = [f"{name} {tools[0][name]} to {tools[1][name]}" for name in shared if tools[0][name] != tools[1][name]]
+    updated = [f"{name} {tools[0][name]} to {tools[1][name]}" for name in shared if tools[0][name] != tools[1][name]]
     changed = sorted(name for name in files[0].keys() | files[1].keys() if files[0].get(name) != files[1].get(name))
     return [
-        f"tools: {', '.join(said) or 'the same'}",
-        f"checkpoint: {'other files: ' + ', '.join(changed) if changed else 'the same'}",
+        f"tools: {', '.join(updated) or 'no change'}",
+        f"checkpoint: {'changed files: ' + ', '.join(changed) if changed else 'no change'}",
     ]
 
 
-def compare_versions(one: Evidence, other: Evidence, speeds: Speeds | None = None) -> Versions:
-    """Compare the conversions that both have by name. `speeds` are those of both versions timed against each other;
-    without them the times of two runs are taken, which are worth less: machines are not always equally busy.
+def compare_versions(before: Evidence, after: Evidence, speeds: Speeds | None = None) -> Versions:
+    """Compare the variants that both versions have.
+
+    Args:
+        before: Evidence of one version.
+        after: Evidence of the other version.
+        speeds: Speeds of both, timed in interleaved runs; None for those of the two benchmarks, which are less
+            precise because the load of a machine changes.
     """
-    apart = timed_apart(one, other) if speeds is None else None
+    reason = incomparable_speeds(before, after) if speeds is None else None
     if speeds is None:
-        speeds = [{} if apart else (evidence.speed or {}).get("bundles", {}) for evidence in (one, other)]
-    rows = [{row.name: row for row in evidence.rows} for evidence in (one, other)]
-    changes, sentences = [], [f"pytorch: {first_changed_point(one, other)}"]
-    sentences += [f"speed: {apart}, so not compared"] if apart else []
-    for name in [name for name in rows[0] if name in rows[1]]:
-        if sentence := changed_fault(rows[0][name], rows[1][name]):
-            sentences.append(f"{name}: {sentence}")
-        changes += _changed_figures(rows[0][name], rows[1][name]) + _changed_speed(speeds, name)
-        if sentence := first_changed_error(rows[0][name], rows[1][name]):
-            sentences.append(f"{name}: {sentence}")
+        speeds = [{} if reason else (side.speed or {}).get("bundles", {}) for side in (before, after)]
+    variants = [{variant.name: variant for variant in side.variants} for side in (before, after)]
+    changes, messages = [], [f"pytorch: {first_changed_layer(before, after)}"]
+    messages += [f"speed not compared: {reason}"] if reason else []
+    for name in [name for name in variants[0] if name in variants[1]]:
+        pair = variants[0][name], variants[1][name]
+        changes += _changed_figures(*pair) + _changed_speed(speeds, name)
+        messages += [f"{name}: {text}" for text in (changed_fault(*pair), first_changed_error(*pair)) if text]
     only = {
-        str(evidence.folder): [name for name in mine if name not in theirs]
-        for evidence, mine, theirs in ((one, *rows), (other, *rows[::-1]))
+        str(side.folder): [name for name in own if name not in other]
+        for side, own, other in ((before, *variants), (after, *variants[::-1]))
     }
-    frame = pd.DataFrame(changes, columns=COLUMNS)
-    return Versions(str(one.folder), str(other.folder), frame, sentences, only, changed_inputs(one, other))
+    return Versions(
+        before=str(before.folder),
+        after=str(after.folder),
+        changes=pd.DataFrame(changes, columns=COLUMNS),
+        changed_inputs=changed_inputs(before, after),
+        messages=messages,
+        only=only,
+    )

@@ -30,7 +30,7 @@ ORDER = (
 )
 """Names of the stages in the order of the data."""
 CONVERSION = ("fetch", "export", "convert", "quantize")
-"""The stages that make a bundle."""
+"""Names of the stages that make a bundle."""
 
 
 @cache
@@ -40,5 +40,5 @@ def stage_named(name: str) -> Stage:
 
 
 def conversion_memory_mb(weights: float) -> int:
-    """Return the peak memory in MB of making a bundle of a model with so many weights."""
+    """Return the peak memory in MB of the conversion of a model with so many weights."""
     return max(stage_named(name).footprint.memory_mb(weights) for name in CONVERSION)

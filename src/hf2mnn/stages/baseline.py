@@ -1,7 +1,7 @@
 """baseline: the float32 bundle of a model and its runs, which the diagnoses of all variants compare with.
 
 Reads the reference, the ONNX graphs and MNN's graphs.
-Writes the bundle, which is as large as the model in float32, and its logits; nothing keeps it after the diagnoses.
+Writes the bundle, which is as large as the model in float32, and its logits; the folder is temporary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STAGE = Stage(
 
 
 def run(reference: Path, onnx: Path, graphs: Path, destination: Path, threads: int, time_limit: float) -> Path:
-    """Make the float32 bundle, and run it as it is and with the engine's own resizing of images.
+    """Make the float32 bundle, and run it with both our and the engine's resizing of images.
 
     Args:
         reference: Folder of the reference stage.
@@ -31,12 +31,12 @@ def run(reference: Path, onnx: Path, graphs: Path, destination: Path, threads: i
         time_limit: Seconds after which the engine is stopped.
 
     Raises:
-        ManifestError: An input is not what its manifest says.
+        ManifestError: An input differs from its manifest.
         EngineError: The engine failed or was stopped.
     """
-    from hf2mnn.evaluation.error_budget import BUNDLE, Bench
+    from hf2mnn.evaluation.error_budget import BUNDLE, Runs
     from hf2mnn.mnn.bundle import EngineSettings
-    from hf2mnn.mnn.convert import WeightFormat
+    from hf2mnn.quant.formats import WeightFormat
     from hf2mnn.quant.methods import Methods
     from hf2mnn.quant.variant import Choice, make_variant
     from hf2mnn.reference.golden import Golden
@@ -47,5 +47,5 @@ def run(reference: Path, onnx: Path, graphs: Path, destination: Path, threads: i
         bundle.mkdir()
         exact = Choice(WeightFormat(), WeightFormat(), EngineSettings())
         make_variant(onnx, graphs, bundle, exact, Methods(), max(threads, 1))
-        Bench(Golden(reference), bundle, onnx, threads, time_limit).save_baseline(stage.folder)
+        Runs(Golden(reference), bundle, onnx, threads, time_limit).save_baseline(stage.folder)
     return destination

@@ -30,28 +30,28 @@ def run(
     lengths: Sequence[int] | None = None,
     time_limit: float = 7200,
 ) -> dict[str, Any]:
-    """Time each bundle `repeats` times, all with as many threads; returns the summary.
+    """Time each bundle `repeats` times with equal threads, and return the summary.
 
     Args:
         bundles: Bundles by name.
         baseline: Name of the bundle that ratios refer to.
         destination: Output folder.
         repeats: Processes for each bundle.
-        prompt_tokens: Length of the prompt.
-        answer_tokens: Length of the answer.
+        prompt_tokens: Length of the prompt in tokens.
+        answer_tokens: Length of the answer in tokens.
         threads: Threads of the engine; 0 for all cores.
-        image_side: Sides of the image in pixels.
+        image_side: Width and height of the image in pixels.
         lengths: Tokens in the KV cache when its gain is measured; None for `evaluation.benchmark.LENGTHS`.
         time_limit: Seconds after which one process is stopped.
 
     Raises:
-        ConfigError: `baseline` is none of the bundles.
-        BundleError, EngineError: A bundle is not whole, the engine was stopped, or it runs none of them.
+        ConfigError: `baseline` is not a bundle.
+        BundleError, EngineError: A bundle is incomplete, the engine was stopped, or it runs no bundle.
     """
     from hf2mnn.evaluation.benchmark import LENGTHS, check_bundles, write_benchmark
 
     if baseline not in bundles:
-        raise ConfigError(f"the baseline {baseline!r} is none of the bundles; there are {', '.join(bundles)}")
+        raise ConfigError(f"--baseline: there is no bundle {baseline!r}; there are {', '.join(bundles)}")
     folders = check_bundles(bundles)
     options = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "image_side": image_side}
     options["lengths"] = list(LENGTHS if lengths is None else lengths)

@@ -38,28 +38,28 @@ def run(
         destination: Output folder.
         rows: Tokens or patches to keep for each layer.
         threads: Threads of PyTorch.
-        weights: "resident", "mapped" or "auto"; the file has the same bytes.
+        weights: "resident", "mapped" or "auto"; same results.
 
     Raises:
         EvaluationSetError: The two sets share an example.
-        ManifestError: A folder is not whole, or `calibration` was answered by another checkpoint.
+        ManifestError: An input differs from its manifest, or `calibration` has answers of another checkpoint.
     """
     from hf2mnn.checkpoint.folder import Checkpoint
     from hf2mnn.reference.golden import Golden
-    from hf2mnn.reference.pytorch import use_threads
-    from hf2mnn.reference.record_inputs import record_layer_inputs, refuse_overlap
+    from hf2mnn.reference.pytorch import set_torch_threads
+    from hf2mnn.reference.record_inputs import check_no_overlap, record_layer_inputs
 
     folders = {"checkpoint": checkpoint, "calibration": calibration, "evaluation": evaluation}
     with open_stage(STAGE, destination, folders, {"rows": rows, "threads": threads}) as stage:
         answered = stage.inputs["calibration"]
         if answered.inputs.get("checkpoint") != stage.inputs["checkpoint"].digest():
-            raise ManifestError(f"{calibration} was not answered by the model in {checkpoint}; run 'hf2mnn reference'")
+            raise ManifestError(f"{calibration} has answers of another model than {checkpoint}; run 'hf2mnn reference'")
         golden = Golden(calibration)
         if evaluation:
-            refuse_overlap(golden, Golden(evaluation), answered.paths.get("examples", calibration))
+            check_no_overlap(golden, Golden(evaluation), answered.paths.get("examples", calibration))
         stage.manifest.provenance = {
             "calibration": {name: digest for name, digest in answered.inputs.items() if name != "checkpoint"}
         }
-        use_threads(threads)
+        set_torch_threads(threads)
         stage.results.update(record_layer_inputs(Checkpoint(checkpoint), golden, stage.folder, rows, weights))
     return destination

@@ -39,8 +39,8 @@ def run(
         out: Folder for changes.csv and changes.md.
 
     Raises:
-        Hf2mnnError: A version has no such results, or was never timed.
-        ManifestError: Files of a stage are not what its manifest says.
+        Hf2mnnError: A version has no report, no such variant, or no benchmark.
+        ManifestError: A stage folder differs from its manifest.
     """
     from hf2mnn.report.changes import write_changes
     from hf2mnn.report.versions import compare_versions, read_report
@@ -55,17 +55,17 @@ def run(
 
 
 def _time_both(before: Evidence, after: Evidence, python: Path | None) -> list[dict[str, Any]]:
-    """Time the bundles that both versions have, with the settings of the first version's benchmark."""
+    """Time the bundles of both versions with the settings of the first version's benchmark."""
     from hf2mnn.evaluation.benchmark import time_versions
     from hf2mnn.report.evidence import BENCHMARK, BUNDLES
 
     if before.speed is None:
         raise Hf2mnnError(
-            f"{before.folder / BENCHMARK} is missing, and its settings are needed: run 'hf2mnn benchmark'"
+            f"{before.folder / BENCHMARK} is missing, but --benchmark uses its settings: run 'hf2mnn benchmark'"
         )
-    names = [[row.name for row in side.rows if "bundle" in row.manifests] for side in (before, after)]
+    names = [[row.name for row in side.variants if BUNDLES in row.manifests] for side in (before, after)]
     shared = [name for name in names[0] if name in names[1]]
     if not shared:
-        raise Hf2mnnError(f"{before.folder} and {after.folder} have no bundle of one name that could be timed")
+        raise Hf2mnnError(f"{before.folder} and {after.folder} have no bundle with the same name to time")
     folders = ({name: side.folder / BUNDLES / name for name in shared} for side in (before, after))
     return time_versions(*folders, before.speed, python)

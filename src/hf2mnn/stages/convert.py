@@ -1,7 +1,7 @@
-"""convert: the ONNX graphs as MNN's, every attention fused with its KV cache.
+"""convert: MNN graphs from the ONNX graphs, every attention fused with its KV cache.
 
 Reads the ONNX graphs.
-Writes what all bundles of a model share: graphs whose linear layers have no weights yet, embedding, tokenizer.
+Writes the common part of all bundles: graphs whose linear layers have no weights, embedding, tokenizer.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def run(onnx: Path, destination: Path) -> Path:
     """Convert the graphs in a folder of the export stage; the quantize stage adds the weights.
 
     Raises:
-        ManifestError: The ONNX folder is not what its manifest says.
-        ConversionError: The converter failed, or wrote something other than it was asked for.
+        ManifestError: The ONNX folder differs from its manifest.
+        ConversionError: The converter failed, or wrote an unexpected graph.
     """
-    from hf2mnn.mnn.bundle import make_base
+    from hf2mnn.mnn.bundle import convert_model
 
     with open_stage(STAGE, destination, {"onnx": onnx}) as stage:
-        stage.results.update(make_base(onnx, stage.folder))
+        stage.results.update(convert_model(onnx, stage.folder))
     return destination

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 STAGE = Stage(
     "diagnose",
-    tools=("MNN", "onnxruntime", "numpy"),
+    tools=("MNN", "onnx", "onnxruntime", "numpy"),
     # The engine, and ONNX Runtime with one graph at a time.
     footprint=Footprint(1500, 4.4, 60, 240),
     inputs={"reference": "reference", "onnx": "export", "baseline": "baseline", "bundle": "quantize"},
@@ -33,7 +33,7 @@ def run(
     threads: int,
     time_limit: float,
 ) -> list[Finding]:
-    """Diagnose a bundle; a bundle that does not run is a finding, no failure.
+    """Diagnose a bundle; one that does not run is a finding, not a failure.
 
     Args:
         reference: Folder of the reference stage.
@@ -45,7 +45,7 @@ def run(
         time_limit: Seconds after which the engine is stopped.
 
     Raises:
-        ManifestError: An input is not what its manifest says.
+        ManifestError: An input differs from its manifest.
         EngineError: The engine was stopped.
     """
     from hf2mnn.evaluation.diagnose import diagnose
@@ -54,5 +54,5 @@ def run(
     folders = {"reference": reference, "onnx": onnx, "baseline": baseline, "bundle": bundle}
     with open_stage(STAGE, destination, folders, {"threads": threads}) as stage:
         findings = diagnose(Golden(reference), onnx, baseline, bundle, stage.folder, threads, time_limit)
-        stage.results["findings"] = [finding.sentence for finding in findings]
+        stage.results["findings"] = [finding.message for finding in findings]
     return findings

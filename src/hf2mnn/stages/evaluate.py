@@ -13,7 +13,7 @@ from hf2mnn.machine.footprint import Footprint
 
 STAGE = Stage(
     "evaluate",
-    tools=("MNN", "onnxruntime", "numpy"),
+    tools=("MNN", "onnxruntime", "tokenizers", "numpy"),
     # The engine has float32 weights where a bundle asks for that (4.0 bytes), and half of that or less where not.
     footprint=Footprint(1500, 4.2, 60, 240),
     inputs={"reference": "reference", "onnx": "export", "bundle": "quantize"},
@@ -22,7 +22,15 @@ STAGE = Stage(
 )
 
 
-def run(reference: Path, onnx: Path, destination: Path, bundle: Path | None, threads: int, time_limit: float) -> Path:
+def run(
+    reference: Path,
+    onnx: Path,
+    destination: Path,
+    bundle: Path | None,
+    threads: int,
+    time_limit: float,
+    keep_logits: bool = False,
+) -> Path:
     """Evaluate `bundle` in MNN's engine, or, where it is None, the ONNX graphs in ONNX Runtime.
 
     Args:
@@ -32,19 +40,20 @@ def run(reference: Path, onnx: Path, destination: Path, bundle: Path | None, thr
         bundle: Folder of the quantize stage.
         threads: Threads of the runtime.
         time_limit: Seconds after which the engine is stopped.
+        keep_logits: Also write logits.safetensors, to recompute figures; 1.7 GB a variant for a 2B.
 
     Raises:
-        ManifestError: An input is not what its manifest says.
+        ManifestError: An input differs from its manifest.
         EngineError: The engine was stopped.
     """
-    from hf2mnn.evaluation.runtimes import evaluate
+    from hf2mnn.evaluation.evaluate import evaluate
     from hf2mnn.reference.golden import Golden
 
     folders = {"reference": reference, "onnx": onnx, "bundle": bundle}
-    tools = ("MNN" if bundle else "onnxruntime", "numpy")
+    tools = ("MNN" if bundle else "onnxruntime", "tokenizers", "numpy")
     with open_stage(STAGE, destination, folders, {"threads": threads}, tools=tools) as stage:
         size = sum(entry["size"] for entry in stage.inputs["bundle" if bundle else "onnx"].outputs.values())
         limit = stage.inputs["reference"].settings["max_new_tokens"]
-        summary = evaluate(Golden(reference), onnx, bundle, stage.folder, size, limit, threads, time_limit)
+        summary = evaluate(Golden(reference), onnx, bundle, stage.folder, size, limit, threads, time_limit, keep_logits)
         stage.results.update(measured=(bundle or onnx).name, **summary)
     return destination

@@ -16,22 +16,22 @@ STAGE = Stage("examples", tools=("datasets", "pillow"), footprint=Footprint(2000
 
 
 def copy_set(examples: Path, destination: Path) -> Path:
-    """Copy a user-provided set, once every example and image can be read.
+    """Copy a user-provided set after reading every example and image.
 
     Raises:
-        EvaluationSetError: The folder is not such a set, or an image is missing or unreadable.
+        EvaluationSetError: The folder is not an evaluation set, or an image is missing or unreadable.
     """
     from hf2mnn.reference.examples import NAME, read_examples, read_image
 
-    found = read_examples(examples)
-    images = sorted({name for example in found for name in example.images})
+    records = read_examples(examples)
+    images = sorted({name for record in records for name in record.images})
     for name in images:
         read_image(examples / name)
     with open_stage(STAGE, destination, paths={"examples": examples}, tools=("pillow",)) as stage:
         for name in [NAME, *images]:
             (stage.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(examples / name, stage.folder / name)
-        stage.results["examples"] = len(found)
+        stage.results["examples"] = len(records)
     return destination
 
 
@@ -41,11 +41,11 @@ def draw_set(
     """Draw `samples` questions of a labelled data set by `seed`; `path` is a local copy, else the hub's is used.
 
     Raises:
-        EvaluationSetError: There is no such set, it cannot be read, or it has other columns.
+        EvaluationSetError: The data set is unknown, cannot be read, or has other columns.
     """
-    from hf2mnn.reference.labelled_sets import dataset_named, draw_examples
+    from hf2mnn.reference.labelled_sets import draw_examples, get_dataset
 
-    chosen = dataset_named(dataset)
+    chosen = get_dataset(dataset)
     settings = {"dataset": dataset, "samples": samples, "seed": seed, "split": chosen.split}
     settings |= {"repository": chosen.repository, "revision": revision} if path is None else {}
     with open_stage(STAGE, destination, settings=settings, paths={"path": path} if path else {}) as stage:

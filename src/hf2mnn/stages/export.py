@@ -1,4 +1,4 @@
-"""export: a checkpoint as portable ONNX graphs with an explicit KV cache.
+"""export: portable ONNX graphs of a checkpoint, with an explicit KV cache.
 
 Reads a checkpoint.
 Writes decoder.onnx, embedding.onnx, vision.onnx (of a model with images), model.json and the tokenizer's files.
@@ -23,9 +23,9 @@ def run(checkpoint: Path, destination: Path) -> Path:
     """Export the graphs of the checkpoint in a folder of the fetch stage.
 
     Raises:
-        ManifestError: `checkpoint` is not what its manifest says.
-        CheckpointError: Weights and configuration are not of one model.
-        ExportError: A graph came out other than it must be.
+        ManifestError: `checkpoint` differs from its manifest.
+        CheckpointError: Weights and configuration do not match.
+        ExportError: An exported graph is invalid.
     """
     from hf2mnn.checkpoint.folder import Checkpoint
     from hf2mnn.onnx.export import OPSET, export_graphs

@@ -1,4 +1,4 @@
-"""plan: the format of each operator that costs the answers least within a budget.
+"""plan: the format of each operator with the least divergence within a budget.
 
 Reads sensitivities, the ONNX graphs and MNN's graphs.
 Writes plan.yaml.
@@ -25,8 +25,8 @@ def run(sensitivity: Path, onnx: Path, graphs: Path, destination: Path, budget: 
     """Choose formats within `budget`; `embedding` is "file" or "lm_head", as for a variant.
 
     Raises:
-        ManifestError: An input is not what its manifest says.
-        QuantizationError: The budget cannot be met; the message has the smallest that can.
+        ManifestError: An input differs from its manifest.
+        QuantizationError: The budget cannot be met; the message has the smallest possible one.
     """
     from hf2mnn.quant.plan import make_plan
 

@@ -1,6 +1,6 @@
-"""quantize: a bundle, which is MNN's graphs with the checkpoint's weights in the chosen formats.
+"""quantize: a bundle of MNN graphs with the checkpoint's weights in the chosen formats.
 
-Reads the ONNX graphs, MNN's graphs, and what the methods need: layer inputs, a prequantized checkpoint, a plan.
+Reads the ONNX graphs, MNN's graphs, and the inputs of the methods: layer inputs, prequantized checkpoint, plan.
 Writes the bundle, and weights.csv with a row for each operator.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 STAGE = Stage(
     "quantize",
-    tools=("MNN", "onnx", "numba"),
+    tools=("MNN", "onnx", "numba", "scipy"),
     # gptq needs a matrix of inputs by inputs for the widest layer.
     footprint=Footprint(1200, 0.2, 30, 60),
     inputs={"onnx": "export", "graphs": "convert", "calibration": "calibrate", "checkpoint": "fetch"},
@@ -47,18 +47,16 @@ def run(
         plan: File that `choice.plan` was read from.
 
     Raises:
-        ManifestError: An input is not what its manifest says.
-        QuantizationError: An operator cannot be stored as chosen.
-        ConversionError: MNN's converter failed, or wrote something other than it was given.
+        ManifestError: An input differs from its manifest.
+        QuantizationError: An operator cannot be stored in the chosen format.
+        ConversionError: MNN's converter failed, or wrote an unexpected graph.
     """
-    from hf2mnn.mnn.bundle import describe
     from hf2mnn.quant.methods import Methods
     from hf2mnn.quant.variant import make_variant
 
     folders = {"onnx": onnx, "graphs": graphs, "calibration": calibration, "checkpoint": checkpoint}
-    settings = describe(choice.decoder, choice.vision, choice.engine) | {"embedding": choice.embedding}
     files = {"plan": plan} if plan else {}
-    with open_stage(STAGE, destination, folders, settings, files=files, paths=files) as stage:
+    with open_stage(STAGE, destination, folders, choice.settings(), files=files, paths=files) as stage:
         methods = Methods(calibration, checkpoint)
         figures = make_variant(onnx, graphs, stage.folder, choice, methods, threads)
         for name, value in figures.items():

@@ -1,4 +1,4 @@
-"""reference: the answers of transformers' model in float32, once for all comparisons.
+"""reference: answers of the transformers model in float32, for all comparisons.
 
 Reads a checkpoint and an evaluation or calibration set.
 Writes prompts, token ids, logits, answers, image embeddings, and tap points of two probes.
@@ -23,7 +23,7 @@ STAGE = Stage(
 def run(
     checkpoint: Path, examples: Path, destination: Path, max_new_tokens: int, threads: int, weights: str = "auto"
 ) -> Path:
-    """Answer every example greedily and keep inputs, logits and answers.
+    """Answer every example greedily and write inputs, logits and answers.
 
     Args:
         checkpoint: Folder of the fetch stage.
@@ -31,19 +31,19 @@ def run(
         destination: Output folder.
         max_new_tokens: Longest answer, in tokens.
         threads: Threads of PyTorch; 0 for its default.
-        weights: "resident", "mapped" or "auto" (`reference.model.place_weights`); the results are the same bits.
+        weights: "resident", "mapped" or "auto" (`reference.model.choose_weight_storage`); same results.
 
     Raises:
         EvaluationSetError: An example or an image cannot be read.
-        CheckpointError, ManifestError: The checkpoint is not whole.
+        CheckpointError, ManifestError: The checkpoint is incomplete, or differs from its manifest.
     """
     from hf2mnn.checkpoint.folder import Checkpoint
     from hf2mnn.reference.examples import NAME, image_files, read_examples, read_image
-    from hf2mnn.reference.pytorch import answerable, use_threads, write_reference
+    from hf2mnn.reference.pytorch import set_torch_threads, usable_examples, write_reference
 
     loaded = Checkpoint(checkpoint)
-    chosen = answerable(read_examples(examples), loaded, examples)
-    use_threads(threads)
+    chosen = usable_examples(read_examples(examples), loaded, examples)
+    set_torch_threads(threads)
     paths = image_files(chosen, examples)
     images = {name: read_image(path) for name, path in paths.items()}
     files = {"examples": examples / NAME, **paths}

@@ -15,13 +15,13 @@ from hf2mnn.machine.footprint import Footprint
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hf2mnn.report.table import RowSpec
+    from hf2mnn.report.table import VariantSpec
 
-STAGE = Stage("report", tools=(), footprint=Footprint(2000, 0, 30, 0))
+STAGE = Stage("report", tools=("pillow",), footprint=Footprint(2000, 0, 30, 0))
 
 
-def run(model: str, folder: Path, specs: list[RowSpec]) -> pd.DataFrame:
-    """Write the tables and the page of results/<model> into that `folder`; returns the summary.
+def run(model: str, folder: Path, specs: list[VariantSpec]) -> pd.DataFrame:
+    """Write the tables and the page of a model into its results folder, and return the summary.
 
     Raises:
         ManifestError: An evaluation is missing, or stages do not belong together.

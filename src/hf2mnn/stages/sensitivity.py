@@ -28,26 +28,26 @@ def run(
     threads: int,
     weights: str = "auto",
 ) -> Path:
-    """Measure each operator at each of `bits` on so many `examples` of the calibration set.
+    """Measure the divergence for each operator and each number of bits.
 
     Args:
         checkpoint: Folder of the fetch stage.
         calibration: Folder of the reference stage for the calibration set.
         destination: Output folder.
-        bits: Bits to measure with; other formats are judged by their weight errors.
+        bits: Bits to measure with; other formats are estimated from their weight errors.
         examples: Examples to measure with.
         threads: Threads of PyTorch.
-        weights: "resident", "mapped" or "auto"; the tables are the same.
+        weights: "resident", "mapped" or "auto"; same results.
 
     Raises:
-        ManifestError: An input is not what its manifest says.
+        ManifestError: An input differs from its manifest.
     """
     from hf2mnn.quant.sensitivity import measure_sensitivity
-    from hf2mnn.reference.pytorch import use_threads
+    from hf2mnn.reference.pytorch import set_torch_threads
 
     folders = {"checkpoint": checkpoint, "calibration": calibration}
     settings = {"bits": bits, "examples": examples, "threads": threads}
     with open_stage(STAGE, destination, folders, settings) as stage:
-        use_threads(threads)
+        set_torch_threads(threads)
         stage.results.update(measure_sensitivity(checkpoint, calibration, stage.folder, bits, examples, weights))
     return destination

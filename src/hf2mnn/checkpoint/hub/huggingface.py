@@ -1,7 +1,7 @@
-"""The Hugging Face hub and its mirrors (HF_ENDPOINT), through its own client and into its own cache.
+"""The Hugging Face hub and its mirrors (HF_ENDPOINT), with its own client and cache.
 
-The client's `snapshot_download` begins a file anew when its process was killed, with Xet as without, so files are
-fetched by the function beneath it, which goes on where a part ends.
+The client's `snapshot_download` starts a file again after its process was killed, with and without Xet. The function
+below it, `http_get`, resumes, so it is called directly.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import http_get
+from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
-from hf2mnn.checkpoint.folder import FILES, read_json
-from hf2mnn.checkpoint.hub.base import AGAIN, BY_HAND, CorruptedError, Position, TransientError
-from hf2mnn.checkpoint.hub.pin import COMMIT, SHA256, Digest, Pin, needed
+from hf2mnn.checkpoint.folder import FILES, INDEX, read_json
+from hf2mnn.checkpoint.hub.base import RESUME, USE_FILES, CorruptedError, Position, TransientError
+from hf2mnn.checkpoint.hub.pin import COMMIT, SHA256, Digest, Pin, matches
 from hf2mnn.core.errors import CheckpointError
 
-WHOLE = ("config.json", "preprocessor_config.json", "tokenizer.json")
+REQUIRED = ("config.json", "preprocessor_config.json", "tokenizer.json")
+"""Files without which an earlier download counts as incomplete."""
 LOG_IN = "log in with 'hf auth login' (or set HF_TOKEN)"
 
 
@@ -38,73 +39,74 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def _status(error: HfHubHTTPError, repository: str, what: str) -> CheckpointError:
-    """The sentence of an answer that is none of the client's named errors."""
+def _status_error(error: HfHubHTTPError, repository: str, file: str) -> CheckpointError:
+    """Return the error of an HTTP status that the client has no exception for."""
     status = error.response.status_code
     if status == 401:
-        return CheckpointError(f"the hub does not know who asks for {what} (401): {LOG_IN}")
+        return CheckpointError(f"the hub requires a login for {file} (401): {LOG_IN}")
     if status == 403:
         return CheckpointError(
-            f"the hub forbids this account to have {what} (403): ask the owner of {repository} for access, or {LOG_IN}"
-            " as another"
+            f"the hub denies this account access to {file} (403): ask the owner of {repository} for access, or"
+            f" {LOG_IN} with another account"
         )
     if status == 429:
-        asked = error.response.headers.get("Retry-After", "")
-        wait = float(asked) if asked.isdigit() else 0.0
-        long = f"{wait:.0f} s" if wait else "a few minutes"
+        header = error.response.headers.get("Retry-After", "")
+        wait = float(header) if header.isdigit() else 0.0
+        duration = f"{wait:.0f} s" if wait else "a few minutes"
         return TransientError(
-            f"the hub takes no more requests for now (429): wait {long} and {AGAIN}; to have more, {LOG_IN}", wait
+            f"the hub limits the rate of requests (429): wait {duration} and {RESUME}; for a higher limit, {LOG_IN}",
+            wait,
         )
     if status >= 500:
-        return TransientError(f"the hub failed at {what} ({status}): wait a little and {AGAIN}")
-    return CheckpointError(f"the hub refuses {what} ({status}): {_reason(error)}")
+        return TransientError(f"the hub failed to serve {file} ({status}): wait a little and {RESUME}")
+    return CheckpointError(f"the hub refuses {file} ({status}): {_reason(error)}")
 
 
 @contextmanager
-def _told(repository: str, revision: str, name: str | None = None) -> Iterator[None]:
-    """The client's errors as sentences."""
-    what = f"{name} of {repository}" if name else repository
+def _client_errors(repository: str, revision: str, name: str | None = None) -> Iterator[None]:
+    """Turn the client's exceptions into CheckpointError."""
+    file = f"{name} of {repository}" if name else repository
     try:
         yield
     except GatedRepoError:
         raise CheckpointError(
-            f"{repository} is gated: accept its terms on its page of the hub, and {LOG_IN}; {AGAIN}"
+            f"{repository} is gated: accept its terms on its page of the hub, and {LOG_IN}; {RESUME}"
         ) from None
     except RevisionNotFoundError:
         raise CheckpointError(f"{repository} has no revision {revision!r}: give a branch, a tag or a commit") from None
     except RemoteEntryNotFoundError:
-        raise CheckpointError(f"{repository} has no {name} at {revision} any more: pin it again") from None
+        raise CheckpointError(f"{repository} no longer has {name} at {revision}: pin it again") from None
     except RepositoryNotFoundError:
         raise CheckpointError(
             f"the hub has no repository {repository}, or it is private and you are not logged in: check the name, or"
             f" {LOG_IN}"
         ) from None
     except HFValidationError:
-        raise CheckpointError(f"{repository!r} is not a hub repository: it is written owner/name") from None
+        raise CheckpointError(f"{repository!r} is not a hub repository: write it as owner/name") from None
     except HfHubHTTPError as error:
-        raise _status(error, repository, what) from None
+        raise _status_error(error, repository, file) from None
     except OfflineModeIsEnabled:
         raise TransientError(
-            f"{what} is not here and HF_HUB_OFFLINE forbids to ask the hub: take that away, {BY_HAND}", at_once=True
+            f"{file} is not in the cache and HF_HUB_OFFLINE disables downloads: unset it, {USE_FILES}", report_now=True
         ) from None
     except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.UnsupportedProtocol) as error:
         raise TransientError(
-            f"{what} could not be downloaded, for the hub at {constants.ENDPOINT} cannot be reached ({_reason(error)}):"
-            f" look at the network and {AGAIN}, set HF_ENDPOINT to a mirror, {BY_HAND}",
-            at_once=True,
+            f"{file} could not be downloaded: the hub at {constants.ENDPOINT} cannot be reached ({_reason(error)});"
+            f" check the network and {RESUME}, set HF_ENDPOINT to a mirror, {USE_FILES}",
+            report_now=True,
         ) from None
     except httpx2.TransportError as error:
         raise TransientError(
-            f"{what} could not be downloaded, for the line was cut ({_reason(error)}): {AGAIN}"
+            f"{file} could not be downloaded: the connection was interrupted ({_reason(error)}); {RESUME}"
         ) from None
 
 
 class _Bar:
-    """What the client takes for a progress bar."""
+    """Progress bar in the interface that the client expects."""
 
     def __init__(self, position: Position, initial: int) -> None:
-        self._position, self._at = position, initial
-        position.at(initial)
+        self._target, self._position = position, initial
+        position.set(initial)
 
     def __enter__(self) -> _Bar:
         return self
@@ -112,34 +114,38 @@ class _Bar:
     def __exit__(self, *_: object) -> None: ...
 
     def update(self, n: int) -> None:
-        self._at += n
-        self._position.at(self._at)
+        self._position += n
+        self._target.set(self._position)
 
 
 class HuggingFace:
+    """The `Hub` of Hugging Face."""
+
     default = "main"
     package = "huggingface_hub"
 
     @property
     def cache(self) -> Path:
+        """See `Hub`."""
         return Path(constants.HF_HUB_CACHE)
 
     def _folder(self, repository: str) -> Path:
-        return self.cache / "--".join(["models", *repository.split("/")])
+        return self.cache / repo_folder_name(repo_id=repository, repo_type="model")
 
     def find(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin:
-        with _told(repository, revision):
+        """See `Hub`."""
+        with _client_errors(repository, revision):
             info = HfApi().model_info(
                 repository, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
             )
         files = {}
         for entry in info.siblings or []:
-            if not needed(entry.rfilename, patterns):
+            if not matches(entry.rfilename, patterns):
                 continue
             if entry.size is None or not (entry.lfs or entry.blob_id):
                 raise CheckpointError(
-                    f"{constants.ENDPOINT} lists {entry.rfilename} of {repository} without size and hash, so that it"
-                    " cannot be checked; set HF_ENDPOINT to another mirror, or give --pin"
+                    f"{constants.ENDPOINT} lists {entry.rfilename} of {repository} without size and hash, so it cannot"
+                    " be checked; set HF_ENDPOINT to another mirror, or give --pin"
                 )
             if entry.lfs:
                 files[entry.rfilename] = Digest(entry.lfs.size, sha256=entry.lfs.sha256)
@@ -147,64 +153,66 @@ class HuggingFace:
                 files[entry.rfilename] = Digest(entry.size, blob_id=entry.blob_id)
         return Pin("huggingface", repository, info.sha, revision, files)
 
-    def remembered(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin | None:
-        """By the client's cache: its files are named by their hashes, and hang on commits."""
+    def find_offline(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin | None:
+        """Return the pin from the client's cache, which names files by their hashes and has a folder per commit."""
         folder, commit = self._folder(repository), revision
         if not COMMIT.fullmatch(revision):
-            known = folder / "refs" / revision
-            commit = known.read_text().strip() if known.is_file() else ""
+            ref = folder / "refs" / revision
+            commit = ref.read_text().strip() if ref.is_file() else ""
         files = {}
         for link in (folder / "snapshots" / commit).glob("*") if commit else []:
-            if needed(link.name, patterns) and link.exists():
-                hashed = link.resolve().name
-                kind = "sha256" if SHA256.fullmatch(hashed) else "blob_id" if COMMIT.fullmatch(hashed) else None
+            if matches(link.name, patterns) and link.exists():
+                blob = link.resolve().name
+                kind = "sha256" if SHA256.fullmatch(blob) else "blob_id" if COMMIT.fullmatch(blob) else None
                 if kind is None:
                     return None
-                files[link.name] = Digest(link.stat().st_size, **{kind: hashed})
-        wanted = set(WHOLE if patterns is FILES else patterns)
-        if "model.safetensors.index.json" in files:
-            index = read_json(folder / "snapshots" / commit / "model.safetensors.index.json")
-            wanted |= set(index.get("weight_map", {}).values())
+                files[link.name] = Digest(link.stat().st_size, **{kind: blob})
+        required = set(REQUIRED if patterns is FILES else patterns)
+        if INDEX in files:
+            required |= set(read_json(folder / "snapshots" / commit / INDEX).get("weight_map", {}).values())
         elif not any(name.endswith(".safetensors") for name in files):
             return None
-        return Pin("huggingface", repository, commit, revision, files) if wanted <= files.keys() else None
+        return Pin("huggingface", repository, commit, revision, files) if required <= files.keys() else None
 
     def _blob(self, pin: Pin, name: str) -> Path:
-        return self._folder(pin.repository) / "blobs" / pin.files[name].wanted
+        return self._folder(pin.repository) / "blobs" / pin.files[name].expected
 
     def cached(self, pin: Pin, name: str) -> Path | None:
+        """See `Hub`."""
         link = self._folder(pin.repository) / "snapshots" / pin.revision / name
         return next((path for path in (self._blob(pin, name), link) if path.exists()), None)
 
     def part(self, pin: Pin, name: str) -> Path:
+        """See `Hub`."""
         blob = self._blob(pin, name)
         return blob.with_name(f"{blob.name}.part.incomplete")
 
-    def download(self, pin: Pin, name: str, shown: Position) -> Path:
+    def download(self, pin: Pin, name: str, position: Position) -> Path:
+        """See `Hub`."""
         part, digest = self.part(pin, name), pin.files[name]
         part.parent.mkdir(parents=True, exist_ok=True)
-        lock = self.cache / ".locks" / self._folder(pin.repository).name / f"{digest.wanted}.lock"
+        lock = self.cache / ".locks" / self._folder(pin.repository).name / f"{digest.expected}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
-            if not self._blob(pin, name).exists():  # another process may have been faster
-                self._go_on(pin, name, part, shown)
-                fault = digest.fault(part, name)
-                if fault:
+            if not self._blob(pin, name).exists():  # another process may have downloaded it
+                self._resume(pin, name, part, position)
+                mismatch = digest.mismatch(part, name)
+                if mismatch:
                     part.unlink()
-                    raise CorruptedError(f"{name} of {pin.repository} came with {fault}")
+                    raise CorruptedError(f"{name} of {pin.repository} has {mismatch}")
                 part.rename(self._blob(pin, name))
         self._link(pin, name)
         return self._blob(pin, name)
 
-    def _go_on(self, pin: Pin, name: str, part: Path, shown: Position) -> None:
+    def _resume(self, pin: Pin, name: str, part: Path, position: Position) -> None:
         size = pin.files[name].size
         with part.open("ab") as file:
             if file.tell() > size:
                 file.truncate(0)
             start = file.tell() if part.stat().st_size else 0
-            shown.at(start)
+            position.set(start)
             try:
-                with _told(pin.repository, pin.revision, name):
+                with _client_errors(pin.repository, pin.revision, name):
                     http_get(
                         hf_hub_url(pin.repository, name, revision=pin.revision),
                         file,
@@ -212,27 +220,27 @@ class HuggingFace:
                         headers=build_hf_headers() | {"Accept-Encoding": "identity"},
                         expected_size=size,
                         displayed_filename=name,
-                        tqdm_class=lambda initial, **_: _Bar(shown, initial),
+                        tqdm_class=lambda initial, **_: _Bar(position, initial),
                     )
             except OSError as error:
                 if error.errno is not None:
                     raise
-                # The client's word for a file that ended too early, or too late, which its check will say.
+                # The client raises it for a file of another length; `download` checks one that is too long.
                 file.flush()
                 if part.stat().st_size < size:
                     raise TransientError(
-                        f"{name} of {pin.repository} could not be downloaded, for the line was cut after"
-                        f" {part.stat().st_size} of {size} bytes: {AGAIN}"
+                        f"{name} of {pin.repository} could not be downloaded: the connection was interrupted after"
+                        f" {part.stat().st_size} of {size} bytes; {RESUME}"
                     ) from None
 
     def _link(self, pin: Pin, name: str) -> None:
-        """As the client does: what it has not to fetch again is found by commit, and the commit by the branch."""
+        """Link a blob by commit, and the commit by branch, as the client does to find them again."""
         folder = self._folder(pin.repository)
         link = folder / "snapshots" / pin.revision / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(self._blob(pin, name), link.parent))
         if pin.branch != pin.revision:
-            known = folder / "refs" / pin.branch
-            known.parent.mkdir(parents=True, exist_ok=True)
-            known.write_text(pin.revision)
+            ref = folder / "refs" / pin.branch
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(pin.revision)

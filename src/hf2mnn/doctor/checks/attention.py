@@ -1,42 +1,44 @@
-"""The KV cache: whether the engine keeps it for every layer of a decoder.
+"""Checks whether the engine keeps a KV cache for every layer of a decoder.
 
-The engine owns the cache. The converter puts it in with `--transformerFuse`, for every attention that is the chain of
-`hf2mnn.onnx.attention`, and prints success whatever it has found.
+The engine owns the cache. The converter inserts it with `--transformerFuse`, for every attention that matches the
+operator chain of `hf2mnn.onnx.attention`, and prints success whatever it has matched.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 
 import onnx
 
-from hf2mnn.doctor.finding import Finding, Severity
-from hf2mnn.doctor.patient import Model, OnnxPatient
+from hf2mnn.doctor.artifacts import MnnModel, OnnxFile
+from hf2mnn.doctor.findings import Finding
 from hf2mnn.mnn.graph import Graph
 
 PAST = "past_key_values"
-LAYER = re.compile(r"\blayers?[./_](\d+)\b")
-CURE = "convert the ONNX of 'hf2mnn onnx' with 'hf2mnn mnn', which gives --transformerFuse and counts what was fused"
+CONVERT = "run 'hf2mnn convert' on the output of 'hf2mnn export': it passes --transformerFuse and counts the fusions"
 
 
-def _decodes(model: Model) -> bool:
+def _is_decoder(model: MnnModel) -> bool:
     names = {*model.graph.inputs, *model.graph.outputs}
     return model.part == "decoder" or (model.part == "" and bool(names & {PAST, "logits", "presents"}))
 
 
 def _cached(graph: Graph) -> int:
-    """Layers whose state the engine keeps: a linear attention's too."""
+    """Count the layers whose state the engine keeps, linear attention included."""
     return len(graph.fused) + len(graph.of_type("LinearAttention"))
 
 
-def _open(graph: Graph) -> int:
-    """Attentions that are still a chain of operators, or fused ones without a cache."""
+def _uncached(graph: Graph) -> int:
+    """Count the attentions that are still an operator chain, or fused without a cache."""
     return len(graph.of_type("Softmax")) + len(graph.of_type("Attention")) - len(graph.fused)
 
 
-def _copied(graph: Graph) -> bool:
-    """Whether an output is a bare copy of the past: what `RemovePastKeyValue` of MNN's converter leaves of it."""
+def _counts(graph: Graph) -> str:
+    return f"{_cached(graph)} attentions with a KV cache, {_uncached(graph)} without"
+
+
+def _outputs_past(graph: Graph) -> bool:
+    """Return whether an output is a copy of the past, which the converter's `RemovePastKeyValue` leaves."""
     past = {index for op in graph.of_type("Input") if op["name"] == PAST for index in op["outputIndexes"]}
     names = graph.content["tensorName"]
     return any(
@@ -46,173 +48,147 @@ def _copied(graph: Graph) -> bool:
 
 
 def _state(graph: Graph) -> str:
-    cached, left = _cached(graph), _open(graph)
-    if PAST in graph.inputs and left:
-        return "not_fused" if cached or _copied(graph) else "not_asked"
-    if left and cached:
-        return "not_fused"
-    return "cut" if left else "fused"
+    """Return "fused", "no_flag" (converted without --transformerFuse), "partial" or "cut"."""
+    cached, uncached = _cached(graph), _uncached(graph)
+    if PAST in graph.inputs and uncached:
+        return "partial" if cached or _outputs_past(graph) else "no_flag"
+    if uncached:
+        return "partial" if cached else "cut"
+    return "fused"
 
 
-def past_key_values_input(model: Model) -> Iterator[Finding]:
-    """Converted without --transformerFuse: the past is an input, every attention a chain of operators."""
-    if _decodes(model) and _state(model.graph) == "not_asked":
-        yield Finding(
-            "past_key_values_input",
-            Severity.ERROR,
-            model.path.name,
-            f"it asks for {PAST}: it was converted without --transformerFuse",
-            f"input {PAST}, {_cached(model.graph)} attentions with a KV cache, {_open(model.graph)} without",
-            f"the engine, which keeps the cache itself, stops with '{PAST} tensor is input but not found'",
-            CURE,
-        )
+def past_key_values_input(model: MnnModel) -> Iterator[Finding]:
+    """Report a decoder converted without --transformerFuse: the past is an input, attentions are operator chains."""
+    if _is_decoder(model) and _state(model.graph) == "no_flag":
+        message = f"the decoder has an input {PAST}: it was converted without --transformerFuse"
+        evidence = f"input {PAST}, {_counts(model.graph)}"
+        effect = f"the engine, which keeps the cache itself, stops with '{PAST} tensor is input but not found'"
+        yield Finding(where=model.path.name, message=message, evidence=evidence, effect=effect, cure=CONVERT)
 
 
-def attention_not_fused(model: Model) -> Iterator[Finding]:
-    """Converted with --transformerFuse, and an attention is not the chain that the converter looks for."""
-    if _decodes(model) and _state(model.graph) == "not_fused":
-        graph = model.graph
-        copied = f", the output of the past is a copy of {PAST}" if _copied(graph) else ""
-        yield Finding(
-            "attention_not_fused",
-            Severity.ERROR,
-            model.path.name,
-            "it was converted with --transformerFuse, but not every attention was fused",
-            f"{_cached(graph)} attentions with a KV cache, {_open(graph)} without{copied}",
-            "the layers without a cache see only the newest token while an answer is written, if the engine loads it",
-            f"{CURE}; 'hf2mnn doctor' on the .onnx file names the attentions that do not match",
-        )
+def attention_not_fused(model: MnnModel) -> Iterator[Finding]:
+    """Report attentions that --transformerFuse did not match."""
+    if _is_decoder(model) and _state(model.graph) == "partial":
+        copied = f", the output of the past is a copy of {PAST}" if _outputs_past(model.graph) else ""
+        message = "the converter fused only some attentions, although it ran with --transformerFuse"
+        evidence = f"{_counts(model.graph)}{copied}"
+        effect = "if the engine loads it, layers without a cache attend only to the newest token during decoding"
+        cure = f"{CONVERT}; 'hf2mnn doctor' on the .onnx file names the attentions that do not match"
+        yield Finding(where=model.path.name, message=message, evidence=evidence, effect=effect, cure=cure)
 
 
-def past_branch_cut(model: Model) -> Iterator[Finding]:
-    """Nothing asks for the past, and nothing keeps it: it was cut out of the graph to silence the engine."""
-    if _decodes(model) and _state(model.graph) == "cut":
-        yield Finding(
-            "past_branch_cut",
-            Severity.ERROR,
-            model.path.name,
-            "its attentions have neither a past nor a KV cache: the past was cut out of the graph",
-            f"no input {PAST}, 0 attentions with a KV cache, {_open(model.graph)} without",
-            "it loads, and each new token is written without a look at those before it",
-            CURE,
-        )
+def past_branch_cut(model: MnnModel) -> Iterator[Finding]:
+    """Report a decoder whose past was removed from the graph, so that the engine does not ask for it."""
+    if _is_decoder(model) and _state(model.graph) == "cut":
+        message = "the attentions have neither a past nor a KV cache: the past was removed from the graph"
+        evidence = f"no input {PAST}, {_counts(model.graph)}"
+        effect = "the engine loads it, and each new token is generated without the tokens before it"
+        yield Finding(where=model.path.name, message=message, evidence=evidence, effect=effect, cure=CONVERT)
 
 
-def fused_count(model: Model) -> Iterator[Finding]:
-    """As many cached attentions as layers, where none is left unfused: `layer_nums`, else the layers in the names."""
+def fused_count(model: MnnModel) -> Iterator[Finding]:
+    """Compare the number of cached attentions with `layer_nums`, or with the layers in the operator names."""
     graph = model.graph
-    if not _decodes(model) or _state(graph) != "fused":
+    if not _is_decoder(model) or _state(graph) != "fused":
         return
-    named = {int(found[1]) for op in graph.of_type("Convolution") for found in [LAYER.search(op["name"])] if found}
-    layers, source = (model.layers, "layer_nums") if model.layers is not None else (len(named), "names of operators")
+    layers, source = (model.layers, "layer_nums") if model.layers is not None else (model.layer_count, "operator names")
     if layers and _cached(graph) != layers:
-        yield Finding(
-            "fused_count",
-            Severity.ERROR,
-            model.path.name,
-            "it has another number of attentions with a KV cache than layers",
-            f"{_cached(graph)} attentions with a KV cache, {layers} layers ({source})",
-            "a layer is missing or has no cache, or the files are of two models: the answers are wrong",
-            CURE,
-        )
+        message = "the number of attentions with a KV cache differs from the number of layers"
+        evidence = f"{_cached(graph)} attentions with a KV cache, {layers} layers ({source})"
+        effect = "wrong output: a layer is missing or has no cache, or the files are of two models"
+        yield Finding(where=model.path.name, message=message, evidence=evidence, effect=effect, cure=CONVERT)
 
 
-# ONNX
+def _is_onnx_decoder(model: OnnxFile) -> bool:
+    names = {value.name for value in [*model.graph.input, *model.graph.output]}
+    return model.part == "decoder" or (not model.part.startswith("vis") and bool(names & {"logits", PAST}))
 
 
-def _is_decoder(patient: OnnxPatient) -> bool:
-    names = {value.name for value in [*patient.model.graph.input, *patient.model.graph.output]}
-    return patient.part == "decoder" or (not patient.part.startswith("vis") and bool(names & {"logits", PAST}))
-
-
-def onnx_without_past(patient: OnnxPatient) -> Iterator[Finding]:
-    """A decoder that was exported without a cache."""
-    inputs = [value.name for value in patient.model.graph.input]
-    if _is_decoder(patient) and not any(name.startswith("past") for name in inputs):
-        yield Finding(
-            "onnx_without_past",
-            Severity.ERROR,
-            patient.path.name,
-            "the decoder has no past to read",
-            f"inputs {', '.join(inputs)}; none begins with 'past'",
-            "it cannot decode with a KV cache, and MNN's converter makes attentions without one of it",
-            "export the checkpoint with 'hf2mnn onnx'",
-        )
+def onnx_without_past(model: OnnxFile) -> Iterator[Finding]:
+    """Report an ONNX decoder that was exported without a KV cache."""
+    inputs = [value.name for value in model.graph.input]
+    if _is_onnx_decoder(model) and not any(name.startswith("past") for name in inputs):
+        message = "the decoder has no past as an input"
+        evidence = f"inputs {', '.join(inputs)}; none begins with 'past'"
+        effect = "it cannot decode with a KV cache, and MNN's converter fuses its attentions without one"
+        cure = "export the checkpoint with 'hf2mnn export'"
+        yield Finding(where=model.path.name, message=message, evidence=evidence, effect=effect, cure=cure)
 
 
 class _Chain:
-    """Walks a graph from an attention's Softmax both ways, as `FuseAttention.cpp` of MNN 3.6.1 does from its end."""
+    """Follows a graph from an attention's Softmax in both directions, as `FuseAttention.cpp` of MNN 3.6.1 does."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
-        self.makers = {name: node for node in graph.node for name in node.output}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        self.producers = {name: node for node in graph.node for name in node.output}
+        self.consumers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
             for name in node.input:
-                self.readers.setdefault(name, []).append(node)
+                self.consumers.setdefault(name, []).append(node)
 
-    def before(self, node: onnx.NodeProto | None, place: int = 0) -> onnx.NodeProto | None:
-        return self.makers.get(node.input[place]) if node is not None and len(node.input) > place else None
+    def before(self, node: onnx.NodeProto | None, position: int = 0) -> onnx.NodeProto | None:
+        """Return the node that computes an input."""
+        return self.producers.get(node.input[position]) if node is not None and len(node.input) > position else None
 
     def after(self, node: onnx.NodeProto | None) -> onnx.NodeProto | None:
-        found = self.readers.get(node.output[0], []) if node is not None else []
-        return found[0] if len(found) == 1 else None
+        """Return the only node that reads the first output."""
+        consumers = self.consumers.get(node.output[0], []) if node is not None else []
+        return consumers[0] if len(consumers) == 1 else None
 
-    def _skip(self, node: onnx.NodeProto | None, kind: str, step: Callable) -> onnx.NodeProto | None:
-        return step(node) if _is(node, kind) else node
+    def _skip_cast(self, node: onnx.NodeProto | None, step: Callable) -> onnx.NodeProto | None:
+        return step(node) if _is(node, "Cast") else node
 
-    def _heads(self, node: onnx.NodeProto | None) -> onnx.NodeProto | None:
-        """Past [Reshape(Expand(Unsqueeze(] of grouped queries."""
+    def _ungrouped(self, node: onnx.NodeProto | None) -> onnx.NodeProto | None:
+        """Skip [Reshape(Expand(Unsqueeze(] of grouped queries."""
         expand = self.before(node) if _is(node, "Reshape") else None
         grouped = self.before(expand) if _is(expand, "Expand") else None
         return self.before(grouped) if _is(grouped, "Unsqueeze") else node
 
-    def broken(self, softmax: onnx.NodeProto) -> str | None:
-        """What is not as it must be; None where the converter fuses it, with a cache."""
-        context = self._skip(self.after(softmax), "Cast", self.after)
+    def mismatch(self, softmax: onnx.NodeProto) -> str | None:
+        """Return the first difference from the chain that the converter fuses with a cache, or None."""
+        context = self._skip_cast(self.after(softmax), self.after)
         if not _is(context, "MatMul"):
-            return "its weights go not straight into a MatMul"
+            return "its softmax output does not feed a MatMul directly"
         if not _is(self.after(context), "Transpose") or not _is(self.after(self.after(context)), "Reshape"):
-            return "its result is not transposed and reshaped"
+            return "its output is not transposed and reshaped"
         masked = self.before(softmax)
         if not _is(masked, "Add", "Where"):
-            return "its scores have no mask added"
-        scaled = self._skip(self.before(masked, 1 if masked.op_type == "Where" else 0), "Cast", self.before)
+            return "no mask is added to its scores"
+        scaled = self._skip_cast(self.before(masked, 1 if masked.op_type == "Where" else 0), self.before)
         if not _is(scaled, "Mul", "Div"):
             return "its scores are not scaled between MatMul and mask"
         scores = self.before(scaled)
         if not _is(scores, "MatMul"):
-            return "its scores are no MatMul"
+            return "its scores are not the output of a MatMul"
         if not _is(self.before(scores), "Transpose"):
             return "its query is not transposed right before the MatMul"
-        for name, found in (("key", self.before(scores, 1)), ("value", self.before(context, 1))):
-            turned = self._heads(found)
-            if not _is(turned, "Transpose"):
+        for name, node in (("key", self.before(scores, 1)), ("value", self.before(context, 1))):
+            transposed = self._ungrouped(node)
+            if not _is(transposed, "Transpose"):
                 return f"its {name} is not transposed right before the heads are repeated"
-            if not _is(self.before(turned), "Concat"):
-                return f"its {name} is not joined with a past"
+            if not _is(self.before(transposed), "Concat"):
+                return f"its {name} is not concatenated with a past"
         return None
 
 
-def _is(node: onnx.NodeProto | None, *kinds: str) -> bool:
-    return node is not None and node.op_type in kinds
+def _is(node: onnx.NodeProto | None, *types: str) -> bool:
+    return node is not None and node.op_type in types
 
 
-def onnx_attention_chain(patient: OnnxPatient) -> Iterator[Finding]:
-    """Attentions of a decoder with a past that MNN's converter will not fuse, by the name of their Softmax."""
-    graph = patient.model.graph
-    inputs = [value.name for value in graph.input]
-    if not _is_decoder(patient) or not any(name.startswith("past") for name in inputs):
+def onnx_attention_chain(model: OnnxFile) -> Iterator[Finding]:
+    """Report attentions of a decoder with a past that MNN's converter will not fuse, by the name of their Softmax."""
+    graph = model.graph
+    if not _is_onnx_decoder(model) or not any(value.name.startswith("past") for value in graph.input):
         return
     chain, softmaxes = _Chain(graph), [node for node in graph.node if node.op_type == "Softmax"]
-    broken = {node.name or node.output[0]: why for node in softmaxes if (why := chain.broken(node))}
-    if broken:
-        first = next(iter(broken))
-        yield Finding(
-            "onnx_attention_chain",
-            Severity.ERROR,
-            f"{patient.path.name}: {first}",
-            "an attention is not the chain of operators that MNN's converter fuses",
-            f"{len(broken)} of {len(softmaxes)}; {first}: {broken[first]}",
-            "ONNX Runtime computes it rightly; the converter prints success and leaves these layers without a KV cache",
-            "export the checkpoint with 'hf2mnn onnx', and let no optimizer change the graph after it",
-        )
+    unmatched = {node.name or node.output[0]: why for node in softmaxes if (why := chain.mismatch(node))}
+    if unmatched:
+        first = next(iter(unmatched))
+        message = "an attention does not match the operator chain that MNN's converter fuses"
+        evidence = f"{len(unmatched)} of {len(softmaxes)}; {first}: {unmatched[first]}"
+        effect = "correct in ONNX Runtime; the converter prints success and leaves these layers without a KV cache"
+        cure = "export the checkpoint with 'hf2mnn export', and do not optimize the graph afterwards"
+        yield Finding(where=f"{model.path.name}: {first}", message=message, evidence=evidence, effect=effect, cure=cure)
+
+
+MODEL_CHECKS = (past_key_values_input, attention_not_fused, past_branch_cut, fused_count)
+ONNX_CHECKS = (onnx_without_past, onnx_attention_chain)

@@ -1,252 +1,178 @@
-"""config.json and llm_config.json: what the engine reads of them (`llmconfig.hpp`, `llm.cpp` and `omni.cpp` of MNN
-3.6.1), and whether it is so.
-"""
+"""Checks of config.json and llm_config.json, as `llmconfig.hpp`, `llm.cpp` and `omni.cpp` of MNN 3.6.1 read them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from hf2mnn.core.errors import BundleError
-from hf2mnn.core.untrusted import read_json
-from hf2mnn.doctor.decoder import decoder_sizes
-from hf2mnn.doctor.finding import Finding, Severity
-from hf2mnn.doctor.patient import DEFAULTS, Bundle
+from hf2mnn.doctor.artifacts import SETTING_VALUES, Bundle
+from hf2mnn.doctor.findings import Finding, Severity
 from hf2mnn.mnn.bundle import CONFIG, TOKENIZER
-from hf2mnn.mnn.paths import BASE, leading_out
+from hf2mnn.mnn.bundle_config import outside_paths
+from hf2mnn.mnn.engine_facts import BASE_DIR, MODEL_DEFAULTS
 from hf2mnn.quant.embedding import embedding_in_weights
 
-BACKENDS = ("cpu", "metal", "cuda", "opencl", "opengl", "vulkan", "hexagon", "npu", "auto")
-LEVELS = ("low", "normal", "high")
-SAMPLERS = ("greedy", "temperature", "topK", "topP", "minP", "min_p", "tfs", "typical", "penalty", "mixed")
-SETTINGS = {
-    "backend_type": (BACKENDS, "it takes whichever backend it finds"),
-    "precision": (LEVELS, "it takes it for 'normal'"),
-    "memory": (LEVELS, "it takes it for 'normal'"),
-    "power": (LEVELS, "it takes it for 'normal'"),
-    "sampler_type": (SAMPLERS, "it samples by defaults of its own"),
+FALLBACKS = {"backend_type": "the engine uses any backend that it has", "sampler_type": "the engine uses its defaults"}
+FALLBACK = "the engine uses 'normal'"
+MLLM = ("backend_type", "precision", "memory", "power")
+"""Settings of the vision tower, under "mllm"."""
+UNREADABLE_CONFIG = {
+    True: "tokenizer.txt, no vision, precision low",
+    False: "hidden size 4096, int masks, no vision; it crashes or its output is wrong",
 }
-"""Values that the engine knows, and what it does with any other, without a word."""
-FOR_BOTH = ("backend_type", "precision", "memory", "power")
-"""Settings that "mllm" has for the vision tower."""
-
-
-def place(bundle: Bundle, key: str) -> str:
-    """The file in which a key stands, or should, and the key."""
-    own = key in bundle.runtime or key in DEFAULTS or key in SETTINGS
-    return f"{CONFIG if own else bundle.file('llm_config').name}: {key}"
-
-
-def _unreadable(path: Path) -> str | None:
-    try:
-        found = read_json(path)
-    except FileNotFoundError:
-        return "it is not there"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None if isinstance(found, dict) else f"it holds no object but {type(found).__name__}"
-
-
-def _whole(bundle: Bundle) -> bool:
-    """Whether there are settings to be judged; without one of the files all are the engine's defaults."""
-    return not any(map(_unreadable, (bundle.folder / CONFIG, bundle.file("llm_config"))))
+"""Defaults without config.json (True) or llm_config.json (False)."""
+SIZE_KEYS = {
+    "hidden_size": (
+        Severity.ERROR,
+        "the engine reads embeddings of the wrong length: it crashes or its output is wrong",
+    ),
+    "layer_nums": (Severity.WARNING, "correct output; a prefix cache in files is read into other layers"),
+    "key_value_shape": (Severity.ADVICE, "none with MNN 3.6, which does not read it; others allocate a wrong cache"),
+}
+"""Severity and effect of sizes that differ from the graph."""
 
 
 def config_unreadable(bundle: Bundle) -> Iterator[Finding]:
-    for path, effect in (
-        (bundle.folder / CONFIG, "the engine goes by its defaults: another tokenizer file, no vision, precision low"),
-        (
-            bundle.file("llm_config"),
-            "the engine says that it has loaded, with a hidden size of 4096, integer masks and no vision: it crashes or"
-            " answers nonsense",
-        ),
-    ):
-        if reason := _unreadable(path):
-            yield Finding(
-                "config_unreadable",
-                Severity.ERROR,
-                path.name,
-                f"{path.name} cannot be read as a JSON object",
-                reason,
-                effect,
-                "copy it from where the bundle comes from, or convert the checkpoint again",
-            )
+    """Report a configuration file that is missing or not a JSON object."""
+    for path, error in bundle.config_errors.items():
+        message = f"{path.name} is missing or not a JSON object"
+        evidence = str(error)
+        effect = f"the engine uses its defaults without an error: {UNREADABLE_CONFIG[path.name == CONFIG]}"
+        cure = "copy the file again, or convert the checkpoint again"
+        yield Finding(where=path.name, message=message, evidence=evidence, effect=effect, cure=cure)
 
 
 def path_outside(bundle: Bundle) -> Iterator[Finding]:
-    for key, named, why in leading_out(bundle.folder, bundle.model):
-        yield Finding(
-            "path_outside",
-            Severity.ERROR,
-            place(bundle, key),
-            f"{key} does not name a file in the bundle's own folder",
-            f"{str(named)[:200]!r}: {why}",
-            "the engine opens whatever lies there: another model's file, or none",
-            f"put the file into {bundle.folder} and write its bare name" + (" (or leave base_dir out)" * (key == BASE)),
+    """Report keys that name a file outside the bundle."""
+    for key, value, reason in outside_paths(bundle.folder, bundle.model):
+        message = f"{key} names a path outside the bundle"
+        evidence = f"{str(value)[:200]!r}: {reason}"
+        effect = "the engine opens a file of another model, or none"
+        cure = (
+            f"copy the file into {bundle.folder} and set {key} to its bare name{', or remove it' * (key == BASE_DIR)}"
         )
+        yield Finding(where=bundle.locate(key), message=message, evidence=evidence, effect=effect, cure=cure)
 
 
-def _asked_files(bundle: Bundle) -> dict[str, str]:
-    """Keys of the files that the engine opens, and what happens without one; weight files, and vision, have checks of
-    their own.
-    """
-    inside = True
-    asked = {
+def _required_files(bundle: Bundle) -> dict[str, str]:
+    """Return the keys of required files, and the effect without each; weights and vision have their own checks."""
+    in_weights = True
+    effects = {
         "llm_model": "the engine does not load the bundle",
-        "tokenizer_file": "the engine does not load the bundle: it says 'tokenizer file not found'",
+        "tokenizer_file": "the engine does not load the bundle: it prints 'tokenizer file not found'",
     }
-    with suppress(BundleError):  # checks.embedding says that it does not say where the embedding is
-        inside = embedding_in_weights(bundle.model)
-    if not inside:
-        asked["embedding_file"] = "the engine says that it has loaded, and every token has the same embedding: nonsense"
-    return asked
+    with suppress(BundleError):  # reported by tied_embedding
+        in_weights = embedding_in_weights(bundle.model)
+    if not in_weights:
+        effects["embedding_file"] = "the engine loads the bundle, and all tokens have the same embedding: wrong output"
+    return effects
 
 
 def file_missing(bundle: Bundle) -> Iterator[Finding]:
-    led_out = {key for key, *_ in leading_out(bundle.folder, bundle.model)}
-    for key, effect in _asked_files(bundle).items():
+    """Report a missing file that config.json names, or that the engine opens by default."""
+    outside = {key for key, *_ in outside_paths(bundle.folder, bundle.model)}
+    for key, effect in _required_files(bundle).items():
         path = bundle.file(key)
-        if path.is_file() or not _whole(bundle) or key in led_out:
+        if path.is_file() or bundle.config_errors or key in outside:
             continue
         cure = "copy it into the bundle, or convert the checkpoint again"
         if key == "tokenizer_file" and (bundle.folder / TOKENIZER).is_file():
-            cure = f'write "tokenizer_file": "{TOKENIZER}" into {CONFIG}: that file is there'
-        how = "names" if key in bundle.model else "does not say where it is, and the engine's default is"
-        yield Finding(
-            "file_missing",
-            Severity.ERROR,
-            place(bundle, key),
-            f"a file that the bundle needs is not there: {path.name}",
-            f"{CONFIG} {how} {path.name}",
-            effect,
-            cure,
-        )
+            cure = f'set "tokenizer_file": "{TOKENIZER}" in {CONFIG}: that file exists'
+        source = "names" if key in bundle.model else f"has no {key}, and the engine's default is"
+        message = f"a required file is missing: {path.name}"
+        evidence = f"{CONFIG} {source} {path.name}"
+        yield Finding(where=bundle.locate(key), message=message, evidence=evidence, effect=effect, cure=cure)
 
 
 def vision_missing(bundle: Bundle) -> Iterator[Finding]:
+    """Report a configuration and a vision tower of which only one exists."""
     visual, path = bundle.model.get("is_visual") is True, bundle.file("visual_model")
-    if not _whole(bundle):
+    if bundle.config_errors:
         return
     if visual and not path.is_file():
-        yield Finding(
-            "vision_missing",
-            Severity.ERROR,
-            place(bundle, "is_visual"),
-            "the config says that the model sees, but there is no vision tower",
-            f"is_visual is true, {path.name} is not there",
-            "the engine does not load the bundle, or crashes at the first image",
-            "convert the vision tower too ('hf2mnn mnn' does), or copy it with its weight file",
-        )
+        message = "the configuration declares a vision tower that is missing"
+        evidence = f"is_visual is true, {path.name} is missing"
+        effect = "the engine does not load the bundle, or crashes at the first image"
+        cure = "convert the vision tower ('hf2mnn convert' does), or copy it with its weight file"
+        yield Finding(where=bundle.locate("is_visual"), message=message, evidence=evidence, effect=effect, cure=cure)
     if not visual and path.is_file():
-        yield Finding(
-            "vision_missing",
-            Severity.ERROR,
-            place(bundle, "is_visual"),
-            "there is a vision tower, but the config does not say that the model sees",
-            f"{path.name} is there, is_visual is {json.dumps(bundle.model.get('is_visual'))}",
-            "images are ignored: the model answers as if it had seen none",
-            f'write "is_visual": true into {bundle.file("llm_config").name}, with image_mean, image_norm and the ids',
-        )
+        message = "there is a vision tower, but the configuration does not declare it"
+        evidence = f"{path.name} exists, is_visual is {json.dumps(bundle.model.get('is_visual'))}"
+        effect = "the engine ignores images"
+        cure = f'set "is_visual": true in {bundle.file("llm_config").name}, with image_mean, image_norm and the ids'
+        yield Finding(where=bundle.locate("is_visual"), message=message, evidence=evidence, effect=effect, cure=cure)
 
 
 def attention_mask(bundle: Bundle) -> Iterator[Finding]:
-    sizes, given = decoder_sizes(bundle), bundle.model.get("attention_mask", "int")
-    if _whole(bundle) and sizes and sizes.mask and (given == "float") != (sizes.mask == "DT_FLOAT"):
-        wanted = "float" if sizes.mask == "DT_FLOAT" else "int"
+    """Compare the data type of the attention mask with the graph's input."""
+    shape, given = bundle.decoder_shape, (MODEL_DEFAULTS | bundle.model)["attention_mask"]
+    if not bundle.config_errors and shape and shape.mask and (given == "float") != (shape.mask == "DT_FLOAT"):
+        expected = "float" if shape.mask == "DT_FLOAT" else "int"
+        default = "" if "attention_mask" in bundle.model else " (the default)"
         yield Finding(
-            "attention_mask",
-            Severity.ERROR,
-            place(bundle, "attention_mask"),
-            f"the engine makes an attention mask of {'floats' if given == 'float' else 'integers'}, the graph reads"
-            f" {'floats' if wanted == 'float' else 'integers'}",
-            f"attention_mask is {given!r}{'' if 'attention_mask' in bundle.model else ' (the default)'}, the graph's"
-            f" input is {sizes.mask}",
-            "it runs, and the logits are wrong: tokens see what comes after them, or not what came before",
-            f'write "attention_mask": "{wanted}" into {bundle.file("llm_config").name}',
+            where=bundle.locate("attention_mask"),
+            message=f"the graph reads an attention mask of {expected}, and the engine feeds another type",
+            evidence=f"attention_mask is {given!r}{default}, the graph's input is {shape.mask}",
+            effect="wrong logits without an error: tokens attend to later tokens, or not to earlier ones",
+            cure=f'set "attention_mask": "{expected}" in {bundle.file("llm_config").name}',
         )
 
 
 def config_differs(bundle: Bundle) -> Iterator[Finding]:
-    sizes, model = decoder_sizes(bundle), bundle.model
-    if sizes is None or not _whole(bundle):
+    """Compare hidden_size, layer_nums and key_value_shape with the graph."""
+    shape, model = bundle.decoder_shape, MODEL_DEFAULTS | bundle.model
+    if shape is None or bundle.config_errors:
         return
-    shape = model.get("key_value_shape") or []
-    width = shape[-1] * shape[-2] if len(shape) >= 2 and all(isinstance(side, int) for side in shape) else sizes.keys
-    for key, given, right, severity, effect in (
-        (
-            "hidden_size",
-            model.get("hidden_size", 4096),
-            sizes.hidden,
-            Severity.ERROR,
-            "the engine reads embeddings of the wrong length: it crashes, or every token is read as others",
-        ),
-        (
-            "layer_nums",
-            model.get("layer_nums", 32),
-            sizes.layers,
-            Severity.WARNING,
-            "answers are right; a prefix cache that the engine keeps in files is read into other layers",
-        ),
-        (
-            "key_value_shape",
-            width,
-            sizes.keys,
-            Severity.ADVICE,
-            "none with MNN 3.6, which does not read it; engines that do make a cache of the wrong size",
-        ),
-    ):
-        if right and given != right:
+    cache = model.get("key_value_shape") or []
+    keys = cache[-1] * cache[-2] if len(cache) >= 2 and all(isinstance(size, int) for size in cache) else shape.keys
+    given = {"hidden_size": model["hidden_size"], "layer_nums": model["layer_nums"], "key_value_shape": keys}
+    expected = {"hidden_size": shape.hidden, "layer_nums": shape.layers, "key_value_shape": shape.keys}
+    for key, (severity, effect) in SIZE_KEYS.items():
+        if expected[key] and given[key] != expected[key]:
             yield Finding(
-                "config_differs",
-                severity,
-                place(bundle, key),
-                f"{key} is not the graph's",
-                f"the config says {json.dumps(model.get(key, given))}, the graph has {right}",
-                effect,
-                f"write what the graph has into {bundle.file('llm_config').name}; if other keys are wrong too, the file"
-                " is another model's",
+                severity=severity,
+                where=bundle.locate(key),
+                message=f"{key} differs from the graph",
+                evidence=f"the configuration has {json.dumps(model.get(key))}, the graph has {expected[key]}",
+                effect=effect,
+                cure=f"set the graph's value in {bundle.file('llm_config').name}, unless it is another model's file",
             )
 
 
 def mrope(bundle: Bundle) -> Iterator[Finding]:
-    sizes, given = decoder_sizes(bundle), bundle.model.get("is_mrope", False)
-    if _whole(bundle) and sizes and sizes.positions in (1, 3) and bool(given) != (sizes.positions == 3):
-        yield Finding(
-            "mrope",
-            Severity.ERROR,
-            place(bundle, "is_mrope"),
-            f"the graph reads {sizes.positions} row(s) of positions, the engine makes {3 if given else 1}",
-            f"is_mrope is {json.dumps(given)}, position_ids is [{sizes.positions}, tokens]",
-            "positions are read past their end, or only their first row: it crashes, or the answers are wrong",
-            f'write "is_mrope": {json.dumps(sizes.positions == 3)} into {bundle.file("llm_config").name}',
-        )
+    """Compare is_mrope with the rows of the graph's position ids."""
+    shape, given = bundle.decoder_shape, (MODEL_DEFAULTS | bundle.model)["is_mrope"]
+    if not bundle.config_errors and shape and shape.positions in (1, 3) and bool(given) != (shape.positions == 3):
+        message = f"the graph reads {shape.positions} row(s) of position ids, the engine feeds {3 if given else 1}"
+        evidence = f"is_mrope is {json.dumps(given)}, position_ids is [{shape.positions}, tokens]"
+        effect = "the engine crashes or its output is wrong: it reads past the end of the positions, or one row only"
+        cure = f'set "is_mrope": {json.dumps(shape.positions == 3)} in {bundle.file("llm_config").name}'
+        yield Finding(where=bundle.locate("is_mrope"), message=message, evidence=evidence, effect=effect, cure=cure)
 
 
 def _settings(bundle: Bundle) -> Iterator[tuple[str, str, Any]]:
-    """Where a setting stands, its name and its value."""
-    own = bundle.model.get("mllm")
-    for key in SETTINGS:
+    """Yield the location, name and value of run-time settings."""
+    vision = bundle.model.get("mllm")
+    for key in SETTING_VALUES:
         if key in bundle.model:
-            yield place(bundle, key), key, bundle.model[key]
-        if key in FOR_BOTH and isinstance(own, dict) and key in own:
-            yield f"{CONFIG}: mllm.{key}", key, own[key]
+            yield bundle.locate(key), key, bundle.model[key]
+        if key in MLLM and isinstance(vision, dict) and key in vision:
+            yield f"{CONFIG}: mllm.{key}", key, vision[key]
 
 
 def setting_unknown(bundle: Bundle) -> Iterator[Finding]:
+    """Report run-time settings with a value that the engine does not know."""
     for where, key, value in _settings(bundle):
-        known, instead = SETTINGS[key]
-        if value not in known:
+        if value not in SETTING_VALUES[key]:
+            message = f"the engine does not know this value of {key}"
+            evidence = f"{json.dumps(value)}; it knows {', '.join(SETTING_VALUES[key])}"
+            effect = f"{FALLBACKS.get(key, FALLBACK)} without an error"
+            cure = f"set one of these values in {where.partition(':')[0]}"
             yield Finding(
-                "setting_unknown",
-                Severity.WARNING,
-                where,
-                f"the engine knows no {key} of this value",
-                f"{json.dumps(value)}; it knows {', '.join(known)}",
-                f"{instead}, and says nothing",
-                f"write one of them into {where.partition(':')[0]}",
+                severity=Severity.WARNING, where=where, message=message, evidence=evidence, effect=effect, cure=cure
             )
 
 

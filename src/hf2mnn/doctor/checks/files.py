@@ -1,129 +1,107 @@
-"""The weight file beside a graph, and the files that a manifest vouches for."""
+"""Checks of the weight file of a graph, and of the files in a manifest."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from hf2mnn.checkpoint.folder import is_lfs_pointer
 from hf2mnn.core.errors import Hf2mnnError
-from hf2mnn.core.verify import changed
-from hf2mnn.doctor.checks.graph import FETCH, is_pointer
-from hf2mnn.doctor.finding import Finding, Severity
-from hf2mnn.doctor.patient import Bundle, Model
+from hf2mnn.core.verify import file_damage
+from hf2mnn.doctor.artifacts import Bundle, MnnModel
+from hf2mnn.doctor.checks.graph import GIT_LFS_PULL
+from hf2mnn.doctor.findings import Finding, Severity
 from hf2mnn.mnn.graph import LINEAR
 
-GARBAGE = "the engine says that it has loaded it, and answers finite garbage (about -3.4e38)"
-REMAKE = "copy or download the file again, or make the bundle again with 'hf2mnn quantize'"
+GARBAGE = "the engine loads the model without an error, and its logits are finite garbage (about -3.4e38)"
+COPY_AGAIN = "copy or download the file again, or run 'hf2mnn quantize' again"
 
 
-def weight_file_missing(model: Model) -> Iterator[Finding]:
+def weight_file_missing(model: MnnModel) -> Iterator[Finding]:
+    """Report a missing weight file."""
     size = model.graph.external_size()
     if size and not model.weights.is_file():
-        yield Finding(
-            "weight_file_missing",
-            Severity.ERROR,
-            model.weights.name,
-            f"the weights of {model.path.name} are not there",
-            f"the graph reads {size:,} bytes of it",
-            GARBAGE,
-            REMAKE,
-        )
+        message = f"the weight file of {model.path.name} is missing"
+        evidence = f"the graph reads {size:,} bytes of it"
+        yield Finding(where=model.weights.name, message=message, evidence=evidence, effect=GARBAGE, cure=COPY_AGAIN)
 
 
-def weight_file_pointer(model: Model) -> Iterator[Finding]:
-    if model.graph.external_size() and model.weights.is_file() and is_pointer(model.weights):
-        yield Finding(
-            "weight_file_pointer",
-            Severity.ERROR,
-            model.weights.name,
-            "it is a Git LFS pointer, not the weights",
-            f"{model.weights.stat().st_size} bytes that begin with 'version https://git-lfs'",
-            GARBAGE,
-            FETCH,
-        )
+def weight_file_pointer(model: MnnModel) -> Iterator[Finding]:
+    """Report a Git LFS pointer in place of the weight file."""
+    if model.graph.external_size() and model.weights.is_file() and is_lfs_pointer(model.weights):
+        message = "the weight file is a Git LFS pointer"
+        evidence = f"{model.weights.stat().st_size} bytes that begin with 'version https://git-lfs'"
+        yield Finding(where=model.weights.name, message=message, evidence=evidence, effect=GARBAGE, cure=GIT_LFS_PULL)
 
 
-def _cut(model: Model) -> bool:
+def _truncated(model: MnnModel) -> bool:
     return model.weights.is_file() and model.weights.stat().st_size < model.graph.external_size()
 
 
-def weight_file_truncated(model: Model) -> Iterator[Finding]:
-    if _cut(model) and not is_pointer(model.weights):
+def weight_file_truncated(model: MnnModel) -> Iterator[Finding]:
+    """Report a weight file with fewer bytes than the graph reads."""
+    if _truncated(model) and not is_lfs_pointer(model.weights):
         size, ends = model.weights.stat().st_size, model.graph.external_ends()
         beyond = [name.removesuffix(LINEAR) for name, end in sorted(ends.items(), key=lambda e: e[1]) if end > size]
-        yield Finding(
-            "weight_file_truncated",
-            Severity.ERROR,
-            model.weights.name,
-            "it was cut short",
-            f"{size:,} of {max(ends.values()):,} bytes; {len(beyond)} of {len(ends)} operators are not whole, the first"
-            f" is {beyond[0]}",
-            GARBAGE,
-            REMAKE,
+        message = "the weight file is truncated"
+        evidence = (
+            f"{size:,} of {max(ends.values()):,} bytes; {len(beyond)} operators are incomplete, first {beyond[0]}"
         )
+        yield Finding(where=model.weights.name, message=message, evidence=evidence, effect=GARBAGE, cure=COPY_AGAIN)
 
 
-def weight_file_longer(model: Model) -> Iterator[Finding]:
-    """Nothing writes a byte that the graph does not read, so it was written for another graph."""
+def weight_file_longer(model: MnnModel) -> Iterator[Finding]:
+    """Report a weight file with more bytes than the graph reads: it was written for another graph."""
     size, read = model.weights.stat().st_size, model.graph.external_size()
     if read and size > read and not model.foreign:
         yield Finding(
-            "weight_file_longer",
-            Severity.WARNING,
-            model.weights.name,
-            f"it has more bytes than {model.path.name} reads: it may be another model's",
-            f"{size:,} bytes, {read:,} are read",
-            "if it is another's, every answer is nonsense; floating-point weights do not say whose they are",
-            "put graph and weight file of one conversion together; with --checkpoint the weights are compared",
+            severity=Severity.WARNING,
+            where=model.weights.name,
+            message=f"the weight file has more bytes than {model.path.name} reads: it may be another model's",
+            evidence=f"{size:,} bytes, the graph reads {read:,}",
+            effect="if it is another model's, all output is wrong; floating-point weights have no header to tell",
+            cure="use graph and weight file of one conversion; with --checkpoint the weights are compared",
         )
 
 
-def weights_absent(model: Model) -> Iterator[Finding]:
-    """A bundle with a graph of the `mnn` stage in it."""
+def weights_absent(model: MnnModel) -> Iterator[Finding]:
+    """Report a graph of the convert stage in a bundle."""
     linear = [op for op in model.graph.of_type("Convolution") if op["main"].get("external")]
     empty = [op for op in linear if not sum(op["main"]["external"][1:2] + op["main"]["external"][4:])]
-    if model.whole and empty:
-        yield Finding(
-            "weights_absent",
-            Severity.ERROR,
-            model.path.name,
-            "linear layers have no weights",
-            f"{len(empty)} of {len(linear)}, the first is {empty[0]['name'].removesuffix(LINEAR)}",
-            GARBAGE,
-            "this is a graph of the mnn stage; 'hf2mnn quantize' makes a bundle of it",
-        )
-
-
-def _settings(name: str) -> bool:
-    return PurePosixPath(name).suffix in (".json", ".csv")
+    if model.complete and empty:
+        message = "linear layers have no weights"
+        evidence = f"{len(empty)} of {len(linear)}, the first is {empty[0]['name'].removesuffix(LINEAR)}"
+        cure = "run 'hf2mnn quantize': the graph is that of the convert stage"
+        yield Finding(where=model.path.name, message=message, evidence=evidence, effect=GARBAGE, cure=cure)
 
 
 def file_changed(bundle: Bundle) -> Iterator[Finding]:
-    """Every file that manifest.json vouches for, byte by byte; a weight file that is not whole has its own check."""
+    """Compare every file with its sha256 in manifest.json, except weight files that other checks report."""
     if bundle.manifest is None:
         return
-    broken = [m.weights for m in bundle.models.values() if not m.weights.is_file() or _is_cut(m)]
+    reported = [m.weights for m in bundle.models.values() if not m.weights.is_file() or _known_truncated(m)]
     for name, expected in sorted(bundle.manifest.outputs.items()):
         path = bundle.folder / name
-        if path in broken:
-            continue
-        if change := changed(path, expected):
+        if path not in reported and (damage := file_damage(path, expected)):
+            settings = PurePosixPath(name).suffix in (".json", ".csv")
             yield Finding(
-                "file_changed",
-                Severity.WARNING if _settings(name) else Severity.ERROR,
-                name,
-                "it is not the file that was made",
-                f"it {change} (manifest.json)",
-                "settings were edited since: what was measured of the bundle need not hold, and hf2mnn refuses it"
-                if _settings(name)
-                else "one wrong byte can be one wrong weight or every wrong answer",
-                REMAKE,
+                severity=Severity.WARNING if settings else Severity.ERROR,
+                where=name,
+                message="the file differs from the manifest",
+                evidence=f"it {damage} (manifest.json)",
+                effect="measurements of the bundle may not hold for these settings, and hf2mnn refuses the bundle"
+                if settings
+                else "from one wrong weight to wrong output throughout",
+                cure=COPY_AGAIN,
             )
 
 
-def _is_cut(model: Model) -> bool:
-    """Nothing can be said where the graph is no graph."""
+def _known_truncated(model: MnnModel) -> bool:
+    """Return False where the graph cannot be read."""
     try:
-        return _cut(model)
+        return _truncated(model)
     except Hf2mnnError:
         return False
+
+
+MODEL_CHECKS = (weight_file_missing, weight_file_pointer, weight_file_truncated, weight_file_longer, weights_absent)

@@ -1,7 +1,7 @@
-"""Gamma and beta of normalizations, and whether two operators read the same bytes.
+"""Checks of gamma and beta of normalizations, and of byte ranges that operators share.
 
-MNN's own re-quantization (a .mnn file to another) writes a new weight file and leaves `external` of every LayerNorm
-where the old file had it.
+MNN's own re-quantization (from a .mnn file to another) writes a new weight file and keeps the `external` offsets of
+every LayerNorm from the old one.
 """
 
 from __future__ import annotations
@@ -10,117 +10,108 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hf2mnn.doctor.checks.graph import AGAIN
-from hf2mnn.doctor.finding import Finding, Severity
-from hf2mnn.doctor.patient import Model, external
+from hf2mnn.doctor.artifacts import MnnModel, external_operators
+from hf2mnn.doctor.checks.graph import CONVERT_AGAIN
+from hf2mnn.doctor.findings import Finding, Severity
 
-LARGEST, TINY = 1e4, 1e-20
-"""Beyond these no gamma or beta of a trained model is, but nearly every number that other bytes make as float32."""
-STRANGE = 0.02
-"""Share of numbers beyond, from which on bytes are taken for others."""
-WRONG = "what follows is multiplied by other numbers than in the checkpoint: the answers are nonsense"
+MAXIMUM, MINIMUM = 1e4, 1e-20
+"""Range of gamma and beta in trained models; nearly all other bytes, read as float32, are outside."""
+IMPLAUSIBLE = 0.02
+"""Fraction of values outside the range from which bytes do not count as gamma or beta."""
+EFFECT = "wrong output: values are scaled by other numbers than in the checkpoint"
 
 
-def _overlaps(model: Model) -> list[tuple[str, str, set[str]]]:
-    """Pairs of operators of which one reads bytes that the other reads, and not exactly the same; with their types."""
-    found, last = [], None
-    ranges = ((op["main"]["external"], op) for op in external(model.graph))
-    for begin, end, op in sorted(((at[0], at[0] + sum(at[1:]), op) for at, op in ranges), key=lambda one: one[:2]):
+def _overlaps(model: MnnModel) -> list[tuple[str, str, set[str]]]:
+    """Return names and types of pairs of operators whose byte ranges overlap without being equal."""
+    overlaps, last = [], None
+    ranges = ((op["main"]["external"], op) for op in external_operators(model.graph))
+    ordered = sorted(((e[0], e[0] + sum(e[1:]), op) for e, op in ranges), key=lambda entry: entry[:2])
+    for begin, end, op in ordered:
         if begin == end:
             continue
         if last and begin < last[1] and (begin, end) != last[:2]:
-            found.append((op["name"], last[2]["name"], {op["type"], last[2]["type"]}))
+            overlaps.append((op["name"], last[2]["name"], {op["type"], last[2]["type"]}))
         if last is None or end > last[1]:
             last = begin, end, op
-    return found
+    return overlaps
 
 
-def norm_stale(model: Model) -> Iterator[Finding]:
-    """A LayerNorm that points into another operator's bytes, or at bytes that make no gamma."""
-    overlaps = [f"{one} reads bytes of {other}" for one, other, types in _overlaps(model) if "LayerNorm" in types]
-    strange = [] if overlaps or model.foreign else [f"{name}: {why}" for name, why in _strange(model)]
-    count = len(model.graph.of_type("LayerNorm")) + len(list(model.graph.rotary_norms))
-    if overlaps or strange:
-        yield Finding(
-            "norm_stale",
-            Severity.ERROR,
-            model.path.name,
-            "a normalization reads its gamma and beta from the wrong place",
-            f"{len(overlaps or strange)} of {count}: {(overlaps or strange)[0]}",
-            WRONG,
-            f"{AGAIN}; MNN's converter leaves these offsets behind when it re-quantizes a .mnn file",
-        )
+def norm_stale(model: MnnModel) -> Iterator[Finding]:
+    """Report a LayerNorm whose offset points into another operator, or at bytes that are not gamma and beta."""
+    problems = [f"{name} reads bytes of {other}" for name, other, types in _overlaps(model) if "LayerNorm" in types]
+    if not problems and not model.foreign:
+        problems = [f"{name}: {reason}" for name, reason in _implausible(model)]
+    if problems:
+        count = len(model.graph.of_type("LayerNorm")) + len(list(model.graph.rotary_norms))
+        message = "a normalization reads gamma and beta from a wrong offset"
+        evidence = f"{len(problems)} of {count}: {problems[0]}"
+        cure = f"{CONVERT_AGAIN}; MNN's converter keeps stale offsets when it re-quantizes a .mnn file"
+        yield Finding(where=model.path.name, message=message, evidence=evidence, effect=EFFECT, cure=cure)
 
 
-def weights_overlap(model: Model) -> Iterator[Finding]:
-    """The same between linear layers: a graph put together with offsets of another."""
-    overlaps = [(one, other) for one, other, types in _overlaps(model) if "LayerNorm" not in types]
+def weights_overlap(model: MnnModel) -> Iterator[Finding]:
+    """Report linear layers with overlapping byte ranges: a graph with the offsets of another."""
+    overlaps = [(name, other) for name, other, types in _overlaps(model) if "LayerNorm" not in types]
     if overlaps:
-        yield Finding(
-            "weights_overlap",
-            Severity.ERROR,
-            model.path.name,
-            "two operators read parts of each other's weights",
-            f"{len(overlaps)} pairs, the first is {overlaps[0][0]} and {overlaps[0][1]}",
-            "at least one of them has weights that are not its own: the answers are nonsense",
-            AGAIN,
-        )
+        message = "the weights of two operators overlap"
+        evidence = f"{len(overlaps)} pairs, the first is {overlaps[0][0]} and {overlaps[0][1]}"
+        effect = "wrong output: at least one of them reads weights of another"
+        yield Finding(where=model.path.name, message=message, evidence=evidence, effect=effect, cure=CONVERT_AGAIN)
 
 
-def _parameters(model: Model) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Name, gamma and beta of every normalization that reads them from the weight file, and of those that are a part of
-    a rotation, which reads them from the graph alone.
-    """
+def _parameters(model: MnnModel) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield name, gamma and beta of normalizations with external weights and of those inside a RoPE operator."""
     for op in model.graph.of_type("LayerNorm"):
-        if place := op["main"].get("external"):
-            sizes = [size // 4 * 4 for size in place[1:3]]
-            values = np.frombuffer(model.file.raw(place[0], sum(sizes)), np.float32)
+        if external := op["main"].get("external"):
+            sizes = [size // 4 * 4 for size in external[1:3]]
+            values = np.frombuffer(model.weight_file.raw(external[0], sum(sizes)), np.float32)
             yield op["name"], values[: sizes[0] // 4], values[sizes[0] // 4 :]
     for name, norm in model.graph.rotary_norms:
         yield name, *(np.array(norm.get(key, []), np.float32) for key in ("gamma", "beta"))
 
 
-def _strange(model: Model) -> Iterator[tuple[str, str]]:
+def _implausible(model: MnnModel) -> Iterator[tuple[str, str]]:
     rotary = dict(model.graph.rotary_norms)
     for name, gamma, beta in _parameters(model):
         values = np.abs(np.concatenate([gamma, beta]))
         if not values.size:
             if name in rotary:
-                yield name, "the graph holds no gamma for it, and the engine leaves it out"
+                yield name, "the graph holds no gamma for it, and the engine skips it"
             continue
-        beyond = ~(values <= LARGEST) | ((values < TINY) & (values > 0))
-        if beyond.mean() > STRANGE or not np.isfinite(values).all():
-            yield name, f"{beyond.sum()} of {values.size} numbers are NaN, over {LARGEST:g} or below {TINY:g}"
+        outside = ~(values <= MAXIMUM) | ((values < MINIMUM) & (values > 0))
+        if outside.mean() > IMPLAUSIBLE or not np.isfinite(values).all():
+            yield name, f"{outside.sum()} of {values.size} values are NaN, over {MAXIMUM:g} or below {MINIMUM:g}"
 
 
-def norm_zero(model: Model) -> Iterator[Finding]:
-    """Gamma all zero, or beta all zero where other normalizations of the graph have one."""
-    gammas, betas, some = [], [], False
+def norm_zero(model: MnnModel) -> Iterator[Finding]:
+    """Report a gamma of zeros, or a beta of zeros where other normalizations of the graph have one."""
+    gammas, betas, has_beta = [], [], False
     rotary = dict(model.graph.rotary_norms)
     rms = {op["name"] for op in model.graph.of_type("LayerNorm") if op["main"].get("useRMSNorm")} | set(rotary)
     for name, gamma, beta in _parameters(model):
         if gamma.size and not gamma.any():
             gammas.append(name)
         elif name not in rms and beta.size:
-            some |= bool(beta.any())
+            has_beta |= bool(beta.any())
             betas += [] if beta.any() else [name]
-    if gammas:
-        yield Finding(
-            "norm_zero",
-            Severity.ERROR,
-            f"{(model.path if gammas[0] in rotary else model.weights).name}: {gammas[0]}",
-            "the gamma of a normalization is zero",
-            f"{len(gammas)}: {', '.join(gammas[:3])}",
-            "nothing of what the layer reads comes through",
-            AGAIN,
-        )
-    if betas and some:
-        yield Finding(
-            "norm_zero",
+    for names, severity, message, effect in (
+        (gammas, Severity.ERROR, "gamma of a normalization is zero", "wrong output: the normalization returns zeros"),
+        (
+            betas if has_beta else [],
             Severity.WARNING,
-            f"{model.weights.name}: {betas[0]}",
-            "the beta of a normalization is zero, where others of the graph have one",
-            f"{len(betas)}: {', '.join(betas[:3])}",
-            WRONG,
-            AGAIN,
-        )
+            "beta of a normalization is zero, and others are not",
+            EFFECT,
+        ),
+    ):
+        if names:
+            yield Finding(
+                severity=severity,
+                where=f"{(model.path if names[0] in rotary else model.weights).name}: {names[0]}",
+                message=message,
+                evidence=f"{len(names)}: {', '.join(names[:3])}",
+                effect=effect,
+                cure=CONVERT_AGAIN,
+            )
+
+
+MODEL_CHECKS = (norm_stale, norm_zero, weights_overlap)

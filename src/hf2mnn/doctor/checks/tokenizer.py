@@ -1,4 +1,4 @@
-"""The tokenizer's file and the chat template."""
+"""Checks of the tokenizer file and of the chat template."""
 
 from __future__ import annotations
 
@@ -6,128 +6,115 @@ from collections.abc import Iterator
 
 from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.core.errors import BundleError, CheckpointError
-from hf2mnn.doctor.checks.config import place
-from hf2mnn.doctor.checks.image import ENGINE, IDS
-from hf2mnn.doctor.decoder import decoder_sizes
-from hf2mnn.doctor.finding import Finding, Severity
-from hf2mnn.doctor.patient import Bundle
-from hf2mnn.families import family_named
+from hf2mnn.doctor.artifacts import Bundle
+from hf2mnn.doctor.checks.image import IDS
+from hf2mnn.doctor.findings import Finding, Severity
+from hf2mnn.families import get_family
+from hf2mnn.mnn.engine_facts import IMAGE_DEFAULTS
 from hf2mnn.mnn.template import unsupported
-from hf2mnn.mnn.tokenizer import encode_tokenizer, unreached_words
+from hf2mnn.mnn.tokenizer import encode_tokenizer
+from hf2mnn.mnn.tokenizer_differences import unreached_words
 from hf2mnn.mnn.tokenizer_file import HUGGINGFACE, TokenizerFile, parse_tokenizer
 
 COMPARED = ("pipeline", HUGGINGFACE)
-"""Kinds of file whose tokens are stored as the checkpoint has them."""
+"""Kinds of file that store tokens like the checkpoint."""
 NAMED = 3
-AGAIN = "take the tokenizer of the checkpoint that the bundle was made of; 'hf2mnn mnn' writes it"
+TAKE_CHECKPOINTS = "use the tokenizer of the checkpoint that the bundle was converted from; 'hf2mnn convert' writes it"
 
 
 def tokenizer_unreadable(bundle: Bundle) -> Iterator[Finding]:
+    """Report a tokenizer file that is truncated or of another format."""
     path = bundle.file("tokenizer_file")
     if not path.is_file():
         return
     try:
         _ = bundle.tokenizer
     except BundleError as error:
-        yield Finding(
-            "tokenizer_unreadable",
-            Severity.ERROR,
-            path.name,
-            "the tokenizer's file is no tokenizer, or not whole",
-            str(error).removeprefix(f"{path} "),
-            "the engine does not load the bundle, crashes, or cuts texts into the wrong tokens",
-            "copy it again; of a clone without Git LFS run 'git lfs pull' in its folder",
-        )
+        message = "the tokenizer file is truncated or not a tokenizer"
+        evidence = str(error).removeprefix(f"{path} ")
+        effect = "the engine does not load the bundle, crashes, or splits texts into wrong tokens"
+        cure = "copy it again; in a clone without Git LFS run 'git lfs pull' in its folder"
+        yield Finding(where=path.name, message=message, evidence=evidence, effect=effect, cure=cure)
 
 
 def tokenizer_ids(bundle: Bundle) -> Iterator[Finding]:
-    """Rows of the embedding and of the logits are one for each id, and may be more."""
-    sizes, tokenizer = decoder_sizes(bundle), bundle.tokenizer
-    numbers = {*tokenizer.known, *tokenizer.special, *tokenizer.stop}
-    if sizes and sizes.vocabulary and max(numbers, default=0) >= sizes.vocabulary:
-        beyond = sorted(number for number in numbers if number >= sizes.vocabulary)
+    """Compare the largest id with the rows of the embedding, which may be more."""
+    shape, tokenizer = bundle.decoder_shape, bundle.tokenizer
+    if not shape or not shape.vocabulary:
+        return
+    beyond = sorted(n for n in {*tokenizer.known, *tokenizer.special, *tokenizer.stop} if n >= shape.vocabulary)
+    if beyond:
         text = tokenizer.text(beyond[0])
         yield Finding(
-            "tokenizer_ids",
-            Severity.ERROR,
-            bundle.file("tokenizer_file").name,
-            "the tokenizer has ids that the model has no embedding of",
-            f"{len(beyond)} ids from {beyond[0]} ({text!r}) on; the model has {sizes.vocabulary}",
-            "the engine reads past the end of the embedding at such a token: a crash, or nonsense",
-            AGAIN,
+            where=bundle.file("tokenizer_file").name,
+            message="the tokenizer has ids without an embedding",
+            evidence=f"{len(beyond)} ids from {beyond[0]} ({text!r}) on; the model has {shape.vocabulary}",
+            effect="the engine reads past the end of the embedding at such a token: a crash or wrong output",
+            cure=TAKE_CHECKPOINTS,
         )
 
 
-def _wanted_tokens(bundle: Bundle) -> Iterator[tuple[str, int, str | None]]:
-    """Key, id and text of the tokens that an image is marked with; the text where the family is known."""
+def _image_tokens(bundle: Bundle) -> Iterator[tuple[str, int, str | None]]:
+    """Yield key, id and text of the tokens that mark an image; the text is None for an unknown family."""
     texts = {}
-    if bundle.facts:
-        family = family_named(bundle.facts["model_type"], bundle.folder)
-        texts = {bundle.facts.get(key): text for key, text in family.special_tokens.items()}
+    if bundle.info:
+        family = get_family(bundle.info["model_type"], bundle.folder)
+        texts = {bundle.info.get(key): text for key, text in family.special_tokens.items()}
     if bundle.model.get("is_visual") is True:
         for key in IDS:
-            number = bundle.model.get(key, ENGINE[key])
+            number = bundle.model.get(key, IMAGE_DEFAULTS[key])
             yield key, number, texts.get(number)
 
 
 def special_tokens(bundle: Bundle) -> Iterator[Finding]:
+    """Check the tokens that mark an image, and the stop ids."""
     tokenizer, name = bundle.tokenizer, bundle.file("tokenizer_file").name
-    for key, number, text in _wanted_tokens(bundle):
-        found = tokenizer.text(number)
-        if found is None or (text is not None and found != text):
+    for key, number, expected in _image_tokens(bundle):
+        text = tokenizer.text(number)
+        if text is None or (expected is not None and text != expected):
+            is_what = f"{text!r}, not {expected!r}" if text is not None else "not a token of this tokenizer"
+            message = f"the tokenizer has another token, or none, for {key}"
+            evidence = f"{key} is {number}, which is {is_what}"
+            effect = "the model does not find images, and reads the marks of the template as text"
             yield Finding(
-                "special_tokens",
-                Severity.ERROR,
-                f"{name}: {key}",
-                f"the token that the engine uses as {key} is not the tokenizer's",
-                f"{key} is {number}, which is "
-                + (f"{found!r}, not {text!r}" if found is not None else "no token of this tokenizer"),
-                "images are not where the model looks for them, and the template's marks are read as text",
-                AGAIN,
+                where=f"{name}: {key}", message=message, evidence=evidence, effect=effect, cure=TAKE_CHECKPOINTS
             )
     unknown = [number for number in tokenizer.stop if number not in tokenizer.known]
+    missing = sorted(set(bundle.info["stop_ids"]) - set(tokenizer.stop)) if bundle.info else []
     if not tokenizer.stop or unknown:
-        yield Finding(
-            "special_tokens",
-            Severity.ERROR,
-            f"{name}: stop ids",
-            "the tokenizer does not know what ends an answer",
-            f"stop ids {unknown} are no tokens" if unknown else "it has no stop ids",
-            "answers go on until max_new_tokens, as a conversation of the model with itself",
-            AGAIN,
-        )
-    elif bundle.facts and (missing := set(bundle.facts["stop_ids"]) - set(tokenizer.stop)):
-        named = ", ".join(f"{number} ({tokenizer.text(number)!r})" for number in sorted(missing))
-        yield Finding(
-            "special_tokens",
-            Severity.ERROR,
-            f"{name}: stop ids",
-            "the tokenizer does not stop at every token that ends an answer",
-            f"the checkpoint also stops at {named}, the tokenizer only at {list(tokenizer.stop)}",
-            "answers go on after their end",
-            AGAIN,
-        )
+        message = "the tokenizer has no valid stop ids"
+        evidence = f"stop ids {unknown} are not tokens" if unknown else "it has no stop ids"
+        effect = "generation continues until max_new_tokens, as a conversation of the model with itself"
+    elif missing:
+        message = "the tokenizer lacks stop ids of the checkpoint"
+        tokens = ", ".join(f"{number} ({tokenizer.text(number)!r})" for number in missing)
+        evidence = f"the checkpoint also stops at {tokens}, the tokenizer only at {list(tokenizer.stop)}"
+        effect = "generation continues after the end of the answer"
+    else:
+        return
+    where = f"{name}: stop ids"
+    yield Finding(where=where, message=message, evidence=evidence, effect=effect, cure=TAKE_CHECKPOINTS)
 
 
-def _differences(found: TokenizerFile, right: TokenizerFile) -> Iterator[str]:
-    """What of the checkpoint's tokenizer is otherwise in the bundle's."""
-    wanted, given = ({n: file.text(n) for n in file.known} for file in (right, found))
-    wrong = sorted(number for number in wanted if given.get(number) != wanted[number])
-    more = sorted(given.keys() - wanted.keys())
+def _differences(given: TokenizerFile, right: TokenizerFile) -> Iterator[str]:
+    """Yield the differences between the bundle's tokenizer and the checkpoint's."""
+    tokens, expected = ({n: file.text(n) for n in file.known} for file in (given, right))
+    wrong = sorted(number for number in expected if tokens.get(number) != expected[number])
+    extra = sorted(tokens.keys() - expected.keys())
     if wrong:
-        shown = ", ".join(f"{n} is {given.get(n)!r}, not {wanted[n]!r}" for n in wrong[:NAMED])
-        yield f"{len(wrong)} of {len(wanted)} tokens are others ({shown})"
-    elif more:
-        yield f"it has {len(more)} tokens that the checkpoint has not (from {given[more[0]]!r} on)"
-    order = [sorted(file.merges, key=file.merges.__getitem__) for file in (found, right)]
-    if not wrong and order[0] != order[1]:
-        yield f"its {len(found.merges)} merges are not the checkpoint's {len(right.merges)}, or in another order"
-    if set(found.stop) != set(right.stop):
-        yield f"it stops at {sorted(found.stop)}, the checkpoint at {sorted(right.stop)}"
+        named = ", ".join(f"{n} is {tokens.get(n)!r}, not {expected[n]!r}" for n in wrong[:NAMED])
+        yield f"{len(wrong)} of {len(expected)} tokens differ ({named})"
+    elif extra:
+        yield f"it has {len(extra)} tokens that the checkpoint lacks (from {tokens[extra[0]]!r} on)"
+    merges, expected_merges = (sorted(file.merges, key=file.merges.__getitem__) for file in (given, right))
+    if not wrong and merges != expected_merges:
+        yield f"its {len(merges)} merges, or their order, differ from the checkpoint's {len(expected_merges)}"
+    if set(given.stop) != set(right.stop):
+        yield f"it stops at {sorted(given.stop)}, the checkpoint at {sorted(right.stop)}"
 
 
-def _of_checkpoint(checkpoint: Checkpoint) -> TokenizerFile | None:
-    """None for a kind of tokenizer that hf2mnn does not write."""
+def _tokenizer_of(checkpoint: Checkpoint) -> TokenizerFile | None:
+    """Return None for a kind of tokenizer that hf2mnn does not write."""
     try:
         return parse_tokenizer(encode_tokenizer(checkpoint.folder), checkpoint.folder)
     except CheckpointError:
@@ -135,23 +122,22 @@ def _of_checkpoint(checkpoint: Checkpoint) -> TokenizerFile | None:
 
 
 def tokenizer_differs(bundle: Bundle) -> Iterator[Finding]:
-    right = _of_checkpoint(bundle.checkpoint) if bundle.checkpoint else None
-    found = bundle.tokenizer
-    if right is None or found.kind not in COMPARED:
+    """Compare tokens, merges and stop ids with the checkpoint."""
+    right = _tokenizer_of(bundle.checkpoint) if bundle.checkpoint else None
+    if right is None or bundle.tokenizer.kind not in COMPARED:
         return
-    if wrong := list(_differences(found, right)):
+    if differences := list(_differences(bundle.tokenizer, right)):
         yield Finding(
-            "tokenizer_differs",
-            Severity.ERROR,
-            bundle.file("tokenizer_file").name,
-            "the tokenizer is not the checkpoint's",
-            "; ".join(wrong),
-            "the model reads other tokens than were written, and what it answers is spelled with others",
-            AGAIN,
+            where=bundle.file("tokenizer_file").name,
+            message="the tokenizer differs from the checkpoint's",
+            evidence="; ".join(differences),
+            effect="wrong output: texts are encoded and answers are decoded with other tokens",
+            cure=TAKE_CHECKPOINTS,
         )
 
 
 def tokenizer_merges(bundle: Bundle) -> Iterator[Finding]:
+    """Report words that are one token by ignore_merges, which the engine does not implement."""
     if bundle.checkpoint is None or bundle.tokenizer.kind not in COMPARED:
         return
     try:
@@ -159,64 +145,52 @@ def tokenizer_merges(bundle: Bundle) -> Iterator[Finding]:
     except CheckpointError:
         return
     if words:
+        named = ", ".join(map(repr, words[:NAMED]))
         yield Finding(
-            "tokenizer_merges",
-            Severity.WARNING,
-            bundle.file("tokenizer_file").name,
-            "some words that are one token are read as several",
-            f"{len(words)} tokens that no merges lead to ({', '.join(map(repr, words[:NAMED]))}); the checkpoint's"
-            " tokenizer has ignore_merges, which the engine does not know",
-            "the model reads these words, rare ones most of the time, in a spelling that it saw less often",
-            "feed the engine the ids of the checkpoint's tokenizer where that matters",
+            severity=Severity.WARNING,
+            where=bundle.file("tokenizer_file").name,
+            message="some words that are one token are encoded as several",
+            evidence=f"ignore_merges of the checkpoint; no merges produce {len(words)} tokens ({named})",
+            effect="the model reads these words, most of them rare, in an encoding that is rarer in its training",
+            cure="feed the engine the ids of the checkpoint's tokenizer where that matters",
         )
 
 
 def template_of(bundle: Bundle) -> tuple[str, str]:
-    """The chat template that the engine renders, and where it stands."""
-    given = bundle.model.get("jinja")
-    if isinstance(given, dict) and isinstance(given.get("chat_template"), str):
-        return given["chat_template"], place(bundle, "jinja.chat_template")
+    """Return the chat template that the engine renders, and its location."""
+    jinja = bundle.model.get("jinja")
+    if isinstance(jinja, dict) and isinstance(jinja.get("chat_template"), str):
+        return jinja["chat_template"], bundle.locate("jinja.chat_template")
     return bundle.tokenizer.template, f"{bundle.file('tokenizer_file').name}: chat template"
 
 
 def chat_template(bundle: Bundle) -> Iterator[Finding]:
+    """Report a chat template that is missing, invalid, or uses Jinja that the engine does not implement."""
     template, where = template_of(bundle)
     if bundle.model.get("use_template") is False:
         return
-    if not template:
-        yield Finding(
-            "chat_template",
-            Severity.WARNING,
-            where,
-            "there is no chat template",
-            "neither jinja.chat_template nor the tokenizer's file holds one",
-            "a model that was trained on chats gets the bare question, and goes on with it instead of answering",
-            "write the checkpoint's chat template into llm_config.json: jinja.chat_template",
-        )
-        return
+    severity, error, constructs = Severity.WARNING, None, []
     try:
         constructs = unsupported(template)
-    except BundleError as error:
-        yield Finding(
-            "chat_template",
-            Severity.ERROR,
-            where,
-            "the chat template is no Jinja template",
-            str(error),
-            "the engine renders some part of it: the model gets something else than its format of chats",
-            "take the checkpoint's chat template",
-        )
+    except BundleError as invalid:
+        severity, error = Severity.ERROR, invalid
+    if not template:
+        message = "there is no chat template"
+        evidence = "neither jinja.chat_template nor the tokenizer file holds one"
+        effect = "a chat model gets the bare prompt, and continues it instead of answering"
+        cure = "set jinja.chat_template in llm_config.json to the checkpoint's chat template"
+    elif error:
+        message, evidence = "the chat template is not valid Jinja", str(error)
+        effect = "the engine renders a part of it: the model gets another chat format"
+        cure = "use the checkpoint's chat template"
+    elif constructs:
+        message = "the chat template uses Jinja that the engine does not implement"
+        evidence = "; ".join(constructs)
+        effect = "chats that reach it are rendered differently than by transformers, without an error"
+        cure = "rewrite the template without it; 'hf2mnn doctor --run' compares both renderings of a chat"
+    else:
         return
-    if constructs:
-        yield Finding(
-            "chat_template",
-            Severity.WARNING,
-            where,
-            "the chat template holds what the engine's Jinja does not run",
-            "; ".join(constructs),
-            "where a chat comes there, it is rendered otherwise than by transformers, without a word: worse answers",
-            "write the template without it; 'hf2mnn doctor --run' renders a chat by both",
-        )
+    yield Finding(severity=severity, where=where, message=message, evidence=evidence, effect=effect, cure=cure)
 
 
 CHECKS = (tokenizer_unreadable, tokenizer_ids, special_tokens, tokenizer_differs, tokenizer_merges, chat_template)

@@ -1,4 +1,4 @@
-"""The numbers in a weight file. Of a large weight a few rows are looked at, evenly spread, and all its scales."""
+"""Checks of the values in a weight file: evenly spaced rows of a large weight, and all scales."""
 
 from __future__ import annotations
 
@@ -7,152 +7,140 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from hf2mnn.core.errors import QuantizationError
-from hf2mnn.doctor.checks.graph import AGAIN
-from hf2mnn.doctor.finding import Finding, Severity
-from hf2mnn.doctor.patient import Model
+from hf2mnn.doctor.artifacts import MnnModel
+from hf2mnn.doctor.checks.graph import CONVERT_AGAIN
+from hf2mnn.doctor.findings import Finding, Severity
 from hf2mnn.mnn.graph import FLOAT16
-from hf2mnn.quant.weights import LEVELS, Operator
+from hf2mnn.quant.weights import Operator
 
 ROWS = 16
-"""Rows of a weight that are looked at."""
+"""Number of rows of a weight that are read."""
 AT_ONCE = 1 << 22
-"""Float weights that are in memory at a time."""
+"""Number of float weights in memory at a time."""
 LARGEST = 1e3
-"""No weight of a trained model is so large; a scale with a flipped exponent is at once."""
+"""Maximum of a plausible weight; a scale with a flipped exponent bit exceeds it."""
 RUN, GAP, COARSE = 32, 3, 0.5
-"""Levels of 6 bits or more are looked at in runs of so many; no two nearer than GAP in a share COARSE of them is what
-fewer bits leave."""
+"""A weight counts as re-quantized if in a fraction COARSE of all runs of RUN weights no two distinct q are nearer than
+GAP, which fewer bits leave."""
 
 
 def sampled(operator: Operator) -> list[int]:
+    """Return the indices of up to ROWS evenly spaced rows."""
     return np.unique(np.linspace(0, operator.outputs - 1, ROWS).astype(int)).tolist()
 
 
-def weights_of_another(model: Model) -> Iterator[Finding]:
-    """A quantized weight has a header with its shape. Where the file has the right size and the headers do not fit,
-    another conversion has written into it: MNN's converter stages weights in its working directory, under one name.
+def weights_of_another(model: MnnModel) -> Iterator[Finding]:
+    """Report quantized weights without a header of their shape.
+
+    If the file has the right size, another conversion has written into it: MNN's converter stages weights in its
+    working directory under a fixed name.
     """
-    foreign, quantized = model.foreign, [o for o in model.operators if o.stored and o.stored["type"] == LEVELS]
-    if not foreign:
+    if not model.foreign:
         return
     size, read = model.weights.stat().st_size, model.graph.external_size()
-    sentence = (
-        "another model's weights were written into it: two conversions ran in one directory"
-        if size == read and len(foreign) > 1
-        else "it is not this graph's weight file"
-        if size != read
-        else "the weight of an operator was overwritten"
-    )
+    if size != read:
+        message = "the weight file belongs to another graph"
+    elif len(model.foreign) > 1:
+        message = "another model's weights were written into the file: two conversions ran in one directory"
+    else:
+        message = "the weight of an operator was overwritten"
+    evidence = f"{len(model.foreign)} of {len(model.quantized)} headers are invalid; {size:,} of {read:,} bytes"
+    effect = "the engine loads the model without an error, and its output is wrong"
+    cure = f"use graph and weight file of one conversion, or {CONVERT_AGAIN}"
     yield Finding(
-        "weights_of_another",
-        Severity.ERROR,
-        f"{model.weights.name}: {foreign[0]}",
-        sentence,
-        f"{len(foreign)} of {len(quantized)} quantized weights have no header of their shape where the graph reads"
-        f" them; {size:,} bytes, {read:,} are read",
-        "the engine says that it has loaded it, and answers nonsense",
-        f"put graph and weight file of one conversion together, or {AGAIN}",
+        where=f"{model.weights.name}: {model.foreign[0]}", message=message, evidence=evidence, effect=effect, cure=cure
     )
 
 
-def _intact(model: Model) -> list[Operator]:
-    """Nothing is said of numbers in a file that is another's."""
-    return [] if model.foreign else model.operators
-
-
-def _constant(model: Model, operator: Operator) -> bool:
-    """Whether most rows have one value only; a few such rows a real model may have, of tokens that are never used."""
-    rows = sampled(operator)
-    same = [np.ptp(model.file.rows(operator, row, row + 1)) == 0 for row in rows]
-    return sum(same) > len(rows) / 2
-
-
-def _matching(model: Model, holds: Callable[[Model, Operator], bool]) -> list[str]:
-    """Names of operators; one whose weight cannot be read has another check."""
-    found = []
-    for operator in _intact(model):
+def _matching(model: MnnModel, condition: Callable[[MnnModel, Operator], bool]) -> list[str]:
+    """Return the names of operators for which a condition holds; those that other checks report are skipped."""
+    names = []
+    for operator in [] if model.foreign else model.operators:
         try:
-            if holds(model, operator):
-                found.append(operator.name)
+            if condition(model, operator):
+                names.append(operator.name)
         except QuantizationError:
             continue
-    return found
+    return names
 
 
-def weights_constant(model: Model) -> Iterator[Finding]:
-    """What MNN's converter leaves when it re-quantizes a model whose weight file it does not find; or a download that
-    only reserved its bytes.
+def _constant(model: MnnModel, operator: Operator) -> bool:
+    """Return whether most rows are constant; models may have a few such rows, of unused tokens."""
+    rows = sampled(operator)
+    constant = [np.ptp(model.weight_file.rows(operator, row, row + 1)) == 0 for row in rows]
+    return sum(constant) > len(rows) / 2
+
+
+def weights_constant(model: MnnModel) -> Iterator[Finding]:
+    """Report constant weights.
+
+    MNN's converter writes them when it re-quantizes a model without its weight file; incomplete downloads have them,
+    too.
     """
-    found = _matching(model, _constant)
-    if found:
+    if names := _matching(model, _constant):
         yield Finding(
-            "weights_constant",
-            Severity.ERROR,
-            f"{model.weights.name}: {found[0]}",
-            "all weights of an operator are the same number",
-            f"{len(found)} of {len(model.operators)} operators, in most of up to {ROWS} rows each",
-            "these layers give the same for every input: the answers are nonsense",
-            AGAIN,
+            where=f"{model.weights.name}: {names[0]}",
+            message="all weights of an operator are equal",
+            evidence=f"{len(names)} of {len(model.operators)} operators, in most of up to {ROWS} rows each",
+            effect="wrong output: these layers return the same for every input",
+            cure=CONVERT_AGAIN,
         )
 
 
-def _absurd(model: Model, operator: Operator) -> bool:
+def _implausible(model: MnnModel, operator: Operator) -> bool:
     with np.errstate(invalid="ignore"):
         if operator.stored and operator.stored["type"] != FLOAT16:
-            return not np.abs(model.file.alpha(operator)).max(initial=0) <= LARGEST
+            return not np.abs(model.weight_file.alpha(operator)).max(initial=0) <= LARGEST
         step = max(AT_ONCE // operator.inputs, 1)
-        spans = ((at, min(at + step, operator.outputs)) for at in range(0, operator.outputs, step))
-        return any(not np.abs(model.file.rows(operator, *span)).max(initial=0) <= LARGEST for span in spans)
+        spans = ((begin, min(begin + step, operator.outputs)) for begin in range(0, operator.outputs, step))
+        return any(not np.abs(model.weight_file.rows(operator, *s)).max(initial=0) <= LARGEST for s in spans)
 
 
-def weights_not_finite(model: Model) -> Iterator[Finding]:
-    """NaN, infinite or absurd scales, zeros, or floating-point weights; every one is looked at."""
-    found = _matching(model, _absurd)
-    if found:
+def weights_not_finite(model: MnnModel) -> Iterator[Finding]:
+    """Report scales, zero points or floating-point weights that are NaN, infinite or over LARGEST; all are read."""
+    if names := _matching(model, _implausible):
         yield Finding(
-            "weights_not_finite",
-            Severity.ERROR,
-            f"{model.weights.name}: {found[0]}",
-            "weights or their scales are NaN, infinite, or absurdly large",
-            f"{len(found)} of {len(model.operators)} operators have one over {LARGEST:g} or that is no number",
-            "whatever touches them becomes NaN or drowns everything else",
-            f"{AGAIN}; if it comes back, 'hf2mnn source' checks the checkpoint",
+            where=f"{model.weights.name}: {names[0]}",
+            message="weights or scales are NaN, infinite, or implausibly large",
+            evidence=f"{len(names)} of {len(model.operators)} operators have a value that is NaN or over {LARGEST:g}",
+            effect="the output becomes NaN, or these values dominate it",
+            cure=f"{CONVERT_AGAIN}; if it persists, check the checkpoint with 'hf2mnn fetch'",
         )
 
 
-def on_a_grid(levels: np.ndarray) -> bool:
-    """Whether levels, int8 [rows, inputs], lie on a grid of few values in most runs of neighbours.
+def on_a_grid(q: np.ndarray) -> bool:
+    """Return whether q, int8 [rows, inputs], takes few evenly spaced values in most runs of neighbours.
 
-    Weights that were rounded once have levels next to each other in nearly every run: at 6 to 8 bits, no layer of the
-    embedded model had more than 0.4 % of runs without, whatever method and block; rounded from 4 bits to 8, all had
-    none in 100 % of runs. From 5 bits to 6 nothing can be told.
+    Weights that were rounded once have adjacent q in nearly every run: at 6 to 8 bits, no layer of the embedded model
+    had more than 0.4 % of runs without, with any method and block. Rounded from 4 bits to 8, all had none in 100 % of
+    runs. Rounding from 5 bits to 6 cannot be detected.
     """
-    runs = levels[:, : levels.shape[1] // RUN * RUN].reshape(-1, RUN).astype(np.int16)
+    runs = q[:, : q.shape[1] // RUN * RUN].reshape(-1, RUN).astype(np.int16)
     gaps = np.diff(np.sort(runs, axis=1), axis=1)
     nearest = np.where(gaps > 0, gaps, np.iinfo(np.int16).max).min(axis=1)
     several = (gaps > 0).sum(axis=1) >= 3
     return bool((several & (nearest >= GAP)).sum() > COARSE * len(runs))
 
 
-def _coarse(model: Model, operator: Operator) -> bool:
-    if not operator.stored or operator.stored["type"] != LEVELS or model.file.header(operator).bits < 6:
+def _coarse(model: MnnModel, operator: Operator) -> bool:
+    if operator not in model.quantized or model.weight_file.header(operator).bits < 6:
         return False
-    rows = [model.file.levels(operator, row, row + 1).levels for row in sampled(operator)]
+    rows = [model.weight_file.quantized(operator, row, row + 1).q for row in sampled(operator)]
     return on_a_grid(np.concatenate(rows))
 
 
-def requantized(model: Model) -> Iterator[Finding]:
-    """Levels of 6 to 8 bits that take few values, evenly spaced: they were 2 to 5 bits before."""
-    found = _matching(model, _coarse)
-    if len(found) > len(model.operators) / 10:
+def requantized(model: MnnModel) -> Iterator[Finding]:
+    """Report weights of 6 to 8 bits with few evenly spaced values: they had 2 to 5 bits before."""
+    names = _matching(model, _coarse)
+    if len(names) > len(model.operators) / 10:
         yield Finding(
-            "requantized",
-            Severity.WARNING,
-            f"{model.weights.name}: {found[0]}",
-            "its weights were quantized twice: to fewer bits before these",
-            f"in {len(found)} of {len(model.operators)} operators the levels lie on a grid of few values in most runs"
-            f" of {RUN} weights",
-            "it is as large as its bits say, and as inexact as the fewer bits that it had before",
-            "quantize the floating-point checkpoint; 'hf2mnn quantize' with method: checkpoint takes over packed levels"
-            " as they are",
+            severity=Severity.WARNING,
+            where=f"{model.weights.name}: {names[0]}",
+            message="the weights were quantized twice: to fewer bits before these",
+            evidence=f"in {len(names)} of {len(model.operators)} operators, q is on a coarser grid",
+            effect="as large as its bits, and as inexact as the fewer bits before",
+            cure="quantize the floating-point checkpoint, or a prequantized one with method: checkpoint",
         )
+
+
+MODEL_CHECKS = (weights_of_another, weights_constant, weights_not_finite, requantized)

@@ -1,4 +1,7 @@
-"""python -m hf2mnn.mnn.worker MODULE job.json PARENT"""
+"""Run one task: python -m hf2mnn.mnn.worker MODULE JOB STATUS PARENT.
+
+MODULE is the task, JOB its arguments (JSON), STATUS the status file to write, PARENT the process id of the caller.
+"""
 
 import importlib
 import json
@@ -6,26 +9,27 @@ import os
 import sys
 from pathlib import Path
 
-from hf2mnn.core.shortage import sentence
-from hf2mnn.machine.child import end_with
-from hf2mnn.mnn.worker.module import Refused
+from hf2mnn.core.errors import BundleFault
+from hf2mnn.core.machine_errors import machine_message
+from hf2mnn.machine.child import die_with_parent
+from hf2mnn.mnn.worker import Status
 
-end_with(int(sys.argv[3]))
-code, job = 0, json.loads(Path(sys.argv[2]).read_text())
+task, job_file, status_file, parent = sys.argv[1:]
+die_with_parent(int(parent))
+job, status = json.loads(Path(job_file).read_text()), Status("ok")
 try:
-    importlib.import_module(sys.argv[1]).run(job)
-except Refused as error:
-    print(f"refused: {error}")
-    code = 1
+    importlib.import_module(task).run(job)
+except BundleFault as error:
+    status = Status("bundle_fault", error.args[0], {"kind": error.kind})
 except Exception as error:
-    # Without this the interpreter would run the engine's destructors, and their crash would hide the reason.
-    if machine := sentence(error, Path(job.get("result", ""))):
-        print(f"machine: {machine}")
+    # Uncaught, it would run the engine's destructors, whose crash hides the error.
+    if message := machine_message(error, Path(job.get("result", ""))):
+        status = Status("machine", message)
     else:
         sys.excepthook(*sys.exc_info())
-        print(f"bug: {error!r}")
-    code = 2
+        status = Status("bug", repr(error))
+status.write(Path(status_file))
 sys.stdout.flush()
 sys.stderr.flush()
-# The engine's destructors end in a segmentation fault; everything is written, so leave without them.
-os._exit(code)
+# The engine's destructors end in a segmentation fault.
+os._exit(status.kind != "ok")

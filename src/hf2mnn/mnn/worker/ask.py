@@ -1,4 +1,4 @@
-"""One conversation."""
+"""Answer one conversation."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 
 from hf2mnn.mnn.template import engine_messages
-from hf2mnn.mnn.worker.session import Engine, image_grid, image_input, tag_images
+from hf2mnn.mnn.worker.session import ModelSession, engine_image, image_grid, insert_image_tags
 
 
 def run(job: dict[str, Any]) -> None:
-    """The answer's text into job["result"] (JSON)."""
-    engine, limit = Engine(Path(job["bundle"]), job["threads"]), job["max_new_tokens"]
+    """Write the text of the answer to job["result"] (JSON)."""
+    session, limit = ModelSession(Path(job["bundle"]), job["threads"]), job["max_new_tokens"]
     arrays = [np.load(path) for path in job["images"]]
-    images = [image_input(rgb) for rgb in arrays]
+    images = [engine_image(rgb) for rgb in arrays]
     if job["as_called"]:
-        prompt = engine.native.apply_chat_template(engine_messages(job["messages"]))
-        _, answer = engine.as_called(tag_images(prompt, engine.family.image_text), images, limit)
+        prompt = session.native.apply_chat_template(engine_messages(job["messages"]))
+        _, answer = session.generate(insert_image_tags(prompt, session.family.image_placeholder), images, limit)
     else:
-        prompt = tag_images(job["prompt"], engine.family.image_text)
-        ids = engine.encode(prompt, images)
-        grids = [image_grid(rgb, engine.model) for rgb in arrays]
-        positions = engine.family.position_ids(np.array(ids), grids, engine.model)
-        answer = engine.greedy(engine.prefill(ids, positions, images), limit)
-    Path(job["result"]).write_text(json.dumps({"text": engine.decode(answer)}))
+        prompt = insert_image_tags(job["prompt"], session.family.image_placeholder)
+        ids = session.encode(prompt, images)
+        grids = [image_grid(rgb, session.info) for rgb in arrays]
+        positions = session.family.position_ids(np.array(ids), grids, session.info)
+        answer = session.greedy(session.prefill(ids, positions, images), limit)
+    Path(job["result"]).write_text(json.dumps({"text": session.decode(answer)}))

@@ -1,8 +1,9 @@
-"""Everything that the comparison wants to know of one bundle."""
+"""Run a bundle on all examples, probes and images of a reference."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,69 +12,94 @@ from safetensors.numpy import save_file
 
 from hf2mnn.core.progress import steps
 from hf2mnn.mnn.template import engine_messages
-from hf2mnn.mnn.worker.session import Engine, image_input, tag_images
-from hf2mnn.mnn.worker.vision import vision_embeds
-from hf2mnn.reference.cache_fill import ways_of_feeding
+from hf2mnn.mnn.worker.module import Module, runtime_settings
+from hf2mnn.mnn.worker.session import ModelSession, engine_image, insert_image_tags
+from hf2mnn.reference.cache_fill import logits_by_fill
 from hf2mnn.reference.golden import Golden, GoldenExample, GoldenProbe
 
 
-def _parity(engine: Engine, golden: Golden, probe: GoldenProbe) -> dict[str, np.ndarray]:
-    """Logits of a probe's text after its images, by the way it came into the cache."""
-    read, ids = probe.after_images(engine.model.get("image_token_id"))
-    images = [image_input(golden.image(name).resized) for name in probe.images]
-    first, fed = int(probe.position_ids[0, len(read)]), 0
-    # The engine forgets only with its next forward, and until then counts what it is to forget: so it is counted here.
+def _cache_logits(session: ModelSession, golden: Golden, probe: GoldenProbe) -> dict[str, np.ndarray]:
+    """Return logits of a probe's text after its images, by the way in which the KV cache is filled."""
+    before, ids = probe.split_after_images(session.info.get("image_token_id"))
+    images = [engine_image(golden.image(name).resized) for name in probe.images]
+    first, length = int(probe.position_ids[0, len(before)]), 0
+    # `truncate` takes effect with the next forward, so the length of the text in the cache is counted here.
 
     def start() -> None:
-        nonlocal fed
-        fed = 0
-        engine.read_images(probe.ids.tolist(), probe.position_ids, images)
+        nonlocal length
+        length = 0
+        session.prefill_images(probe.ids.tolist(), probe.position_ids, images)
 
     def feed(tokens: list[int]) -> np.ndarray:
-        nonlocal fed
-        # A single token after others is decoding, as the engine does it; all else is text at one position a token.
-        decoding = len(tokens) == 1 and fed > 0
-        rows = engine.logits(tokens)[None] if decoding else engine.all_logits(tokens, first + fed)
-        fed += len(tokens)
+        nonlocal length
+        # A single token after others is a decoding step; the rest is prefill, one position a token.
+        decoding = len(tokens) == 1 and length > 0
+        rows = session.logits(tokens)[None] if decoding else session.all_logits(tokens, first + length)
+        length += len(tokens)
         return rows
 
     def forget(count: int) -> None:
-        nonlocal fed
-        fed -= count
-        engine.truncate(len(read) + fed)
+        nonlocal length
+        length -= count
+        session.truncate(len(before) + length)
 
-    return ways_of_feeding(ids, start, feed, forget)
+    return logits_by_fill(ids, start, feed, forget)
 
 
-def _as_called(engine: Engine, example: GoldenExample, images: list[np.ndarray], limit: int) -> dict[str, Any]:
-    """written: the prompt that the engine makes of the conversation; answer: ids of its answer to that; prompt: those
-    that its tokenizer makes of the right prompt. `images` are uint8 RGB [height, width, 3].
+def _as_called(session: ModelSession, example: GoldenExample, images: list[np.ndarray], limit: int) -> dict[str, Any]:
+    """Run an example as an application does: the engine's template, image processing and positions.
+
+    Args:
+        session: The loaded bundle.
+        example: The example.
+        images: Original images, uint8 RGB [height, width, 3].
+        limit: Largest number of tokens in the answer.
+
+    Returns:
+        `written`, the prompt by the engine's template; `answer`, ids of the answer to it; `prompt`, ids by the engine's
+        tokenizer of the reference prompt.
     """
-    written = engine.native.apply_chat_template(engine_messages(example.messages))
-    tagged, right = (tag_images(prompt, engine.family.image_text) for prompt in (written, example.prompt))
-    given = [image_input(rgb) for rgb in images]
-    # Of no prompt the engine makes no answer.
-    asked, answered = engine.as_called(tagged, given, limit) if written.strip() else ([], [])
-    if tagged != right:
-        asked = engine.encode(right, given)
-    return {"written": written, "prompt": asked, "answer": answered}
+    written = session.native.apply_chat_template(engine_messages(example.messages))
+    placeholder = session.family.image_placeholder
+    tagged, reference = (insert_image_tags(prompt, placeholder) for prompt in (written, example.prompt))
+    inputs = [engine_image(rgb) for rgb in images]
+    # The engine has no answer to an empty prompt.
+    ids, answer = session.generate(tagged, inputs, limit) if written.strip() else ([], [])
+    if tagged != reference:
+        ids = session.encode(reference, inputs)
+    return {"written": written, "prompt": ids, "answer": answer}
+
+
+def _vision_embeds(
+    session: ModelSession, bundle: Path, golden: Golden, threads: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield name and embeddings of each image, float32 [rows, hidden], by the vision tower on transformers' pixels."""
+    family, module = session.family, None
+    for name in steps("MNN vision tower", golden.image_names(), "images"):
+        image = golden.image(name)
+        inputs = family.vision_inputs(image.pixel_values, image.grid_thw, session.info)
+        if module is None:
+            settings = runtime_settings(bundle, "vision")
+            module = Module(bundle / "visual.mnn", list(inputs), family.vision_outputs, settings, threads)
+        outputs = module([np.ascontiguousarray(array) for array in inputs.values()])
+        yield name, family.concat_outputs(outputs)
 
 
 def run(job: dict[str, Any]) -> None:
-    """Tensors into job["result"] (safetensors), token ids by example into job["called"] (JSON)."""
+    """Write tensors to job["result"] (safetensors) and token ids by example to job["called"] (JSON)."""
     bundle, golden, limit = Path(job["bundle"]), Golden(Path(job["reference"])), job["max_new_tokens"]
-    engine = Engine(bundle, job["threads"])
+    session = ModelSession(bundle, job["threads"])
     tensors, called = {}, {}
     for example in steps("MNN answers", golden.examples(), "examples", len(golden.records)):
         images = [golden.image(name) for name in example.images]
-        rows, greedy = engine.judge(example, [image_input(image.resized) for image in images], limit)
+        rows, greedy = session.evaluate(example, [engine_image(image.resized) for image in images], limit)
         tensors[f"examples/{example.id}/logits"] = rows
         tensors[f"examples/{example.id}/greedy_ids"] = np.array(greedy, np.int64)
-        called[example.id] = _as_called(engine, example, [image.original for image in images], limit)
+        called[example.id] = _as_called(session, example, [image.original for image in images], limit)
     for probe in golden.probes():
-        for way, rows in _parity(engine, golden, probe).items():
+        for way, rows in _cache_logits(session, golden, probe).items():
             tensors[f"parity/{probe.kind}/{way}"] = rows
-    for name, embeds in vision_embeds(bundle, golden, engine.family, engine.model, job["threads"]):
+    for name, embeds in _vision_embeds(session, bundle, golden, job["threads"]):
         tensors[f"images/{name}/embeds"] = embeds
     save_file(tensors, job["result"])
     Path(job["called"]).write_text(json.dumps(called))

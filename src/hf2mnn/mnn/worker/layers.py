@@ -1,4 +1,4 @@
-"""Values inside a bundle's graphs, on given inputs."""
+"""Inner tensors of a bundle's graphs for given inputs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from hf2mnn.mnn.worker.module import Module, runtime_settings
 
 
 def run(job: dict[str, Any]) -> None:
-    """For each of job["graphs"] {graph: path, part, inputs: names in order, outputs: names, fed: safetensors, result},
-    write the outputs, in whole, by name.
+    """Run each of job["graphs"] and write its outputs, unchanged, by name.
+
+    A graph has: graph (path), part, inputs (names in order), outputs (names), fed and result (safetensors).
     """
     for graph in job["graphs"]:
-        fed, settings = load_file(graph["fed"]), runtime_settings(Path(job["bundle"]), graph["part"])
+        inputs, settings = load_file(graph["fed"]), runtime_settings(Path(job["bundle"]), graph["part"])
         module = Module(Path(graph["graph"]), graph["inputs"], graph["outputs"], settings, job["threads"])
-        values = module([np.ascontiguousarray(fed[name]) for name in graph["inputs"]])
+        values = module([np.ascontiguousarray(inputs[name]) for name in graph["inputs"]])
         named = zip(graph["outputs"], values, strict=True)
         save_file({name: np.ascontiguousarray(value) for name, value in named}, graph["result"])

@@ -1,50 +1,60 @@
-"""One graph of a bundle by MNN's module API, which lets any input be given and any value be read."""
+"""One graph of a bundle in MNN's module API, with any inputs and any outputs."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import MNN.expr
 import MNN.nn
 import numpy as np
 
+from hf2mnn.core.errors import BundleFault
+from hf2mnn.mnn.engine_facts import BACKEND_CONFIG
 
-class Refused(Exception):
-    """What is wrong with a bundle, in a sentence for the user."""
-
-
-LEVELS = {"normal": 0, "high": 1, "low": 2}
-"""BackendConfig's enumerations of precision and memory, which the module API takes as integers."""
-KINDS = {"float32": MNN.expr.float, "int32": MNN.expr.int}
+DTYPES = {"float32": MNN.expr.float, "int32": MNN.expr.int}
 
 
 class Module:
-    """A graph without a KV cache: attention is over what is given in one call."""
+    """A graph without a KV cache: attention covers the inputs of one call."""
 
-    def __init__(self, graph: Path, inputs: list[str], outputs: list[str], settings: dict, threads: int) -> None:
-        """`settings` are the bundle's (config.json, or its "mllm"); `threads` 0 keeps the bundle's own number."""
-        described = {
+    def __init__(
+        self, graph: Path, inputs: list[str], outputs: list[str], settings: dict[str, Any], threads: int
+    ) -> None:
+        """Load a graph.
+
+        Args:
+            graph: The .mnn file.
+            inputs: Names of its inputs in order.
+            outputs: Names of the tensors to compute.
+            settings: Run-time settings: config.json of the bundle, or its "mllm".
+            threads: Number of threads; 0 for that of `settings`.
+
+        Raises:
+            BundleFault: MNN does not load the graph.
+        """
+        config = {
             "backend": 0,
             "numThread": threads or settings.get("thread_num", 4),
-            "precision": LEVELS[settings.get("precision", "normal")],
-            "memory": LEVELS[settings.get("memory", "normal")],
+            "precision": BACKEND_CONFIG[settings.get("precision", "normal")],
+            "memory": BACKEND_CONFIG[settings.get("memory", "normal")],
         }
         # Both must live as long as the module.
-        self._runtime = MNN.nn.create_runtime_manager((described,))
+        self._runtime = MNN.nn.create_runtime_manager((config,))
         try:
             self._module = MNN.nn.load_module_from_file(str(graph), inputs, outputs, runtime_manager=self._runtime)
         except SystemError:
-            # The binding's only word for a graph that cannot be read, or that asks for an input that is not given.
-            raise Refused(f"MNN does not load {graph.name} with the inputs {', '.join(inputs)}") from None
+            # The binding's only error for an unreadable graph or a missing input.
+            raise BundleFault(f"MNN does not load {graph.name} with the inputs {', '.join(inputs)}", "load") from None
 
     def __call__(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
-        """Outputs as float32; inputs are float32 or int32, in the order of their names."""
-        fed = [MNN.expr.const(a, list(a.shape), MNN.expr.NCHW, KINDS[a.dtype.name]) for a in inputs]
-        return [np.array(output.read(), np.float32) for output in self._module.onForward(fed)]
+        """Return the outputs as float32 for inputs (float32 or int32) in the order of their names."""
+        values = [MNN.expr.const(a, list(a.shape), MNN.expr.NCHW, DTYPES[a.dtype.name]) for a in inputs]
+        return [np.array(output.read(), np.float32) for output in self._module.onForward(values)]
 
 
-def runtime_settings(bundle: Path, part: str) -> dict:
-    """Engine settings of the "decoder" or the "vision" tower, as the bundle's config.json has them."""
+def runtime_settings(bundle: Path, part: str) -> dict[str, Any]:
+    """Return the run-time settings of the "decoder" or the "vision" tower from the bundle's config.json."""
     config = json.loads((bundle / "config.json").read_text())
     return config.get("mllm", {}) if part == "vision" else config

@@ -1,4 +1,4 @@
-"""A bundle asked as a user of the engine would ask it, whoever made it: no key of ours, no positions set right."""
+"""Ask any bundle a question as an application does: no keys of hf2mnn, the engine's own positions."""
 
 from __future__ import annotations
 
@@ -9,59 +9,65 @@ from typing import Any
 
 import numpy as np
 
+from hf2mnn.mnn.engine_facts import IMAGE_TAG
 from hf2mnn.mnn.template import render
-from hf2mnn.mnn.worker.session import Loaded, image_input
+from hf2mnn.mnn.worker.session import EngineSession, engine_image
 
 SIDE = 84
-"""Pixels of an image that every vision tower of the Qwen-VL families takes as it is (patches of 14, merged by two)."""
+"""Side of an image in pixels that no vision tower of the Qwen-VL families resizes (patches of 14, merged by two)."""
 SETTINGS = {"sampler_type": "greedy", "thread_num": 2}
 
 
-def image() -> np.ndarray:
-    """uint8 RGB [SIDE, SIDE, 3]: a red square on white."""
+def red_square() -> np.ndarray:
+    """Return a red square on white, uint8 RGB [SIDE, SIDE, 3]."""
     pixels = np.full((SIDE, SIDE, 3), 255, np.uint8)
     pixels[SIDE // 4 : -SIDE // 4, SIDE // 4 : -SIDE // 4] = (220, 30, 30)
     return pixels
 
 
-def answer(engine: Loaded, prompt: str, images: list[dict[str, Any]], limit: int) -> dict[str, Any]:
-    """ids: of the prompt; answer: ids of the answer; text; longest: of its runs of one token.
+def answer(session: EngineSession, prompt: str, images: list[dict[str, Any]], limit: int) -> dict[str, Any]:
+    """Answer a prompt.
+
+    Returns:
+        `ids` of the prompt, `answer` (ids), `text` of the answer, `longest`, the length of its longest run of a token.
 
     Raises:
-        Refused: the logits after the prompt are no logits.
+        BundleFault: The logits after the prompt are garbage.
     """
-    engine.llm.reset()
-    engine.llm.generate_init()
-    engine.logits(engine.encode(prompt, images))
-    ids, tokens = engine.as_called(prompt, images, limit)
+    session.llm.reset()
+    session.llm.generate_init()
+    session.logits(session.encode(prompt, images))
+    ids, tokens = session.generate(prompt, images, limit)
     longest = max((len(list(run)) for _, run in groupby(tokens)), default=0)
-    return {"ids": ids, "answer": tokens, "text": engine.decode(tokens), "longest": longest}
+    return {"ids": ids, "answer": tokens, "text": session.decode(tokens), "longest": longest}
 
 
 def run(job: dict[str, Any]) -> None:
-    """Into job["result"] (JSON), step by step, so that what was reached is known when the engine dies: `step` (load,
-    template, text, image, done), `template` (the chat as the engine and as Jinja render it), `text`, `image`.
+    """Write results to job["result"] (JSON) after each step, so that they remain if the engine crashes.
+
+    Results: `step` (load, template, text, image or done), `template` (the chat by the engine and by Jinja), `text` and
+    `image` (as `answer` returns them).
 
     job: bundle, prompt, chat, template ("" for none), tokens (eos_token, bos_token), visual, max_new_tokens, result.
     """
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
-    def reach(step: str) -> None:
-        found["step"] = step
-        Path(job["result"]).write_text(json.dumps(found))
+    def begin(step: str) -> None:
+        results["step"] = step
+        Path(job["result"]).write_text(json.dumps(results))
 
-    reach("load")
-    engine, limit = Loaded(Path(job["bundle"]), settings=SETTINGS), job["max_new_tokens"]
-    prompt, tag = job["prompt"], "<img>image_0</img>"
-    seen = tag + prompt
+    begin("load")
+    session, limit = EngineSession(Path(job["bundle"]), settings=SETTINGS), job["max_new_tokens"]
+    prompt = job["prompt"]
+    image_prompt = IMAGE_TAG.format(0) + prompt
     if job["template"]:
-        reach("template")
-        right = render(job["template"], job["chat"], job["tokens"])
-        found["template"] = [engine.native.apply_chat_template(job["chat"]), right]
-        prompt, seen = engine.native.apply_chat_template(prompt), engine.native.apply_chat_template(seen)
-    reach("text")
-    found["text"] = answer(engine, prompt, [], limit)
+        begin("template")
+        expected = render(job["template"], job["chat"], job["tokens"])
+        results["template"] = [session.native.apply_chat_template(job["chat"]), expected]
+        prompt, image_prompt = map(session.native.apply_chat_template, (prompt, image_prompt))
+    begin("text")
+    results["text"] = answer(session, prompt, [], limit)
     if job["visual"]:
-        reach("image")
-        found["image"] = answer(engine, seen, [image_input(image())], limit)
-    reach("done")
+        begin("image")
+        results["image"] = answer(session, image_prompt, [engine_image(red_square())], limit)
+    begin("done")

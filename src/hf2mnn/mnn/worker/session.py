@@ -1,13 +1,14 @@
-"""MNN's LLM engine with one bundle loaded, for the child processes that may hold it.
+"""MNN's LLM engine with one bundle loaded, for use in a child process.
 
-Right positions: engine 3.6.1 counts an image's tokens instead of its rows and columns when it goes on after one
-(facts: Omni::gen_position_ids and MropeInfo). So the prompt is fed in segments, cut before each vision_start and
-before each vision_end, and before each the position counter of the engine's context is set to what it must be.
+The engine counts the tokens of an image instead of its rows and columns (`QUIRKS` of `hf2mnn.mnn.engine_facts`). For
+right positions, `ModelSession` feeds a prompt in segments, cut before each vision_start and each vision_end. Before
+each segment it sets the position counter of the engine's context.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,33 @@ import MNN.expr
 import MNN.llm
 import numpy as np
 
-from hf2mnn.families import family_named
-from hf2mnn.mnn.worker.module import Refused
-from hf2mnn.mnn.worker.overlay import overlay
+from hf2mnn.core.errors import BundleFault
+from hf2mnn.families import get_family
+from hf2mnn.mnn.bundle_config import with_settings
+from hf2mnn.mnn.engine_facts import GARBAGE_LOGIT, IMAGE_TAG
 from hf2mnn.reference.golden import GoldenExample
 
-# A missing or foreign weight file gives finite garbage of about -3.4e38, which no NaN check sees.
-GARBAGE = 1e30
+
+def overlay(bundle: Path, settings: dict[str, Any]) -> Path:
+    """Return a folder in the working directory with links to the bundle's files, and config.json with `settings`.
+
+    The engine resolves other files relative to config.json.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="bundle-", dir=Path.cwd()))
+    for path in bundle.iterdir():
+        (folder / path.name).symlink_to(path)
+    config = json.loads((bundle / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(with_settings(config, settings)))
+    return folder
 
 
-def image_input(rgb: np.ndarray, size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """An image (uint8 RGB [height, width, 3]) as the engine takes it: BGR, with the height and width it is to be seen
-    at, its own where `size` does not say otherwise.
+def engine_image(rgb: np.ndarray, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Return an image as the engine takes it.
+
+    Args:
+        rgb: uint8 RGB [height, width, 3].
+        size: Height and width to which the engine resizes the image; None for those of `rgb`.
     """
     height, width = size or rgb.shape[:2]
     bgr = np.ascontiguousarray(rgb[:, :, ::-1])
@@ -35,47 +51,65 @@ def image_input(rgb: np.ndarray, size: tuple[int, int] | None = None) -> dict[st
     return {"data": data, "height": height, "width": width}
 
 
-def image_grid(rgb: np.ndarray, model: dict[str, Any]) -> np.ndarray:
-    """grid_thw int64 [3] of an image that has its right size; `model` is model.json."""
-    return np.array([1, *(side // model["patch_size"] for side in rgb.shape[:2])])
+def image_grid(rgb: np.ndarray, info: dict[str, Any]) -> np.ndarray:
+    """Return grid_thw int64 [3] of an image of the right size; `info` is model.json."""
+    return np.array([1, *(side // info["patch_size"] for side in rgb.shape[:2])])
 
 
-class Loaded:
-    """One loaded bundle, whoever made it."""
+class EngineSession:
+    """Any bundle, loaded.
+
+    Attributes:
+        folder: Folder that the engine reads: the bundle, or an overlay with other settings.
+        llm: Python wrapper of the engine.
+        native: Its C++ object, which has functions and results that the wrapper hides.
+    """
 
     def __init__(self, bundle: Path, threads: int = 0, settings: dict[str, Any] | None = None) -> None:
-        """`settings` go over those of config.json; `threads` 0 keeps the bundle's own number.
+        """Load a bundle.
+
+        Args:
+            bundle: Folder of the bundle.
+            threads: Number of threads; 0 for that of config.json.
+            settings: Settings that replace those of config.json.
 
         Raises:
-            Refused: the engine does not load it.
+            BundleFault: The engine does not load the bundle.
         """
-        changed = {**(settings or {}), **({"thread_num": threads} if threads else {})}
-        # What `set_config` changes does not reach the vision tower.
-        self.folder = overlay(bundle, changed) if changed else bundle
+        changes = {**(settings or {}), **({"thread_num": threads} if threads else {})}
+        # `set_config` does not change the settings of the vision tower.
+        self.folder = overlay(bundle, changes) if changes else bundle
         self.llm = MNN.llm.create(str(self.folder / "config.json"))
         self.native = self.llm._c_obj
-        # The wrapper's own load() gives None whatever happened.
+        # The wrapper's load() returns None in any case.
         if not self.native.load():
-            raise Refused(f"MNN's engine does not load {bundle}: its files are not whole or not for this engine")
+            raise BundleFault(
+                f"MNN's engine does not load {bundle}: its files are incomplete or not for this engine", "load"
+            )
 
     def logits(self, ids: list[int]) -> np.ndarray:
-        """float32 [vocabulary] after `ids`, which join the engine's cache."""
-        return self._checked(self.llm.forward(ids).read()).reshape(-1)
+        """Append `ids` to the KV cache and return the logits after them, float32 [vocabulary]."""
+        return self._check_logits(self.llm.forward(ids).read()).reshape(-1)
 
     @staticmethod
-    def _checked(logits: Any) -> np.ndarray:
+    def _check_logits(logits: Any) -> np.ndarray:
         values = np.array(logits, np.float32)
-        if not np.isfinite(values).all() or np.abs(values).max() > GARBAGE or np.ptp(values) == 0:
-            raise Refused("the bundle answers garbage (logits equal, huge or not finite): its weights are not its own")
+        if not np.isfinite(values).all() or np.abs(values).max() > GARBAGE_LOGIT or np.ptp(values) == 0:
+            raise BundleFault(
+                "the bundle answers garbage (logits equal, huge or not finite): its weights are missing or of another"
+                " model",
+                "garbage",
+            )
         return values
 
     def encode(self, prompt: str, images: list[dict[str, Any]]) -> list[int]:
-        """The prompt's tokens, those of its images by the engine's own image processing among them."""
+        """Return the ids of a prompt with the engine's own image processing."""
         return [int(token) for token in self.llm.tokenizer_encode({"text": prompt, "images": images})]
 
-    def as_called(self, prompt: str, images: list[dict[str, Any]], limit: int) -> tuple[list[int], list[int]]:
-        """The prompt's tokens, and the greedy answer, by the engine's own image processing and positions: what
-        `response` gives a caller.
+    def generate(self, prompt: str, images: list[dict[str, Any]], limit: int) -> tuple[list[int], list[int]]:
+        """Return the ids of a prompt and of its greedy answer, by the engine's own image processing and positions.
+
+        This is the result of `response`, which applications call.
         """
         self.llm.reset()
         self.llm.generate_init()
@@ -83,7 +117,7 @@ class Loaded:
         return ids, [int(token) for token in self.native.generate(ids, limit)]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of an answer; the engine's binding raises on a token that is only a part of a character."""
+        """Return the text of ids; the binding raises for a token that is a part of a character."""
         pieces = []
         for token in ids:
             try:
@@ -93,115 +127,146 @@ class Loaded:
         return b"".join(pieces).decode(errors="replace").strip()
 
 
-class Engine(Loaded):
-    """A loaded bundle that says which model it is."""
+class ModelSession(EngineSession):
+    """A bundle of hf2mnn, loaded, whose tokens get the positions of transformers.
+
+    Attributes:
+        info: model.json of the bundle.
+        family: Its model family.
+    """
 
     def __init__(self, bundle: Path, threads: int = 0, settings: dict[str, Any] | None = None) -> None:
         super().__init__(bundle, threads, settings)
-        self.model = json.loads((bundle / "llm_config.json").read_text())["hf2mnn"]
-        self.family = family_named(self.model["model_type"], bundle)
+        self.info = json.loads((bundle / "llm_config.json").read_text())["hf2mnn"]
+        self.family = get_family(self.info["model_type"], bundle)
 
     def all_logits(self, ids: list[int], position: int) -> np.ndarray:
-        """float32 [len(ids), vocabulary] after each of `ids`, text that joins the engine's cache at `position`."""
+        """Append text to the KV cache at `position` and return the logits after each of its ids.
+
+        Returns:
+            float32 [len(ids), vocabulary].
+        """
         self.llm.set_config({"all_logits": True})
         try:
-            self._leave_images()
-            rows, read = [], 0
-            for part in self._parts(ids):
-                self.move(position + read)
-                rows.append(self._checked(self.llm.forward(part).read()).reshape(len(part), -1))
-                read += len(part)
+            self._clear_image_positions()
+            rows, done = [], 0
+            for part in self.split_text(ids):
+                self.set_position(position + done)
+                rows.append(self._check_logits(self.llm.forward(part).read()).reshape(len(part), -1))
+                done += len(part)
             return np.concatenate(rows)
         finally:
             self.llm.set_config({"all_logits": False})
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens of the cache; the engine does so with its next forward, and until then counts
-        as before.
+        """Keep the first `length` tokens of the KV cache.
+
+        The engine does so at its next forward; until then `get_current_history` returns the former length.
         """
         if length < self.native.get_current_history():
             self.native.erase_history(length, 0)
 
-    def move(self, position: int) -> None:
-        """The next forward is a prefill that starts at `position`."""
-        # Not through `llm.context`: reading it ends the process once an answer was no whole UTF-8.
+    def set_position(self, position: int) -> None:
+        """Let the next forward be a prefill that starts at `position`."""
+        # Not through `llm.context`: reading it ends the process once an answer was no valid UTF-8.
         self.native.set_context({"all_seq_len": position, "gen_seq_len": 0})
 
-    def _leave_images(self) -> None:
-        """Encoding an empty prompt makes the engine forget an image's positions; then it counts from the context."""
+    def _clear_image_positions(self) -> None:
+        """Encode an empty prompt: the engine then counts positions from its context."""
         self.llm.tokenizer_encode("")
 
-    def _parts(self, ids: list[int]) -> list[list[int]]:
-        """A text as it must be read: of a model with deepstack the first token by itself, for the engine adds what it
-        has seen of an image to whatever longer text comes next (`Omni::embedding`).
-        """
-        return [ids[:1], ids[1:]] if self.family.deepstack and len(ids) > 1 else [ids]
+    def split_text(self, ids: list[int]) -> list[list[int]]:
+        """Split text into forwards.
 
-    def text(self, ids: list[int], position: int) -> np.ndarray:
-        """Logits [vocabulary] after a text that joins the cache at `position`."""
-        self._leave_images()
-        read = 0
-        for part in self._parts(ids):
-            self.move(position + read)
+        With deepstack, the engine adds the features of an image to the next text of two or more tokens, so the first
+        token gets a forward of its own.
+        """
+        return [ids[:1], ids[1:]] if self.family.deepstack_layers and len(ids) > 1 else [ids]
+
+    def prefill_text(self, ids: list[int], position: int) -> np.ndarray:
+        """Append text to the KV cache at `position` and return the logits after it, float32 [vocabulary]."""
+        self._clear_image_positions()
+        done = 0
+        for part in self.split_text(ids):
+            self.set_position(position + done)
             row = self.logits(part)
-            read += len(part)
+            done += len(part)
         return row
 
     def prefill(self, ids: list[int], positions: np.ndarray, images: list[dict[str, Any]]) -> np.ndarray:
-        """Logits [vocabulary] after a prompt, every token at its right position [rows, tokens].
+        """Prefill a prompt in an empty KV cache.
 
-        `images` come from `image_input`.
+        Args:
+            ids: Ids of the prompt.
+            positions: Positions of transformers, int [rows, tokens].
+            images: Images from `engine_image`.
+
+        Returns:
+            Logits after the prompt, float32 [vocabulary].
         """
-        start = self.read_images(ids, positions, images)
-        return self.text(ids[start:], int(positions[0, start]))
+        start = self.prefill_images(ids, positions, images)
+        return self.prefill_text(ids[start:], int(positions[0, start]))
 
-    def read_images(self, ids: list[int], positions: np.ndarray, images: list[dict[str, Any]]) -> int:
-        """Empty the cache and read a prompt up to the end of its last image; gives how many tokens those are."""
+    def prefill_images(self, ids: list[int], positions: np.ndarray, images: list[dict[str, Any]]) -> int:
+        """Empty the KV cache and prefill a prompt up to the end of its last image.
+
+        Returns:
+            Number of tokens in the KV cache.
+
+        Raises:
+            BundleFault: The engine has another number of image tokens than transformers.
+        """
         self.llm.reset()
-        start, left = 0, iter(images)
-        for begin, end in image_runs(ids, self.model.get("image_token_id")):
-            # Text up to the token before the image (vision_start), then that token with the image.
+        start, remaining = 0, iter(images)
+        for begin, end in image_runs(ids, self.info.get("image_token_id")):
+            # Text before vision_start, then vision_start with the image.
             if begin - 1 > start:
-                self.text(ids[start : begin - 1], int(positions[0, start]))
-            coded = self.llm.tokenizer_encode({"text": "<img>image_0</img>", "images": [next(left)]})
-            if coded != ids[begin - 1 : end + 1]:
-                raise Refused(
-                    f"the engine makes {len(coded) - 2} image tokens where transformers makes {end - begin}:"
-                    " patch size, merge size or vision ids of the bundle are not the checkpoint's"
+                self.prefill_text(ids[start : begin - 1], int(positions[0, start]))
+            encoded = self.encode(IMAGE_TAG.format(0), [next(remaining)])
+            if encoded != ids[begin - 1 : end + 1]:
+                raise BundleFault(
+                    f"the engine makes {len(encoded) - 2} image tokens where transformers makes {end - begin}:"
+                    " patch size, merge size or vision ids of the bundle are not those of the checkpoint",
+                    "image_tokens",
                 )
-            self.move(int(positions[0, begin - 1]))
-            # A prompt may not end in an image (Omni::embedding then repeats the tokens before it), so vision_end goes
-            # along, at a wrong position, and is taken back.
-            self.logits(coded)
+            self.set_position(int(positions[0, begin - 1]))
+            # A prompt that ends in an image repeats its last text tokens. So vision_end is fed too, at a wrong
+            # position, and removed.
+            self.logits(encoded)
             self.truncate(self.native.get_current_history() - 1)
             start = end
         return start
 
     def greedy(self, row: np.ndarray, limit: int) -> list[int]:
-        """The answer that begins with the best token of `row`, decoded with the engine's cache, stop id included."""
+        """Return the greedy answer after logits `row` with the engine's KV cache, stop id included."""
         answer = [int(row.argmax())]
-        while answer[-1] not in self.model["stop_ids"] and len(answer) < limit:
+        while answer[-1] not in self.info["stop_ids"] and len(answer) < limit:
             answer.append(int(self.logits(answer[-1:]).argmax()))
         return answer
 
-    def judge(self, example: GoldenExample, images: list[dict[str, Any]], limit: int) -> tuple[np.ndarray, list[int]]:
-        """Teacher-forced logits [m, vocabulary] and the greedy answer, both by cached decode with right positions."""
-        wanted = example.answer_ids.tolist()
+    def evaluate(
+        self, example: GoldenExample, images: list[dict[str, Any]], limit: int
+    ) -> tuple[np.ndarray, list[int]]:
+        """Return teacher-forced logits and the greedy answer of an example, by cached decoding.
+
+        Returns:
+            Logits float32 [answer tokens, vocabulary], and ids of the answer.
+        """
+        reference = example.answer_ids.tolist()
         rows = [self.prefill(example.input_ids.tolist(), example.position_ids, images)]
-        rows += [self.logits([token]) for token in wanted[:-1]]
-        chosen = [int(row.argmax()) for row in rows]
-        same = next((i for i, (ours, theirs) in enumerate(zip(chosen, wanted, strict=True)) if ours != theirs), None)
-        if same is None:
-            return np.stack(rows), chosen
-        # From the first other token on the answer is the engine's own: take the cache back to there and decode on.
-        kept = len(example.input_ids) + same
-        self.truncate(kept)
-        self.native.set_context({"all_seq_len": int(example.position_ids.max()) + 1 + same})
-        return np.stack(rows), chosen[:same] + self.greedy(rows[same], limit - same)
+        rows += [self.logits([token]) for token in reference[:-1]]
+        best = [int(row.argmax()) for row in rows]
+        common = next((i for i, pair in enumerate(zip(best, reference, strict=True)) if pair[0] != pair[1]), None)
+        if common is None:
+            return np.stack(rows), best
+        # From the first different token on the answer is the engine's own: truncate the KV cache and decode on.
+        self.truncate(len(example.input_ids) + common)
+        self.native.set_context({"all_seq_len": int(example.position_ids.max()) + 1 + common})
+        return np.stack(rows), best[:common] + self.greedy(rows[common], limit - common)
 
 
 def image_runs(ids: list[int], image: int | None) -> Iterator[tuple[int, int]]:
-    """Begin and end of each run of image tokens."""
+    """Yield begin and end of each run of image tokens."""
     begin = None
     for index, token in enumerate([*ids, -1]):
         if token == image and begin is None:
@@ -211,7 +276,7 @@ def image_runs(ids: list[int], image: int | None) -> Iterator[tuple[int, int]]:
             begin = None
 
 
-def tag_images(prompt: str, image_text: str) -> str:
-    """The template's image (start, pad, end) as the tag that the engine looks for, numbered in order."""
-    parts = prompt.split(image_text) if image_text else [prompt]
-    return parts[0] + "".join(f"<img>image_{i}</img>{part}" for i, part in enumerate(parts[1:]))
+def insert_image_tags(prompt: str, placeholder: str) -> str:
+    """Replace the template's placeholders of images (start, pad, end) by the engine's tags, numbered in order."""
+    parts = prompt.split(placeholder) if placeholder else [prompt]
+    return parts[0] + "".join(IMAGE_TAG.format(number) + part for number, part in enumerate(parts[1:]))

@@ -1,6 +1,4 @@
-"""One measurement of one bundle: a process of its own, so that its memory is the bundle's and nothing is warm from
-before but the file system's cache.
-"""
+"""One measurement of one bundle, in its own process: memory is the bundle's, and only the file cache is warm."""
 
 from __future__ import annotations
 
@@ -13,18 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from hf2mnn.machine.usage import resident_mb
-from hf2mnn.mnn.settings import engine_settings, vision_settings
+from hf2mnn.core.errors import BundleFault
+from hf2mnn.machine.usage import own_peak_mb, resident_mb
+from hf2mnn.mnn.bundle_config import decoder_settings, vision_settings
+from hf2mnn.mnn.engine_facts import IMAGE_TAG
 from hf2mnn.mnn.worker.module import Module, runtime_settings
-from hf2mnn.mnn.worker.session import Engine, Refused, image_input
+from hf2mnn.mnn.worker.session import ModelSession, engine_image
 
-ROUNDS, BUDGET = 3, 3.0
-"""After one round to warm up: rounds of a small model, whose median counts; no new one begins after so many seconds."""
+ROUNDS = 3
+"""Rounds of a measurement after one for warm-up; the median counts."""
+BUDGET = 3.0
+"""Seconds after which no further round begins."""
 CLOCK = time.perf_counter
 
 
 def rounds(measure: Callable[[], Any]) -> list[Any]:
-    """What `measure` gives, once for nothing and then as often as ROUNDS and BUDGET allow."""
+    """Run `measure` once for warm-up, and then as often as ROUNDS and BUDGET allow; return the results."""
     measure()
     started, results = CLOCK(), [measure()]
     while len(results) < ROUNDS and CLOCK() - started < BUDGET:
@@ -33,81 +35,86 @@ def rounds(measure: Callable[[], Any]) -> list[Any]:
 
 
 def seconds(action: Callable[[], Any]) -> float:
+    """Return the duration of `action`."""
     started = CLOCK()
     action()
     return CLOCK() - started
 
 
-def plain_tokens(engine: Engine, count: int) -> list[int]:
-    """Ids of ordinary text, the same at every call: none that a chat template, an image or a stop uses.
+def plain_tokens(session: ModelSession, count: int) -> list[int]:
+    """Return ids of ordinary text, the same at every call: no special tokens, which decode to an empty text.
 
-    Special tokens, and rows of the embedding that no token has, decode to nothing.
+    Raises:
+        BundleFault: The tokenizer decodes too few ids.
     """
-    random, found, tried = np.random.default_rng(0), [], 0
-    while len(found) < count:
+    random, ids, tried = np.random.default_rng(0), [], 0
+    while len(ids) < count:
         if tried > 20 * count + 1000:
-            raise Refused("the bundle's tokenizer knows hardly any of the vocabulary: it is not the model's")
-        token, tried = int(random.integers(engine.model["vocab_size"])), tried + 1
-        if token not in engine.model["stop_ids"] and engine.decode([token]):
-            found.append(token)
-    return found
+            raise BundleFault(
+                "the bundle's tokenizer decodes hardly any id of the vocabulary: it is of another model", "vocabulary"
+            )
+        token, tried = int(random.integers(session.info["vocab_size"])), tried + 1
+        if token not in session.info["stop_ids"] and session.decode([token]):
+            ids.append(token)
+    return ids
 
 
-class Clocked:
-    """The engine's steps, each with the seconds that it took."""
+class TimedSession:
+    """Steps of a session, with the seconds that each takes."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, session: ModelSession) -> None:
+        self.session = session
 
-    def choose(self, ids: list[int]) -> tuple[float, np.ndarray]:
-        """One forward, and the best token of its logits [vocabulary], which are given too."""
+    def step(self, ids: list[int]) -> tuple[float, np.ndarray]:
+        """Return the duration of a forward with the choice of the best token, and its logits [vocabulary]."""
         started = CLOCK()
-        row = self.engine.llm.forward(ids).read().reshape(-1)
+        row = self.session.llm.forward(ids).read().reshape(-1)
         row.argmax()
-        # A copy, because the engine writes its next logits into the same place.
+        # A copy, because the engine reuses the memory of its logits.
         return CLOCK() - started, row.copy()
 
     def prefill(self, ids: list[int]) -> tuple[float, np.ndarray]:
-        """The same from an empty cache."""
-        self.engine.llm.reset()
-        return self.choose(ids)
+        """Return the same for an empty KV cache."""
+        self.session.llm.reset()
+        return self.step(ids)
 
     def request(self, prompt: list[int], answer: list[int]) -> tuple[float, float]:
-        """(prefill of the prompt, all steps of the answer); the answer's tokens are given, so that none ends it."""
+        """Return the durations of the prefill and of all decoding steps; the ids of the answer are given."""
         first, _ = self.prefill(prompt)
-        return first, sum(self.choose([token])[0] for token in answer)
+        return first, sum(self.step([token])[0] for token in answer)
 
-    def cache_worth(self, ids: list[int]) -> dict[str, Any]:
-        """The last token of `ids` decoded with a cache of those before it, against a prefill of all of them.
+    def cache_gain(self, ids: list[int]) -> dict[str, Any]:
+        """Compare decoding the last of `ids` with a KV cache of the others to a prefill of all of them.
 
-        Both end in the same logits; `difference` is the largest between the two.
+        Both give the same logits; `difference` is the largest difference between the two.
         """
         length = len(ids) - 1
         recomputed = rounds(lambda: self.prefill(ids))
         self.prefill(ids[:-1])
 
         def step() -> tuple[float, np.ndarray]:
-            taken = self.choose(ids[-1:])
-            self.engine.native.erase_history(length, 0)
-            return taken
+            result = self.step(ids[-1:])
+            self.session.native.erase_history(length, 0)
+            return result
 
         cached = rounds(step)
         return {
             "length": length,
-            "cached_s": median(taken for taken, _ in cached),
-            "recomputed_s": median(taken for taken, _ in recomputed),
+            "cached_s": median(duration for duration, _ in cached),
+            "recomputed_s": median(duration for duration, _ in recomputed),
             "difference": float(np.abs(cached[0][1] - recomputed[0][1]).max()),
         }
 
 
-def text_measures(clocked: Clocked, ids: list[int], prompt_tokens: int) -> dict[str, float]:
-    engine, prompt, answer = clocked.engine, ids[:prompt_tokens], ids[prompt_tokens:]
-    engine.llm.reset()
-    engine.logits(prompt)  # says so where the answer is garbage
-    # The ids of a text are not the ids whose text it is, so the tokenizer is timed apart.
-    text = engine.decode(prompt)
-    tokenized = median(rounds(lambda: seconds(lambda: engine.llm.tokenizer_encode(text))))
-    prefills, decodes = zip(*rounds(lambda: clocked.request(prompt, answer)), strict=True)
+def text_measures(timed: TimedSession, ids: list[int], prompt_tokens: int) -> dict[str, float]:
+    """Return speeds of a text request: tokenizer, prefill and decoding."""
+    session, prompt, answer = timed.session, ids[:prompt_tokens], ids[prompt_tokens:]
+    session.llm.reset()
+    session.logits(prompt)  # raises for garbage
+    # Encoding the text of ids may give other ids, so the tokenizer is timed separately.
+    text = session.decode(prompt)
+    tokenized = median(rounds(lambda: seconds(lambda: session.llm.tokenizer_encode(text))))
+    prefills, decodes = zip(*rounds(lambda: timed.request(prompt, answer)), strict=True)
     prefill, decode = median(prefills), median(decodes)
     return {
         "first_token_s": tokenized + prefill,
@@ -118,62 +125,59 @@ def text_measures(clocked: Clocked, ids: list[int], prompt_tokens: int) -> dict[
     }
 
 
-def image_seconds(engine: Engine, width: int, height: int) -> float:
-    """The engine's own way with an image of the right size: normalization, patches and vision tower."""
+def image_seconds(session: ModelSession, width: int, height: int) -> float:
+    """Return the duration of the engine's processing of an image: normalization, patches and vision tower."""
     rgb = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    prompt = {"text": "<img>image_0</img>", "images": [image_input(rgb)]}
-    return median(rounds(lambda: seconds(lambda: engine.llm.tokenizer_encode(prompt))))
+    prompt = {"text": IMAGE_TAG.format(0), "images": [engine_image(rgb)]}
+    return median(rounds(lambda: seconds(lambda: session.llm.tokenizer_encode(prompt))))
 
 
-def tower_seconds(engine: Engine, width: int, height: int) -> float:
-    """The vision tower alone, from patches to embeddings."""
-    model = engine.model
-    patch = model["patch_size"]
+def tower_seconds(session: ModelSession, width: int, height: int) -> float:
+    """Return the duration of the vision tower alone, from patches to embeddings."""
+    info = session.info
+    patch = info["patch_size"]
     grid = np.array([1, height // patch, width // patch])
-    shape = (int(grid.prod()), 3 * model["temporal_patch_size"] * patch**2)
+    shape = (int(grid.prod()), 3 * info["temporal_patch_size"] * patch**2)
     pixels = np.random.default_rng(0).standard_normal(shape, np.float32)
-    inputs = engine.family.vision_inputs(pixels, grid, model)
-    module = Module(
-        engine.folder / "visual.mnn",
-        list(inputs),
-        engine.family.vision_outputs,
-        runtime_settings(engine.folder, "vision"),
-        0,
-    )
+    inputs = session.family.vision_inputs(pixels, grid, info)
+    settings = runtime_settings(session.folder, "vision")
+    module = Module(session.folder / "visual.mnn", list(inputs), session.family.vision_outputs, settings, 0)
     arrays = [np.ascontiguousarray(array) for array in inputs.values()]
     return median(rounds(lambda: seconds(lambda: module(arrays))))
 
 
 def run(job: dict[str, Any]) -> None:
-    """Into job["result"] (JSON): measures by name, what the cache is worth by length, the settings, the image.
+    """Write measures by name, the gain of the KV cache by length, the settings and the image size to job["result"].
 
-    job: bundle, settings (over config.json's), prompt_tokens, answer_tokens, image_side (pixels), lengths, result.
-    Peak memory is that of everything but the tower alone, which is loaded a second time for it.
+    Peak memory does not include the second copy of the vision tower, which is timed alone.
+
+    job: bundle, settings (that replace those of config.json), prompt_tokens, answer_tokens, image_side (pixels),
+    lengths, result (JSON).
     """
     bundle = Path(job["bundle"])
-    base = resident_mb("VmRSS")
+    base = resident_mb()
     started = CLOCK()
-    engine = Engine(bundle, settings=job["settings"])
+    session = ModelSession(bundle, settings=job["settings"])
     measures = {"load_s": CLOCK() - started}
-    clocked = Clocked(engine)
+    timed = TimedSession(session)
     request = job["prompt_tokens"] + job["answer_tokens"]
-    ids = plain_tokens(engine, max([request, *(length + 1 for length in job["lengths"])]))
-    measures |= text_measures(clocked, ids[:request], job["prompt_tokens"])
-    cache = [clocked.cache_worth(ids[: length + 1]) for length in job["lengths"]]
-    image, seeing = None, engine.family.sees
-    if seeing:
-        image = engine.family.image_size(job["image_side"], job["image_side"], engine.model)
-        measures["image_s"] = image_seconds(engine, *image)
-    peak = resident_mb("VmHWM")
-    if seeing:
-        measures["vision_s"] = tower_seconds(engine, *image)
+    ids = plain_tokens(session, max([request, *(length + 1 for length in job["lengths"])]))
+    measures |= text_measures(timed, ids[:request], job["prompt_tokens"])
+    cache = [timed.cache_gain(ids[: length + 1]) for length in job["lengths"]]
+    image, has_vision = None, session.family.has_vision
+    if has_vision:
+        image = session.family.image_size(job["image_side"], job["image_side"], session.info)
+        measures["image_s"] = image_seconds(session, *image)
+    peak = own_peak_mb()
+    if has_vision:
+        measures["vision_s"] = tower_seconds(session, *image)
     if peak is not None:
         measures |= {"base_mb": base, "peak_mb": peak, "bundle_mb": peak - base}
-    config = json.loads((engine.folder / "config.json").read_text())
+    config = json.loads((session.folder / "config.json").read_text())
     result = {
         "measures": measures,
         "cache": cache,
-        "engine": {"decoder": engine_settings(config), "vision": vision_settings(config)},
+        "engine": {"decoder": decoder_settings(config), "vision": vision_settings(config)},
         "image": image,
     }
     Path(job["result"]).write_text(json.dumps(result))

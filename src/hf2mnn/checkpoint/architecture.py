@@ -1,0 +1,64 @@
+"""Build the transformers model of a checkpoint without its weights."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+
+from hf2mnn.checkpoint.folder import Checkpoint
+from hf2mnn.core.errors import CheckpointError
+from hf2mnn.core.machine_errors import machine_errno
+
+CONFIG_ERRORS = (
+    *(StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError),
+    *(RuntimeError, ImportError, OSError),
+)
+"""Exceptions of transformers for an invalid config.json: it uses values before it validates them."""
+
+
+@contextmanager
+def transformers_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn exceptions of transformers for an invalid configuration or weights into CheckpointError."""
+    try:
+        yield
+    except CONFIG_ERRORS as error:
+        if machine_errno(error) == errno.ENOMEM:  # no fault of the checkpoint
+            raise
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"transformers cannot build the model of {checkpoint.folder}: {reason}; correct config.json or the weights"
+        ) from error
+
+
+def load_config(checkpoint: Checkpoint) -> transformers.PreTrainedConfig:
+    """Return the configuration of the floating-point model, also of a prequantized checkpoint.
+
+    Raises:
+        CheckpointError: config.json does not describe a model.
+    """
+    with transformers_errors(checkpoint):
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    for part in (config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)
+    return config
+
+
+def model_class(checkpoint: Checkpoint) -> type[transformers.PreTrainedModel]:
+    """Return the transformers class of the checkpoint's family."""
+    return getattr(transformers, checkpoint.family.architecture)
+
+
+def meta_model(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
+    """Build the model of config.json with parameters on the device "meta": shapes without values.
+
+    Raises:
+        CheckpointError: config.json does not describe a model.
+    """
+    config = load_config(checkpoint)
+    with transformers_errors(checkpoint), torch.device("meta"):
+        return model_class(checkpoint)(config)

@@ -1,0 +1,139 @@
+"""Get the files of a pinned revision: user-provided, from the cache of the hub's client, or downloaded.
+
+Not `snapshot_download` of the clients: it checks no user-provided files, and starts a file again after a kill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf2mnn.checkpoint.folder import FILES
+from hf2mnn.checkpoint.hub.base import RESUME, USE_FILES, CorruptedError, Hub, Position, TransientError, retry, warn
+from hf2mnn.checkpoint.hub.pin import Pin, check_names
+from hf2mnn.checkpoint.size import check_disk
+from hf2mnn.core.errors import CheckpointError
+from hf2mnn.core.progress import BYTES, progress
+
+
+def get_hub(name: str) -> Hub:
+    """Return the hub of a name; imports its client, which is slow.
+
+    Raises:
+        CheckpointError: Unknown name.
+    """
+    if name == "huggingface":
+        from hf2mnn.checkpoint.hub.huggingface import HuggingFace
+
+        return HuggingFace()
+    if name == "modelscope":
+        from hf2mnn.checkpoint.hub.modelscope import ModelScope
+
+        return ModelScope()
+    raise CheckpointError(f"unknown hub {name!r}; choose one of: huggingface, modelscope")
+
+
+def pin_repository(
+    repository: str, revision: str | None = None, hub: str = "huggingface", patterns: Sequence[str] = FILES
+) -> Pin:
+    """Return the current commit of a branch or tag, with the files that stages read.
+
+    If the hub cannot be reached, return the commit of the last download.
+
+    Args:
+        repository: owner/name.
+        revision: Branch, tag or commit; None for the default branch.
+        hub: "huggingface" or "modelscope".
+        patterns: File names to include.
+
+    Raises:
+        CheckpointError: Unknown repository or revision, login required, or the hub cannot be reached.
+    """
+    client = get_hub(hub)
+    revision = client.default if revision is None else revision
+    check_names(repository, revision)
+    try:
+        return retry(lambda: client.find(repository, revision, patterns))
+    except TransientError as error:
+        pin = client.find_offline(repository, revision, patterns)
+        if pin is None:
+            raise
+        warn(f"{error}; using the last download, commit {pin.revision}")
+        return pin
+
+
+def _user_provided(folder: Path, pin: Pin) -> dict[str, Path]:
+    """Return the files of a folder that match the pin; warn about others of the same names."""
+    if not folder.is_dir():
+        raise CheckpointError(f"no folder {folder} with user-provided files; create it, or omit --files")
+    files = {}
+    for name, digest in pin.files.items():
+        path = folder / name
+        if path.is_file():
+            mismatch = digest.mismatch(path, name)
+            if mismatch is None:
+                files[name] = path
+            else:
+                warn(f"ignoring {path}: {mismatch} in {pin.repository} at {pin.revision}")
+    return files
+
+
+def _cached(hub: Hub, pin: Pin, name: str) -> Path | None:
+    """Return a file of the cache; remove it there if it does not match the pin."""
+    path = hub.cached(pin, name)
+    mismatch = pin.files[name].mismatch(path, name) if path else None
+    if mismatch is None:
+        return path
+    warn(f"removing {path} from the cache: {mismatch}")
+    path.resolve().unlink()
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _download(hub: Hub, pin: Pin, name: str) -> Path:
+    def attempt() -> Path:
+        with progress(f"downloading {name}", pin.files[name].size, BYTES) as bar:
+            position = Position(bar)
+            try:
+                return retry(lambda: hub.download(pin, name, position))
+            except OSError as error:
+                raise CheckpointError(
+                    f"{name} cannot be written to {hub.cache} ({error.strerror or error}): free some space or change"
+                    f" its permissions, and {RESUME}"
+                ) from None
+
+    try:
+        return attempt()
+    except CorruptedError as error:
+        warn(f"{error}; downloading it again")
+    try:
+        return attempt()
+    except CorruptedError as error:
+        raise CheckpointError(
+            f"{error}, twice: the hub, a mirror or a proxy serves another file; reach the hub another way, {USE_FILES}"
+        ) from None
+
+
+def gather(hub: Hub, pin: Pin, files: Path | None = None) -> dict[str, Path]:
+    """Return the paths of all pinned files, each checked against the pin.
+
+    Args:
+        hub: Hub of the pin.
+        pin: Pinned revision.
+        files: Folder of user-provided files, preferred to the cache and the hub.
+
+    Raises:
+        CheckpointError: A file cannot be downloaded, or the disk is too small.
+    """
+    paths = _user_provided(Path(files), pin) if files else {}
+    for name in pin.files:
+        if name not in paths and (path := _cached(hub, pin, name)):
+            paths[name] = path
+    # Small files first: config.json in the cache shows early what is downloaded.
+    missing = sorted((name for name in pin.files if name not in paths), key=lambda name: pin.files[name].size)
+    remaining = 0
+    for name in missing:
+        part = hub.part(pin, name)
+        remaining += pin.files[name].size - (part.stat().st_size if part.exists() else 0)
+    check_disk(hub.cache, max(remaining, 0), f"the rest of the download of {pin.repository}")
+    return paths | {name: _download(hub, pin, name) for name in missing}

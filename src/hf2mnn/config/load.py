@@ -1,0 +1,80 @@
+"""Reading of config.yaml and of JSON options, with all checks that need no job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from hf2mnn.config.messages import error_message
+from hf2mnn.config.models import Model
+from hf2mnn.config.plan import read_yaml
+from hf2mnn.config.schema import Config
+from hf2mnn.core.errors import ConfigError
+from hf2mnn.core.untrusted import read_json
+from hf2mnn.families import FAMILIES
+
+
+def parse_config(content: Any) -> Config:
+    """Check a mapping against the schema and the local checkpoints, and return it `expanded`.
+
+    Raises:
+        ConfigError: One line with the path of the key.
+    """
+    try:
+        config = Config.model_validate(content).expanded()
+    except ValidationError as error:
+        raise ConfigError(error_message(Config, error, "config")) from None
+    for model, described in config.models.items():
+        _check_blocks(config, model, described)
+    return config
+
+
+def load_config(path: Path) -> Config:
+    """Read config.yaml.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or is refused by `parse_config`.
+    """
+    return parse_config(read_yaml("config", path))
+
+
+def parse_option(kind: type[BaseModel], text: str, option: str) -> Any:
+    """Return an option of the command line that holds a block of the configuration as JSON, with defaults.
+
+    Raises:
+        ConfigError: With the option and the key.
+    """
+    try:
+        return kind.model_validate_json(text).model_dump(exclude_none=True)
+    except ValidationError as error:
+        raise ConfigError(error_message(kind, error, option)) from None
+
+
+def _check_blocks(config: Config, model: str, described: Model) -> None:
+    """Check that blocks divide the inputs of every linear layer, if config.json of a local checkpoint tells them.
+
+    Raises:
+        ConfigError: A block does not divide them; MNN's converter would use one scale per channel without a message.
+    """
+    path = Path(described.source.path or "", "config.json")
+    if described.source.path is None or not path.is_file():
+        return
+    try:
+        checkpoint = read_json(path)
+        text, vision = checkpoint.get("text_config") or checkpoint, checkpoint.get("vision_config") or {}
+        inputs = FAMILIES[checkpoint.get("model_type")].linear_inputs(text, vision)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # the fetch stage refuses such a checkpoint, with its own message
+    for variant in config.variants_of(model):
+        for part, weights in (("decoder", config.decoder_weights(variant)), ("vision", config.vision_weights(variant))):
+            if config.variants[variant].plan or weights.method == "checkpoint" or weights.bits >= 16:
+                continue
+            for size in inputs.get(part, []):
+                if weights.block and size % weights.block:
+                    key = f"variants.{variant}.{'vision.' if part == 'vision' else ''}block"
+                    raise ConfigError(
+                        f"config: {key}: {weights.block} does not divide the {size} inputs of a {part} layer of"
+                        f" {model}; use a divisor, or 0 for one scale per channel"
+                    )

@@ -1,0 +1,268 @@
+"""The fast tokenizer of a Hugging Face checkpoint: its files, as far as they can be written for MNN's engine.
+
+Supported are byte-level BPE, split by a pattern and normalized by NFC or not at all (the Qwen families, Llama 3), and
+BPE over characters with byte fallback, whose words begin with a meta space (Llama 2, Mistral). Other tokenizers are
+rejected: they would be written as tokenizers with other ids.
+
+Ids are those of a rendered chat, `tokenizer(text, add_special_tokens=False)` in transformers. The chat template writes
+begin-of-text tokens itself, so post-processors that add them are ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf2mnn.core.errors import CheckpointError
+from hf2mnn.core.untrusted import read_bytes, read_json
+from hf2mnn.mnn.template import render
+
+TOKENIZER_FILE = "tokenizer.json"
+META_SPACE = "\u2581"
+BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
+"""Tokens of single bytes in BPE with byte fallback."""
+
+
+@dataclass(frozen=True)
+class MetaSpaces:
+    """Splitting of text into words that begin with a meta space.
+
+    Attributes:
+        prepend: Where a meta space is added: "text" before each text between added tokens, "always" before each text
+            that does not begin with one, "first" the same before a prompt only, "never" nowhere.
+        split_runs: Whether text is split before each meta space of a run, not before the run alone.
+    """
+
+    prepend: str
+    split_runs: bool
+
+
+@dataclass(frozen=True)
+class CheckpointTokenizer:
+    """A tokenizer of a supported kind.
+
+    Attributes:
+        path: tokenizer.json, for messages.
+        spec: Its contents, as transformers loads them.
+        added: Added tokens by id.
+        ids: Ids of all tokens by text.
+        meta_spaces: Splitting into words; None for byte-level BPE.
+        stop: Ids of end-of-text tokens.
+        eos: End-of-text token, or "".
+        bos: Begin-of-text token, or "".
+        clean_up_spaces: Whether decoding removes spaces before punctuation.
+        template: Chat template.
+    """
+
+    path: Path
+    spec: dict[str, Any]
+    added: list[dict[str, Any]]
+    ids: dict[str, int]
+    meta_spaces: MetaSpaces | None
+    stop: list[int]
+    eos: str
+    bos: str
+    clean_up_spaces: bool
+    template: str
+
+
+def read_checkpoint_tokenizer(checkpoint: Path) -> CheckpointTokenizer:
+    """Read tokenizer.json, tokenizer_config.json, generation_config.json and the chat template of a checkpoint.
+
+    Raises:
+        CheckpointError: A file, the chat template or every end-of-text token is missing, or a part of the tokenizer is
+            not supported.
+    """
+    path = checkpoint / TOKENIZER_FILE
+    stored = read_object(path)
+    if stored is None:
+        raise CheckpointError(f"{path} is missing; save the checkpoint with its fast tokenizer (tokenizer.json)")
+    config = read_object(checkpoint / "tokenizer_config.json") or {}
+    with invalid_tokenizer(path):
+        spec = _as_loaded(stored, config)
+        added = sorted(spec.get("added_tokens") or [], key=lambda token: token["id"])
+        normalizer, model = spec.get("normalizer"), spec["model"]
+        if _count_nfc(normalizer) > 1:  # each is a megabyte
+            raise unsupported(path, "normalizer", "NFC more than once")
+        _check_post_processor(spec.get("post_processor"), path)
+        _check_added_tokens(added, normalizer, path)
+        meta_spaces = _meta_spaces(normalizer, spec.get("pre_tokenizer"))
+        _check_model(model, path)
+        ids = model["vocab"] | {token["content"]: token["id"] for token in added}
+        stop = _stop_ids(checkpoint, config, ids)
+        eos, bos = (_token_text(config.get(key)) for key in ("eos_token", "bos_token"))
+        template = chat_template(checkpoint)
+        if meta_spaces and meta_spaces.prepend == "first":
+            _check_first(template, {"bos_token": bos, "eos_token": eos}, added, path)
+        clean_up = config.get("clean_up_tokenization_spaces") is True
+        return CheckpointTokenizer(path, spec, added, ids, meta_spaces, stop, eos, bos, clean_up, template)
+
+
+@contextmanager
+def invalid_tokenizer(path: Path) -> Iterator[None]:
+    """Raise CheckpointError in place of errors that tokenizer.json with other contents than a tokenizer causes."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a tokenizer of the tokenizers library: {error!r}; save it again"
+        ) from error
+
+
+def chat_template(checkpoint: Path) -> str:
+    """Return the chat template as Jinja reads it: newlines normalized, the last one removed. The engine does neither.
+
+    Raises:
+        CheckpointError: The checkpoint has no chat template, or an invalid one.
+    """
+    path = checkpoint / "chat_template.jinja"
+    try:
+        if path.is_file():
+            template = read_bytes(path).decode()
+        else:
+            path = checkpoint / "chat_template.json"
+            stored = read_object(path) or read_object(path := checkpoint / "tokenizer_config.json") or {}
+            template = stored.get("chat_template")
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if not isinstance(template, str | None):
+            raise TypeError(f"it is a {type(template).__name__}")
+        template and template.encode()
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the chat template is invalid ({error}); save it again") from None
+    if not template:
+        raise CheckpointError(
+            f"{checkpoint} has no chat template; add one as chat_template.jinja or in tokenizer_config.json"
+        )
+    return re.sub(r"\r\n|\r", "\n", template).removesuffix("\n")
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file, or None if there is no file.
+
+    Raises:
+        CheckpointError: The file holds anything else.
+    """
+    if not path.is_file():
+        return None
+    try:
+        value = read_json(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}; save it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}; save it again")
+    return value
+
+
+def unsupported(path: Path, part: str, kind: str | None) -> CheckpointError:
+    """Return the error for a part of a tokenizer that cannot be written for MNN's engine."""
+    return CheckpointError(
+        f"{path}: {part} {kind or 'none'} cannot be written for MNN's tokenizer; choose a checkpoint with byte-level"
+        " BPE (as Qwen and Llama 3) or BPE with byte fallback (as Llama 2 and Mistral)"
+    )
+
+
+def _as_loaded(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return tokenizer.json as transformers 5 loads it.
+
+    The class LlamaTokenizer reads only vocabulary, merges and added tokens; `legacy` and `add_prefix_space` of the
+    configuration determine where a meta space is added.
+    """
+    if config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        return spec
+    scheme = "never" if config.get("add_prefix_space") is False else "always" if config.get("legacy") else "first"
+    splitter = {"type": "Metaspace", "replacement": META_SPACE, "prepend_scheme": scheme, "split": False}
+    return spec | {"normalizer": None, "pre_tokenizer": splitter}
+
+
+def _meta_spaces(normalizer: dict[str, Any] | None, splitter: dict[str, Any] | None) -> MetaSpaces | None:
+    """Return how the tokenizer adds meta spaces: in its normalizer or in its pre-tokenizer; None if in neither."""
+    if splitter is None and normalizer is not None:
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": META_SPACE}
+        steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+        if steps == [{"type": "Prepend", "prepend": META_SPACE}, replace]:
+            return MetaSpaces("text", split_runs=False)
+        return MetaSpaces("never", split_runs=False) if steps == [replace] else None
+    if normalizer is None and splitter is not None and splitter["type"] == "Metaspace":
+        scheme = splitter.get("prepend_scheme") or ("always" if splitter.get("add_prefix_space", True) else "never")
+        if splitter["replacement"] == META_SPACE and scheme in ("always", "first", "never"):
+            return MetaSpaces(scheme, splitter.get("split") is not False)
+    return None
+
+
+def _check_first(template: str, tokens: dict[str, str], added: list[dict[str, Any]], path: Path) -> None:
+    """Check that prompts begin with an added token, so that no text is the first one.
+
+    The engine does not know the position of a text in the prompt.
+    """
+    tokens = {name: text for name, text in tokens.items() if text}
+    prompt = render(template, [{"role": "user", "content": "a"}], tokens)
+    if prompt is None or not prompt.startswith(tuple(token["content"] for token in added)):
+        raise unsupported(path, "pre-tokenizer", "Metaspace before the first text, which a chat begins with,")
+
+
+def _check_model(model: dict[str, Any], path: Path) -> None:
+    # Files of old releases do not name the type; only BPE has merges.
+    if model.get("type", "BPE" if "merges" in model else None) != "BPE":
+        raise unsupported(path, "model", model.get("type"))
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise unsupported(path, "model", f"BPE with {option}")
+
+
+def _check_added_tokens(added: list[dict[str, Any]], normalizer: dict[str, Any] | None, path: Path) -> None:
+    """Check for options that the engine lacks: it finds added tokens in the text before normalization."""
+    normalized = normalizer and not _count_nfc(normalizer)
+    for token in added:
+        if token["single_word"]:
+            raise unsupported(path, "added token", f"{token['content']!r} with single_word")
+        if normalized and token.get("normalized"):
+            raise unsupported(path, "added token", f"{token['content']!r} with normalized")
+
+
+def _check_post_processor(spec: dict[str, Any] | None, path: Path) -> None:
+    """Check that the post-processor does not change the ids of a chat.
+
+    ByteLevel only moves offsets, and transformers ignores templates for the text of a chat template.
+    """
+    if spec is None or spec["type"] in ("ByteLevel", "TemplateProcessing"):
+        return
+    if spec["type"] != "Sequence":
+        raise unsupported(path, "post-processor", spec["type"])
+    for part in spec["processors"]:
+        _check_post_processor(part, path)
+
+
+def _count_nfc(spec: dict[str, Any] | None) -> int:
+    if spec is None or spec["type"] != "Sequence":
+        return int(spec is not None and spec["type"] == "NFC")
+    return sum(map(_count_nfc, spec["normalizers"]))
+
+
+def _stop_ids(checkpoint: Path, config: dict[str, Any], ids: dict[str, int]) -> list[int]:
+    listed = (read_object(checkpoint / "generation_config.json") or {}).get("eos_token_id")
+    stop = {listed} if isinstance(listed, int) else set(listed or [])
+    if text := _token_text(config.get("eos_token")):
+        if text not in ids:
+            raise CheckpointError(
+                f"{checkpoint / 'tokenizer_config.json'}: eos_token {text!r} is not a token; name one of the vocabulary"
+            )
+        stop.add(ids[text])
+    if any(type(number) is not int or not 0 <= number < 1 << 31 for number in stop):
+        raise CheckpointError(
+            f"{checkpoint / 'generation_config.json'}: eos_token_id {listed!r} holds no token ids; save it again"
+        )
+    if not stop:
+        raise CheckpointError(
+            f"{checkpoint} names no end-of-text token, so the engine would never stop; set eos_token in"
+            " tokenizer_config.json or eos_token_id in generation_config.json"
+        )
+    return sorted(stop)
+
+
+def _token_text(token: str | dict[str, Any] | None) -> str:
+    return token["content"] if isinstance(token, dict) else token or ""
