@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Python 3.11 or newer, make, and a package index.
+# Two commands on a fresh machine: `make demo` and `make test`. They need Python 3.11, make and a package index.
 PYTHON ?= python3
 CORES ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
 SEED ?= $(shell $(PYTHON) -c "import secrets; print(secrets.randbelow(1 << 32))")
@@ -23,34 +23,34 @@ $(LLMEXPORT): bench/llmexport.txt
 	.venv-llmexport/bin/pip install --quiet --disable-pip-version-check --requirement bench/llmexport.txt
 	touch $@
 
-setup: $(SET_UP) ## make .venv with pinned dependencies
+setup: $(SET_UP) ## create .venv with pinned dependencies
 
-demo: $(SET_UP) ## convert and judge the embedded model
+demo: $(SET_UP) ## convert and evaluate the embedded model
 	$(BIN)/snakemake --cores $(CORES)
 
-test: $(SET_UP) ## all tests, the real pipeline on the embedded model among them
+test: $(SET_UP) ## all tests, with the pipeline on the embedded model
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-fuzz: $(SET_UP) ## 100,000 hostile files for all parsers; SEED=n tries those of an earlier run
+fuzz: $(SET_UP) ## 100,000 hostile files for all parsers; SEED=n repeats an earlier run
 	$(BIN)/pytest tests/fuzz --hypothesis-profile=long --hypothesis-seed=$(SEED)
 
-test-families: $(SET_UP) ## every family of models from a checkpoint to answers (about 3 minutes on 2 cores)
+test-families: $(SET_UP) ## every family from a checkpoint to answers (about 3 minutes on 2 cores)
 	$(BIN)/pytest tests/families -m "slow or not slow" --numprocesses auto --dist loadgroup
 
-test-slow: $(SET_UP) ## what takes long and is covered in parts: a killed run, the bench on a small model, ...
+test-slow: $(SET_UP) ## long tests that others cover in parts: a killed run, the bench on a small model, ...
 	$(BIN)/pytest -m slow --ignore tests/families
 
-test-browser: $(SET_UP) ## the report in a real browser; needs Chromium on the PATH or in CHROMIUM
+test-browser: $(SET_UP) ## the report in Chromium, on PATH or in CHROMIUM
 	$(BIN)/pytest tests/browser
 
-test-cluster: $(SET_UP) ## the pipeline on a SLURM of one node and as pods with a bucket, started here; as root on Linux, with slurm-wlm and munge for SLURM (15 minutes)
+test-cluster: $(SET_UP) ## the pipeline on a one-node SLURM and as pods with a bucket; root on Linux, slurm-wlm and munge (15 minutes)
 	$(BIN)/pytest tests/cluster
 
-test-faults: $(SET_UP) ## full disks, too little memory, no network, killed stages; as root on Linux (about 15 minutes)
+test-faults: $(SET_UP) ## full disks, little memory, no network, killed stages; root on Linux (about 15 minutes)
 	$(BIN)/pytest tests/failures
 
 KILLS ?= 200
-test-kills: $(SET_UP) ## stages killed at random moments must make the same again (KILLS=200: about half an hour)
+test-kills: $(SET_UP) ## kill stages at random moments and repeat them (KILLS=200: about half an hour)
 	PYTHONPATH=tests $(BIN)/python tests/kills.py --kills $(KILLS)
 
 lint: $(SET_UP) ## formatting and lint of Python and Snakemake files
@@ -59,29 +59,29 @@ lint: $(SET_UP) ## formatting and lint of Python and Snakemake files
 	$(BIN)/snakefmt --check --compact-diff Snakefile workflow
 	$(BIN)/snakemake --lint
 
-format: $(SET_UP) ## put Python and Snakemake files into form
+format: $(SET_UP) ## format Python and Snakemake files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile workflow
 
-schema: $(SET_UP) ## write the schema of config.yaml again
+schema: $(SET_UP) ## write the schema of config.yaml
 	$(BIN)/hf2mnn schema > workflow/schemas/config.schema.yaml
 
-bench: $(SET_UP) $(LLMEXPORT) ## the 2B shape end to end beside llmexport (20 GB of disk, 19 GB of memory, 20 to 30 minutes)
+bench: $(SET_UP) $(LLMEXPORT) ## the 2B shape beside llmexport (20 GB of disk, 19 GB of memory, 20 to 30 minutes)
 	$(BIN)/python bench/scale.py $(BENCH)
 
-bench-quant: $(SET_UP) ## methods of quantization beside the converter's (about 10 minutes on 2 cores)
+bench-quant: $(SET_UP) ## quantization methods beside the converter's (about 10 minutes on 2 cores)
 	$(BIN)/python bench/quant.py
 
 bench-quant-2b: $(SET_UP) ## the same on a decoder of 1.5 B parameters (35 GB of disk, 20 to 30 minutes)
 	$(BIN)/python bench/quant.py qwen2-vl-2b
 
-newest: $(SET_UP) ## the embedded model with the newest releases of the tools beside the pinned ones (about 10 minutes)
+newest: $(SET_UP) ## the embedded model with the newest releases of the tools (about 10 minutes)
 	mkdir -p .newest
 	$(BIN)/snakemake --cores $(CORES) --directory .newest --configfile workflow/newest.yaml --keep-going --forcerun make_toolchain
 
-train-shapes-vl: $(SET_UP) ## train the embedded model again (about an hour on 2 cores)
+train-shapes-vl: $(SET_UP) ## train the embedded model (about an hour on 2 cores)
 	$(BIN)/python models/shapes-vl/training/train.py --out models/shapes-vl
 
-clean: ## remove what runs made, but not .venv
+clean: ## remove results, but not .venv
 	rm -rf results/*/ results/*.csv results/*.txt logs benchmarks .snakemake .toolchains .newest

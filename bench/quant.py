@@ -51,6 +51,7 @@ import mnn_quantizer
 from hf2mnn.core.errors import Hf2mnnError
 from hf2mnn.core.files import atomic_file, atomic_folder
 from hf2mnn.core.fingerprint import fingerprint
+from hf2mnn.core.manifest import tool_versions
 from hf2mnn.core.stage import open_stage
 from hf2mnn.evaluation.findings import POSITIONS, SUMMARY
 from hf2mnn.families import get_family
@@ -344,7 +345,7 @@ def ratios(table: pd.DataFrame, root: Path) -> pd.DataFrame:
 def conditions_of(data: str, threads: int) -> dict[str, dict[str, Any]]:
     """Return by tool what a row depends on beside its case; `data` identifies its inputs."""
     machine = describe_machine()
-    shared = {name: machine[name] for name in ("cpu", "cores", "MNN")} | {"data": data}
+    shared = {"cpu": machine["cpu"], "cores": machine["cores"], **tool_versions("MNN"), "data": data}
     code = fingerprint(stage_named("quantize"))
     return {OURS: shared | {"code": code, "threads": threads}, CONVERTER: shared}
 

@@ -1,6 +1,6 @@
 """Convert a model of Qwen2-VL-2B's shape end to end with hf2mnn and with MNN's llmexport, and compare both.
 
-The checkpoint has the model's shape, names and layout, and random weights (`hf2mnn synth`); it is made once and kept.
+The checkpoint has the model's shape, names and layout, and random weights (`hf2mnn synth`); it is kept.
 
     hf2mnn       fetch, export, convert, and quantize for each bundle: one process each, from and to the disk
     llmexport    one process, which converts and quantizes, and the converter that it starts
@@ -45,6 +45,7 @@ import pandas as pd
 from hf2mnn.checkpoint.size import check_disk
 from hf2mnn.core.errors import Hf2mnnError, MachineError
 from hf2mnn.core.files import CHUNK, atomic_file
+from hf2mnn.core.manifest import tool_versions
 from hf2mnn.evaluation.benchmark import interleaved
 from hf2mnn.machine.hardware import available_memory, cores, describe_machine
 from hf2mnn.mnn.engine import run_worker
@@ -347,7 +348,7 @@ def bench(args: argparse.Namespace) -> None:
         program = [Path(sys.executable).parent / "hf2mnn", "synth", "--like", shape, "--tokenizer", MODEL]
         if subprocess.run([*program, "--out", checkpoint]).returncode != 0:
             raise Hf2mnnError(f"hf2mnn synth failed to write {checkpoint}")
-    machine = describe_machine()
+    machine = describe_machine() | tool_versions("MNN")
     base = f"{hashlib.sha256((checkpoint / 'config.json').read_bytes()).hexdigest()[:16]} {checkpoint_size(checkpoint)}"
     circumstances = {name: machine[name] for name in ("cpu", "cores", "MNN")} | {"base": base}
     steps = {}

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from hf2mnn.core.errors import MAX_MESSAGE, Hf2mnnError
 
-MAX_CALLS = 1_000_000
-"""Largest number of function calls for a file of a few kilobytes; the largest valid ones need a third."""
+MAX_CALLS = 2_000_000
+"""Largest number of function calls for one file. Three long strings (below) in YAML, the worst case, need half."""
 
 
 def cases(short: int = 10, long: int = 7500) -> settings:
@@ -67,7 +67,7 @@ def nested(depth: int) -> Any:
 VALUES = st.one_of(
     st.sampled_from([None, True, False, -1, 0, 1, 2, 7, 255, 1 << 16, 1 << 31, 1 << 32, 1 << 62, 1 << 64, 10**40]),
     st.sampled_from([0.5, 1.0, -0.0, 1e-320, 1e38, 1e300, float("nan"), float("inf"), float("-inf")]),
-    st.sampled_from(["", "..", "../x", "/etc/passwd", "a\0b", "\ud800", "\x1b[2J\n", "é" * 40000, "model", "1"]),
+    st.sampled_from(["", "..", "../x", "/etc/passwd", "a\0b", "\ud800", "\x1b[2J\n", "é" * 10000, "model", "1"]),
     st.sampled_from([[], {}, [[]], [1], ["a"], {"a": {}}, {"type": "x"}, nested(40), nested(71)]),
     st.integers(),
     st.text(max_size=6),

@@ -58,7 +58,7 @@ class Served:
 
 
 REFUSALS = {
-    "unknown": (404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}),
+    "unknown": (404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "No such repository"}),
     "gated": (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}),
     "login": (401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."}),
     "token": (401, {"X-Error-Message": "Invalid credentials in Authorization header"}),

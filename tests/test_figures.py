@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from hf2mnn.config.load import parse_config
 from hf2mnn.config.schema import config_schema
-from hf2mnn.report import cells, changes, console, versions
+from hf2mnn.report import cells, console, versions
 from hf2mnn.report.table import COLUMNS, VariantSpec, make_table
 import tempfile
 
@@ -47,7 +47,7 @@ json.dump({
     "schema": config_schema()["$defs"]["Gates"]["properties"]["fake"],
     "gates": [config.gates_of(row).get("fake") for row in ("v", "onnxruntime")],
     "console": "fake head" in text.getvalue() and "40.0 %" in text.getvalue(),
-    "side by side": changes.side_by_side(tables, ({}, {}))[0],
+    "side by side": versions.side_by_side(tables, ({}, {}))[0],
     "comparison": compared[["figure", "change"]].to_numpy().tolist(),
     "page": [table.heads for table in cells.figures(sides[0]) if "fake label" in table.heads],
     "docs": [line for line in figures.markdown().splitlines() if "fake" in line],

@@ -1,4 +1,4 @@
-"""What holds the repository together: pins, environments, rules, and nothing of the machine on which it was written."""
+"""Consistency of the repository: pins, environments, rules, links, and no path of the machine it was written on."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from hf2mnn.stages import ORDER
 from support import REPOSITORY
 
 ENVIRONMENTS = sorted((REPOSITORY / "envs").glob("*.yaml"))
@@ -22,14 +23,14 @@ RULE_FILES = sorted((REPOSITORY / "workflow" / "rules").glob("*.smk"))
 
 
 def pins(lines: list[str]) -> dict[str, str]:
-    """Package to version; a line that is no exact pin fails."""
-    found = {}
+    """Return version by package; a line that is not an exact pin fails."""
+    versions = {}
     for line in lines:
         if line.strip() and not line.startswith("#"):
             name, version = re.fullmatch(r"([\w.-]+)==([\w.]+)", line.strip()).groups()
-            assert canonicalize_name(name) not in found, f"{name} is pinned twice"
-            found[canonicalize_name(name)] = version
-    return found
+            assert canonicalize_name(name) not in versions, f"{name} is pinned twice"
+            versions[canonicalize_name(name)] = version
+    return versions
 
 
 PINNED = pins((REPOSITORY / "requirements.txt").read_text().splitlines())
@@ -41,11 +42,11 @@ def environment_pins(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", ENVIRONMENTS, ids=lambda path: path.stem)
-def test_environments_carry_the_pins_that_are_tested(path: Path) -> None:
-    """With --sdm conda the stages run in these; another release there would be another, untested converter."""
-    found = environment_pins(path)
-    assert found
-    assert {name: PINNED.get(name) for name in found} == found
+def test_environments_have_the_tested_pins(path: Path) -> None:
+    """With --sdm conda the stages run in these environments; another release would be an untested converter."""
+    versions = environment_pins(path)
+    assert versions
+    assert {name: PINNED.get(name) for name in versions} == versions
 
 
 def test_dependencies_are_pinned_within_their_ranges() -> None:
@@ -57,62 +58,74 @@ def test_dependencies_are_pinned_within_their_ranges() -> None:
 
 
 def closure(names: set[str]) -> set[str]:
-    """These packages and all that they need, as they are installed here."""
-    reached, left = set(), set(names)
-    while left:
-        name = left.pop()
+    """Return these packages and their installed dependencies."""
+    reached, pending = set(), set(names)
+    while pending:
+        name = pending.pop()
         reached.add(name)
         try:
             needs = [Requirement(line) for line in metadata.requires(name) or []]
         except metadata.PackageNotFoundError:
             continue
         applying = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
-        left |= {canonicalize_name(need.name) for need in applying} - reached
+        pending |= {canonicalize_name(need.name) for need in applying} - reached
     return reached
 
 
 def test_pins_are_complete() -> None:
-    """What pip would choose by itself on another day is a pin that is missing."""
+    """Pip would choose the release of an unpinned package, another one on another day."""
     assert {name for name in closure(set(PINNED)) - set(PINNED) if name not in ("pip", "setuptools")} == set()
 
 
 def rules() -> dict[str, str]:
-    """Name to text of each rule."""
-    found = {}
+    """Return the text of each rule by name."""
+    texts = {}
     for path in RULE_FILES:
         for match in re.finditer(r"^(?:rule|checkpoint) (\w+):\n((?:(?:[ \t].*)?\n)+)", path.read_text(), re.MULTILINE):
-            found[match[1]] = match[2]
-    return found
+            texts[match[1]] = match[2]
+    return texts
 
 
 RULES = rules()
 
 
-def test_there_are_rules() -> None:
-    stages = {
-        "fetch_checkpoint",
-        "copy_set",
-        "collect_examples",
-        "run_reference",
-        "export_onnx",
-        "convert_graphs",
-        "record_calibration",
-        "measure_sensitivity",
-        "plan_bits",
-        "quantize_variant",
-        "evaluate_variant",
-        "diagnose_variant",
-        "benchmark_variants",
-        "report_model",
-        "make_toolchain",
-        "compare_versions",
-    }
-    assert stages <= set(RULES)
+STAGE_RULES = {
+    "fetch": "fetch_checkpoint",
+    "examples": "collect_examples",
+    "reference": "run_reference",
+    "export": "export_onnx",
+    "convert": "convert_graphs",
+    "calibrate": "record_calibration",
+    "sensitivity": "measure_sensitivity",
+    "plan": "plan_bits",
+    "quantize": "quantize_variant",
+    "baseline": "run_baseline",
+    "evaluate": "evaluate_variant",
+    "diagnose": "diagnose_variant",
+    "benchmark": "benchmark_variants",
+    "report": "report_model",
+    "compare": "compare_versions",
+}
+"""Rule of each stage."""
+
+
+def test_every_stage_has_a_rule_that_runs_its_command() -> None:
+    assert list(STAGE_RULES) == list(ORDER)
+    assert [stage for stage, rule in STAGE_RULES.items() if f"hf2mnn {stage} " not in RULES[rule]] == []
+    assert set(RULES) - set(STAGE_RULES.values()) == {"make_toolchain", "summarize_models", "check_gates"}
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_rules_say_what_a_cluster_needs_and_a_person_looks_for(rule: str) -> None:
-    """Log, benchmark, threads, memory, time: without one of these a job is refused there, or cannot be looked into."""
+def test_rules_are_documented_with_inputs_and_outputs(rule: str) -> None:
+    docstring = re.search(r'"""\n(.*?)"""', RULES[rule], re.DOTALL)[1]
+    lines = [line.strip() for line in docstring.strip().splitlines()]
+    assert [line.partition(":")[0] for line in lines] == ["Input", "Output"]
+    assert all(line.partition(":")[2].strip() for line in lines)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_have_log_benchmark_and_resources(rule: str) -> None:
+    """A cluster refuses a job without memory and time, and a failed job without a log cannot be examined."""
     text = RULES[rule]
     for key in ("log:", "benchmark:", "conda:", "threads:", "resources:", "mem_mb=", "runtime="):
         assert re.search(rf"^\s+{key}", text, re.MULTILINE), key
@@ -121,29 +134,30 @@ def test_rules_say_what_a_cluster_needs_and_a_person_looks_for(rule: str) -> Non
 
 @pytest.mark.parametrize("rule", RULES)
 def test_values_from_the_config_are_quoted(rule: str) -> None:
-    """A path with a space, or with a semicolon, must stay one word of the shell."""
+    """A path with a space or a semicolon must stay one word of the shell."""
     shell = RULES[rule].split("shell:")[1]
     plain = {"threads", "params.max_new_tokens", "params.time_limit"}
-    if "shlex.join" in (REPOSITORY / "workflow" / "rules" / "common.smk").read_text():
-        plain.add("params.options")  # several words, quoted there one by one
+    if "shlex.join" in (REPOSITORY / "src" / "hf2mnn" / "cli" / "arguments.py").read_text():
+        plain.add("params.options")  # several words, each quoted there
     used = set(re.findall(r"(?<!{){([\w.]+(?::q)?)}", shell))
     assert {value for value in used if not value.endswith(":q")} - plain == set()
 
 
-# The command of each rule with inputs that are not there: it loads its stage, and then says so in one line.
+# Command of each rule with missing inputs: it loads its stage and then fails with one line.
 STARTS = {
-    "source": ["--path", "nowhere", "--out", "x"],
-    "evaluation": ["--dataset", "docvqa", "--path", "nowhere", "--out", "x"],
-    "reference": ["nowhere", "--evaluation", "nowhere", "--out", "x"],
-    "onnx": ["nowhere", "--out", "x"],
-    "mnn": ["nowhere", "--out", "x"],
-    "activations": ["nowhere", "--calibration", "nowhere", "--out", "x"],
+    "fetch": ["--path", "nowhere", "--out", "x"],
+    "examples": ["--dataset", "docvqa", "--path", "nowhere", "--out", "x"],
+    "reference": ["nowhere", "--examples", "nowhere", "--out", "x"],
+    "export": ["nowhere", "--out", "x"],
+    "convert": ["nowhere", "--out", "x"],
+    "calibrate": ["nowhere", "--calibration", "nowhere", "--out", "x"],
     "sensitivity": ["nowhere", "--calibration", "nowhere", "--out", "x"],
-    "plan": ["nowhere", "--onnx", "nowhere", "--base", "nowhere", "--budget", "4", "--out", "x"],
+    "plan": ["nowhere", "--onnx", "nowhere", "--graphs", "nowhere", "--budget", "4", "--out", "x"],
     "quantize": ["nowhere", "nowhere", "--out", "x", "--decoder", '{"bits": 8}'],
     "evaluate": ["--reference", "nowhere", "--onnx", "nowhere", "--out", "x"],
-    "speed": ["--bundle", "x=nowhere", "--baseline", "x", "--out", "x"],
-    "diagnose": ["--reference", "nowhere", "--onnx", "x", "--base", "x", "--bundle", "x", "--out", "x"],
+    "baseline": ["--reference", "nowhere", "--onnx", "x", "--graphs", "x", "--out", "x"],
+    "benchmark": ["--bundle", "x=nowhere", "--baseline", "x", "--out", "x"],
+    "diagnose": ["--reference", "nowhere", "--onnx", "x", "--baseline", "x", "--bundle", "x", "--out", "x"],
     "report": ["m", "nowhere", "--variants", "[]"],
     "summarize": ["nowhere.csv", "--out", "x.csv"],
     "gates": ["nowhere.csv"],
@@ -155,22 +169,23 @@ import contextlib, io, json, sys
 from hf2mnn.cli import main
 failed = {}
 for command, arguments in json.loads(sys.argv[1]).items():
-    sys.argv, said = ["hf2mnn", command, *arguments], io.StringIO()
+    sys.argv, stderr = ["hf2mnn", command, *arguments], io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             main()
-    except SystemExit:
-        pass
+    except SystemExit as exited:
+        if exited.code != 1:
+            failed[command] = stderr.getvalue()
     except BaseException as error:
         failed[command] = repr(error)
-    if command not in failed and not said.getvalue().startswith("hf2mnn: "):
-        failed[command] = said.getvalue()
+    if command not in failed and not stderr.getvalue().startswith("error: "):
+        failed[command] = stderr.getvalue()
 print(json.dumps(failed))
 """
 
 
 def link_packages(names: set[str], folder: Path) -> None:
-    """What these packages have installed here, and their metadata, as links in `folder`."""
+    """Link the installed files and metadata of these packages into `folder`."""
     for name in names:
         try:
             files = metadata.files(name) or []
@@ -182,12 +197,12 @@ def link_packages(names: set[str], folder: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ENVIRONMENTS, ids=lambda path: path.stem)
-def test_environments_have_what_their_stages_load(path: Path, tmp_path: Path) -> None:
-    """Each command starts where only its environment's packages are installed."""
+def test_environments_have_the_packages_of_their_stages(path: Path, tmp_path: Path) -> None:
+    """Each command starts with the packages of its environment only."""
     commands = {re.search(r"hf2mnn (\w+)", text)[1] for text in RULES.values() if f"envs/{path.name}" in text}
     assert commands
     link_packages(closure(set(environment_pins(path))), tmp_path)
-    made = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-S", "-c", START, json.dumps({command: STARTS[command] for command in sorted(commands)})],
         env={"PYTHONPATH": f"{tmp_path}:{REPOSITORY / 'src'}", "PATH": "", "HOME": str(tmp_path)},
         capture_output=True,
@@ -195,12 +210,12 @@ def test_environments_have_what_their_stages_load(path: Path, tmp_path: Path) ->
         cwd=tmp_path,
         timeout=120,
     )
-    assert made.returncode == 0, made.stderr
-    assert json.loads(made.stdout.splitlines()[-1]) == {}
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {}
 
 
 def tracked() -> list[Path]:
-    """Files that git has, or that it would take; without git, none."""
+    """Return the files that git tracks or would add; skip the test without git."""
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=REPOSITORY, capture_output=True
     )
@@ -209,25 +224,25 @@ def tracked() -> list[Path]:
     return [path for name in listing.stdout.decode().split("\0") if name and (path := REPOSITORY / name).is_file()]
 
 
-def test_nothing_of_this_machine_is_in_the_repository() -> None:
-    """No folder of a person's, no package index: it must run anywhere, and tell nobody where it was made."""
+def test_no_path_or_index_of_a_machine_is_in_the_repository() -> None:
+    """No home folder and no package index: the repository must run on any machine."""
     homes = [f"/{first}/" for first in ("root", "home", "Users", "work", "workspace", "mnt")]
     hosts = [".".join(parts) for parts in (("pypi", "org"), ("files", "pythonhosted"), ("repo", "anaconda"))]
     options = ["-".join(parts) for parts in (("--index", "url"), ("--extra", "index", "url"), ("--find", "links"))]
     search = re.compile("|".join(re.escape(word) for word in (*homes, *hosts, *options)).encode())
-    # A path counts where it begins one, not where it goes on: tests/workflow/ is none.
-    found = [
+    # Only absolute paths count: tests/workflow/ is none.
+    matches = [
         f"{path.relative_to(REPOSITORY)}: {match[0].decode()}"
         for path in tracked()
         if path.suffix not in (".png", ".safetensors")
         for match in search.finditer(path.read_bytes())
         if not re.search(rb"[\w.}*-]$", path.read_bytes()[: match.start()][-1:])
     ]
-    assert found == []
+    assert matches == []
 
 
 def test_nothing_large_is_in_the_repository() -> None:
-    """The embedded model is the only thing of any size."""
+    """The embedded model is the only large file."""
     large = {path.relative_to(REPOSITORY).as_posix() for path in tracked() if path.stat().st_size > 1_000_000}
     assert large <= {"models/shapes-vl/model.safetensors"}
 
@@ -239,7 +254,7 @@ def test_readme_begins_with_the_two_commands(name: str) -> None:
     assert "make test" in text
 
 
-def test_readme_links_lead_somewhere() -> None:
+def test_links_of_readme_and_docs_exist() -> None:
     for page in [*REPOSITORY.glob("README*.md"), *(REPOSITORY / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
             assert re.match(r"https?:", target) or (page.parent / target).exists(), f"{page.name}: {target}"

@@ -50,21 +50,13 @@ def _percent(share: float) -> str:
 
 @dataclass(frozen=True)
 class Unit:
-    """Unit of a figure.
-
-    Attributes:
-        format: Text of a value.
-        lowest: Smallest bound that a gate can have; None for any.
-        highest: Largest bound that a gate can have; None for any.
-        integer: Whether values and bounds are integers.
-        scale: Head of a column of measurements and the factor to its unit, e.g. ms for seconds.
-    """
+    """Unit of a figure: format of its values, and the bounds that a gate can have."""
 
     format: Callable[[float], str] = short
     lowest: float | None = 0
     highest: float | None = None
     integer: bool = False
-    scale: tuple[str, float] = ("", 1)
+    scale: tuple[str, float] = ("", 1)  # Head of a column of measurements and the factor to its unit: ms for seconds.
 
 
 UNITS = {
@@ -85,54 +77,31 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Gate:
-    """Key of a figure under `gates` of config.yaml.
-
-    Attributes:
-        default: Bound for every variant; None for no bound.
-        onnxruntime: Bound for the ONNX graphs in ONNX Runtime; None for no bound.
-    """
+    """Default bounds of a gate, a key under `gates` of config.yaml; None for no bound."""
 
     default: float | None = None
-    onnxruntime: float | None = None
+    onnxruntime: float | None = None  # For the ONNX graphs in ONNX Runtime; `default` is for every variant.
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number of a conversion.
+    """One measured number of a conversion."""
 
-    Attributes:
-        name: Key in summary.json, column of summary.csv, key of its gate.
-        label: Name on the page.
-        unit: Key of `UNITS`.
-        better: Direction, `HIGHER` or `LOWER`; None where neither end is better.
-        source: What it is measured on.
-        meaning: One sentence.
-        shown: `TABLE`, `CONSOLE`, `COMPARISON`.
-        page: Caption of the page's table that shows it.
-        head: Column head in the console, where `label` is too long.
-        column: Column of the table of positions or answers that the figure averages.
-        quantile: Quantile of the column, in place of its mean.
-        interval: Whether the table has its 95 % interval beside it, as columns NAME_low and NAME_high.
-        pytorch: PyTorch's own value, for the table's first row.
-        gate: Its gate, if it can have one.
-        optional: Whether a missing value keeps the gate: there is nothing to measure (no image, tokenizer or bundle).
-    """
-
-    name: str
-    label: str
-    unit: str
-    better: str | None
-    source: str
-    meaning: str
-    shown: tuple[str, ...] = ()
-    page: str = ""
-    head: str = ""
-    column: str = ""
-    quantile: float | None = None
-    interval: bool = False
-    pytorch: float | None = None
+    name: str  # Key in summary.json, column of summary.csv, key of its gate.
+    label: str  # Name on the page.
+    unit: str  # Key of UNITS.
+    better: str | None  # HIGHER or LOWER; None where neither end is better.
+    source: str  # What it is measured on.
+    meaning: str  # One sentence.
+    shown: tuple[str, ...] = ()  # TABLE, CONSOLE, COMPARISON.
+    page: str = ""  # Caption of the page's table that shows it.
+    head: str = ""  # Column head in the console, where `label` is too long.
+    column: str = ""  # Column of the table of positions or answers that the figure averages.
+    quantile: float | None = None  # Quantile of the column, in place of its mean.
+    interval: bool = False  # Whether the table has its 95 % interval, as columns NAME_low and NAME_high.
+    pytorch: float | None = None  # PyTorch's own value, for the table's first row.
     gate: Gate | None = None
-    optional: bool = False
+    optional: bool = False  # A missing value keeps the gate: there is no image, tokenizer or bundle to measure.
 
     @property
     def columns(self) -> list[str]:
@@ -224,7 +193,7 @@ FIGURES = {figure.name: figure for figure in (
            gate=Gate(0.05, onnxruntime=1e-6), optional=True),
     # The engine's own tokenizer, chat template and position ids.
     Figure("tokenizer_match", "tokenizer match", "share", HIGHER, ANSWERS,
-           "Prompts that the bundle's tokenizer turns into transformers' tokens.", COMPARED, PROBABILITIES,
+           "Prompts that the bundle's tokenizer encodes to transformers' tokens.", COMPARED, PROBABILITIES,
            column="tokenizer_match", gate=Gate(1), optional=True),
     Figure("template_match", "template match", "share", HIGHER, ANSWERS,
            "Conversations that the engine renders to the same prompt as transformers.", COMPARED, PROBABILITIES,
@@ -282,24 +251,26 @@ def gated() -> list[Figure]:
     return [figure for figure in FIGURES.values() if figure.gate]
 
 
+HEADER = """# Figures
+
+Made by `python -m hf2mnn.figures`; do not edit. [Evaluation](evaluation.md) says how figures are measured.
+A gate's default holds for every variant; the last column is the default for the ONNX graphs in ONNX Runtime.
+
+| figure | unit | better | measured on | meaning | gate | ONNX Runtime |
+|---|---|---|---|---|---|---|
+"""
+
+
 def markdown() -> str:
     """Return docs/figures.md."""
-    lines = [
-        "# Figures",
-        "",
-        "Made by `python -m hf2mnn.figures`; do not edit. [Evaluation](evaluation.md) says how figures are measured.",
-        "A gate's default holds for every variant; the last column is the default for the ONNX graphs in ONNX Runtime.",
-        "",
-        "| figure | unit | better | measured on | meaning | gate | ONNX Runtime |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    text = HEADER
     for figure in FIGURES.values():
         bounds = (figure.gate.default, figure.gate.onnxruntime) if figure.gate else ()
         gates = ["none" if bound is None else f"{bound:g}" for bound in bounds] or ["", ""]
         meaning = figure.meaning.replace("|", "\\|")
         cells = [f"`{figure.name}`", figure.unit, figure.better or "", figure.source, meaning, *gates]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Distances between the predictions of two models, from logits of shape [positions, vocabulary].
+"""Metrics of predictions, from logits [positions, vocabulary], and of answers and embeddings.
 
-KL divergence, the share of equal top tokens, the RMS of the probability change of the right token, the ratio of
-perplexities and the correlation of log-probabilities are those of llama.cpp's perplexity tool; seq-rep-n is that of
-Welleck et al., 2020 (Neural Text Generation with Unlikelihood Training).
+KL divergence, agreement of the top token, RMS of the change of the right token's probability, perplexity ratio and
+correlation of log-probabilities are those that llama.cpp's perplexity tool reports for quantized models. seq-rep-n is
+from Welleck et al., Neural Text Generation with Unlikelihood Training, 2020.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report in a real browser: no console message, no request, no overflow, and something to see.
+"""Tests of the report in a real browser: no console message, no request, no overflow, and visible contents.
 
 `make test-browser`; Chromium is $CHROMIUM or on the PATH.
 """
@@ -47,7 +47,13 @@ WIDTHS = [320, 360, 768, 1280]
 
 @dataclass(frozen=True)
 class Visit:
-    """What a browser that opened a page printed and said on its console, and what the page asked for."""
+    """Result of opening a page.
+
+    Attributes:
+        output: Standard output of the browser.
+        console: Messages on the console.
+        requests: URLs that the page requested.
+    """
 
     output: str
     console: list[str]
@@ -58,31 +64,31 @@ Browse = Callable[..., Visit]
 
 
 def chromium() -> str:
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, PROGRAMS)), None)
-    assert found, f"no Chromium: install one, or name it in CHROMIUM (looked for {', '.join(PROGRAMS)})"
-    return found
+    program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, PROGRAMS)), None)
+    assert program, f"no Chromium ({', '.join(PROGRAMS)}): install one, or set CHROMIUM to its path"
+    return program
 
 
 def requested(log: Path) -> set[str]:
-    """URLs that a page asked for, of a net log; what the browser asks for by itself has "not an origin"."""
+    """Return the URLs in a net log that a page requested; requests of the browser itself are "not an origin"."""
     text = log.read_text(errors="replace").rstrip().rstrip(",")
     events = json.loads(text if text.endswith("}") else f"{text}]}}")["events"]
-    asked = [event["params"] for event in events if "initiator" in event.get("params", {})]
-    assert all("url" in params for params in asked)
-    return {params["url"] for params in asked if params["initiator"] != "not an origin"}
+    requests = [event["params"] for event in events if "initiator" in event.get("params", {})]
+    assert all("url" in params for params in requests)
+    return {params["url"] for params in requests if params["initiator"] != "not an origin"}
 
 
 @pytest.fixture
 def browse(tmp_path: Path) -> Browse:
-    """Opens a file in a browser that knows no network, with a profile of its own."""
+    """Return a function that opens a file in a browser without a network, with a new profile."""
     program = chromium()
 
     def run(page: Path, *flags: str, width: int = 360, height: int = 800) -> Visit:
         log, profile = tmp_path / "net.json", tmp_path / "profile"
         shutil.rmtree(profile, ignore_errors=True)
-        own = [f"--user-data-dir={profile}", f"--window-size={width},{height}", f"--log-net-log={log}"]
+        options = [f"--user-data-dir={profile}", f"--window-size={width},{height}", f"--log-net-log={log}"]
         done = subprocess.run(
-            [program, *FLAGS, *own, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+            [program, *FLAGS, *options, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
         )
         console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
         return Visit(done.stdout, console, requested(log))
@@ -105,7 +111,7 @@ def assert_quiet(visit: Visit) -> None:
 
 
 def assert_shows(path: Path, size: tuple[int, int], dark: bool) -> None:
-    """An image of `size` on a light or a dark ground, with the verdict's red and text in it."""
+    """Check the size and background of a screenshot, and that it has text and the red of the verdict."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     assert pixels.shape[:2] == size[::-1]
     corner = pixels[2, 2].mean()
@@ -121,16 +127,16 @@ def assert_shows(path: Path, size: tuple[int, int], dark: bool) -> None:
 @pytest.mark.parametrize("size", [(360, 800), (1280, 900)], ids=["phone", "desktop"])
 def test_screenshot(size: tuple[int, int], scheme: str, report: Path, browse: Browse, tmp_path: Path) -> None:
     shot = tmp_path / "shot.png"
-    wanted = [f"--screenshot={shot}", f"--blink-settings=preferredColorScheme={SCHEMES[scheme]}"]
-    visit = browse(report, *wanted, width=size[0], height=size[1])
+    options = [f"--screenshot={shot}", f"--blink-settings=preferredColorScheme={SCHEMES[scheme]}"]
+    visit = browse(report, *options, width=size[0], height=size[1])
     assert_quiet(visit)
     assert_shows(shot, size, scheme == "dark")
 
 
 def test_print(report: Path, browse: Browse, tmp_path: Path) -> None:
-    made = tmp_path / "report.pdf"
-    assert_quiet(browse(report, f"--print-to-pdf={made}", "--no-pdf-header-footer"))
-    pdf = made.read_bytes()
+    printed = tmp_path / "report.pdf"
+    assert_quiet(browse(report, f"--print-to-pdf={printed}", "--no-pdf-header-footer"))
+    pdf = printed.read_bytes()
     assert pdf.startswith(b"%PDF")
     pages = re.findall(rb"/MediaBox\s*\[([^\]]*)\]", pdf)
     assert 4 <= len(pages) <= 20
@@ -140,7 +146,7 @@ def test_print(report: Path, browse: Browse, tmp_path: Path) -> None:
 
 
 WRAPPER = """<!doctype html><meta charset="utf-8"><title>measure</title>
-<iframe style="border:0;width:{width}px;height:800px" src="{page}"></iframe><pre id="found"></pre>
+<iframe style="border:0;width:{width}px;height:800px" src="{page}"></iframe><pre id="result"></pre>
 <script>
 addEventListener("load", () => {{
   const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
@@ -156,7 +162,7 @@ addEventListener("load", () => {{
   }});
   const small = [...page.querySelectorAll("figure svg text")].map((text) => text.getBoundingClientRect().height);
   const images = [...page.querySelectorAll(".images svg")].map((svg) => svg.getBoundingClientRect());
-  document.querySelector("#found").textContent = JSON.stringify({{
+  document.querySelector("#result").textContent = JSON.stringify({{
     page: root.scrollWidth, wide: wide.map((node) => node.outerHTML.slice(0, 80)),
     cut: cut.map((svg) => svg.getAttribute("aria-label")), letters: Math.min(...small),
     images: images.map((box) => [box.width, box.height]),
@@ -167,28 +173,31 @@ addEventListener("load", () => {{
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_nothing_sticks_out(width: int, report: Path, browse: Browse, tmp_path: Path) -> None:
-    """Measured from outside, since the page runs no script: by another page that holds it in a frame."""
+def test_nothing_overflows(width: int, report: Path, browse: Browse, tmp_path: Path) -> None:
+    """The page runs no script, so another page measures it in a frame."""
     wrapper = tmp_path / "wrapper.html"
     wrapper.write_text(WRAPPER.format(width=width, page=report.as_uri()))
     visit = browse(wrapper, "--dump-dom", "--allow-file-access-from-files", width=max(width, 1300), height=900)
-    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', visit.output, re.DOTALL)[1])
-    assert found["page"] <= width
-    assert found["wide"] == []
-    assert found["cut"] == []
-    assert found["letters"] >= 9
-    assert found["plots"] and min(found["plots"]) >= 0.8 * min(width, 400)
-    assert found["images"] and all(min(box) >= 40 for box in found["images"])
+    result = json.loads(re.search(r'<pre id="result">(.*?)</pre>', visit.output, re.DOTALL)[1])
+    assert result["page"] <= width
+    assert result["wide"] == []
+    assert result["cut"] == []
+    assert result["letters"] >= 9
+    assert result["plots"] and min(result["plots"]) >= 0.8 * min(width, 400)
+    assert result["images"] and all(min(box) >= 40 for box in result["images"])
     assert visit.console == []
 
 
-def test_browser_refuses_and_tells_what_the_page_must_not_do(report: Path, browse: Browse, tmp_path: Path) -> None:
-    """The page's own policy works, and these tests would notice: an image and a script from elsewhere."""
-    harmed, added = tmp_path / "harmed.html", '<img src="http://example.invalid/x.png"><script>alert(1)</script></main>'
-    harmed.write_text(report.read_text(encoding="utf-8").replace("</main>", added), encoding="utf-8")
-    visit = browse(harmed, "--dump-dom")
+def test_policy_blocks_images_and_scripts(report: Path, browse: Browse, tmp_path: Path) -> None:
+    """The page's policy blocks an external image and a script, and without it the request is detected."""
+    altered, added = (
+        tmp_path / "altered.html",
+        '<img src="http://example.invalid/x.png"><script>alert(1)</script></main>',
+    )
+    altered.write_text(report.read_text(encoding="utf-8").replace("</main>", added), encoding="utf-8")
+    visit = browse(altered, "--dump-dom")
     assert len([line for line in visit.console if "Content Security Policy" in line]) == 2
     assert visit.requests == set()
-    open_page = re.sub(r"<meta http-equiv[^>]*>", "", harmed.read_text(encoding="utf-8")).replace("alert(1)", "")
-    harmed.write_text(open_page, encoding="utf-8")
-    assert browse(harmed, "--dump-dom").requests == {"http://example.invalid/x.png"}
+    open_page = re.sub(r"<meta http-equiv[^>]*>", "", altered.read_text(encoding="utf-8")).replace("alert(1)", "")
+    altered.write_text(open_page, encoding="utf-8")
+    assert browse(altered, "--dump-dom").requests == {"http://example.invalid/x.png"}

@@ -15,7 +15,7 @@ import pytest
 
 from hf2mnn.checkpoint.folder import INDEX, Checkpoint
 from hf2mnn.checkpoint.preflight import check_checkpoint
-from hf2mnn.checkpoint.tensors import stored_tensors
+from hf2mnn.checkpoint.tensors import layout
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.stages.fetch import run as fetch_checkpoint
 
@@ -182,9 +182,9 @@ def test_invalid_header_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="not a complete safetensors file"):
-        stored_tensors(path)
+        layout(path)
     path.write_bytes(tensors({"a": entry(), "__metadata__": {"format": "pt"}}))
-    assert list(stored_tensors(path)) == ["a"]
+    assert list(layout(path)) == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from hf2mnn.checkpoint.architecture import load_config
 from hf2mnn.checkpoint.folder import INDEX, Checkpoint
 from hf2mnn.checkpoint.prequantized import PrequantizedLayers, parse_quantization
 from hf2mnn.checkpoint.size import model_size
+from hf2mnn.checkpoint.tensors import layout
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.onnx.session import OnnxModel
 from hf2mnn.reference import model as reference_model
@@ -107,7 +108,6 @@ def test_settings_are_read(written: Written) -> None:
     assert quantization.method == expected["kind"].removesuffix("_v2")
     assert quantization.format == ("gemm" if expected["kind"] == "awq" else expected["kind"])
     assert (quantization.bits, quantization.group) == (expected["bits"], expected["group"])
-    assert quantization.symmetric == expected["symmetric"]
     assert not quantization.act_order
     assert not hasattr(load_config(Checkpoint(written.folder)), "quantization_config")
 
@@ -205,16 +205,16 @@ def test_any_layer_is_read_exactly(drawn: tuple[str, int, Quantized]) -> None:
     kind, group, layer = drawn
     quantization = parse_quantization(settings(kind, layer.bits, group, False), Path("config.json"))
     with tempfile.TemporaryDirectory() as folder:
-        shards = {}
+        stored = {}
         # The tensors of a layer may be in several files.
         for name, tensor in pack(layer, kind).items():
-            shards[f"{LAYER}.{name}"] = path = Path(folder) / f"{name}.safetensors"
-            save_file({f"{LAYER}.{name}": tensor}, path)
-        stored = PrequantizedLayers(Path(folder), quantization, shards)
-        assert stored.names == [LAYER]
-        assert stored.shape(LAYER) == layer.q.shape
-        stored.check()
-        linear = stored.read(LAYER)
+            save_file({f"{LAYER}.{name}": tensor}, Path(folder) / f"{name}.safetensors")
+            stored |= layout(Path(folder) / f"{name}.safetensors")
+        layers = PrequantizedLayers(Path(folder), quantization, stored)
+        assert layers.names == [LAYER]
+        assert layers.shape(LAYER) == layer.q.shape
+        layers.check()
+        linear = layers.read(LAYER)
     np.testing.assert_array_equal(linear.q, layer.q)
     np.testing.assert_array_equal(linear.zero_points, layer.zero_points)
     np.testing.assert_array_equal(linear.scales.view(np.uint16), layer.scales.view(np.uint16))

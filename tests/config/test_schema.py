@@ -25,7 +25,7 @@ from hf2mnn.core.errors import ConfigError
 from hf2mnn.reference.labelled_sets import DATASETS
 from support import REPOSITORY, SHAPES_VL
 
-CAUSES = {"cache_parity": 0.05, "tokenizer_match": 1.0, "template_match": 1.0, "findings": 0}
+CAUSES = {"cache_parity": 0.05, "tokenizer_match": 1.0, "template_match": 1.0, "findings": 0, "nc4hw4_decoder": 1}
 """Default gates that do not depend on the bits."""
 BITS = [2, 3, 4, 5, 6, 7, 8, 16, 32]
 
@@ -430,6 +430,7 @@ def test_default_gates_can_be_changed_and_removed(gate: str) -> None:
     """A known and accepted fault must not stop every run."""
     assert parse_config(put(content(gates={gate: 1}), f"gates/{gate}", None)).gates_of("v")[gate] == 1
     assert gate not in parse_config(put(content(), f"gates/{gate}", None)).gates_of("v")
+    assert gate not in parse_config(content(gates={gate: None})).gates_of("v")
 
 
 def test_variants_of_a_model_are_all_or_the_listed_ones() -> None:

@@ -74,7 +74,7 @@ from pathlib import Path
 from hf2mnn import cli
 from hf2mnn.core.manifest import Manifest, stage_folder
 resource.setrlimit(getattr(resource, sys.argv[2]), (int(sys.argv[3]),) * 2)
-def stage(standalone_mode):
+def stage(**_):
     with stage_folder(Path(sys.argv[1]), Manifest("test")) as folder:
         (folder / "weights").write_bytes(bytes(2 * 10**9)[: 10**7])
 cli.app = stage

@@ -1,13 +1,14 @@
-"""Weight files that are missing, truncated, Git LFS pointers, of another model, or changed."""
+"""Weight files that are missing, truncated, Git LFS pointers, of another model, or changed; unsupported graphs."""
 
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
 import pytest
 
-from faulty_bundles import errors, file_findings, link_copy, unlink_copy, update_manifest
+from faulty_bundles import LLMEXPORT, errors, file_findings, link_copy, unlink_copy, update_manifest
 from hf2mnn.doctor.findings import Severity
 from hf2mnn.mnn.bundle import CONFIG, DECODER, GRAPHS, VISION
 from hf2mnn.mnn.convert import read_graph, write_graph
@@ -101,3 +102,28 @@ def test_graphs_without_weights_in_a_bundle(results: Path, bundle: Path) -> None
     os.link(weights, bundle / f"{DECODER}.weight")
     update_manifest(bundle)
     assert errors(bundle) == {"weights_absent"}
+
+
+def patch(path: Path, old: bytes, new: bytes) -> None:
+    content = unlink_copy(path).read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+
+
+@pytest.fixture
+def llmexport(tmp_path: Path) -> Path:
+    return link_copy(LLMEXPORT, tmp_path / "llmexport")
+
+
+def test_unknown_operators(llmexport: Path) -> None:
+    """LayerNorm (603 in the schema) with a number that the schema does not name."""
+    patch(llmexport / DECODER, struct.pack("<i", 603), struct.pack("<i", 599))
+    (finding,) = file_findings(llmexport, Severity.ERROR).values()
+    assert finding.check == "unknown_operators"
+    assert "(599)" in finding.evidence
+
+
+def test_a_newer_converter(llmexport: Path) -> None:
+    patch(llmexport / DECODER, b"3.6.1", b"9.6.1")
+    assert file_findings(llmexport)["engine_too_old"].severity == Severity.WARNING
+    assert not errors(llmexport)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from hf2mnn.mnn.bundle import EngineSettings
 from hf2mnn.quant.formats import WeightFormat
@@ -61,24 +60,16 @@ def make_shapes(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """results/shapes-vl up to the baseline. Tests only add to it, under names of their own."""
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    folder = root / "evaluated" / "results" / "shapes-vl"
-    with FileLock(root / "evaluated.lock"):
-        if not (root / "evaluated.done").exists():
-            make_shapes(folder)
-            (root / "evaluated.done").touch()
-    return folder
+def shapes(make_once: Callable[..., Path]) -> Path:
+    """results/shapes-vl up to the baseline. Tests only read it."""
+    return make_once("evaluated", lambda folder: make_shapes(folder / "shapes-vl")) / "shapes-vl"
 
 
 @pytest.fixture(scope="session")
-def int8(onnx_folder: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def int8(onnx_folder: Path, graphs: Path, make_once: Callable[..., Path]) -> Path:
     """An int8 bundle of the small checkpoint. Tests only read it."""
-    graphs = bundle.with_name(f"{bundle.name}-graphs")
     choice = Choice(WeightFormat(8, 32), WeightFormat(8), EngineSettings(precision="low", memory="low", threads=3))
-    return quantize(onnx_folder, graphs, tmp_path_factory.mktemp("int8") / "int8", choice, 1)
+    return make_once("int8", lambda folder: quantize(onnx_folder, graphs, folder / "int8", choice, 1)) / "int8"
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from hf2mnn.core.errors import BundleError, ConfigError, EngineError
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.evaluation.benchmark import UNITS, interleaved, measure, parse_bundles, summarize, summarize_cache
 from hf2mnn.mnn.bundle_config import decoder_settings, vision_settings, with_settings
-from hf2mnn.report.speed import print_speed, shown
+from hf2mnn.report.console import print_speed, shown
 from hf2mnn.stages.benchmark import run as run_benchmark
 
 PROMPT, ANSWER, LENGTHS, REPEATS = 24, 4, (8, 384), 3
@@ -161,7 +161,7 @@ def test_bundles_are_unchanged(measured: Measured, bundle: Path, int8: Path) -> 
 def test_the_console_shows_medians_ratios_and_the_machine(measured: Measured) -> None:
     printed = io.StringIO()
     print_speed(measured.speed, printed)
-    for text in ("int8", "(1.00)", "prefill tok/s", "after 384", measured.speed["machine"]["cpu"], "ratio to float"):
+    for text in ("int8", "(1.00)", "prefill tok/s", "384 tokens", measured.speed["machine"]["cpu"], "ratio to float"):
         assert text in printed.getvalue()
     assert [shown("s", 0.01234, 0.00056), shown("tokens/s", 1234.5)] == ["12.3 ±0.6", "1234"]
 

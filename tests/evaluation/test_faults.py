@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -49,28 +50,35 @@ class Verdict:
     findings: list[dict[str, Any]]
 
 
-def judge(shapes: Path, name: str) -> Verdict:
+@pytest.fixture(scope="module")
+def folder(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of results/shapes-vl by hard links, to which tests add bundles."""
+    destination = tmp_path_factory.mktemp("faults") / "shapes-vl"
+    return Path(shutil.copytree(shapes, destination, symlinks=True, copy_function=os.link))
+
+
+def judge(folder: Path, name: str) -> Verdict:
     """Return the verdict on a bundle under the general gates, by the stages of the pipeline."""
-    reference, onnx, bundle = shapes / "reference" / "evaluation", shapes / "onnx", shapes / "bundles" / name
-    evaluate(reference, onnx, shapes / "evaluation" / name, bundle, threads=1, time_limit=120)
-    diagnose(reference, onnx, shapes / "baseline", bundle, shapes / "diagnosis" / name, threads=1, time_limit=120)
-    evidence = read_evidence("shapes-vl", shapes, [name])
+    reference, onnx, bundle = folder / "reference" / "evaluation", folder / "onnx", folder / "bundles" / name
+    evaluate(reference, onnx, folder / "evaluation" / name, bundle, threads=1, time_limit=120)
+    diagnose(reference, onnx, folder / "baseline", bundle, folder / "diagnosis" / name, threads=1, time_limit=120)
+    evidence = read_evidence("shapes-vl", folder, [name])
     gates = GeneralGates().model_dump(exclude_none=True)
     table = make_table(evidence, [VariantSpec(name, required=True, gates=gates)])
     return Verdict(table.iloc[1], evidence.variants[0].findings)
 
 
 @pytest.fixture(scope="module")
-def judge_broken(shapes: Path) -> Callable[[str, Fault], Verdict]:
+def judge_broken(folder: Path) -> Callable[[str, Fault], Verdict]:
     """Return a function from a variant and a fault to the verdict on a copy with the fault, without error budget."""
 
     @cache
     def of(variant: str, fault: Fault) -> Verdict:
         name = f"{variant}-{fault.__name__}"
-        break_bundle(shapes / "bundles" / variant, shapes / "bundles" / name, shapes / "onnx", fault)
+        break_bundle(folder / "bundles" / variant, folder / "bundles" / name, folder / "onnx", fault)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(error_budget, "budget", lambda *_: pd.DataFrame(columns=error_budget.COLUMNS))
-            return judge(shapes, name)
+            return judge(folder, name)
 
     return of
 
@@ -127,14 +135,14 @@ def stale_template(bundle: Path, onnx_folder: Path) -> None:
 
 def foreign_tokenizer(bundle: Path, onnx_folder: Path) -> None:
     """Use a tokenizer with the same vocabulary and half of the merges."""
-    folder = bundle / "foreign"
-    shutil.copytree(onnx_folder, folder, ignore=shutil.ignore_patterns("*.onnx*"))
-    described = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer = bundle / "foreign"
+    shutil.copytree(onnx_folder, tokenizer, ignore=shutil.ignore_patterns("*.onnx*"))
+    described = json.loads((tokenizer / "tokenizer.json").read_text())
     merges = described["model"]["merges"]
     described["model"]["merges"] = merges[: len(merges) // 2]
-    (folder / "tokenizer.json").write_text(json.dumps(described))
-    write_tokenizer(folder, bundle / TOKENIZER)
-    shutil.rmtree(folder)
+    (tokenizer / "tokenizer.json").write_text(json.dumps(described))
+    write_tokenizer(tokenizer, bundle / TOKENIZER)
+    shutil.rmtree(tokenizer)
 
 
 @dataclass(frozen=True)
@@ -185,9 +193,9 @@ CAUSES: dict[Fault, Cause] = {
 
 
 @pytest.mark.parametrize("variant", ["fp32", "int4"])
-def test_a_right_bundle_passes_without_findings(shapes: Path, variant: str) -> None:
+def test_a_right_bundle_passes_without_findings(folder: Path, variant: str) -> None:
     """A diagnosis that reports every tap point would pass the tests below."""
-    verdict = judge(shapes, variant)
+    verdict = judge(folder, variant)
     assert (verdict.row["verdict"], verdict.row["reason"], verdict.row["cause"]) == (PASS, "", "")
     assert verdict.row["findings"] == 0
     assert verdict.findings == []
@@ -219,10 +227,10 @@ def test_every_fault_has_a_cause() -> None:
     assert set(FAULTS) <= CAUSES.keys()
 
 
-def test_a_foreign_tokenizer_is_named(shapes: Path) -> None:
+def test_a_foreign_tokenizer_is_named(folder: Path) -> None:
     """Logits are measured on transformers' tokens, so all other figures of such a bundle are good."""
-    break_bundle(shapes / "bundles" / "fp32", shapes / "bundles" / "foreign", shapes / "onnx", foreign_tokenizer)
-    verdict = judge(shapes, "foreign")
+    break_bundle(folder / "bundles" / "fp32", folder / "bundles" / "foreign", folder / "onnx", foreign_tokenizer)
+    verdict = judge(folder, "foreign")
     assert verdict.row["verdict"] == FAIL
     assert verdict.row["top1_agreement"] == 1 > verdict.row["tokenizer_match"]
     assert [finding["part"] for finding in verdict.findings] == ["tokenizer"]

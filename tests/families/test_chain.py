@@ -79,8 +79,8 @@ class Chain:
     def golden(self) -> Golden:
         return Golden(self.folder / "reference")
 
-    def summary(self, row: str) -> dict[str, float]:
-        return json.loads((self.folder / row / "summary.json").read_text())
+    def summary(self, variant: str) -> dict[str, float]:
+        return json.loads((self.folder / f"eval-{variant}" / "summary.json").read_text())
 
 
 @pytest.fixture(scope="module", params=EVERY)
@@ -99,16 +99,16 @@ def chain(request: pytest.FixtureRequest, examples: Path, tmp_path_factory: pyte
     return Chain(FAMILIES[shape.model_type], folder)
 
 
-@pytest.mark.parametrize("row", ["onnx", "fp32"])
-def test_logits_and_answers_are_those_of_pytorch(chain: Chain, row: str) -> None:
+@pytest.mark.parametrize("variant", ["onnx", "fp32"])
+def test_logits_and_answers_are_those_of_pytorch(chain: Chain, variant: str) -> None:
     """Prefill and cached decode, text and images, image embeddings and deepstack features."""
     examples = list(chain.golden.examples())
     assert len(examples) == len(TEXTS) + (len(IMAGES) if chain.family.has_vision else 0)
-    with safe_open(chain.folder / f"eval-{row}" / "logits.safetensors", "np") as tensors:
+    with safe_open(chain.folder / f"eval-{variant}" / "logits.safetensors", "np") as tensors:
         for example in examples:
             assert example.logits.std() > 0.3
             np.testing.assert_allclose(tensors.get_tensor(example.id), example.logits, atol=CLOSE, rtol=0)
-    summary = chain.summary(f"eval-{row}")
+    summary = chain.summary(variant)
     assert summary["greedy_match"] == summary["top1_agreement"] == 1
     assert summary["cache_parity"] < 1e-8
     if chain.family.has_vision:
@@ -128,11 +128,11 @@ def test_every_attention_is_fused_and_every_decoder_is_nc4hw4(chain: Chain) -> N
 
 
 def test_eight_bits_are_close(chain: Chain) -> None:
-    summary = chain.summary("eval-int8")
+    summary = chain.summary("int8")
     assert summary["fault"] is None
     assert summary["top1_agreement"] >= 0.9
     assert 1e-9 < summary["mean_kld"] < 1e-2
-    assert summary["bytes"] < 0.6 * chain.summary("eval-fp32")["bytes"]
+    assert summary["bytes"] < 0.6 * chain.summary("fp32")["bytes"]
 
 
 def test_the_doctor_has_no_findings(chain: Chain) -> None:
@@ -142,7 +142,7 @@ def test_the_doctor_has_no_findings(chain: Chain) -> None:
 
 def test_the_engine_has_the_same_prompt_and_tokens(chain: Chain) -> None:
     """The engine has one class for text-only models and another for image input."""
-    summary = chain.summary("eval-fp32")
+    summary = chain.summary("fp32")
     assert summary["tokenizer_match"] == summary["template_match"] == 1
 
 

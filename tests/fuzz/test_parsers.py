@@ -26,8 +26,8 @@ from hf2mnn.checkpoint.adapter import Adapter
 from hf2mnn.checkpoint.folder import ADAPTER_FILES, Checkpoint
 from hf2mnn.checkpoint.hub.pin import load_pin
 from hf2mnn.checkpoint.model_info import model_info
-from hf2mnn.checkpoint.preflight import check_code, check_depth, check_index, check_links, check_tokenizer
-from hf2mnn.checkpoint.tensors import stored_tensors
+from hf2mnn.checkpoint.preflight import check_code, check_depth, check_files, check_index, check_tokenizer
+from hf2mnn.checkpoint.tensors import layout
 from hf2mnn.config.load import load_config
 from hf2mnn.config.plan import load_plan
 from hf2mnn.core.manifest import Manifest
@@ -250,10 +250,10 @@ def tensor_files(draw: st.DrawFn) -> bytes:
 def test_safetensors(content: bytes, folder: Path) -> None:
     target = folder_without(folder, "model.safetensors")
     (target / "model.safetensors").write_bytes(content)
-    survive(stored_tensors, target / "model.safetensors")
+    survive(layout, target / "model.safetensors")
     checkpoint = Checkpoint(target)
     survive(
-        lambda: (checkpoint.shards, checkpoint._stored, checkpoint.shapes(), checkpoint.prequantized_layers.check())
+        lambda: (checkpoint.shards, checkpoint.headers, checkpoint.shapes(), checkpoint.prequantized_layers.check())
     )
 
 
@@ -276,7 +276,7 @@ def read_checkpoint(folder: Path) -> None:
     from hf2mnn.checkpoint.architecture import load_config as load_model_config
 
     checkpoint = Checkpoint(folder)
-    check_links(checkpoint)
+    check_files(checkpoint)
     checkpoint.check()
     check_code(checkpoint)
     check_depth(checkpoint)

@@ -23,8 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.mnn.checkpoint_tokenizer import BYTE_TOKENS, META_SPACE
 from hf2mnn.mnn.template import engine_messages, unsupported
-from hf2mnn.mnn.tokenizer import write_tokenizer
-from hf2mnn.mnn.tokenizer_differences import tokenizer_differences, unreached_words
+from hf2mnn.mnn.tokenizer import tokenizer_differences, unreached_words, write_tokenizer
 from tokenizing import Engine
 
 ROOT = Path(__file__).parents[2]
@@ -309,7 +308,7 @@ def test_random_conversations_equal_transformers(pair: Pair, data: list[Any]) ->
 
 @pytest.mark.parametrize("pair", ["llama3", "llama2"], indirect=True)
 def test_white_space_that_the_engine_does_not_trim(pair: Pair) -> None:
-    """A difference that mnn/tokenizer_differences.py documents: an engine without it makes that text wrong."""
+    """A difference that `tokenizer_differences` documents: an engine without it makes that text wrong."""
     chats = [[user(f"{space}红{space}")] for space in "\u3000\u00a0\u2003\x0b\x0c\x1c"]
     assert [chat for chat, _, _ in pair.differences(chats)] == chats
 

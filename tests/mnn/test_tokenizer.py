@@ -266,7 +266,7 @@ def test_ids_of_random_texts_equal_transformers(
 
 
 def test_known_differences_exist(engine: Engine, reference: PreTrainedTokenizerBase) -> None:
-    """Differences that tokenizer_differences.py documents: an engine without one makes that text wrong."""
+    """Differences that `tokenizer_differences` documents: an engine without one makes that text wrong."""
     texts = [f"!{c}a!{c}!{c}{c}# {c}1 #{c}\n{c}b!{c} !{c}?" for c in "\x01\x02\x03\x85\u2028\u2029"]
     texts += [
         "'\u017f\u017f\u017f it'\u017fab",
@@ -413,7 +413,7 @@ def test_missing_files_are_named(small: Any, tmp_path: Path) -> None:
         write_tokenizer(folder, tmp_path / "tokenizer.mtok")
 
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match="is not JSON"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read as JSON"):
         write_tokenizer(folder, tmp_path / "tokenizer.mtok")
 
     (folder / "tokenizer.json").unlink()

@@ -111,7 +111,7 @@ def test_every_answer_is_right(world: ModuleType) -> None:
     assert {key: answers for key, answers in answers_by_kind.items() if len(answers) < 2} == {}
 
 
-def test_a_seed_is_a_picture(world: ModuleType) -> None:
+def test_a_seed_defines_an_image(world: ModuleType) -> None:
     def paint(seed: int) -> tuple[object, bytes]:
         rng = random.Random(seed)
         scene = world.draw_scene(rng)
@@ -190,7 +190,7 @@ def test_model_is_small_and_bfloat16() -> None:
     assert {described["dtype"] for described in tensors().values()} == {"BF16"}
 
 
-def test_model_has_every_trait_that_a_conversion_can_get_wrong() -> None:
+def test_model_covers_the_features_of_a_conversion() -> None:
     """Grouped queries, M-RoPE, tied embedding, several layers, and sizes that quantization blocks divide."""
     config = json.loads((SHAPES_VL / "config.json").read_text())
     text, vision = config["text_config"], config["vision_config"]
@@ -210,7 +210,7 @@ def test_model_has_every_trait_that_a_conversion_can_get_wrong() -> None:
     assert layers == set(range(text["num_hidden_layers"]))
 
 
-def test_tokenizer_knows_the_marks_of_qwen2_vl() -> None:
+def test_tokenizer_has_the_special_tokens_of_qwen2_vl() -> None:
     """Each is one token, with the id in config.json."""
     tokenizer = Tokenizer.from_file(str(SHAPES_VL / "tokenizer.json"))
     config = json.loads((SHAPES_VL / "config.json").read_text())
@@ -226,6 +226,6 @@ def test_tokenizer_knows_the_marks_of_qwen2_vl() -> None:
 
 
 @pytest.mark.parametrize("words", ["左上角：红色数字7；", "Is there a purple triangle?", "naïve ☃ \U0001f31f\n\t x"])
-def test_tokenizer_loses_nothing(words: str) -> None:
+def test_tokenizer_is_lossless(words: str) -> None:
     tokenizer = Tokenizer.from_file(str(SHAPES_VL / "tokenizer.json"))
     assert tokenizer.decode(tokenizer.encode(words).ids) == words

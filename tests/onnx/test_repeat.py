@@ -36,8 +36,10 @@ def test_both_graphs_have_the_same_operators_tap_points_inputs_and_outputs(repea
         one, other = (onnx.load(folder / name, load_external_data=False).graph for folder in (repeated, traced))
         kinds = [sorted(node.op_type for node in graph.node) for graph in (one, other)]
         assert kinds[0] == kinds[1]
-        points = [select_tap_points([name for node in graph.node for name in node.output]) for graph in (one, other)]
-        assert points[0] == points[1]
+        tap_points = [
+            select_tap_points([name for node in graph.node for name in node.output]) for graph in (one, other)
+        ]
+        assert tap_points[0] == tap_points[1]
         for values in ("input", "output"):
             sides = [[(value.name, str(value.type)) for value in getattr(graph, values)] for graph in (one, other)]
             assert sides[0] == sides[1]

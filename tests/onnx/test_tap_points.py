@@ -18,7 +18,7 @@ from exported import Exported
 from hf2mnn.families import get_family
 from hf2mnn.onnx.session import causal_mask
 from hf2mnn.onnx.tap_points import add_outputs, outputs_by_module, replace_with_inputs, select_tap_points
-from hf2mnn.reference.tap_points import MAX_ROWS, as_matrix, evenly_spaced
+from hf2mnn.reference.golden import MAX_ROWS, as_matrix, evenly_spaced
 from hf2mnn.reference.tap_recorder import record_tap_points
 
 GRID = np.array([1, 6, 8])
@@ -33,13 +33,13 @@ class Twin:
     Attributes:
         model: Model of transformers.
         folder: Folder of the graphs.
-        points: PyTorch's tap points.
+        tap_points: PyTorch's tap points.
         inputs: Inputs of the graphs that give the same values.
     """
 
     model: Qwen2VLForConditionalGeneration
     folder: Path
-    points: dict[str, np.ndarray]
+    tap_points: dict[str, np.ndarray]
     inputs: dict[str, dict[str, np.ndarray]]
 
     def graph(self, name: str) -> onnx.ModelProto:
@@ -65,7 +65,7 @@ def make_twin(exported: Exported, folder: Path) -> Twin:
     embeds = random.standard_normal((1, TOKENS, text.hidden_size)).astype(np.float32)
     pixels = random.standard_normal((int(GRID.prod()), 1176)).astype(np.float32)
     positions = np.sort(random.integers(0, 30, (3, TOKENS)), axis=1)
-    with record_tap_points(model) as points:
+    with record_tap_points(model) as tap_points:
         model.model.visual(torch.from_numpy(pixels), torch.from_numpy(GRID)[None])
         state = model.model.language_model(
             inputs_embeds=torch.from_numpy(embeds), position_ids=torch.from_numpy(positions)[:, None], use_cache=False
@@ -83,7 +83,7 @@ def make_twin(exported: Exported, folder: Path) -> Twin:
         "vision": get_family("qwen2_vl", folder).vision_inputs(pixels, GRID, {"merge_size": 2}),
     }
     # onnx reads no weights through hard links.
-    return Twin(model, Path(shutil.copytree(exported.onnx, folder / "copy")), dict(points), inputs)
+    return Twin(model, Path(shutil.copytree(exported.onnx, folder / "copy")), dict(tap_points), inputs)
 
 
 @pytest.fixture(scope="module", params=["2to1", "1to1"])
@@ -104,7 +104,7 @@ def test_tap_points_have_the_values_of_their_modules_in_pytorch(twin: Twin, name
     for point, value in named.items():
         rows = as_matrix(results[value])
         np.testing.assert_allclose(
-            rows[evenly_spaced(len(rows))], twin.points[point], atol=1e-4, rtol=1e-4, err_msg=point
+            rows[evenly_spaced(len(rows))], twin.tap_points[point], atol=1e-4, rtol=1e-4, err_msg=point
         )
     assert len({results[value].tobytes() for value in named.values()}) == len(named), "two tap points are one value"
 
@@ -117,7 +117,7 @@ def test_graphs_have_all_tap_points_of_pytorch(twin: Twin) -> None:
     names = {
         point for name in ("decoder", "vision") for point in (*twin.values(name), *outputs_by_module(twin.graph(name)))
     }
-    assert names == twin.points.keys()
+    assert names == twin.tap_points.keys()
     weighted = {
         name.removesuffix(".weight") for name, _ in twin.model.named_parameters() if name.endswith(".weight")
     } - {"model.language_model.embed_tokens"}
@@ -141,21 +141,21 @@ def test_tap_points_are_in_the_order_of_computation(twin: Twin) -> None:
 
 @pytest.mark.parametrize("name", ["decoder", "vision"])
 def test_a_graph_with_its_own_values_as_inputs_gives_the_same_output(twin: Twin, name: str) -> None:
-    points = twin.values(name)
-    whole = twin.run(name, points)
-    again = twin.run(name, points, fed=whole)
-    for point in points:
+    tap_points = twin.values(name)
+    whole = twin.run(name, tap_points)
+    again = twin.run(name, tap_points, fed=whole)
+    for point in tap_points:
         np.testing.assert_allclose(again[point], whole[point], atol=1e-5, rtol=1e-5, err_msg=point)
 
 
 def test_another_value_at_one_tap_point_changes_the_next_ones_only(twin: Twin) -> None:
     """So the fault of one operator shows at that operator alone, however many follow it."""
-    points = twin.values("decoder")
-    whole = twin.run("decoder", points)
+    tap_points = twin.values("decoder")
+    whole = twin.run("decoder", tap_points)
 
     def changed(point: str) -> list[str]:
-        again = twin.run("decoder", points, fed=whole | {point: whole[point][..., ::-1].copy()})
-        return [other for other in points if not np.allclose(again[other], whole[other], atol=1e-4)]
+        again = twin.run("decoder", tap_points, fed=whole | {point: whole[point][..., ::-1].copy()})
+        return [other for other in tap_points if not np.allclose(again[other], whole[other], atol=1e-4)]
 
     attention, mlp = f"{FIRST}.self_attn", f"{FIRST}.mlp"
     assert changed(f"{attention}.q_proj") == [f"{attention}.query"]

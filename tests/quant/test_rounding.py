@@ -228,14 +228,14 @@ def test_a_constant_block_keeps_its_value(method: str, value: float) -> None:
     """
     weight = np.full((5, 32), value, np.float32)
     for bits in (2, 4, 8):
-        found = round_rows(weight, bits, 16, False, 16, method).dequantize()
+        restored = round_rows(weight, bits, 16, False, 16, method).dequantize()
         if method == "hqq":
-            np.testing.assert_allclose(found, weight, rtol=1e-3, atol=2.0**-24)
+            np.testing.assert_allclose(restored, weight, rtol=1e-3, atol=2.0**-24)
         else:
-            assert np.array_equal(found, weight)
+            assert np.array_equal(restored, weight)
             # If symmetric, q times a float16 with 11 bits; a scale as small as 2^-27 is 0.
-            found = round_rows(weight, bits, 16, True, 16, method).dequantize()
-            np.testing.assert_allclose(found, weight, rtol=2.0**-11, atol=2.0**-20)
+            restored = round_rows(weight, bits, 16, True, 16, method).dequantize()
+            np.testing.assert_allclose(restored, weight, rtol=2.0**-11, atol=2.0**-20)
 
 
 def test_quantized_values_are_recovered() -> None:

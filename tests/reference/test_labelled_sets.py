@@ -347,14 +347,14 @@ def test_only_the_files_of_one_split_and_revision_are_loaded(tmp_path: Path, mon
     """DocVQA's other splits would be 8 GB more."""
     copy, calls = write(tmp_path / "copy", "docvqa", ROWS["docvqa"]), []
 
-    def load(kind: str, data_files: dict[str, str], split: str) -> Dataset:
+    def load(kind: str, data_files: dict[str, list[str]], split: str) -> Dataset:
         calls.append((kind, data_files, split))
         return Dataset.from_parquet(str(next(copy.glob("DocVQA/*.parquet"))))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     folder = draw_set("docvqa", 1, tmp_path / "set", revision="abc123")
     pattern = "hf://datasets/lmms-lab/DocVQA@abc123/DocVQA/validation-*.parquet"
-    assert calls == [("parquet", {"validation": pattern}, "validation")]
+    assert calls == [("parquet", {"validation": [pattern]}, "validation")]
     settings = Manifest.load(folder).settings
     assert (settings["repository"], settings["revision"], settings["seed"]) == ("lmms-lab/DocVQA", "abc123", 0)
 

@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration
 
-from hf2mnn.reference.golden import Golden, GoldenProbe
-from hf2mnn.reference.tap_points import MAX_ROWS
+from hf2mnn.reference.golden import MAX_ROWS, Golden, GoldenProbe
 from hf2mnn.reference.tap_recorder import record_tap_points
 from hf2mnn.stages.fetch import run as fetch_checkpoint
 from hf2mnn.stages.reference import run as run_reference
@@ -93,16 +92,16 @@ def implementations(model: torch.nn.Module) -> list[str]:
 
 def test_recording_changes_nothing_while_it_runs_or_after(model: torch.nn.Module) -> None:
     before, implementation = logits(model), implementations(model)
-    with record_tap_points(model) as points:
+    with record_tap_points(model) as tap_points:
         during = logits(model)
         assert hooks(model) > 0
-    count = len(points)
+    count = len(tap_points)
     after = logits(model)
     assert torch.equal(before, during)
     assert torch.equal(before, after)
     assert implementations(model) == implementation
     assert hooks(model) == 0
-    assert len(points) == count > 0
+    assert len(tap_points) == count > 0
 
 
 def test_an_error_inside_restores_the_model(model: torch.nn.Module) -> None:
@@ -117,29 +116,29 @@ def test_a_tap_point_is_the_output_of_its_module(model: torch.nn.Module) -> None
     """Against an independent hook, and the context computed from query, key and value."""
     kept: dict[str, torch.Tensor] = {}
     hook = model.get_submodule(NORM).register_forward_hook(lambda _, __, output: kept.update(norm=output))
-    with record_tap_points(model) as points:
+    with record_tap_points(model) as tap_points:
         logits(model)
     hook.remove()
-    np.testing.assert_array_equal(points[NORM], kept["norm"][0].numpy())
-    query, key = (points[f"{ATTENTION}.{part}"].reshape(5, -1, 32) for part in ("query", "key"))
+    np.testing.assert_array_equal(tap_points[NORM], kept["norm"][0].numpy())
+    query, key = (tap_points[f"{ATTENTION}.{part}"].reshape(5, -1, 32) for part in ("query", "key"))
     assert (query.shape[1], key.shape[1]) == (4, 2)
-    value = points[f"{ATTENTION}.v_proj"].reshape(5, 2, 32)
+    value = tap_points[f"{ATTENTION}.v_proj"].reshape(5, 2, 32)
     scores = np.einsum("qhd,khd->hqk", query, key.repeat(2, axis=1)) / np.sqrt(32)
     scores[:, np.triu_indices(5, 1)[0], np.triu_indices(5, 1)[1]] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     context = np.einsum("hqk,khd->qhd", weights, value.repeat(2, axis=1)).reshape(5, -1)
-    np.testing.assert_allclose(points[f"{ATTENTION}.context"], context, atol=1e-5)
+    np.testing.assert_allclose(tap_points[f"{ATTENTION}.context"], context, atol=1e-5)
 
 
 def test_of_many_rows_a_sample_with_the_first_and_the_last_is_stored(model: torch.nn.Module) -> None:
     """A real image has thousands of rows; each stored row is complete."""
-    with record_tap_points(model) as points:
+    with record_tap_points(model) as tap_points:
         whole = logits(model, tokens=300)[0].numpy()
-    assert points["lm_head"].shape == (MAX_ROWS, whole.shape[1])
-    np.testing.assert_array_equal(points["lm_head"][0], whole[0])
-    np.testing.assert_array_equal(points["lm_head"][-1], whole[-1])
-    assert points[f"{ATTENTION}.query"].shape == (MAX_ROWS, 128)
+    assert tap_points["lm_head"].shape == (MAX_ROWS, whole.shape[1])
+    np.testing.assert_array_equal(tap_points["lm_head"][0], whole[0])
+    np.testing.assert_array_equal(tap_points["lm_head"][-1], whole[-1])
+    assert tap_points[f"{ATTENTION}.query"].shape == (MAX_ROWS, 128)
 
 
 def test_probes_are_the_shortest_examples_with_the_fewest_images(probes: dict[str, GoldenProbe]) -> None:

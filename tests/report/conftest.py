@@ -1,4 +1,4 @@
-"""Complete evidence and its page, made once. Tests only read them."""
+"""Complete evidence and its page, shared by all tests of a session. Tests only read them."""
 
 from __future__ import annotations
 

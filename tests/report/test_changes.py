@@ -9,11 +9,10 @@ import pandas as pd
 
 from evidence import figure_table, make_evidence, make_speed, make_variant, write_reference
 from hf2mnn.core.manifest import Manifest
-from hf2mnn.report.changes import changes_page, write_changes
 from hf2mnn.report.console import HEADS
 from hf2mnn.report.evidence import Evidence
 from hf2mnn.report.table import VariantSpec, make_table
-from hf2mnn.report.versions import Versions, changed_inputs, compare_versions
+from hf2mnn.report.versions import Versions, changed_inputs, changes_page, compare_versions, write_changes
 
 SPEEDS = [{"int4": make_speed(decode_tokens_per_s=(median, median - 1, median + 1))} for median in (100.0, 80.0)]
 

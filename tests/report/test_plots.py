@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf2mnn.report import plots
-from hf2mnn.report.svg import COLOURS, styles
+from hf2mnn.report.svg import COLOURS, assign_styles
 from page_evidence import make_budget, make_layers, make_speed
 
 NAMES = ["onnxruntime", "fp16", "$x_1$ & <b>", "a-very-long-name-of-a-variant-that-has-all-options"]
-LOOKS = styles(NAMES)
+STYLES = assign_styles(NAMES)
 NUMBERS = st.one_of(st.floats(0, 10), st.sampled_from([0.0, 1.0, 2.0, float("nan")]))
 
 
@@ -65,14 +65,14 @@ def curves(column: str, faulty: str | None = None) -> dict[str, pd.DataFrame]:
 
 
 PLOTS: dict[str, Callable[[], str]] = {
-    "size": lambda: plots.size_plot(sizes(), LOOKS),
-    "size without divergence": lambda: plots.size_plot(sizes(mean_kld=0.0, low=0.0, high=0.0), LOOKS),
-    "percentiles": lambda: plots.percentile_plot(percentiles(), LOOKS),
+    "size": lambda: plots.size_plot(sizes(), STYLES),
+    "size without divergence": lambda: plots.size_plot(sizes(mean_kld=0.0, low=0.0, high=0.0), STYLES),
+    "percentiles": lambda: plots.percentile_plot(percentiles(), STYLES),
     "budget": lambda: plots.budget_plot(budgets()),
-    "layers": lambda: plots.layer_plot(curves("mnn_error"), LOOKS, "layers-decoder", "Decoder", "error"),
-    "local": lambda: plots.layer_plot(curves("local_error", "m.norm"), LOOKS, "local-decoder", "Decoder", "error"),
-    "cache": lambda: plots.cache_plot(make_speed(NAMES)[1], LOOKS),
-    "speed": lambda: plots.speed_plot(make_speed(NAMES)[0], LOOKS),
+    "layers": lambda: plots.layer_plot(curves("mnn_error"), STYLES, "layers-decoder", "Decoder", "error"),
+    "local": lambda: plots.layer_plot(curves("local_error", "m.norm"), STYLES, "local-decoder", "Decoder", "error"),
+    "cache": lambda: plots.cache_plot(make_speed(NAMES)[1], STYLES),
+    "speed": lambda: plots.speed_plot(make_speed(NAMES)[0], STYLES),
 }
 
 
@@ -114,14 +114,14 @@ def test_values_below_the_axis_are_written() -> None:
     assert "fp16 (1e-12)" in texts
     assert "below 10⁻⁸" in texts
     above = sizes(mean_kld=[0.1, 0.1, 0.1, 0.1], high=0.2)
-    assert not any("below" in text for text in words(plots.size_plot(above, LOOKS)))
+    assert not any("below" in text for text in words(plots.size_plot(above, STYLES)))
 
 
 def test_labels_of_close_points_do_not_overlap() -> None:
     """Labels leave their points, and a line connects them, where there is no room."""
     names = [f"variant-{index}" for index in range(8)]
     table = pd.DataFrame({"name": names, "megabytes": [100.0] * 8, "mean_kld": [0.01] * 8, "failed": False})
-    svg = plots.size_plot(table.assign(low=0.009, high=0.011, candidate=True), styles(names))
+    svg = plots.size_plot(table.assign(low=0.009, high=0.011, candidate=True), assign_styles(names))
     root = ElementTree.fromstring(svg)
     boxes = []
     for element in root.iter("text"):

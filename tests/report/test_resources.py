@@ -10,7 +10,7 @@ import pytest
 
 from hf2mnn.core.errors import ManifestError
 from hf2mnn.core.manifest import Manifest
-from hf2mnn.report.resources import print_stages
+from hf2mnn.report.console import print_stages
 
 STAGES = ("fetch", "reference", "convert", "quantize", "evaluate")
 RESOURCES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 
 from evidence import SUMMARY, make_evidence, make_speed, make_variant
 from hf2mnn.core.errors import Hf2mnnError
-from hf2mnn.report.evidence import REFERENCE_FOLDER
+from hf2mnn.core.manifest import Manifest
+from hf2mnn.report.evidence import BUNDLES, REFERENCE_FOLDER
 from hf2mnn.report.table import (
     COLUMNS,
     VariantSpec,
@@ -135,6 +137,30 @@ def test_findings_without_a_diagnosis_are_missing_and_not_zero() -> None:
     variant = make_variant("onnxruntime", diagnosed=False)
     frame = make_table(make_evidence([variant]), [VariantSpec("onnxruntime", True, {"findings": 0})])
     assert pd.isna(frame.loc[1, "findings"]) and frame.loc[1, "verdict"] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("results", "value", "reason"),
+    [
+        ({"decoder_layout": "NC4HW4"}, 1, ""),
+        (
+            {"decoder_layout": "NCHW", "layout_reason": "MNN 3.5.0 lacks it"},
+            0,
+            "nc4hw4_decoder 0, at least 1 wanted (MNN 3.5.0 lacks it)",
+        ),
+        ({}, None, ""),  # the manifest does not say
+        (None, None, ""),  # there is no bundle
+    ],
+)
+def test_a_decoder_in_the_slower_layout_fails_with_its_reason(
+    results: dict | None, value: int | None, reason: str
+) -> None:
+    manifests = {} if results is None else {BUNDLES: Manifest("quantize", results=results)}
+    variant = replace(make_variant(), manifests=manifests)
+    for gates, missed in (({"nc4hw4_decoder": 1}, reason), ({}, "")):
+        frame = make_table(make_evidence([variant]), [VariantSpec("int4", True, gates)])
+        assert (None if pd.isna(frame.loc[1, "nc4hw4_decoder"]) else frame.loc[1, "nc4hw4_decoder"]) == value
+        assert frame.loc[1, "reason"] == missed
 
 
 def test_table_without_figures_is_read_back(tmp_path: Path) -> None:

@@ -36,11 +36,7 @@ def transformers_errors(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def load_config(checkpoint: Checkpoint) -> transformers.PreTrainedConfig:
-    """Return the configuration of the floating-point model, also of a prequantized checkpoint.
-
-    Raises:
-        CheckpointError: config.json does not describe a model.
-    """
+    """Return the configuration of the floating-point model, also of a prequantized checkpoint."""
     with transformers_errors(checkpoint):
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     for part in (config, config.get_text_config()):
@@ -54,11 +50,7 @@ def model_class(checkpoint: Checkpoint) -> type[transformers.PreTrainedModel]:
 
 
 def meta_model(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
-    """Build the model of config.json with parameters on the device "meta": shapes without values.
-
-    Raises:
-        CheckpointError: config.json does not describe a model.
-    """
+    """Build the model of config.json with parameters on the device "meta": shapes without values."""
     config = load_config(checkpoint)
     with transformers_errors(checkpoint), torch.device("meta"):
         return model_class(checkpoint)(config)

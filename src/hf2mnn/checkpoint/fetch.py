@@ -35,28 +35,17 @@ def rename_in_errors(folder: Path, name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """Location of a LoRA adapter: either a local folder or a repository of a hub.
-
-    Attributes:
-        path: Local folder.
-        repository: owner/name on a hub.
-        revision: Branch, tag or commit; None for the default branch.
-        hub: "huggingface" or "modelscope".
-    """
+    """Location of a LoRA adapter: either a local folder, or a repository (owner/name) of a hub."""
 
     path: Path | None = None
     repository: str | None = None
-    revision: str | None = None
+    revision: str | None = None  # branch, tag or commit; None for the default branch
     hub: str = "huggingface"
 
     def open(self, scratch: Path) -> tuple[Adapter, dict[str, Any]]:
         """Return the adapter and its origin on a hub, empty for a local folder.
 
-        Args:
-            scratch: Folder to create for links to downloaded files.
-
-        Raises:
-            CheckpointError: The adapter is missing or cannot be downloaded.
+        Downloaded files are linked into `scratch`. CheckpointError: the adapter is missing or cannot be downloaded.
         """
         if (self.path is None) == (self.repository is None):
             raise CheckpointError("give exactly one of a local folder and a hub repository as the adapter")
@@ -72,22 +61,19 @@ class AdapterSource:
 
 
 def merge_adapter(checkpoint: Checkpoint, source: AdapterSource, folder: Path, manifest: Manifest) -> None:
-    """Merge an adapter into the checkpoint of links in `folder`, and record both in the manifest.
-
-    Raises:
-        CheckpointError: The adapter is missing, or does not match the checkpoint.
-    """
+    """Merge an adapter into the checkpoint of links in `folder`, and record both in the manifest."""
     from hf2mnn.checkpoint.merge import merge  # loads numba, which is slow
 
     adapter, origin = source.open(folder / SCRATCH / "adapter")
     changes = adapter.changes(checkpoint)
-    base, given = adapter.settings.base_model, manifest.settings.get("repository") or manifest.paths.get("path")
+    base = adapter.settings.get("base_model_name_or_path")
+    given = manifest.settings.get("repository") or manifest.paths.get("path")
     if base and PurePath(base).name != Path(given).absolute().name:
         warn(f"the adapter {adapter.name} names {base} as its base model; it is merged into {given}")
     merged = merge(checkpoint, changes, folder)
     with rename_in_errors(folder, given):
         check_checkpoint(Checkpoint(folder))
-    files = _digests(adapter.files())
+    files = _digests({name: adapter.folder / name for name in ADAPTER_FILES})
     manifest.inputs |= {name: file["sha256"] for name, file in files.items()}
     if origin:
         manifest.settings["adapter"] = origin

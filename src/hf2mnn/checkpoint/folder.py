@@ -7,17 +7,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from hf2mnn.checkpoint.prequantized import (
     QWEIGHT,
+    WEIGHT,
     PrequantizedLayers,
     PrequantizedLinear,
     Quantization,
     parse_quantization,
-    qweight_name,
 )
-from hf2mnn.checkpoint.tensors import StoredTensor, stored_tensors
+from hf2mnn.checkpoint.tensors import Layout, StoredTensor, layout
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.core.untrusted import path_inside
 from hf2mnn.core.untrusted import read_json as read_untrusted
@@ -27,22 +27,12 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
-# The only files that stages read. Nothing else is downloaded or linked, so no code of a repository arrives.
 FILES = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-    INDEX,
-    "*.safetensors",
+    *("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.json", "chat_template.jinja", INDEX, "*.safetensors"),
 )
+"""The only files that stages read. Nothing else is downloaded or linked, so no code of a repository arrives."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files of a LoRA adapter, in a folder of its own."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -51,11 +41,7 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of a checkpoint.
-
-    Raises:
-        CheckpointError: The file is missing, or is not a JSON object.
-    """
+    """Read a JSON object of a checkpoint; CheckpointError for a missing file and for anything else."""
     try:
         value = read_untrusted(path)
     except FileNotFoundError:
@@ -73,6 +59,13 @@ def is_lfs_pointer(path: Path) -> bool:
     """Return whether a file is the pointer that a Git clone without LFS has in place of a large file."""
     with path.open("rb") as file:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def check_no_pointer(path: Path) -> None:
+    """Raise CheckpointError for a Git LFS pointer."""
+    if is_lfs_pointer(path):
+        content = "the weights" if path.suffix == ".safetensors" else "the file itself"
+        raise CheckpointError(f"{path} is a Git LFS pointer, not {content}; run 'git lfs pull' in its folder")
 
 
 def checkpoint_files(folder: str | Path | None, patterns: Sequence[str] = FILES) -> list[str]:
@@ -117,9 +110,7 @@ class Checkpoint:
     @cached_property
     def image_settings(self) -> dict[str, Any]:
         """Settings of the image processor; empty for a text model."""
-        if not self.family.has_vision:
-            return {}
-        return read_json(self.folder / "preprocessor_config.json")
+        return read_json(self.folder / "preprocessor_config.json") if self.family.has_vision else {}
 
     @cached_property
     def tied(self) -> bool:
@@ -143,7 +134,12 @@ class Checkpoint:
 
     @cached_property
     def shards(self) -> dict[str, Path]:
-        """Safetensors file of each tensor, from the headers of the files."""
+        """Safetensors file of each tensor."""
+        return {name: tensor.path for name, tensor in self.headers.items()}
+
+    @cached_property
+    def headers(self) -> dict[str, Layout]:
+        """Header entries of all tensors, by name."""
         if (self.folder / INDEX).exists():
             weight_map = read_json(self.folder / INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -153,34 +149,26 @@ class Checkpoint:
             names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not names:
             raise CheckpointError(f"{self.folder} has no *.safetensors: {self._convert_pickled()}")
-        shards: dict[str, Path] = {}
+        tensors: dict[str, Layout] = {}
         for name in names:
             path = self._shard(name)
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing, but {INDEX} names it; download it again")
-            if is_lfs_pointer(path):
-                raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run 'git lfs pull' in its folder")
-            try:
-                with safe_open(path, "np") as tensors:
-                    stored = tensors.keys()
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path} is not a complete safetensors file ({error}); download it again"
-                ) from None
-            if duplicates := shards.keys() & stored:
+            check_no_pointer(path)
+            stored = layout(path)
+            if duplicates := tensors.keys() & stored:
                 name = min(duplicates)
                 raise CheckpointError(
-                    f"{shards[name]} and {path.name} both hold {name}, and programs differ in which they load; keep"
-                    " only the files of one model in the folder"
+                    f"{tensors[name].path} and {path.name} both hold {name}, and programs differ in which they load;"
+                    " keep only the files of one model in the folder"
                 )
-            shards.update(dict.fromkeys(stored, path))
-        return shards
+            tensors |= stored
+        return tensors
 
     def _convert_pickled(self) -> str:
         """Return the advice for a checkpoint without safetensors."""
-        pickled = min(
-            (path.name for path in self.folder.iterdir() if path.suffix in PICKLED), default="pytorch_model.bin"
-        )
+        names = (path.name for path in self.folder.iterdir() if path.suffix in PICKLED)
+        pickled = min(names, default="pytorch_model.bin")
         return (
             f"download them; pickled weights ({pickled}) can run code and are never read, so convert those that you"
             " trust with transformers'"
@@ -188,11 +176,7 @@ class Checkpoint:
         )
 
     def _shard(self, name: str) -> Path:
-        """Return the path of a file that the index names.
-
-        Raises:
-            CheckpointError: It is not a safetensors file of this folder.
-        """
+        """Return the path of a file that the index names; CheckpointError unless it is one of this folder."""
         index = self.folder / INDEX
         if name.endswith(PICKLED):
             raise CheckpointError(f"{index} names {name}, not a safetensors file: {self._convert_pickled()}")
@@ -213,7 +197,7 @@ class Checkpoint:
     @cached_property
     def prequantized_layers(self) -> PrequantizedLayers:
         """Reader of the prequantized layers."""
-        return PrequantizedLayers(self.folder, self.quantization, self.shards)
+        return PrequantizedLayers(self.folder, self.quantization, self.headers)
 
     def find(self, parameter: str) -> str:
         """Return the checkpoint's own name of a parameter of the transformers model: names differ between releases.
@@ -221,7 +205,7 @@ class Checkpoint:
         For a prequantized layer, return the name of its qweight.
         """
         for name in self.family.tensor_names(parameter, self.tied):
-            for stored in (name, qweight_name(name)):
+            for stored in (name, name.removesuffix(WEIGHT) + QWEIGHT):
                 if stored in self.shards:
                     return stored
         raise CheckpointError(
@@ -233,46 +217,32 @@ class Checkpoint:
         name = self.find(parameter)
         return self.prequantized_layers.read(name.removesuffix(QWEIGHT)) if name.endswith(QWEIGHT) else None
 
-    @cached_property
-    def _stored(self) -> dict[str, StoredTensor]:
-        return {
-            name: tensor for path in sorted(set(self.shards.values())) for name, tensor in stored_tensors(path).items()
-        }
-
     def stored(self, parameter: str) -> StoredTensor | None:
         """Return where a floating-point weight is stored; None for a prequantized one or an unsupported dtype."""
-        return self._stored.get(self.find(parameter))
+        return self.headers[self.find(parameter)].stored()
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Return the shape of a weight from the file's header."""
         name = self.find(parameter)
         if name.endswith(QWEIGHT):
             return self.prequantized_layers.shape(name.removesuffix(QWEIGHT))
-        with safe_open(self.shards[name], "pt") as tensors:
-            return tuple(tensors.get_slice(name).get_shape())
+        return self.headers[name].shape
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of all stored tensors from the files' headers; bit-packed tensors as stored."""
+        return [tensor.shape for tensor in self.headers.values()]
 
     def check_shape(self, parameter: str, expected: Sequence[int]) -> None:
         """Raise CheckpointError where the checkpoint and the model have different shapes for a parameter."""
-        shape = self.shape(parameter)
-        if shape != tuple(expected):
+        if (shape := self.shape(parameter)) != tuple(expected):
             raise CheckpointError(
                 f"{self.folder} has {self.find(parameter)} of shape {list(shape)}, but its config.json requires"
                 f" {list(expected)}; config and weights are not of the same model"
             )
 
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Return the shapes of all stored tensors from the files' headers; bit-packed tensors as stored."""
-        shapes = []
-        for path in sorted(set(self.shards.values())):
-            with safe_open(path, "np") as tensors:
-                names = tensors.keys()
-                shapes += [tuple(tensors.get_slice(name).get_shape()) for name in names]
-        return shapes
-
     def tensor(self, parameter: str) -> torch.Tensor:
         """Read one weight: a prequantized one dequantized exactly to float32, any other in its stored dtype."""
-        linear = self.prequantized(parameter)
-        if linear:
+        if linear := self.prequantized(parameter):
             import torch
 
             return torch.from_numpy(linear.dequantize())
@@ -281,11 +251,7 @@ class Checkpoint:
             return tensors.get_tensor(name)
 
     def check(self) -> None:
-        """Check the files without building the model.
-
-        Raises:
-            CheckpointError: A file is missing, incomplete or unsupported.
-        """
+        """Raise CheckpointError for a missing, incomplete or unsupported file; the model is not built."""
         _ = self.family, self.stop_ids, self.image_settings
         if not (self.folder / "tokenizer.json").exists():
             raise CheckpointError(

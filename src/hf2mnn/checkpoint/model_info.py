@@ -7,7 +7,7 @@ from typing import Any
 
 from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.core.errors import CheckpointError
-from hf2mnn.families.vision import IMAGE_TOKEN_KEYS
+from hf2mnn.families import VisionFamily
 
 COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 VISION_COUNTS = ("patch_size", "temporal_patch_size", "merge_size", "vision_depth")
@@ -25,18 +25,14 @@ def _is_number(value: Any, minimum: float) -> bool:
 
 
 def check_model_info(info: dict[str, Any], source: object) -> None:
-    """Check types and ranges of all values; `source` names the file in errors.
-
-    Raises:
-        CheckpointError: A value is missing, of another type, or out of range.
-    """
+    """Check types and ranges of all values; `source` names the file in errors."""
 
     def invalid(key: str) -> CheckpointError:
         return CheckpointError(f"{source} has an invalid {key}: {info.get(key)!r}; download it again")
 
     vision = has_vision(info)
     counts = (*COUNTS, *VISION_COUNTS) if vision else COUNTS
-    for key in (*counts, *(IMAGE_TOKEN_KEYS if vision else ())):
+    for key in (*counts, *(VisionFamily.special_tokens if vision else ())):
         if type(info.get(key)) is not int or not _is_number(info[key], 1 if key in counts else 0):
             raise invalid(key)
     for key in ("min_pixels", "max_pixels"):
@@ -49,11 +45,7 @@ def check_model_info(info: dict[str, Any], source: object) -> None:
 
 
 def model_info(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the contents of model.json for a checkpoint.
-
-    Raises:
-        CheckpointError: config.json or preprocessor_config.json lacks a value or has an invalid one.
-    """
+    """Return the contents of model.json for a checkpoint; CheckpointError for a missing or invalid value."""
     config, text = checkpoint.config, checkpoint.text_config
     heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
     divisible = type(heads) is int and type(hidden) is int and heads > 0

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf2mnn.checkpoint.folder import INDEX, Checkpoint, checkpoint_files, is_lfs_pointer, read_json
+from hf2mnn.checkpoint.folder import INDEX, Checkpoint, check_no_pointer, checkpoint_files, read_json
 from hf2mnn.checkpoint.model_info import COUNTS, model_info
 from hf2mnn.checkpoint.prequantized import QWEIGHT, WEIGHT
 from hf2mnn.core.errors import CheckpointError
@@ -22,17 +22,14 @@ if TYPE_CHECKING:
 CODE = "auto_map"
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Keys of config.json that make transformers load compiled code if they name a hub's repository."""
-CONFIG_KEYS = {
-    "patch_size": "patch_size",
-    "temporal_patch_size": "temporal_patch_size",
-    "merge_size": "spatial_merge_size",
-}
-"""Keys of preprocessor_config.json, and those of the same values in `vision_config`."""
 MISMATCH = "they are not of the same model"
 
 
-def check_links(checkpoint: Checkpoint) -> None:
-    """Check that no symbolic link makes a file outside the folder part of a bundle."""
+def check_files(checkpoint: Checkpoint) -> None:
+    """Check that files are regular ones and not Git LFS pointers, and that no link leads out of the folder.
+
+    A link could make any file of the machine part of a bundle. A clone without LFS has pointers in place of weights.
+    """
     for path in map(Path, checkpoint_files(checkpoint.folder)):
         try:
             path_inside(checkpoint.folder, path.name)
@@ -40,6 +37,7 @@ def check_links(checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{checkpoint.folder} is not read: {error}; copy the file itself there") from None
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is not a regular file; replace it by the checkpoint's file")
+        check_no_pointer(path)
 
 
 def _json_objects(value: Any) -> Iterator[dict[str, Any]]:
@@ -91,20 +89,12 @@ def check_images(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.folder} has {key} {info[key]}, but MNN's engine has {value} built in for"
                 f" {family.model_type} and cannot run this vision tower; take another checkpoint"
             )
-        config_key = CONFIG_KEYS[key]
+        config_key = "spatial_merge_size" if key == "merge_size" else key
         if vision.get(config_key, value) != value:
             raise CheckpointError(
                 f"config.json of {checkpoint.folder} has {config_key} {vision[config_key]!r}, its"
                 f" preprocessor_config.json {key} {value}; {MISMATCH}"
             )
-
-
-def check_pointers(checkpoint: Checkpoint) -> None:
-    """Check that no file is a Git LFS pointer: a clone without LFS has them for weights and large tokenizers."""
-    for path in map(Path, checkpoint_files(checkpoint.folder)):
-        if is_lfs_pointer(path):
-            content = "the weights" if path.suffix == ".safetensors" else "the file itself"
-            raise CheckpointError(f"{path} is a Git LFS pointer, not {content}; run 'git lfs pull' in its folder")
 
 
 def check_index(checkpoint: Checkpoint) -> None:
@@ -126,15 +116,7 @@ def check_index(checkpoint: Checkpoint) -> None:
 
 
 def check_defaults(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
-    """Check that values missing in config.json have the same default here and in transformers.
-
-    Args:
-        checkpoint: The checkpoint.
-        config: The configuration as transformers has loaded it.
-
-    Raises:
-        CheckpointError: The defaults differ.
-    """
+    """Check that values missing in config.json have the same default here and in `config`, loaded by transformers."""
     text, info = config.get_text_config(), model_info(checkpoint)
     loaded = {key: getattr(text, key, None) for key in COUNTS}
     loaded["tie_word_embeddings"] = bool(config.tie_word_embeddings)
@@ -144,8 +126,7 @@ def check_defaults(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
                 f"config.json of {checkpoint.folder} has no {key}: transformers uses {value}, and {info[key]} is usual;"
                 " add it to the file"
             )
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
-    if kinds:
+    if kinds := set(getattr(text, "layer_types", None) or ()) - {"full_attention"}:
         raise CheckpointError(
             f"config.json of {checkpoint.folder} has no layer_types, and transformers uses {min(kinds)} for some"
             " layers, which is not supported; add layer_types to the file"
@@ -166,17 +147,12 @@ def check_weights(checkpoint: Checkpoint) -> None:
     for name in sorted(checkpoint.shards.keys() - used):
         if name.endswith((WEIGHT, QWEIGHT)) and name != "lm_head.weight":
             raise CheckpointError(
-                f"{checkpoint.folder} holds {name}, which the model of its config.json does not have; config and"
-                " weights are not of the same model"
+                f"{checkpoint.folder} holds {name}, which the model of its config.json does not have; {MISMATCH}"
             )
 
 
 def tokens_of(tokenizer: dict[str, Any]) -> dict[int, str]:
-    """Return the text of every token id of a tokenizer.json.
-
-    Raises:
-        AttributeError, KeyError, TypeError, ValueError: Its layout is not that of a tokenizer.
-    """
+    """Return the text of every token id of a tokenizer.json; any error if its layout is another."""
     vocabulary = tokenizer["model"]["vocab"]
     if isinstance(vocabulary, dict):
         tokens = {int(number): text for text, number in vocabulary.items()}
@@ -204,7 +180,7 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
     if largest >= rows:
         raise CheckpointError(
             f"{path} has the token {tokens[largest]!r} with id {largest}, but the model's vocabulary has {rows};"
-            " tokenizer and config.json are not of the same model"
+            f" {MISMATCH}"
         )
     for key, text in checkpoint.family.special_tokens.items():
         number = checkpoint.config[key]
@@ -222,13 +198,8 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> None:
-    """Check everything that does not need the weights.
-
-    Raises:
-        CheckpointError: The first file, tensor or setting that is missing, incomplete or inconsistent.
-    """
-    check_links(checkpoint)
-    check_pointers(checkpoint)
+    """Check everything that does not need the weights; CheckpointError for the first fault."""
+    check_files(checkpoint)
     checkpoint.check()
     check_code(checkpoint)
     check_depth(checkpoint)

@@ -16,14 +16,13 @@ with those libraries: they bring compiled kernels, most of them for GPUs, and co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 from safetensors import safe_open
 
+from hf2mnn.checkpoint.tensors import Layout
 from hf2mnn.core.errors import CheckpointError
 
 BITS = {"awq": (4,), "gptq": (4, 8)}
@@ -40,42 +39,24 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 @dataclass(frozen=True)
 class Quantization:
-    """Contents of `quantization_config` in config.json.
+    """Contents of `quantization_config` in config.json; its claim of symmetry is ignored, the zero points decide."""
 
-    Attributes:
-        method: "awq" or "gptq".
-        format: "gemm", "gptq" or "gptq_v2".
-        bits: Bits per weight.
-        group: Inputs per group; -1 for one group per row.
-        symmetric: Claim of the file; the stored zero points decide.
-        act_order: Claim of the file; g_idx decides where it is stored.
-    """
-
-    method: str
-    format: str
+    method: str  # "awq" or "gptq"
+    format: str  # "gemm", "gptq" or "gptq_v2"
     bits: int
-    group: int
-    symmetric: bool
-    act_order: bool
+    group: int  # inputs per group; -1 for one group per row
+    act_order: bool  # claim of the file; g_idx decides where it is stored
 
 
 @dataclass(frozen=True)
 class PrequantizedLinear:
-    """Weight of a prequantized linear layer.
+    """Weight of a prequantized linear layer."""
 
-    Attributes:
-        q: Quantized values, uint8 [outputs, inputs] in [0, 2^bits).
-        scales: float16 [outputs, groups], as stored.
-        zero_points: uint8 [outputs, groups] in [0, 2^bits).
-        bits: Bits per weight.
-        group: Consecutive inputs that share a scale and a zero point.
-    """
-
-    q: np.ndarray
-    scales: np.ndarray
-    zero_points: np.ndarray
+    q: np.ndarray  # uint8 [outputs, inputs] in [0, 2^bits)
+    scales: np.ndarray  # float16 [outputs, groups], as stored
+    zero_points: np.ndarray  # uint8 [outputs, groups] in [0, 2^bits)
     bits: int
-    group: int
+    group: int  # consecutive inputs that share a scale and a zero point
 
     @property
     def symmetric(self) -> bool:
@@ -95,11 +76,7 @@ class PrequantizedLinear:
 
 
 def parse_quantization(stored: Any, path: Path) -> Quantization | None:
-    """Parse a `quantization_config`; return None for an empty one. `path` is the file that holds it.
-
-    Raises:
-        CheckpointError: Unsupported method, format, number of bits or group size.
-    """
+    """Parse a `quantization_config`; return None for an empty one. `path` is the file that holds it."""
     if not stored:
         return None
     method = stored.get("quant_method") if isinstance(stored, dict) else stored
@@ -109,10 +86,10 @@ def parse_quantization(stored: Any, path: Path) -> Quantization | None:
             " in float16 or bfloat16"
         )
     prefix = f"{path} has {method} weights"
-    keys = ("version", "format", "checkpoint_format") if method == "awq" else ("checkpoint_format", "format")
-    names = [stored[key] for key in keys if stored.get(key)]
     if not isinstance(stored, dict):
         raise CheckpointError(f"{prefix} without bits and group_size; download it again")
+    keys = ("version", "format", "checkpoint_format") if method == "awq" else ("checkpoint_format", "format")
+    names = [stored[key] for key in keys if stored.get(key)]
     if stored.get("backend") == "llm-awq":  # transformers' name for MIT's own order
         names = ["llm-awq"]
     layout = str(names[0]).lower() if names else FORMATS[method][0]
@@ -130,18 +107,11 @@ def parse_quantization(stored: Any, path: Path) -> Quantization | None:
             f"{prefix} with group_size {group!r}, which MNN's format cannot hold; supported are multiples of"
             f" {GROUP_UNIT}, and -1 for one group per row"
         )
-    symmetric = not stored.get("zero_point", True) if method == "awq" else bool(stored.get("sym", True))
-    return Quantization(method, layout, bits, group, symmetric, bool(stored.get("desc_act")))
+    return Quantization(method, layout, bits, group, bool(stored.get("desc_act")))
 
 
 def unpack(words: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> np.ndarray:
-    """Unpack int32 [rows, words] into uint8 [rows, words * 32 / bits].
-
-    Args:
-        words: Bit-packed values.
-        bits: Bits per value.
-        order: Position in a word, from the lowest bits, of each value; None for consecutive values.
-    """
+    """Unpack int32 [rows, words] into uint8 [rows, words * 32 / bits]; `order` as `AWQ_ORDER`, None if consecutive."""
     words = np.ascontiguousarray(words).view(np.uint32)
     values = np.empty((*words.shape, 32 // bits), np.uint8)
     for value, position in enumerate(order or range(32 // bits)):
@@ -149,56 +119,28 @@ def unpack(words: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -
     return values.reshape(len(words), -1)
 
 
-def qweight_name(name: str) -> str:
-    """Return the name of the qweight that a prequantized layer stores in place of the weight `name`."""
-    return name.removesuffix(WEIGHT) + QWEIGHT if name.endswith(WEIGHT) else name
-
-
-def bytes_at_16_bits(path: Path, bits: int) -> int:
-    """Return the size of a safetensors file if its prequantized weights had 16 bits each."""
-    with safe_open(path, "np") as tensors:
-        names = [name for name in list(tensors.keys()) if name.endswith(QWEIGHT)]
-        words = sum(prod(tensors.get_slice(name).get_shape()) for name in names)
-    return path.stat().st_size + words * 4 * (16 - bits) // bits
-
-
 class PrequantizedLayers:
     """Prequantized layers of a checkpoint, by the checkpoint's own names; reads one tensor at a time.
 
     Methods raise CheckpointError, with the layer's name, for a layer that is incomplete or that MNN's format cannot
     hold exactly.
-
-    Args:
-        folder: Checkpoint folder.
-        quantization: Contents of `quantization_config`.
-        shards: File of each tensor.
     """
 
-    def __init__(self, folder: Path, quantization: Quantization | None, shards: dict[str, Path]) -> None:
-        self.folder, self.quantization, self.shards = folder, quantization, shards
+    def __init__(self, folder: Path, quantization: Quantization | None, tensors: dict[str, Layout]) -> None:
+        self.folder, self.quantization, self.tensors = folder, quantization, tensors
 
     @property
     def names(self) -> list[str]:
         """Layers that have at least one tensor of a prequantized layer."""
-        parts = [name.rpartition(".") for name in self.shards]
+        parts = [name.rpartition(".") for name in self.tensors]
         return sorted({layer for layer, _, tensor in parts if tensor in TENSORS})
 
     def _error(self, reason: str) -> CheckpointError:
         return CheckpointError(f"{self.folder}: {reason}")
 
     def _tensor(self, name: str) -> np.ndarray:
-        with safe_open(self.shards[name], "np") as tensors:
+        with safe_open(self.tensors[name].path, "np") as tensors:
             return tensors.get_tensor(name)
-
-    def _headers(self, layer: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return dtype and shape of each tensor of a layer."""
-        headers = {}
-        for tensor in TENSORS:
-            if path := self.shards.get(f"{layer}.{tensor}"):
-                with safe_open(path, "pt") as tensors:
-                    stored = tensors.get_slice(f"{layer}.{tensor}")
-                    headers[tensor] = stored.get_dtype(), tuple(stored.get_shape())
-        return headers
 
     def _group(self, inputs: int) -> int:
         return self.quantization.group if self.quantization.group > 0 else inputs
@@ -207,24 +149,23 @@ class PrequantizedLayers:
         """Return (outputs, inputs) from the headers of the layer's tensors, which must agree."""
         if self.quantization is None:
             raise self._error(f"{layer} is prequantized, but config.json has no quantization_config; download it again")
-        headers, bits = self._headers(layer), self.quantization.bits
-        missing = [tensor for tensor in REQUIRED if tensor not in headers]
-        if missing:
+        headers = {tensor: self.tensors[name] for tensor in TENSORS if (name := f"{layer}.{tensor}") in self.tensors}
+        bits = self.quantization.bits
+        if missing := [tensor for tensor in REQUIRED if tensor not in headers]:
             raise self._error(
                 f"{layer} has {next(iter(headers))} without {' and '.join(missing)}; download the checkpoint again"
             )
-        if layer + WEIGHT in self.shards:
+        if layer + WEIGHT in self.tensors:
             raise self._error(f"{layer} is stored twice, prequantized and in floating point; remove one of them")
         for tensor, dtypes in REQUIRED.items():
-            if headers[tensor][0] not in dtypes:
+            if headers[tensor].dtype not in dtypes:
                 raise self._error(
-                    f"{layer}.{tensor} has the unsupported dtype {headers[tensor][0]}; supported: {' or '.join(dtypes)}"
+                    f"{layer}.{tensor} has the unsupported dtype {headers[tensor].dtype};"
+                    f" supported: {' or '.join(dtypes)}"
                 )
-        rows, columns = (*headers["qweight"][1], 0, 0)[:2]
-        per_word = 32 // bits
-        outputs, inputs = (
-            (columns * per_word, rows) if self.quantization.method == "awq" else (columns, rows * per_word)
-        )
+        rows, columns = (*headers["qweight"].shape, 0, 0)[:2]
+        per_word, awq = 32 // bits, self.quantization.method == "awq"
+        outputs, inputs = (columns * per_word, rows) if awq else (columns, rows * per_word)
         group = self._group(inputs)
         if not outputs * inputs or inputs % group or outputs % per_word:
             raise self._error(
@@ -232,22 +173,22 @@ class PrequantizedLayers:
                 f" groups of {group}, so it cannot be converted exactly; take another checkpoint"
             )
         groups = inputs // group
-        words, scales = (groups, outputs // per_word), (groups, outputs)
-        expected = {"qweight": (rows, columns), "qzeros": words, "scales": scales, "g_idx": (inputs,)}
-        for tensor, (_, stored) in headers.items():
-            if stored != expected[tensor]:
+        expected = {"qweight": (rows, columns), "qzeros": (groups, outputs // per_word)}
+        expected |= {"scales": (groups, outputs), "g_idx": (inputs,)}
+        for tensor, stored in headers.items():
+            if stored.shape != expected[tensor]:
                 raise self._error(
-                    f"{layer}.{tensor} has shape {list(stored)}, but its qweight with {bits} bits in groups of {group}"
-                    f" requires {list(expected[tensor])}; weights and quantization_config are not of the same model"
+                    f"{layer}.{tensor} has shape {list(stored.shape)}, but its qweight with {bits} bits in groups of"
+                    f" {group} requires {list(expected[tensor])}; weights and quantization_config are not of the same"
+                    " model"
                 )
         return outputs, inputs
 
     def _check_order(self, layer: str, inputs: int) -> None:
-        if f"{layer}.g_idx" in self.shards:
-            stored = self._tensor(f"{layer}.g_idx")
-            consecutive = np.array_equal(stored, np.arange(inputs) // self._group(inputs))
-        else:
-            consecutive = not self.quantization.act_order
+        consecutive = not self.quantization.act_order
+        if f"{layer}.g_idx" in self.tensors:
+            expected = np.arange(inputs) // self._group(inputs)
+            consecutive = np.array_equal(self._tensor(f"{layer}.g_idx"), expected)
         if not consecutive:
             raise self._error(
                 f"{layer} is quantized in activation order (act-order, desc_act), but MNN's blocks are consecutive"
@@ -282,38 +223,35 @@ class PrequantizedLayers:
             )
         return zero_points + np.uint8(1)
 
-    def read(self, layer: str) -> PrequantizedLinear:
-        """Read and unpack a layer."""
+    def _checked(self, layer: str) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return scales, zero points and group of a layer, of which everything but the qweight is checked."""
         _, inputs = self.shape(layer)
         self._check_order(layer, inputs)
-        scales, zero_points, bits = self._scales(layer), self._zero_points(layer), self.quantization.bits
-        words = self._tensor(layer + QWEIGHT)
+        return self._scales(layer), self._zero_points(layer), self._group(inputs)
+
+    def read(self, layer: str) -> PrequantizedLinear:
+        """Read and unpack a layer."""
+        scales, zero_points, group = self._checked(layer)
+        bits, words = self.quantization.bits, self._tensor(layer + QWEIGHT)
         if self.quantization.method == "awq":
             q = np.ascontiguousarray(unpack(words, bits, AWQ_ORDER).T)
         else:
             q = unpack(words.T, bits)
-        return PrequantizedLinear(q, scales, zero_points, bits, self._group(inputs))
+        return PrequantizedLinear(q, scales, zero_points, bits, group)
 
     def check(self) -> None:
         """Check every layer as `read` does, without reading its qweight."""
         for layer in self.names:
-            _, inputs = self.shape(layer)
-            self._check_order(layer, inputs)
-            self._scales(layer)
-            self._zero_points(layer)
+            self._checked(layer)
 
     def check_biases(self, used: set[str]) -> None:
-        """Check that no bias is lost: AutoGPTQ stores one for every layer, zeros where the model has none.
+        """Raise CheckpointError for a bias that is neither zero nor in `used`, the tensors that the model uses.
 
-        Args:
-            used: Names of the tensors that the model uses.
-
-        Raises:
-            CheckpointError: A bias is neither used nor zero.
+        AutoGPTQ stores a bias for every layer, zeros where the model has none.
         """
         for layer in self.names:
             bias = f"{layer}.bias"
-            if bias in self.shards and bias not in used and np.count_nonzero(self._tensor(bias)):
+            if bias in self.tensors and bias not in used and np.count_nonzero(self._tensor(bias)):
                 raise self._error(
                     f"{bias} is not zero, but the model of config.json has no bias there; config and weights are not of"
                     " the same model"

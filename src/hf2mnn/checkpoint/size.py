@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from hf2mnn.checkpoint.folder import Checkpoint, checkpoint_files
+from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.checkpoint.hub.pin import load_pin
-from hf2mnn.checkpoint.prequantized import bytes_at_16_bits
+from hf2mnn.checkpoint.prequantized import QWEIGHT
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.machine.footprint import TYPICAL_WEIGHTS, bundle_bytes
 from hf2mnn.machine.hardware import available_memory
@@ -25,31 +23,22 @@ SMALLEST_BUNDLE_BITS = 4.5
 
 @dataclass(frozen=True)
 class Size:
-    """Number of weights of a model.
-
-    Attributes:
-        weights: All weights.
-        embedding: Weights of the embedding.
-        known: False where the numbers are those of a typical model.
-    """
+    """Number of weights of a model, in total and of the embedding."""
 
     weights: float
     embedding: float
-    known: bool = True
+    known: bool = True  # False where the numbers are those of a typical model
 
 
 UNKNOWN = Size(TYPICAL_WEIGHTS, TYPICAL_WEIGHTS / 10, known=False)
 
 
 def _size_of_folder(folder: Path) -> Size:
-    checkpoint = Checkpoint(folder)
-    quantization, text = checkpoint.quantization, checkpoint.text_config
-    if quantization:
-        files = [Path(path) for path in checkpoint_files(folder) if path.endswith(".safetensors")]
-        weights = sum(bytes_at_16_bits(path, quantization.bits) / 2 for path in files)
-    else:
-        weights = float(sum(map(prod, checkpoint.shapes())))
-    return Size(weights, float(text["vocab_size"] * text["hidden_size"]))
+    checkpoint, weights = Checkpoint(folder), 0
+    for name, tensor in checkpoint.headers.items():
+        bit_packed = checkpoint.quantization and name.endswith(QWEIGHT)
+        weights += prod(tensor.shape) * (32 // checkpoint.quantization.bits if bit_packed else 1)
+    return Size(float(weights), float(checkpoint.text_config["vocab_size"] * checkpoint.text_config["hidden_size"]))
 
 
 def model_size(path: str | None, pin: str | None) -> Size:
@@ -64,21 +53,15 @@ def model_size(path: str | None, pin: str | None) -> Size:
             files = load_pin(Path(pin)).files
             shards = [digest.size for name, digest in files.items() if name.endswith(".safetensors")]
             return Size(sum(shards) / 2, 0.0) if shards else UNKNOWN
-    except (CheckpointError, SafetensorError, OSError, ValueError, KeyError, TypeError):
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError):
         pass
     return UNKNOWN
 
 
 def check_disk(folder: Path, size: int, content: str) -> None:
-    """Check that `size` bytes fit on the disk of `folder`, which need not exist yet; `content` names the bytes.
-
-    Raises:
-        CheckpointError: The disk has less free space.
-    """
-    parent = Path(folder).absolute()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    """Check that `size` bytes fit on the disk of `folder`, which need not exist yet; `content` names the bytes."""
+    absolute = Path(folder).absolute()
+    free = shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
     if free < size * DISK_MARGIN:
         raise CheckpointError(
             f"{content} needs {size * DISK_MARGIN / 1e9:.2f} GB in {folder}, and its disk has {free / 1e9:.2f} GB free;"
@@ -89,13 +72,7 @@ def check_disk(folder: Path, size: int, content: str) -> None:
 def check_resources(checkpoint: Path, destination: Path, memory_mb: Callable[[float], int]) -> None:
     """Check that disk and memory suffice for one bundle; a run checks what evaluation needs beyond that.
 
-    Args:
-        checkpoint: Local checkpoint folder.
-        destination: Output folder.
-        memory_mb: Memory of a conversion in MB, by the number of weights.
-
-    Raises:
-        CheckpointError: Too little disk space or memory for this model.
+    `memory_mb` returns the memory of a conversion by the number of weights.
     """
     size = model_size(str(checkpoint), None)
     bundle = bundle_bytes(size.weights, size.embedding, SMALLEST_BUNDLE_BITS)

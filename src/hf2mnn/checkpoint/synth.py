@@ -33,8 +33,6 @@ from hf2mnn.families import FAMILIES
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-TOKENIZER_FILES = tuple(name for name in FILES if name not in ("config.json", INDEX, "*.safetensors"))
-"""Files that are copied with a tokenizer."""
 VISION_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 TEXT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -51,11 +49,7 @@ NORM_STD, BIAS_STD = 0.1, 0.02
 class Shape:
     """Settings that determine a model's tensors, with the keys of transformers; missing ones have the family's default.
 
-    Attributes:
-        model_type: Model type of the family.
-        text: Settings of the decoder.
-        vision: Settings of the vision tower.
-        tied: Whether lm_head shares the weight of the embedding.
+    `tied`: lm_head shares the weight of the embedding.
     """
 
     model_type: str
@@ -76,78 +70,49 @@ class Shape:
         return config
 
 
-def _text(
-    layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, head_dim: int, rope: dict[str, Any], **more: Any
-) -> dict[str, Any]:
-    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": mlp, "head_dim": head_dim}
-    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 32768}
-    return {
-        "vocab_size": 151936,
-        **sizes,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **rope},
-        **more,
-    }
-
-
-QWEN_IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643}
-
-
-def _qwen2_vl(hidden: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, tied: bool) -> Shape:
-    """Return the shape of the 2B or 7B: both have 28 layers, and the same vision tower but for its output width."""
-    rope = {"mrope_section": [16, 24, 24]}
-    own = {"vocab_size": vocabulary, "max_window_layers": 28, "rms_norm_eps": 1e-6, **QWEN_IDS}
-    text = _text(28, hidden, mlp, heads, kv_heads, hidden // heads, rope, **own)
-    del text["head_dim"]
-    vision = {
-        "depth": 32,
-        "embed_dim": 1280,
-        "num_heads": 16,
-        "mlp_ratio": 4,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "hidden_size": hidden,
-    }
-    return Shape("qwen2_vl", text, vision, tied)
-
-
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+QWEN = {"vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 8192}
 
+
+def _text(*sizes: int, rope: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Return the settings of a decoder from the values of `SIZES`, in this order."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, **rope}
+    return dict(zip(SIZES, sizes, strict=True), max_position_embeddings=32768, rope_parameters=rope, **more)
+
+
+def _qwen2_vl(*sizes: int, vocabulary: int, tied: bool) -> Shape:
+    """Return the shape of the 2B or 7B, whose vision towers have the family's defaults but for the output width."""
+    own = {**QWEN, "vocab_size": vocabulary, "max_window_layers": 28, "rms_norm_eps": 1e-6}
+    text = _text(28, *sizes, rope={"mrope_section": [16, 24, 24]}, **own)
+    return Shape("qwen2_vl", text, {"hidden_size": text["hidden_size"]}, tied)
+
+
+def _vision(depth: int, hidden: int, mlp: int, **more: Any) -> dict[str, Any]:
+    sizes = {"depth": depth, "hidden_size": hidden, "intermediate_size": mlp, "num_heads": 16, "out_hidden_size": 2048}
+    return {**sizes, **more}
+
+
 SHAPES = {
-    "qwen2-vl-2b": _qwen2_vl(hidden=1536, heads=12, kv_heads=2, mlp=8960, vocabulary=151936, tied=True),
-    "qwen2-vl-7b": _qwen2_vl(hidden=3584, heads=28, kv_heads=4, mlp=18944, vocabulary=152064, tied=False),
+    "qwen2-vl-2b": _qwen2_vl(1536, 8960, 12, 2, vocabulary=151936, tied=True),
+    "qwen2-vl-7b": _qwen2_vl(3584, 18944, 28, 4, vocabulary=152064, tied=False),
     "qwen2.5-vl-3b": Shape(
         "qwen2_5_vl",
-        _text(36, 2048, 11008, 16, 2, 128, {"mrope_section": [16, 24, 24]}, rms_norm_eps=1e-6, **QWEN_IDS),
-        {
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "out_hidden_size": 2048,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-        },
+        _text(36, 2048, 11008, 16, 2, rope={"mrope_section": [16, 24, 24]}, head_dim=128, rms_norm_eps=1e-6, **QWEN),
+        _vision(32, 1280, 3420, fullatt_block_indexes=[7, 15, 23, 31]),
         tied=True,
     ),
     "qwen3-vl-2b": Shape(
         "qwen3_vl",
-        _text(28, 2048, 6144, 16, 8, 128, {"rope_theta": 5e6, "mrope_section": [24, 20, 20]}, **QWEN_IDS),
-        {
-            "depth": 24,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_heads": 16,
-            "out_hidden_size": 2048,
-            "num_position_embeddings": 2304,
-            "deepstack_visual_indexes": [5, 11, 17],
-        },
+        _text(28, 2048, 6144, 16, 8, rope={"rope_theta": 5e6, "mrope_section": [24, 20, 20]}, head_dim=128, **QWEN),
+        _vision(24, 1024, 4096, num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17]),
         tied=True,
     ),
-    "qwen3-0.6b": Shape("qwen3", _text(28, 1024, 3072, 16, 8, 128, {}, **QWEN_IDS), {}, tied=True),
+    "qwen3-0.6b": Shape("qwen3", _text(28, 1024, 3072, 16, 8, rope={}, head_dim=128, **QWEN), {}, tied=True),
     "llama-3.2-1b": Shape(
         "llama",
-        _text(16, 2048, 8192, 32, 8, 64, LLAMA3, vocab_size=128256, bos_token_id=128000, eos_token_id=128009),
+        _text(16, 2048, 8192, 32, 8, rope=LLAMA3, vocab_size=128256, bos_token_id=128000, eos_token_id=128009),
         {},
         tied=True,
     ),
@@ -190,9 +155,8 @@ def student_t_quantiles() -> np.ndarray:
     return stdtrit(6, (np.arange(1 << 16) + 0.5) / (1 << 16)) / np.sqrt(1.5)
 
 
-def _generator(seed: int, *names: str | int) -> np.random.SFC64:
-    """Return a generator whose bits depend on the names only, not on earlier draws."""
-    key = "/".join(map(str, (seed, *names)))
+def _generator(key: str) -> np.random.SFC64:
+    """Return a generator whose bits depend on the key only, not on earlier draws."""
     return np.random.SFC64(int.from_bytes(hashlib.sha256(key.encode()).digest()))
 
 
@@ -200,15 +164,14 @@ def outlier_channels(tensor: Tensor, seed: int) -> np.ndarray:
     """Return the larger input channels of a matrix, at least one; none of a vector."""
     if len(tensor.shape) == 1:
         return np.empty(0, np.int64)
-    count = max(1, tensor.columns // OUTLIER_INTERVAL)
-    return np.random.Generator(_generator(seed, tensor.name, "outliers")).permutation(tensor.columns)[:count]
+    order = np.random.Generator(_generator(f"{seed}/{tensor.name}/outliers")).permutation(tensor.columns)
+    return order[: max(1, tensor.columns // OUTLIER_INTERVAL)]
 
 
 def quantiles(tensor: Tensor) -> np.ndarray:
     """Return the values of a tensor by 16 random bits, outliers aside, bfloat16 [65536].
 
-    A matrix has variance 1 / inputs, which keeps the size of activations through any number of layers: a standard
-    deviation of 0.026 for 1536 inputs, about that of trained weights.
+    A matrix has variance 1 / inputs, which keeps the size of activations, and is about that of trained weights.
     """
     if len(tensor.shape) > 1:
         mean, std = 0.0, tensor.columns**-0.5
@@ -219,7 +182,11 @@ def quantiles(tensor: Tensor) -> np.ndarray:
 
 def draw(tensor: Tensor, first: int, count: int, seed: int) -> np.ndarray:
     """Return `count` rows of a tensor from row `first` on, bfloat16 [count, columns]."""
-    noise = _generator(seed, tensor.name, first).random_raw(-(-count * tensor.columns // 4)).astype("<u8", copy=False)
+    noise = (
+        _generator(f"{seed}/{tensor.name}/{first}")
+        .random_raw(-(-count * tensor.columns // 4))
+        .astype("<u8", copy=False)
+    )
     drawn = quantiles(tensor).view(np.uint16)[noise.view("<u2")[: count * tensor.columns]]
     values = drawn.view(ml_dtypes.bfloat16).reshape(count, tensor.columns)
     values[:, outlier_channels(tensor, seed)] *= ml_dtypes.bfloat16(OUTLIER_FACTOR)
@@ -256,40 +223,33 @@ def write_shard(path: Path, tensors: list[Tensor], seed: int) -> Iterator[int]:
     Only the current chunks are in memory: the writers of the safetensors library need whole tensors.
     """
     header = file_header((tensor.name, "BF16", tensor.shape, tensor.size) for tensor in tensors)
-    with path.open("wb") as file, ThreadPoolExecutor(THREADS) as pool:
+    chunks = []
+    for tensor in tensors:
+        step = max(1, CHUNK // tensor.columns)
+        chunks += [(tensor, first, min(step, tensor.rows - first)) for first in range(0, tensor.rows, step)]
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
         file.write(header)
-        file.flush()
 
         def write(chunk: tuple[Tensor, int, int]) -> int:
             tensor, first, count = chunk
             offset = len(header) + tensor.start + 2 * first * tensor.columns
             return os.pwrite(file.fileno(), draw(tensor, first, count, seed).view(np.uint8), offset)
 
-        chunks = []
-        for tensor in tensors:
-            step = max(1, CHUNK // tensor.columns)
-            chunks += [(tensor, first, min(step, tensor.rows - first)) for first in range(0, tensor.rows, step)]
         yield from pool.map(write, chunks)
 
 
 def copy_tokenizer(tokenizer: Path, folder: Path, config: PreTrainedConfig) -> None:
-    """Copy a tokenizer and its settings into `folder`, and set its special token ids in `config`.
-
-    Raises:
-        CheckpointError: A file that the fetch stage requires is missing, or an id is outside the vocabulary.
-    """
+    """Copy a tokenizer and its settings into `folder`, and set its special token ids in `config`."""
     vision = FAMILIES[config.model_type].has_vision
     for name in ("config.json", "tokenizer.json", *(["preprocessor_config.json"] if vision else [])):
         if not (tokenizer / name).is_file():
             raise CheckpointError(f"{tokenizer} has no {name}: give the folder of a model with the tokenizer to copy")
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
+    for name in FILES:
+        if name not in ("config.json", INDEX) and (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
     model, text = Checkpoint(tokenizer), config.get_text_config()
-    for part, names, stored in (
-        (config, VISION_IDS if vision else (), model.config),
-        (text, TEXT_IDS, model.text_config),
-    ):
+    ids_by_config = ((config, VISION_IDS if vision else (), model.config), (text, TEXT_IDS, model.text_config))
+    for part, names, stored in ids_by_config:
         for name in names:
             ids = stored.get(name)
             largest = max(ids) if isinstance(ids, list) else ids
@@ -306,30 +266,21 @@ def make_checkpoint_like(
 ) -> Path:
     """Write a checkpoint folder with random bfloat16 weights; equal arguments give equal bytes.
 
-    Args:
-        shape: Name in `SHAPES`, or a shape.
-        destination: Output folder.
-        seed: Seed of the weights.
-        shards: Maximal number of safetensors files.
-        tokenizer: Folder of a model of the same family, to copy tokenizer, chat template, image processor settings and
-            special token ids from. If None, config.json has the real model's ids, and these files have to be added
-            before the fetch stage.
-
-    Raises:
-        CheckpointError: Unknown shape, no shards, an unsuitable tokenizer, or too little disk space.
-        Hf2mnnError: `destination` holds other files.
+    `shape` may be a name in `SHAPES`, and `shards` is the largest number of safetensors files. `tokenizer` is a folder
+    of a model of the same family, to copy tokenizer, chat template, image processor settings and token ids from;
+    without it, config.json has the real model's ids, and these files have to be added before the fetch stage.
     """
-    if isinstance(shape, str) and shape not in SHAPES:
+    model = SHAPES.get(shape) if isinstance(shape, str) else shape
+    if model is None:
         raise CheckpointError(f"unknown shape {shape!r}; choose one of: {', '.join(SHAPES)}")
     if shards < 1:
         raise CheckpointError(f"cannot split weights into {shards} shards; give 1 or more")
-    model = SHAPES[shape] if isinstance(shape, str) else shape
-    destination, config = Path(destination), model.config()
+    config = model.config()
     files = split(tensor_shapes(config), shards)
     total = sum(tensor.size for file in files for tensor in file)
     settings = {"shape": shape if isinstance(shape, str) else asdict(shape), "seed": seed, "shards": shards}
     manifest = Manifest("synth", settings=settings, tools=tool_versions("numpy", "scipy", "transformers"))
-    with stage_folder(destination, manifest) as folder:
+    with stage_folder(Path(destination), manifest) as folder:
         check_disk(destination, total, "the checkpoint")
         if tokenizer:
             copy_tokenizer(Path(tokenizer), folder, config)
@@ -343,4 +294,4 @@ def make_checkpoint_like(
             for name, file in zip(names, files, strict=True):
                 for size in write_shard(folder / name, file, seed):
                     bar.update(size)
-    return destination
+    return Path(destination)

@@ -10,21 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.core.untrusted import parse_json
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """Supported weight dtypes, by their names in safetensors."""
-MAX_HEADER = 100_000_000
-"""Largest header in bytes that the safetensors library accepts."""
 
 
 @dataclass(frozen=True)
@@ -47,103 +45,44 @@ class StoredTensor:
         with self.path.open("rb") as file:
             file.seek(self.offset + begin * length * self.dtype.itemsize)
             values = np.fromfile(file, self.dtype, (end - begin) * length)
-        return _float32(values).reshape(end - begin, *self.shape[1:])
-
-
-def _float32(values: np.ndarray) -> np.ndarray:
-    if values.dtype == ml_dtypes.bfloat16:  # the upper half of a float32; much faster than astype
-        wide = values.view(np.uint16).astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    return values.astype(np.float32, copy=False)
+        if self.dtype == ml_dtypes.bfloat16:  # the upper half of a float32; much faster than astype
+            wide = values.view(np.uint16).astype(np.uint32)
+            wide <<= 16
+            values = wide.view(np.float32)
+        return values.astype(np.float32, copy=False).reshape(end - begin, *self.shape[1:])
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Header entry of a tensor of any dtype.
+    """Header entry of a tensor of any dtype; `offset` from the beginning of the file and `size` are in bytes."""
 
-    Attributes:
-        dtype: Name of the dtype in safetensors.
-        shape: Shape.
-        offset: First byte, from the beginning of the file.
-        size: Size in bytes.
-    """
-
-    dtype: str
+    path: Path
+    dtype: str  # name in safetensors
     shape: tuple[int, ...]
     offset: int
     size: int
 
-
-def _is_list_of_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Return a file's header without metadata, the offset of the data, and its size in bytes.
-
-    Raises:
-        ValueError: The file has no valid header.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(MAX_HEADER, size - 8):
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        header = parse_json(file.read(length))
-    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
-        raise ValueError("the header is not an object of tensors")
-    header.pop("__metadata__", None)
-    return header, 8 + length, size - 8 - length
-
-
-def _check_header(header: dict[str, Any], size: int) -> None:
-    """Raise ValueError where the bytes of a tensor do not match its shape, or overlap those of another."""
-    spans = []
-    for name, entry in header.items():
-        shape, span = entry.get("shape"), entry.get("data_offsets")
-        if not _is_list_of_counts(shape) or not _is_list_of_counts(span) or len(span) != 2:
-            raise ValueError(f"{name} has no valid shape and data_offsets")
-        if not isinstance(entry.get("dtype"), str):
-            raise ValueError(f"{name} has no valid dtype")
-        dtype = FLOATS.get(entry["dtype"])
-        if not span[0] <= span[1] <= size or (dtype and prod(shape) * dtype.itemsize != span[1] - span[0]):
-            raise ValueError(f"{name} of shape {shape} has data_offsets {span} in {size} bytes of data")
-        spans.append((*span, name))
-    spans.sort()
-    for (_, end, first), (begin, _, second) in pairwise(spans):
-        if begin < end:
-            raise ValueError(f"{first} and {second} share bytes")
+    def stored(self) -> StoredTensor | None:
+        """Return the tensor, or None if its dtype is not one of `FLOATS`."""
+        dtype = FLOATS.get(self.dtype)
+        return StoredTensor(self.path, dtype, self.shape, self.offset) if dtype else None
 
 
 def layout(path: Path) -> dict[str, Layout]:
-    """Return the header entries of all tensors of a file, by name.
-
-    Raises:
-        CheckpointError: The header is invalid or does not match the file.
-    """
+    """Return the header entries of all tensors of a file, by name; CheckpointError where they do not match the file."""
     try:
-        header, start, size = _read_header(path)
-        _check_header(header, size)
-    except (ValueError, OSError) as error:
+        with safe_open(path, "np"):  # checks that shapes, offsets and the file's size match
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = parse_json(file.read(length))  # refuses duplicate names
+    except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is not a complete safetensors file ({error}); download it again") from None
     return {
-        name: Layout(entry["dtype"], tuple(entry["shape"]), start + begin, end - begin)
+        name: Layout(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
         for name, entry in header.items()
+        if name != "__metadata__"
         for begin, end in [entry["data_offsets"]]
-    }
-
-
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a file that have a dtype of `FLOATS`, by name.
-
-    Raises:
-        CheckpointError: The header is invalid or does not match the file.
-    """
-    return {
-        name: StoredTensor(path, FLOATS[tensor.dtype], tensor.shape, tensor.offset)
-        for name, tensor in layout(path).items()
-        if tensor.dtype in FLOATS
     }
 
 

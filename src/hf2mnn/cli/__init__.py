@@ -105,7 +105,7 @@ def main() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     set_command(["hf2mnn", *sys.argv[1:]])
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(prog_name="hf2mnn", standalone_mode=False))
     except typer.TyperException as error:
         if message := usage_message(error):
             _fail(message, 2)

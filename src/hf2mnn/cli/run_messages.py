@@ -11,10 +11,9 @@ from hf2mnn.config.schema import Config
 from hf2mnn.figures import readable_size
 from hf2mnn.machine.footprint import run_bytes
 from hf2mnn.machine.hardware import available_memory
-from hf2mnn.report.changes import PAGE
-from hf2mnn.report.console import console_to, print_table
-from hf2mnn.report.resources import print_stages
+from hf2mnn.report.console import console_to, print_stages, print_table
 from hf2mnn.report.table import SUMMARY, read_table
+from hf2mnn.report.versions import PAGE
 from hf2mnn.stages import ORDER, conversion_memory_mb, stage_named
 
 

@@ -328,7 +328,7 @@ def benchmark(
 ) -> None:
     """Time bundles of one model against each other, and measure their memory and the gain of the KV cache."""
     from hf2mnn.evaluation.benchmark import parse_bundles
-    from hf2mnn.report.speed import print_speed
+    from hf2mnn.report.console import print_speed
     from hf2mnn.stages.benchmark import run
 
     lengths = sorted(set(length)) if length else None

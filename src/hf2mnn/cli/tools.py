@@ -67,7 +67,7 @@ def table(path: Annotated[Path, typer.Argument(help="A summary.csv.")]) -> None:
 @app.command(epilog=example("hf2mnn resources results"))
 def resources(folder: Annotated[Path, typer.Argument(help="Folder with a folder for each model.")]) -> None:
     """Print time, memory and bytes written of each stage."""
-    from hf2mnn.report.resources import print_stages
+    from hf2mnn.report.console import print_stages
     from hf2mnn.stages import ORDER
 
     print_stages(folder, ORDER)
@@ -87,10 +87,10 @@ def gates(
     frame = read_table(path)
     missed = missed_gates(frame)
     if missed:
-        raise GateError(f"{len(missed)} required of {len(frame)} rows miss their gates: {' | '.join(missed)}")
+        raise GateError(f"{len(missed)} required of {len(frame)} variants miss their gates: {' | '.join(missed)}")
     if out:
         with atomic_file(out) as partial:
-            partial.write_text(f"{int(frame['required'].sum())} required rows keep their gates\n")
+            partial.write_text(f"{int(frame['required'].sum())} required variants pass their gates\n")
 
 
 @app.command(epilog=example("hf2mnn verify results/shapes-vl/bundles/int4"))
@@ -197,7 +197,7 @@ def tune(
 ) -> None:
     """Find the engine's fastest settings for a bundle on this machine, and write them into its config.json."""
     from hf2mnn.evaluation.tune import SETTINGS, tune_bundle
-    from hf2mnn.report.speed import print_tuned
+    from hf2mnn.report.console import print_tuned
 
     tuned = tune_bundle(
         bundle,

@@ -6,7 +6,7 @@ import re
 
 import typer
 
-from hf2mnn.config.messages import suggest
+from hf2mnn.core.errors import suggest
 
 FORMER_COMMANDS = {
     "source": "fetch",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, RootModel, ValidationError
 
+from hf2mnn.core.errors import suggest
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RENAMED = {"speed": "benchmark", "picture_side": "image_side", "lsq": "mse"}
 """Former keys and values, and their present names."""
-FOLDER, REPOSITORY, LABELLED = TAGS = ("[folder]", "[repository]", "[labelled]")
-"""Tags of pydantic's unions, which are parts of an error's location and no keys of a user."""
+FOLDER, REPOSITORY, LABELLED = "[folder]", "[repository]", "[labelled]"
+"""Tags of unions."""
+TAGS = (FOLDER, REPOSITORY, LABELLED, "[key]")
+"""Parts of the location in pydantic's errors that are no keys of the configuration."""
 
 
 def _name(value: str) -> str:
@@ -32,23 +34,6 @@ class Block(BaseModel):
     """A block of the configuration; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def suggest(name: object, valid: Sequence[str], former: Mapping[str, str] = RENAMED, listed: bool = False) -> str:
-    """Return a hint for an unknown name: its present name, the nearest valid one, or all valid ones.
-
-    Args:
-        name: The unknown name.
-        valid: The valid names.
-        former: Present names by former name.
-        listed: Whether the message lists the valid names already.
-    """
-    if former.get(str(name)) in valid:
-        return f"; it is called {former[str(name)]!r} now"
-    nearest = get_close_matches(str(name), valid, 1, cutoff=0.5)
-    if nearest:
-        return f"; did you mean {nearest[0]!r}?"
-    return f"; valid are {', '.join(valid)}" if valid and not listed else ""
 
 
 def _keys_at(annotation: Any, location: tuple[Any, ...]) -> list[str]:
@@ -80,13 +65,13 @@ def error_message(block: type[BaseModel], error: ValidationError, prefix: str) -
     location = tuple(part for part in first["loc"] if part not in TAGS)
     problem, value = first["msg"].removeprefix("Value error, "), first.get("input")
     if first["type"] == "extra_forbidden":
-        problem = f"there is no such key{suggest(location[-1], _keys_at(block, location[:-1]))}"
+        problem = f"there is no such key{suggest(location[-1], _keys_at(block, location[:-1]), RENAMED)}"
     elif first["type"] == "missing":
         problem = "this key is missing"
     elif first["type"] == "literal_error":
         expected = first["ctx"]["expected"]
         valid = re.findall("'([^']*)'", expected)
-        problem = f"{value!r} is not one of {expected}{suggest(value, valid, listed=True)}"
+        problem = f"{value!r} is not one of {expected}{suggest(value, valid, RENAMED, listed=True)}"
     elif isinstance(value, str | int | float) and not problem.startswith(repr(value)):
         problem = f"{problem[0].lower()}{problem[1:]}, not {value!r}"
     key = ".".join(map(str, location))

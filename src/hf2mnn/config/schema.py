@@ -9,10 +9,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from hf2mnn.config.budget import parse_budget
 from hf2mnn.config.gates import GeneralGates
-from hf2mnn.config.messages import Block, Name, suggest
+from hf2mnn.config.messages import Block, Name
 from hf2mnn.config.models import Instance, Model, Toolchain
 from hf2mnn.config.plan import Plan, load_plan
 from hf2mnn.config.variants import Engine, OnnxRuntime, Variant, Weights
+from hf2mnn.core.errors import suggest
 
 RESERVED = ("pytorch", "onnxruntime", "float", "base")
 """Names of conversions in the table, and of folders, that are not variants."""

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 
 MAX_MESSAGE = 2000
 """Characters of a message, which may quote an untrusted file."""
+
+
+def suggest(name: object, valid: Sequence[str], former: Mapping[str, str] | None = None, listed: bool = False) -> str:
+    """Return a hint for an unknown name: its present name, the nearest valid one, or all valid ones.
+
+    Args:
+        name: The unknown name.
+        valid: The valid names.
+        former: Present names by former name.
+        listed: Whether the message lists the valid names already.
+    """
+    present = (former or {}).get(str(name))
+    if present in valid:
+        return f"; it is called {present!r} now"
+    nearest = get_close_matches(str(name), valid, 1, cutoff=0.5)
+    if nearest:
+        return f"; did you mean {nearest[0]!r}?"
+    return f"; valid are {', '.join(valid)}" if valid and not listed else ""
 
 
 class Hf2mnnError(Exception):

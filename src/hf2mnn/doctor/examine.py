@@ -16,57 +16,32 @@ from hf2mnn.mnn.bundle import CONFIG, DECODER, GRAPHS, MODEL_CONFIG, VISION
 
 
 def run_check(check: Check, artifact: Any) -> Iterator[Finding]:
-    """Run one check and yield its findings.
-
-    A file that cannot be read yields nothing: other checks report it. The contents are untrusted, and a check that
-    fails on them must not prevent the others.
-    """
+    """Run one check and yield its findings; other checks report a file that it cannot read."""
     try:
         for finding in check(artifact):
             yield replace(finding, check=check.__name__)
     except (Hf2mnnError, OSError):
         return
-    except Exception as error:
-        yield Finding(
-            check="not_examined",
-            severity=Severity.WARNING,
-            where=str(artifact.folder if isinstance(artifact, Bundle) else artifact.path),
-            message=f"the check {check.__name__} failed on the contents of these files",
-            evidence=f"{type(error).__name__}: {error}",
-            effect="a problem that this check reports may be present",
-            cure="convert the files again; if they are right, report this with the evidence",
-        )
-
-
-def _checkpoint(folder: Path | None) -> Checkpoint | None:
-    """Open a checkpoint.
-
-    Raises:
-        CheckpointError: It is incomplete.
-    """
-    if folder is None:
-        return None
-    checkpoint = Checkpoint(folder)
-    checkpoint.check()
-    return checkpoint
+    except Exception as error:  # the contents are untrusted, and the other checks must run
+        where = str(artifact.folder if isinstance(artifact, Bundle) else artifact.path)
+        message = f"the check {check.__name__} failed on the contents of these files"
+        evidence = f"{type(error).__name__}: {error}"
+        effect = "a problem that this check reports may be present"
+        cure = "convert the files again; if they are right, report this with the evidence"
+        yield Finding(where, message, evidence, effect, cure, check="not_examined", severity=Severity.WARNING)
 
 
 def _unweighted_graphs(folder: Path) -> dict[str, MnnModel]:
     """Return the graphs in a folder of the convert stage by file name."""
-    files = [(part, folder / graph, folder / weights) for part, (graph, weights) in GRAPHS.items()]
     return {
-        path.name: MnnModel(path, part, complete=False, weights=weights)
-        for part, path, weights in files
-        if path.is_file()
+        graph: MnnModel(folder / graph, part, complete=False, weights=folder / weights)
+        for part, (graph, weights) in GRAPHS.items()
+        if (folder / graph).is_file()
     }
 
 
 def _artifacts(path: Path, checkpoint: Checkpoint | None, reference: Path | None) -> tuple[str, list[Any]]:
-    """Return the kind of a path and its artifacts.
-
-    Raises:
-        Hf2mnnError: The path does not exist, or is of no known kind.
-    """
+    """Return the kind of a path and its artifacts."""
     if path.is_file() and path.name in (CONFIG, MODEL_CONFIG):
         path = path.parent
     if path.is_file() and path.suffix == ".mnn":
@@ -94,18 +69,14 @@ def _artifacts(path: Path, checkpoint: Checkpoint | None, reference: Path | None
 
 
 def examine(path: Path, checkpoint: Path | None = None, reference: Path | None = None) -> Examination:
-    """Run all checks that apply to `path`.
+    """Run all checks that apply to `path`; `checkpoint` is compared with, `reference` has the range of activations.
 
-    Args:
-        path: A bundle folder, a .mnn or .onnx file, or a folder of the export or convert stage.
-        checkpoint: Folder of the checkpoint to compare with.
-        reference: Folder of the reference stage, for the range of activations.
-
-    Raises:
-        Hf2mnnError: `path` is of no known kind, or the checkpoint is incomplete.
+    Raises an Hf2mnnError if `path` is of no known kind, or the checkpoint is incomplete.
     """
-    path = Path(path)
-    kind, artifacts = _artifacts(path, _checkpoint(checkpoint), reference)
+    opened = Checkpoint(checkpoint) if checkpoint else None
+    if opened:
+        opened.check()
+    kind, artifacts = _artifacts(path, opened, reference)
     examination = Examination(path, kind, next((a for a in artifacts if isinstance(a, Bundle)), None))
     for artifact in artifacts:
         for check in CHECKS[type(artifact)]:

@@ -12,17 +12,11 @@ from hf2mnn.doctor.artifacts import Bundle
 
 
 class Severity(StrEnum):
-    """Severity of a finding.
+    """Severity of a finding."""
 
-    Attributes:
-        ERROR: The model does not run, or its output is wrong.
-        WARNING: It runs, with worse output or more slowly than necessary.
-        ADVICE: It is correct, and could be smaller or safer.
-    """
-
-    ERROR = "error"
-    WARNING = "warning"
-    ADVICE = "advice"
+    ERROR = "error"  # the model does not run, or its output is wrong
+    WARNING = "warning"  # it runs, with worse output or more slowly than necessary
+    ADVICE = "advice"  # it is correct, and could be smaller or safer
 
 
 PLURALS = {Severity.ERROR: "errors", Severity.WARNING: "warnings", Severity.ADVICE: "pieces of advice"}
@@ -30,22 +24,15 @@ EXIT = {Severity.ERROR: 4, Severity.WARNING: 3, Severity.ADVICE: 0}
 """Exit code by severity; 1 stands for a path that could not be examined."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Finding:
     """A problem that a check reports.
 
-    Attributes:
-        check: Name of the check; programs may rely on it. `run_check` sets it.
-        severity: How much it matters.
-        where: File, and the operator or key if there is one.
-        message: What is wrong.
-        evidence: Numbers or names that show it.
-        effect: Effect on the output.
-        cure: What to do, with a command where there is one.
+    `where` is a file, and the operator or key if there is one. Programs may rely on `check`; `run_check` sets it.
     """
 
-    check: str = ""
-    severity: Severity = Severity.ERROR
+    check: str = field(default="", kw_only=True)
+    severity: Severity = field(default=Severity.ERROR, kw_only=True)
     where: str
     message: str
     evidence: str
@@ -55,18 +42,10 @@ class Finding:
 
 @dataclass
 class Examination:
-    """Result of an examination.
-
-    Attributes:
-        path: The examined path.
-        kind: What it is, e.g. "bundle" or "ONNX model".
-        bundle: The bundle, if it is one.
-        checks: Names of the checks that ran.
-        findings: Their findings, most severe first, then by file.
-    """
+    """Result of an examination: the checks that ran, and their findings, most severe first, then by file."""
 
     path: Path
-    kind: str
+    kind: str  # of the path, e.g. "bundle" or "ONNX model"
     bundle: Bundle | None = None
     checks: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -91,14 +70,12 @@ class Examination:
 
     def to_text(self) -> str:
         """Return a block of lines for each finding, and a summary line."""
+        lines = []
+        for finding in self.findings:
+            lines.append(f"{finding.severity.upper()} {finding.where}: {finding.message} [{finding.check}]")
+            lines += [f"  {name:<9}{getattr(finding, name)}" for name in ("evidence", "effect", "cure")]
+            lines.append("")
         counts = Counter(finding.severity for finding in self.findings)
         parts = [f"{n} {s if n == 1 else PLURALS[s]}" for s in Severity if (n := counts[s])]
         summary = ", ".join(parts) or "no findings"
-        blocks = map(_block, self.findings)
-        return "\n".join([*blocks, f"{summary}: {self.path} ({self.kind}, {len(self.checks)} checks)"])
-
-
-def _block(finding: Finding) -> str:
-    lines = [f"{finding.severity.upper()} {finding.where}: {finding.message} [{finding.check}]"]
-    lines += [f"  {name:<9}{getattr(finding, name)}" for name in ("evidence", "effect", "cure")]
-    return "\n".join(lines) + "\n"
+        return "\n".join([*lines, f"{summary}: {self.path} ({self.kind}, {len(self.checks)} checks)"])

@@ -20,12 +20,9 @@ from hf2mnn.mnn.engine import run_worker
 from hf2mnn.mnn.engine_facts import GARBAGE_LOGIT, MESSAGES
 
 MAX_NEW_TOKENS = 48
-REPEATED = 12
-"""Number of equal tokens in a row from which an answer counts as a repetition."""
-UNDECODABLE = 0.1
-"""Fraction of an answer's characters that may be invalid UTF-8: the last one may be incomplete."""
-LINES = 3
-"""Number of the engine's last lines that are shown."""
+REPEATED = 12  # number of equal tokens in a row from which an answer counts as a repetition
+UNDECODABLE = 0.1  # fraction of an answer's characters that may be invalid UTF-8: the last one may be incomplete
+LINES = 3  # number of the engine's last lines that are shown
 
 
 class Diagnosis(NamedTuple):
@@ -33,6 +30,7 @@ class Diagnosis(NamedTuple):
 
     cause: str
     cure: str
+    action: str = ""  # what the engine does, if the diagnosis is that of a step
 
 
 CONVERT_AGAIN = "convert the checkpoint again, so that graph and configuration are of one conversion"
@@ -72,32 +70,25 @@ DIAGNOSES = {
 GARBAGE = Diagnosis("a weight file or the embedding is missing, truncated or another model's", COPY_AGAIN)
 
 
-class Step(NamedTuple):
-    """What the engine does in a step, and the diagnosis of a failure without a known message."""
-
-    action: str
-    cause: str
-    cure: str
-
-
 STEPS = {
-    "load": Step("while loading the bundle", "a file is truncated, or not what its name says", COPY_AGAIN),
-    "template": Step(
-        "while rendering the chat template",
+    "load": Diagnosis("a file is truncated, or not what its name says", COPY_AGAIN, "while loading the bundle"),
+    "template": Diagnosis(
         "the engine's Jinja does not implement this template",
         "rewrite the template without what it does not implement",
+        "while rendering the chat template",
     ),
-    "text": Step(
-        "while answering a text prompt",
+    "text": Diagnosis(
         "configuration and graph, or tokenizer and embedding, are of two models: an id or a size is out of range",
         f"see the findings about the configuration, or {CONVERT_AGAIN}",
+        "while answering a text prompt",
     ),
-    "image": Step(
-        "while answering a prompt with an image",
+    "image": Diagnosis(
         "the vision tower, the ids of image tokens or the patch sizes are not those of this engine",
         f"see the findings about the vision tower, or {CONVERT_AGAIN}",
+        "while answering a prompt with an image",
     ),
 }
+"""Diagnosis of a failure without a known message, by the step of `hf2mnn.mnn.worker.question`."""
 
 
 def diagnose(output: list[str]) -> Diagnosis | None:
@@ -106,13 +97,12 @@ def diagnose(output: list[str]) -> Diagnosis | None:
     return next((DIAGNOSES[kind] for kind, pattern in MESSAGES.items() if re.search(pattern, text)), None)
 
 
-def _finding(check: str, message: str, evidence: str, effect: str, cure: str, **severity: Severity) -> Finding:
-    return Finding(check=check, where=CONFIG, message=message, evidence=evidence, effect=effect, cure=cure, **severity)
-
-
-def _fault(error: BundleFault, step: Step) -> Finding:
-    diagnosis = diagnose(error.output)
-    known = diagnosis or (GARBAGE if error.kind == "garbage" else step)
+def _fault(error: BundleFault | EngineStopped, step: Diagnosis) -> Finding:
+    if isinstance(error, EngineStopped):
+        message = f"the engine does not finish {step.action}"
+        cure = f"give it more time (--time-limit) or memory; otherwise {step.cause}: {step.cure}"
+        return Finding(CONFIG, message, str(error), "an application that runs it hangs", cure, check="run_hang")
+    known = diagnose(error.output) or (GARBAGE if error.kind == "garbage" else step)
     # The engine runs on links in a temporary folder.
     lines = [re.sub(r"/\S*?/bundle-[^/\s]+/", "", line) for line in error.output][-LINES:]
     evidence = f"its last output: {' / '.join(lines)}" if lines else "it printed nothing"
@@ -127,25 +117,7 @@ def _fault(error: BundleFault, step: Step) -> Finding:
         check, message = "run_crash", f"the engine crashes {step.action}: most likely {known.cause}"
         evidence = f"{error.ended or error}; {evidence}"
         effect = "the application that runs it crashes, too"
-    return _finding(check, message, evidence, effect, known.cure)
-
-
-def _stopped(error: EngineStopped, step: Step) -> Finding:
-    message = f"the engine does not finish {step.action}"
-    cure = f"give it more time (--time-limit) or memory; otherwise {step.cause}: {step.cure}"
-    return _finding("run_hang", message, str(error), "an application that runs it hangs", cure)
-
-
-def _template_finding(engine: str, expected: str) -> Finding:
-    first = common_prefix(engine, expected)
-    context = slice(max(first - 20, 0), first + 30)
-    return _finding(
-        "run_template",
-        "the engine renders the chat template differently than transformers",
-        f"from character {first} on the engine has {engine[context]!r}, Jinja {expected[context]!r}",
-        "the model gets another chat format than in training: worse answers, or answers without an end",
-        "rewrite the template without what the engine's Jinja does not implement",
-    )
+    return Finding(CONFIG, message, evidence, effect, known.cure, check=check)
 
 
 def _answer_findings(answers: dict[str, dict[str, Any]]) -> Iterator[Finding]:
@@ -157,18 +129,18 @@ def _answer_findings(answers: dict[str, dict[str, Any]]) -> Iterator[Finding]:
             message = f"the answer repeats one token ({action})"
             evidence = f"{answer['longest']} times in a row: {text[:80]!r}"
             cure = 'see the other findings, and try "precision": "high" in config.json, in case float16 overflows'
-            yield _finding("run_repetition", message, evidence, useless, cure)
+            yield Finding(CONFIG, message, evidence, useless, cure, check="run_repetition")
         elif (invalid := text.count("\ufffd")) > max(1, UNDECODABLE * len(text)):
             message = f"the answer is not text ({action})"
             evidence = f"{invalid} of {len(text)} characters are invalid UTF-8: {text[:80]!r}"
             cure = "tokenizer or weights are another model's: see the other findings, or convert the checkpoint again"
-            yield _finding("run_undecodable", message, evidence, useless, cure)
+            yield Finding(CONFIG, message, evidence, useless, cure, check="run_undecodable")
     # A small model may answer one of the two prompts with nothing.
     if answers and not any(answer["text"] or answer["longest"] >= REPEATED for answer in answers.values()):
         evidence = f"tokens {', '.join(str(answer['answer'][:8]) for answer in answers.values())}"
         cure = "compare the chat template and its stop ids with the checkpoint's"
         message, effect = "the answers are empty", "there is no answer"
-        yield _finding("run_empty", message, evidence, effect, cure, severity=Severity.WARNING)
+        yield Finding(CONFIG, message, evidence, effect, cure, check="run_empty", severity=Severity.WARNING)
 
 
 def _job(bundle: Bundle, prompt: str, result: Path) -> dict[str, Any]:
@@ -197,20 +169,12 @@ def _job(bundle: Bundle, prompt: str, result: Path) -> dict[str, Any]:
 def run_bundle(bundle: Bundle, prompt: str, time_limit: float) -> list[Finding]:
     """Load a bundle in the engine and ask it `prompt`, and the same about a small image if it has a vision tower.
 
-    The bundle needs neither a manifest nor the key "hf2mnn". A bundle whose configuration names paths outside its
-    folder is not run; `path_outside` reports it.
-
-    Args:
-        bundle: The bundle.
-        prompt: Text of the user's message.
-        time_limit: Seconds after which the engine is stopped.
-
-    Raises:
-        MachineError: The machine has no disk space or memory left.
-        EngineError: A bug of this package.
+    The engine is stopped after `time_limit` seconds. The bundle needs neither a manifest nor the key "hf2mnn". A bundle
+    whose configuration names paths outside its folder is not run; `path_outside` reports it.
     """
     if any(outside_paths(bundle.folder, bundle.model)):
         return []
+    findings = []
     with tempfile.TemporaryDirectory(prefix="hf2mnn-doctor-") as scratch:
         path, fault = Path(scratch, "result.json"), None
         try:
@@ -218,11 +182,15 @@ def run_bundle(bundle: Bundle, prompt: str, time_limit: float) -> list[Finding]:
         except (BundleFault, EngineStopped) as error:
             fault = error
         results = json.loads(path.read_text()) if path.is_file() else {"step": "load"}
-    findings = []
     if fault:
-        report = _fault if isinstance(fault, BundleFault) else _stopped
-        findings.append(report(fault, STEPS.get(results["step"], STEPS["text"])))
+        findings.append(_fault(fault, STEPS.get(results["step"], STEPS["text"])))
     engine, expected = results.get("template", [None, None])
     if engine != expected:
-        findings.append(_template_finding(engine, expected))
+        first = common_prefix(engine, expected)
+        context = slice(max(first - 20, 0), first + 30)
+        message = "the engine renders the chat template differently than transformers"
+        evidence = f"from character {first} on the engine has {engine[context]!r}, Jinja {expected[context]!r}"
+        effect = "the model gets another chat format than in training: worse answers, or answers without an end"
+        cure = "rewrite the template without what the engine's Jinja does not implement"
+        findings.append(Finding(CONFIG, message, evidence, effect, cure, check="run_template"))
     return [*findings, *_answer_findings({step: results[step] for step in ("text", "image") if step in results})]

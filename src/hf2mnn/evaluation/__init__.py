@@ -1,1 +1,1 @@
-"""How far a conversion's answers are from PyTorch's, in the runtime that will give them."""
+"""Evaluation and diagnosis of conversions against PyTorch in float32, and benchmark of bundles."""

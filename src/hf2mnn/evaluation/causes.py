@@ -17,8 +17,8 @@ from hf2mnn.evaluation.findings import Finding, out_of_tolerance
 from hf2mnn.evaluation.layers import rounding_error
 from hf2mnn.mnn.bundle import MODEL_CONFIG, TOKENIZER, model_settings
 from hf2mnn.mnn.bundle_config import read_config
-from hf2mnn.mnn.graph import Graph
 from hf2mnn.mnn.checkpoint_tokenizer import chat_template
+from hf2mnn.mnn.graph import Graph
 from hf2mnn.quant.embedding import embedding_blocks, read_tied
 from hf2mnn.reference.golden import Golden, collapse_repeats
 
@@ -63,7 +63,7 @@ def wrong_template(bundle: Path, onnx_folder: Path) -> list[Finding]:
 
 
 def wrong_tokens(golden: Golden, tokens: dict[str, list[int]], image_token_id: int | None) -> list[Finding]:
-    """Report prompts that the bundle's tokenizer turns into other ids than transformers.
+    """Report prompts that the bundle's tokenizer encodes to other ids than transformers.
 
     Args:
         golden: The reference.

@@ -13,7 +13,7 @@ import onnx
 from hf2mnn.metrics import relative_error
 from hf2mnn.onnx.initializers import Matrices
 from hf2mnn.onnx.tap_points import WEIGHT
-from hf2mnn.reference.tap_points import as_matrix
+from hf2mnn.reference.golden import as_matrix
 
 Value = Callable[[str], np.ndarray]
 """Function from the name of a value to the value, computed by the ONNX graph from MNN's tap points."""

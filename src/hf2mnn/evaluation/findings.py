@@ -38,7 +38,7 @@ class Finding:
 
     Attributes:
         part: settings, tokenizer, template, embedding, vision, decoder, cache or engine.
-        point: Tap point (`hf2mnn.reference.tap_points`) or configuration key; None if there is none.
+        point: Tap point (`hf2mnn.reference.golden`) or configuration key; None if there is none.
         message: Text for the user.
     """
 

@@ -1,6 +1,6 @@
 """Layer comparison: PyTorch, ONNX Runtime and MNN at each tap point, on the same input.
 
-Each tap point (`hf2mnn.reference.tap_points`) has two relative errors: L2 norms of a difference over that of the right
+Each tap point (`hf2mnn.reference.golden`) has two relative errors: L2 norms of a difference over that of the right
 value. The accumulated error compares with PyTorch and includes the errors of all operators before. The local error
 compares with the value that the ONNX graph, cut at every tap point, computes from MNN's own values: it is the error of
 one operator, at any depth and for any weight format.
@@ -33,8 +33,7 @@ from hf2mnn.onnx.initializers import load_graph, stored_initializers
 from hf2mnn.onnx.session import causal_mask, open_session
 from hf2mnn.onnx.tap_points import add_outputs, outputs_by_module, replace_with_inputs, select_tap_points
 from hf2mnn.quant.folding import folded_tap_points
-from hf2mnn.reference.golden import Golden, GoldenProbe
-from hf2mnn.reference.tap_points import as_matrix, evenly_spaced
+from hf2mnn.reference.golden import Golden, GoldenProbe, as_matrix, evenly_spaced
 
 COLUMNS = [
     "probe",

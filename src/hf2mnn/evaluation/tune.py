@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hf2mnn.core.errors import ConfigError, EngineError
+from hf2mnn.core.errors import ConfigError, EngineError, suggest
 from hf2mnn.core.files import atomic_file
 from hf2mnn.core.manifest import Manifest, tool_versions, updated_folder
 from hf2mnn.core.progress import steps
@@ -274,7 +274,8 @@ def tune_bundle(
     """
     for setting in settings:
         if setting not in SETTINGS:
-            raise ConfigError(f"setting {setting!r} cannot be tuned; use {', '.join(SETTINGS)}")
+            hint = suggest(setting, SETTINGS, listed=True)
+            raise ConfigError(f"setting {setting!r} cannot be tuned; use {', '.join(SETTINGS)}{hint}")
     folder = check_bundle(bundle)
     with tempfile.TemporaryDirectory(prefix="hf2mnn-tune-") as scratch:
         tuner = Tuner(folder, prompt_tokens, answer_tokens, image_side, repeats, time_limit, Path(scratch))

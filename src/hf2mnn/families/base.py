@@ -18,20 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fold:
-    """Pair of layers between which channel scales can be moved without changing the model's output, as AWQ does.
+    """Layers between which channel scales can be moved without changing the model's output, as AWQ does.
 
-    Attributes:
-        smooth_layer: Normalization, or linear layer whose output only passes through linear operators.
-        balance_layers: All linear layers that consume the output of `smooth_layer`.
-        tap_points: Tap points between them, which are scaled too.
-        repeats: With grouped-query attention, query heads per key-value head: how often each run of `head_dim` output
-            channels of `smooth_layer` occurs in the input of `balance_layers`.
-        head_dim: Channels of a run; 0 without grouped queries.
+    With grouped-query attention, each run of `head_dim` output channels of `smooth_layer` occurs `repeats` times in the
+    input of `balance_layers`: once for each query head of a key-value head.
     """
 
-    smooth_layer: str
-    balance_layers: tuple[str, ...]
-    tap_points: tuple[str, ...] = ()
+    smooth_layer: str  # normalization, or linear layer whose output only passes through linear operators
+    balance_layers: tuple[str, ...]  # all linear layers that consume the output of smooth_layer
+    tap_points: tuple[str, ...] = ()  # between them, scaled too
     repeats: int = 1
     head_dim: int = 0
 
@@ -53,30 +48,18 @@ EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_inte
 
 
 class Family:
-    """Architecture of transformers: module names, parameter names and graph inputs.
-
-    Attributes:
-        model_type: `model_type` in config.json.
-        architecture: Class name in transformers.
-        has_vision: True for a `VisionFamily`.
-        special_tokens: Tokens whose ids config.json must hold, by key.
-        image_placeholder: Text that the chat template writes for an image.
-        decoder: Name of the decoder module without lm_head.
-        legacy_prefixes: Pairs of a parameter name's prefix and its prefix in older checkpoints.
-        position_rows: Rows of the position ids: 3 with M-RoPE, else 1.
-        deepstack_layers: Decoder layers after which features of the vision tower are added (Qwen3-VL).
-        rope_types: Supported `rope_type`s: those whose frequencies do not depend on the sequence length.
-    """
+    """Architecture of transformers: module names, parameter names and graph inputs."""
 
     model_type: str
-    architecture: str
+    architecture: str  # class name in transformers
     has_vision = False
-    special_tokens: ClassVar[dict[str, str]] = {}
-    image_placeholder = ""
-    decoder = "model"
-    legacy_prefixes: ClassVar[tuple[tuple[str, str], ...]] = ()
-    position_rows = 1
-    deepstack_layers = 0
+    special_tokens: ClassVar[dict[str, str]] = {}  # tokens whose ids config.json must hold, by key
+    image_placeholder = ""  # text that the chat template writes for an image
+    decoder = "model"  # module without lm_head
+    legacy_prefixes: ClassVar[tuple[tuple[str, str], ...]] = ()  # of parameter names, with those in old checkpoints
+    position_rows = 1  # rows of the position ids: 3 with M-RoPE
+    deepstack_layers = 0  # decoder layers after which features of the vision tower are added (Qwen3-VL)
+    # Types whose frequencies do not depend on the sequence length.
     rope_types: ClassVar[frozenset[str]] = frozenset({"default", "linear", "llama3", "yarn"})
 
     @property
@@ -85,17 +68,13 @@ class Family:
         return f"{self.decoder}.embed_tokens.weight"
 
     def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:
-        """Check that all features of the architecture are supported.
-
-        Raises:
-            CheckpointError: The configuration has a feature that would be converted wrongly, or is invalid.
-        """
+        """Raise CheckpointError if config.json is invalid or has a feature that would be converted wrongly."""
         if experts := [key for key in EXPERT_KEYS if text_config.get(key)]:
             raise self._unsupported(f"a mixture of experts ({experts[0]})")
-        types = text_config.get("layer_types") or []
-        others = sorted({str(name) for name in types} - {"full_attention"}) if isinstance(types, list) else [types]
         if self._uses_sliding_window(text_config):
             raise self._unsupported("sliding window attention")
+        types = text_config.get("layer_types") or []
+        others = sorted({str(name) for name in types} - {"full_attention"}) if isinstance(types, list) else [types]
         if others:
             raise self._unsupported(f"layers of type {others[0]!r}")
         rope = text_config.get("rope_parameters") or text_config.get("rope_scaling") or {}
@@ -132,25 +111,16 @@ class Family:
         return [parameter]
 
     def language_model(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Return the decoder without lm_head.
-
-        Its forward takes inputs_embeds, attention_mask, position_ids and past_key_values.
-        """
+        """Return the decoder without lm_head."""
         return model.get_submodule(self.decoder)
 
     def prepare(self, model: torch.nn.Module) -> None:
         """Replace modules that MNN cannot convert with bit-identical equivalents, before tracing."""
 
     def position_ids(self, input_ids: np.ndarray, grids: list[np.ndarray], info: dict[str, Any]) -> np.ndarray:
-        """Return position ids of a prompt that starts at position 0.
+        """Return position ids, int64 [position_rows, tokens], of a prompt that starts at position 0.
 
-        Args:
-            input_ids: int64 [tokens].
-            grids: grid_thw int64 [3] of each image.
-            info: Contents of model.json.
-
-        Returns:
-            int64 [position_rows, tokens].
+        `input_ids` are int64 [tokens], `grids` the grid_thw int64 [3] of each image, and `info` is model.json.
         """
         return np.arange(len(input_ids), dtype=np.int64)[None]
 
@@ -167,19 +137,15 @@ class Family:
         return {"decoder": [int(text_config.get(key) or 0) for key in ("hidden_size", "intermediate_size")]}
 
     def folds(self, info: dict[str, Any]) -> list[Fold]:
-        """Return the folds of all layers, from model.json.
-
-        A decoder layer has four: its two normalizations, v_proj to o_proj, and up_proj to down_proj.
-        """
+        """Return the folds of all decoder layers: two normalizations, v_proj to o_proj, and up_proj to down_proj."""
         repeats, folds = info["num_attention_heads"] // info["num_key_value_heads"], []
         for index in range(info["num_hidden_layers"]):
             layer = f"{self.decoder}.layers.{index}"
             attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-            projections = tuple(f"{attention}.{name}_proj" for name in "qkv")
-            context, output = f"{attention}.context", f"{attention}.o_proj"
+            output, context = (f"{attention}.o_proj",), (f"{attention}.context",)
             folds += [
-                Fold(f"{layer}.input_layernorm", projections),
-                Fold(f"{attention}.v_proj", (output,), (context,), repeats, info["head_dim"]),
+                Fold(f"{layer}.input_layernorm", tuple(f"{attention}.{name}_proj" for name in "qkv")),
+                Fold(f"{attention}.v_proj", output, context, repeats, info["head_dim"]),
                 Fold(f"{layer}.post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj")),
                 Fold(f"{mlp}.up_proj", (f"{mlp}.down_proj",)),
             ]

@@ -1,7 +1,5 @@
 """Qwen2 and Qwen2.5 without image input."""
 
-from __future__ import annotations
-
 from hf2mnn.families.base import Family
 
 

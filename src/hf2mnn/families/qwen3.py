@@ -1,7 +1,5 @@
 """Qwen3 without image input: RMSNorm on queries and keys of each head before RoPE."""
 
-from __future__ import annotations
-
 from hf2mnn.families.base import Family
 
 

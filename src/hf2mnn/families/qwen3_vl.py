@@ -5,6 +5,7 @@ Deepstack adds features of three of the tower's blocks to the image tokens after
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -72,15 +73,16 @@ class Qwen3VL(VisionFamily):
         """
         frames, height, width = (int(size) for size in grid_thw)
         side = info["num_grid_per_side"]
-        coordinates = [np.arange(n, dtype=np.float32) * (side - 1) / max(n - 1, 1) for n in (height, width)]
-        low = [coordinate.astype(np.int32) for coordinate in coordinates]
-        high = [np.minimum(floor + 1, side - 1) for floor in low]
-        fraction = [coordinate - floor for coordinate, floor in zip(coordinates, low, strict=True)]
-        rows = ((low[0], 1 - fraction[0]), (high[0], fraction[0]))
-        columns = ((low[1], 1 - fraction[1]), (high[1], fraction[1]))
-        corners = [(row, column) for row in rows for column in columns]
-        indices = [row[:, None] * side + column[None, :] for (row, _), (column, _) in corners]
-        weights = [row[:, None] * column[None, :] for (_, row), (_, column) in corners]
+
+        def neighbors(n: int) -> list[tuple[np.ndarray, np.ndarray]]:
+            """Return the learned positions before and after each of n patches of an axis, with their weights."""
+            coordinate = np.arange(n, dtype=np.float32) * (side - 1) / max(n - 1, 1)
+            low = coordinate.astype(np.int32)
+            return [(low, 1 - (coordinate - low)), (np.minimum(low + 1, side - 1), coordinate - low)]
+
+        corners = list(product(neighbors(height), neighbors(width)))
+        indices = [row[:, None] * side + column for (row, _), (column, _) in corners]
+        weights = [row[:, None] * column for (_, row), (_, column) in corners]
 
         def per_patch(values: list[np.ndarray], dtype: type) -> np.ndarray:
             frame = np.stack([self.patch_order(value, info["merge_size"]) for value in values])
@@ -98,13 +100,12 @@ class Qwen3VL(VisionFamily):
 
     def tower_arguments(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Return the arguments of the tower's forward, with the interpolation of learned positions."""
-        interpolation = {
+        return super().tower_arguments(inputs) | {
             "interp_indices": inputs["idx_tensor"].transpose(0, 1),
             "interp_weights": inputs["weight_tensor"].transpose(0, 1),
         }
-        return {**super().tower_arguments(inputs), **interpolation}
 
     def engine_config(self, info: dict[str, Any]) -> dict[str, Any]:
         """Return the family's entries of llm_config.json."""
         deepstack = {"has_deepstack": True, "num_grid_per_side": info["num_grid_per_side"]}
-        return {**super().engine_config(info), **deepstack}
+        return super().engine_config(info) | deepstack

@@ -1,7 +1,5 @@
 """SmolLM3: every fourth layer has no rotary positions."""
 
-from __future__ import annotations
-
 from hf2mnn.families.base import Family
 
 

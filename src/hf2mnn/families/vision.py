@@ -23,25 +23,13 @@ CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 MASKED = np.finfo(np.float32).min
 """Value of an attention mask where a query must not attend to a key."""
-IMAGE_TOKEN_KEYS = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
 BUILT_IN = {"temporal_patch_size": TEMPORAL_PATCH_SIZE, "merge_size": MERGE_SIZE}
 """Constants of MNN's engine that no configuration changes; `VisionFamily.patch_size` is one too."""
-MAX_ASPECT_RATIO = 200
-"""Ratio of an image's sides above which transformers refuses it."""
+MAX_ASPECT_RATIO = 200  # of an image's sides; transformers refuses a larger one
 
 
 class VisionFamily(Family):
-    """Decoder with a vision tower.
-
-    Attributes:
-        vision: Name of the vision tower's module.
-        patch_size: Side of a patch in pixels, a constant in MNN's engine.
-        width_key: Key of the hidden size in vision_config.
-        mlp_input_layers: Layers of a block's MLP that consume its second normalization.
-        identical_blocks: Whether all blocks of the tower differ in their weights and attention masks alone.
-        full_attention_blocks: Attribute of the tower with the indices of its blocks with full attention; None if all
-            blocks have it.
-    """
+    """Decoder with a vision tower."""
 
     has_vision = True
     image_placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -56,15 +44,15 @@ class VisionFamily(Family):
     position_rows = 3
     rope_types = Family.rope_types | {"mrope"}
     patch_size = PATCH_SIZE
-    width_key = "hidden_size"
-    mlp_input_layers: ClassVar[tuple[str, ...]] = ("fc1",)
-    identical_blocks = True
-    full_attention_blocks: str | None = None
+    width_key = "hidden_size"  # in vision_config
+    mlp_input_layers: ClassVar[tuple[str, ...]] = ("fc1",)  # they consume the second normalization of a block
+    identical_blocks = True  # but for weights and attention masks
+    full_attention_blocks: str | None = None  # attribute of the tower: indices of blocks with full attention; None: all
 
     def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:
         """Check that all features are supported, and that the keys of image input are there."""
         super().check(config, text_config)
-        for key in (*IMAGE_TOKEN_KEYS, "vision_config"):
+        for key in (*self.special_tokens, "vision_config"):
             if key not in config:
                 raise CheckpointError(
                     f"config.json of this {self.model_type} checkpoint has no {key}; download it again"
@@ -74,10 +62,9 @@ class VisionFamily(Family):
 
     def model_info(self, config: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
         """Return the family's entries of model.json: token ids, and the settings of the image processor."""
-        size = processor.get("size")
-        size = size if isinstance(size, dict) else {}
+        size = processor["size"] if isinstance(processor.get("size"), dict) else {}
         return {
-            **{key: config.get(key) for key in IMAGE_TOKEN_KEYS},
+            **{key: config.get(key) for key in self.special_tokens},
             "patch_size": processor.get("patch_size", 14),
             "temporal_patch_size": processor.get("temporal_patch_size", 2),
             "merge_size": processor.get("merge_size", 2),
@@ -95,8 +82,8 @@ class VisionFamily(Family):
     def tower_arguments(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Map the inputs of the vision graph to the arguments of the tower's forward in transformers.
 
-        The tower passes `cu_seqlens` to its attention unchanged, so a mask [1, n, n] takes its position. Values that
-        the tower would compute from the grid are given, so `grid_thw` is None.
+        The tower passes `cu_seqlens` to its attention unchanged, so a mask [1, n, n] can replace it. Values that the
+        tower would compute from `grid_thw` are given.
         """
         return {
             "hidden_states": inputs["patches"],
@@ -115,8 +102,8 @@ class VisionFamily(Family):
             info: Contents of model.json.
 
         Returns:
-            patches float32, as pixel_values; position_ids int32 [2, n]: row and column of each patch, in the order of
-            the patches, which is by merged patch; attention_mask float32 [1, n, n], added to the scores.
+            patches, as pixel_values; position_ids int32 [2, n]: row and column of each patch, in the order of the
+            patches, which is by merged patch; attention_mask float32 [1, n, n], added to the scores.
         """
         frames, height, width = (int(size) for size in grid_thw)
         rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
@@ -140,7 +127,7 @@ class VisionFamily(Family):
     @property
     def vision_outputs(self) -> list[str]:
         """Names of the vision graph's outputs."""
-        return ["image_embeds", *(["deepstack_feature"] if self.deepstack_layers else [])]
+        return ["image_embeds", "deepstack_feature"] if self.deepstack_layers else ["image_embeds"]
 
     @staticmethod
     def concat_outputs(outputs: list[np.ndarray]) -> np.ndarray:
@@ -158,16 +145,8 @@ class VisionFamily(Family):
     def position_ids(self, input_ids: np.ndarray, grids: list[np.ndarray], info: dict[str, Any]) -> np.ndarray:
         """Return M-RoPE position ids (Qwen2-VL, arXiv:2409.12191) of a prompt that starts at position 0.
 
-        A text token has one position in all three rows. The tokens of an image have its start plus their frame, row and
-        column. Text after an image continues at the largest position so far plus 1.
-
-        Args:
-            input_ids: int64 [tokens].
-            grids: grid_thw int64 [3] of each image.
-            info: Contents of model.json.
-
-        Returns:
-            int64 [3, tokens]: time, height, width.
+        Rows are time, height and width. A text token has one position in all three rows. The tokens of an image have
+        its start plus their frame, row and column. Text after an image continues at the largest position so far plus 1.
         """
         image_token, merge = info["image_token_id"], info["merge_size"]
         columns, next_position, token, images = [], 0, 0, iter(grids)
@@ -185,13 +164,13 @@ class VisionFamily(Family):
         return np.concatenate(columns, axis=1).astype(np.int64)
 
     def image_size(self, width: int, height: int, info: dict[str, Any]) -> tuple[int, int]:
-        """Return the (width, height) to which the checkpoint's image processor resizes an image.
+        """Return the (width, height) of an image for the vision tower: `smart_resize` of transformers.
 
         Both are multiples of a merged patch, their product is within the bounds of model.json (`info`), and the aspect
-        ratio is kept as far as possible: `smart_resize` of transformers.
+        ratio is kept as far as possible.
 
         Raises:
-            EvaluationSetError: The aspect ratio is over 200, which transformers refuses.
+            EvaluationSetError: The aspect ratio is over 200.
         """
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise EvaluationSetError(
@@ -215,8 +194,8 @@ class VisionFamily(Family):
         return {
             **super().engine_config(info),
             "is_visual": True,
-            "image_mean": [float(value) for value in mean * 255],
-            "image_norm": [float(value) for value in 1 / (std * 255)],
+            "image_mean": (mean * 255).tolist(),
+            "image_norm": (1 / (std * 255)).tolist(),
             "image_size": IMAGE_SIZE,
             "image_pad": info["image_token_id"],
             "vision_start": info["vision_start_token_id"],
@@ -229,10 +208,9 @@ class VisionFamily(Family):
         return {**super().linear_inputs(text_config, vision_config), "vision": sizes}
 
     def folds(self, info: dict[str, Any]) -> list[Fold]:
-        """Return the folds of all layers, from model.json.
+        """Return the folds of all layers; a block of the vision tower has only its two normalizations.
 
-        A block of the vision tower has only its two normalizations: its MLP is not linear between its layers, and
-        values share a linear layer with queries and keys.
+        Its MLP is not linear between its layers, and values share a linear layer with queries and keys.
         """
         folds = super().folds(info)
         for index in range(info["vision_depth"]):

@@ -19,12 +19,7 @@ FLAT = "_flat"
 
 
 def save_adapted(model: onnx.ModelProto, source: Path, folder: Path) -> Path:
-    """Write an adapted graph to `folder`, with links to the weight files that it uses.
-
-    Args:
-        model: The adapted graph.
-        source: ONNX file of the original graph.
-        folder: Output folder.
+    """Write an adapted graph of the ONNX file `source` to `folder`, with links to the weight files that it uses.
 
     Raises:
         ExportError: A weight file is missing or too short; the converter would use zeros without a message.

@@ -67,17 +67,10 @@ def continue_conversation(
     time_limit: float = 600,
     as_called: bool = False,
 ) -> str:
-    """Return the engine's greedy answer to a conversation.
+    """Return the engine's greedy answer to a conversation with `image_files` in the order of its images.
 
-    Args:
-        bundle: Folder of the bundle.
-        messages: The conversation.
-        image_files: Images of the conversation in order.
-        max_new_tokens: Largest number of tokens in the answer.
-        threads: Number of threads; 0 for that of config.json.
-        time_limit: Seconds after which the engine is stopped.
-        as_called: Whether the engine renders the template, resizes the images and counts positions. By default this
-            package does so as transformers, because the engine differs.
+    With `threads` 0 the number is that of config.json. With `as_called` the engine renders the template, resizes the
+    images and counts positions. By default this package does so as transformers, because the engine differs.
 
     Raises:
         BundleError: The bundle is incomplete, changed, or not from hf2mnn.
@@ -101,23 +94,14 @@ def continue_conversation(
     with tempfile.TemporaryDirectory(prefix="hf2mnn-ask-") as scratch:
         images = []
         for index, file in enumerate(image_files):
-            path, image = Path(scratch, f"{index}.npy"), read_image(file)
+            image = read_image(file)
             if not as_called:
-                size = family.image_size(image.width, image.height, info)
-                image = image.resize(size, Image.Resampling.BICUBIC)
-            np.save(path, np.array(image))
-            images.append(str(path))
+                image = image.resize(family.image_size(*image.size, info), Image.Resampling.BICUBIC)
+            images.append(f"{scratch}/{index}.npy")
+            np.save(images[-1], np.array(image))
         result = Path(scratch, "answer.json")
-        job = {
-            "bundle": str(folder),
-            "messages": messages,
-            "prompt": prompt,
-            "images": images,
-            "max_new_tokens": max_new_tokens,
-            "threads": threads,
-            "as_called": as_called,
-            "result": str(result),
-        }
+        job = {"bundle": str(folder), "messages": messages, "prompt": prompt, "images": images, "as_called": as_called}
+        job |= {"max_new_tokens": max_new_tokens, "threads": threads, "result": str(result)}
         run_worker("hf2mnn.mnn.worker.ask", job, time_limit)
         return json.loads(result.read_text())["text"]
 

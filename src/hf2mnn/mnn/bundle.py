@@ -35,8 +35,7 @@ from hf2mnn.mnn.convert import CUSTOM_OPERATORS, FUSE, convert_onnx
 from hf2mnn.mnn.graph import Graph, check_fused, check_size, check_supported
 from hf2mnn.mnn.linear import restore_linear_layers, strip_linear_layers
 from hf2mnn.mnn.nc4hw4 import NC4HW4, Layout, to_nc4hw4
-from hf2mnn.mnn.tokenizer import write_tokenizer
-from hf2mnn.mnn.tokenizer_differences import tokenizer_differences
+from hf2mnn.mnn.tokenizer import tokenizer_differences, write_tokenizer
 from hf2mnn.onnx.initializers import initializer_values, load_graph, stored_initializers
 
 DECODER, VISION = "llm.mnn", "visual.mnn"
@@ -91,15 +90,7 @@ def _save(graph: Graph, part: str, folder: Path) -> None:
 
 
 def convert_decoder(onnx_folder: Path, folder: Path, layers: int) -> Layout:
-    """Convert the decoder, in the NC4HW4 layout if possible.
-
-    Args:
-        onnx_folder: Folder of the export stage.
-        folder: Output folder for llm.json and llm.weight.
-        layers: Layers of the decoder.
-
-    Returns:
-        The layout of the decoder.
+    """Convert the decoder to llm.json and llm.weight in `folder`, in the NC4HW4 layout if possible.
 
     Raises:
         ConversionError: The result does not have `layers` fused attentions with KV cache, or has unknown operators.
@@ -165,12 +156,7 @@ def write_embedding(onnx_folder: Path, folder: Path) -> None:
 
 
 def model_settings(model: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the content of llm_config.json.
-
-    Args:
-        model: Content of model.json.
-        folder: Folder of the model, for error messages.
-    """
+    """Return llm_config.json for a model.json; `folder` is for error messages."""
     return {
         "model_type": model["model_type"],
         "hidden_size": model["hidden_size"],
@@ -186,14 +172,9 @@ def model_settings(model: dict[str, Any], folder: Path) -> dict[str, Any]:
 def write_configs(
     folder: Path, model: dict[str, Any], settings: EngineSettings, tied: dict[str, Any] | None = None
 ) -> None:
-    """Write config.json and llm_config.json; the chat template is in the tokenizer's file.
+    """Write config.json and llm_config.json; `model` is model.json, and the chat template is in the tokenizer's file.
 
-    Args:
-        folder: Folder of the bundle.
-        model: Content of model.json.
-        settings: Settings of the engine.
-        tied: Position of the embedding in the decoder's weight file (`quant.embedding.tied_settings`); None if the
-            embedding has a file of its own.
+    `tied` is the position of the embedding in the decoder's weight file (`quant.embedding.tied_settings`).
     """
     runtime = {
         "llm_model": DECODER,

@@ -29,33 +29,25 @@ def read_config(bundle: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _path_entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield keys that name files with their values, also those below "mllm"."""
-    for key, value in sorted(config.items()):
-        if key in PATH_KEYS or key == BASE_DIR:
-            yield key, value
-        elif isinstance(value, dict):
-            yield from _path_entries(value)
-
-
 def outside_paths(bundle: Path, config: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """Yield key, value and reason of each path in a configuration that is not inside the bundle."""
-    for key, value in _path_entries(config):
-        if value in ("", None):
-            continue
-        try:
-            if key == BASE_DIR:
-                raise ValueError("it replaces the folder of all files")
-            path_inside(bundle, value)
-        except ValueError as error:
-            yield key, value, str(error)
+    """Yield key, value and reason of each path in a configuration ("mllm" included) that is not inside the bundle."""
+    for key, value in sorted(config.items()):
+        if (key in PATH_KEYS or key == BASE_DIR) and value not in ("", None):
+            try:
+                if key == BASE_DIR:
+                    raise ValueError("it replaces the folder of all files")
+                path_inside(bundle, value)
+            except ValueError as error:
+                yield key, value, str(error)
+        elif isinstance(value, dict):
+            yield from outside_paths(bundle, value)
 
 
 def check_paths(bundle: Path, names: tuple[str, ...]) -> None:
     """Check that the configuration files `names` that exist name only files inside the bundle.
 
     Raises:
-        BundleError: A path is outside the bundle; names the file and the key.
+        BundleError: A path is outside the bundle.
     """
     for name in names:
         for key, value, reason in outside_paths(bundle, read_config(bundle, name)) if (bundle / name).exists() else ():
@@ -66,15 +58,15 @@ def check_paths(bundle: Path, names: tuple[str, ...]) -> None:
 
 
 def with_settings(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of config.json's content with `settings` for the decoder and the vision tower.
+    """Return a copy of config.json's content with `settings` for the decoder and the vision tower ("mllm").
 
-    `set_config` of a loaded engine does not change the settings below "mllm". Without "mllm" the vision tower has the
-    settings of the decoder.
+    Without "mllm" the vision tower has the settings of the decoder.
     """
-    if config.get("mllm") is None:
-        return {**config, **settings}
-    vision = {key: value for key, value in settings.items() if key in VISION_SETTINGS}
-    return {**config, **settings, "mllm": {**config["mllm"], **vision}}
+    changed = {**config, **settings}
+    if changed.get("mllm") is not None:
+        vision = {key: value for key, value in settings.items() if key in VISION_SETTINGS}
+        changed["mllm"] = {**changed["mllm"], **vision}
+    return changed
 
 
 def decoder_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +76,5 @@ def decoder_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def vision_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Return the run-time settings of the vision tower, defaults included."""
-    own = config.get("mllm", {}) if config.get("mllm") is not None else config
-    return {
-        key: (own if key in VISION_SETTINGS else config).get(key, default) for key, default in SETTING_DEFAULTS.items()
-    }
+    own = config if config.get("mllm") is None else config["mllm"]
+    return decoder_settings(config) | {key: own.get(key, SETTING_DEFAULTS[key]) for key in VISION_SETTINGS}

@@ -11,14 +11,16 @@ begin-of-text tokens itself, so post-processors that add them are ignored.
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf2mnn.checkpoint.folder import read_json
 from hf2mnn.core.errors import CheckpointError
-from hf2mnn.core.untrusted import read_bytes, read_json
+from hf2mnn.core.untrusted import read_bytes
 from hf2mnn.mnn.template import render
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -43,30 +45,17 @@ class MetaSpaces:
 
 @dataclass(frozen=True)
 class CheckpointTokenizer:
-    """A tokenizer of a supported kind.
+    """A tokenizer of a supported kind."""
 
-    Attributes:
-        path: tokenizer.json, for messages.
-        spec: Its contents, as transformers loads them.
-        added: Added tokens by id.
-        ids: Ids of all tokens by text.
-        meta_spaces: Splitting into words; None for byte-level BPE.
-        stop: Ids of end-of-text tokens.
-        eos: End-of-text token, or "".
-        bos: Begin-of-text token, or "".
-        clean_up_spaces: Whether decoding removes spaces before punctuation.
-        template: Chat template.
-    """
-
-    path: Path
-    spec: dict[str, Any]
-    added: list[dict[str, Any]]
-    ids: dict[str, int]
-    meta_spaces: MetaSpaces | None
-    stop: list[int]
-    eos: str
-    bos: str
-    clean_up_spaces: bool
+    path: Path  # tokenizer.json, for messages
+    spec: dict[str, Any]  # its contents, as transformers loads them
+    added: list[dict[str, Any]]  # added tokens, sorted by id
+    ids: dict[str, int]  # of all tokens, by text
+    meta_spaces: MetaSpaces | None  # None for byte-level BPE
+    stop: list[int]  # ids of end-of-text tokens
+    eos: str  # or ""
+    bos: str  # or ""
+    clean_up_spaces: bool  # whether decoding removes spaces before punctuation
     template: str
 
 
@@ -78,10 +67,9 @@ def read_checkpoint_tokenizer(checkpoint: Path) -> CheckpointTokenizer:
             not supported.
     """
     path = checkpoint / TOKENIZER_FILE
-    stored = read_object(path)
-    if stored is None:
+    if not path.is_file():
         raise CheckpointError(f"{path} is missing; save the checkpoint with its fast tokenizer (tokenizer.json)")
-    config = read_object(checkpoint / "tokenizer_config.json") or {}
+    stored, config = read_json(path), read_object(checkpoint / "tokenizer_config.json")
     with invalid_tokenizer(path):
         spec = _as_loaded(stored, config)
         added = sorted(spec.get("added_tokens") or [], key=lambda token: token["id"])
@@ -107,7 +95,7 @@ def invalid_tokenizer(path: Path) -> Iterator[None]:
     """Raise CheckpointError in place of errors that tokenizer.json with other contents than a tokenizer causes."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
         raise CheckpointError(
             f"{path} is not a tokenizer of the tokenizers library: {error!r}; save it again"
         ) from error
@@ -125,7 +113,7 @@ def chat_template(checkpoint: Path) -> str:
             template = read_bytes(path).decode()
         else:
             path = checkpoint / "chat_template.json"
-            stored = read_object(path) or read_object(path := checkpoint / "tokenizer_config.json") or {}
+            stored = read_object(path) or read_object(path := checkpoint / "tokenizer_config.json")
             template = stored.get("chat_template")
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
@@ -141,21 +129,9 @@ def chat_template(checkpoint: Path) -> str:
     return re.sub(r"\r\n|\r", "\n", template).removesuffix("\n")
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file, or None if there is no file.
-
-    Raises:
-        CheckpointError: The file holds anything else.
-    """
-    if not path.is_file():
-        return None
-    try:
-        value = read_json(path)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}; save it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}; save it again")
-    return value
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a checkpoint, empty if there is no file."""
+    return read_json(path) if path.is_file() else {}
 
 
 def unsupported(path: Path, part: str, kind: str | None) -> CheckpointError:
@@ -195,10 +171,7 @@ def _meta_spaces(normalizer: dict[str, Any] | None, splitter: dict[str, Any] | N
 
 
 def _check_first(template: str, tokens: dict[str, str], added: list[dict[str, Any]], path: Path) -> None:
-    """Check that prompts begin with an added token, so that no text is the first one.
-
-    The engine does not know the position of a text in the prompt.
-    """
+    """Check that prompts begin with an added token, because the engine does not know which text is the first."""
     tokens = {name: text for name, text in tokens.items() if text}
     prompt = render(template, [{"role": "user", "content": "a"}], tokens)
     if prompt is None or not prompt.startswith(tuple(token["content"] for token in added)):
@@ -225,10 +198,8 @@ def _check_added_tokens(added: list[dict[str, Any]], normalizer: dict[str, Any] 
 
 
 def _check_post_processor(spec: dict[str, Any] | None, path: Path) -> None:
-    """Check that the post-processor does not change the ids of a chat.
-
-    ByteLevel only moves offsets, and transformers ignores templates for the text of a chat template.
-    """
+    """Check that the post-processor does not change the ids of a chat."""
+    # ByteLevel only moves offsets, and transformers ignores templates for the text of a chat template.
     if spec is None or spec["type"] in ("ByteLevel", "TemplateProcessing"):
         return
     if spec["type"] != "Sequence":
@@ -244,7 +215,7 @@ def _count_nfc(spec: dict[str, Any] | None) -> int:
 
 
 def _stop_ids(checkpoint: Path, config: dict[str, Any], ids: dict[str, int]) -> list[int]:
-    listed = (read_object(checkpoint / "generation_config.json") or {}).get("eos_token_id")
+    listed = read_object(checkpoint / "generation_config.json").get("eos_token_id")
     stop = {listed} if isinstance(listed, int) else set(listed or [])
     if text := _token_text(config.get("eos_token")):
         if text not in ids:

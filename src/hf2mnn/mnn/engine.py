@@ -47,13 +47,9 @@ def check_bundle(bundle: Path) -> Path:
 
 
 def run_worker(task: str, arguments: dict[str, Any], time_limit: float, python: Path | None = None) -> None:
-    """Run a task of `hf2mnn.mnn.worker` in a child process.
+    """Run a task of `hf2mnn.mnn.worker`, a module, in a child process, for at most `time_limit` seconds.
 
-    Args:
-        task: Name of the module.
-        arguments: The job, with absolute paths; the task writes its results where it says.
-        time_limit: Seconds after which the process is killed.
-        python: Interpreter of a toolchain with another release of MNN.
+    `arguments` are the job, with absolute paths also of results; `python` is the interpreter of another toolchain.
 
     Raises:
         BundleFault: The engine rejected the bundle or crashed on it.
@@ -84,20 +80,16 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float, python: 
         lines = [line.strip() for line in stdout.read_text(errors="replace").splitlines()]
     lines = [line for line in lines if line and not line.startswith(INFORMATION)]
     if status is None:
-        raise _crash(name, process.returncode, lines)
+        # Nothing in a bundle sends SIGKILL or SIGTERM.
+        if message := explain_kill(f"MNN's engine ({name})", process.returncode):
+            raise EngineStopped(message)
+        ended = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+        last = " / ".join(lines[-3:]) or "none"
+        message = f"MNN's engine died ({ended}) during {name}; its last output: {last}"
+        raise BundleFault(message, ended=ended, output=lines)
     if status.kind == "bundle_fault":
-        raise BundleFault(status.message, status.data["kind"], output=lines)
+        raise BundleFault(status.message, status.fault, output=lines)
     if status.kind == "machine":
         raise MachineError(status.message)
     if status.kind == "bug":
         raise EngineError(f"{name} failed in MNN's engine: {status.message}; this is a bug, report it with the log")
-
-
-def _crash(name: str, code: int, lines: list[str]) -> EngineError:
-    """Return the error for a process that ended with exit code `code` and without a status file."""
-    # Nothing in a bundle sends SIGKILL or SIGTERM.
-    if message := explain_kill(f"MNN's engine ({name})", code):
-        return EngineStopped(message)
-    ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-    last = " / ".join(lines[-3:]) or "none"
-    return BundleFault(f"MNN's engine died ({ended}) during {name}; its last output: {last}", ended=ended, output=lines)

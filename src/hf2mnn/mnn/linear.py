@@ -84,7 +84,7 @@ class _Builder:
 
     Attributes:
         names: Names of the graph's tensors.
-        inputs: Tensors in NC4HW4 by the tensors that they are made from; layers with the same input share them.
+        inputs: Tensors in NC4HW4 by their source tensors; layers with the same input share them.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -116,12 +116,9 @@ class _Builder:
 
 
 def restore_linear_layers(graph: Graph, weights: Path, biases: dict[str, np.ndarray]) -> None:
-    """Replace the opaque operators by MNN's own, and append their biases to the weight file.
+    """Replace the opaque operators of a graph by MNN's own, and append their `biases` to its weight file.
 
-    Args:
-        graph: The converted graph; changed in place.
-        weights: Its weight file.
-        biases: float32 [outputs] by the names of their initializers.
+    Biases are float32 [outputs] by the names of their initializers.
 
     Raises:
         ConversionError: The converter changed an opaque operator.

@@ -150,7 +150,7 @@ class _Decoder:
         return gate["outputIndexes"][0] in sources
 
     def origin(self, index: int, *types: str) -> int:
-        """Return the tensor that a tensor is made from by operators of these types alone."""
+        """Return the tensor before a chain of operators of these types that ends in a tensor."""
         while self.producers[index]["type"] in types:
             index = self.producers[index]["inputIndexes"][0]
         return index

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
@@ -61,28 +62,19 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, **option
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
 def environment(kind: type[Environment] = Environment) -> Environment:
     """Return a Jinja environment with the options of transformers for chat templates."""
     jinja = kind(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, Generation])
     jinja.filters["tojson"] = _tojson
-    jinja.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    jinja.globals["raise_exception"] = _raise_exception
+    jinja.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return jinja
 
 
 def render(template: str, chat: list[dict[str, Any]], tokens: dict[str, str]) -> str | None:
-    """Render a chat as transformers does, in a sandbox and for at most TEMPLATE_SECONDS.
+    """Render a chat as transformers does, with `tokens` (eos_token and bos_token); None if the template rejects it.
 
-    Args:
-        template: Untrusted chat template.
-        chat: Messages.
-        tokens: eos_token and bos_token, if they exist.
-
-    Returns:
-        The text, or None if the template rejects the chat.
+    The template is untrusted: it runs in a sandbox and for at most TEMPLATE_SECONDS.
     """
     sandbox = environment(ImmutableSandboxedEnvironment)
     try:
@@ -122,10 +114,7 @@ def _filter(node: nodes.Filter) -> str | None:
 def _construct(node: nodes.Node, condition: bool, macros: set[str]) -> str | None:
     """Return the name of a construct that the engine renders differently, else None.
 
-    Args:
-        node: The construct.
-        condition: Whether only the truth of its value matters.
-        macros: Names of the template's macros.
+    `condition` tells that only the truth of its value matters.
     """
     match node:
         case nodes.Call():
@@ -163,17 +152,6 @@ def _construct(node: nodes.Node, condition: bool, macros: set[str]) -> str | Non
     return name
 
 
-def _children(node: nodes.Node) -> Iterator[tuple[nodes.Node, bool]]:
-    """Yield children, and whether only the truth of their value matters."""
-    for field, value in node.iter_fields():
-        for child in value if isinstance(value, list) else [value]:
-            # The targets of a loop are a tuple that the engine does read.
-            if not isinstance(child, nodes.Node) or (isinstance(node, nodes.For) and field == "target"):
-                continue
-            operand = isinstance(node, (nodes.And, nodes.Or, nodes.Not))
-            yield child, operand or (field == "test" and isinstance(node, (nodes.If, nodes.CondExpr, nodes.For)))
-
-
 def _only_raises(node: nodes.Node) -> bool:
     """Return whether a node is an {% if %} around raise_exception alone, which no valid conversation enters."""
     if not isinstance(node, nodes.If) or node.elif_ or node.else_:
@@ -190,15 +168,18 @@ def _in_tree(node: nodes.Node, condition: bool, macros: set[str]) -> Iterator[tu
         return
     if name := _construct(node, condition, macros):
         yield node.lineno, name
-    for child, child_condition in _children(node):
-        yield from _in_tree(child, child_condition, macros)
+    for field, value in node.iter_fields():
+        tested = field == "test" and isinstance(node, (nodes.If, nodes.CondExpr, nodes.For))
+        for child in value if isinstance(value, list) else [value]:
+            # The targets of a loop are a tuple that the engine does read.
+            if isinstance(child, nodes.Node) and not (isinstance(node, nodes.For) and field == "target"):
+                yield from _in_tree(child, tested or isinstance(node, (nodes.And, nodes.Or, nodes.Not)), macros)
 
 
 def _in_tokens(template: str) -> Iterator[tuple[int, str]]:
     """Yield line and name of constructs that the syntax tree does not show."""
     tokens = [token for token in environment().lex(template) if token[1] != "whitespace"]
-    for index, (line, kind, value) in enumerate(tokens):
-        _, next_kind, next_value = tokens[index + 1] if index + 1 < len(tokens) else (0, "", "")
+    for (line, kind, value), (_, next_kind, next_value) in pairwise([*tokens, (0, "", "")]):
         if kind == "raw_begin":
             yield line, "{% raw %}"
         elif kind == "string" and re.search(rf"\\[^{re.escape(Jinja.ESCAPES)}]", value.replace("\\\\", "")):
@@ -238,9 +219,8 @@ def unsupported(template: str) -> list[str]:
 
 
 def engine_messages(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return messages in a form in which the engine's binding passes them on unchanged.
+    """Return messages in a form in which the engine's binding, which passes on texts alone, keeps them.
 
-    The binding passes on only texts under `role` and `content`. The engine replaces a message of the role `json` by the
-    message in its content.
+    The engine replaces a message of the role `json` by the message in its content.
     """
     return [{"role": "json", "content": json.dumps(message, ensure_ascii=False)} for message in messages]

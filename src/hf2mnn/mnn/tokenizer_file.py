@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -19,37 +18,24 @@ import numpy as np
 
 from hf2mnn.checkpoint.folder import LFS_POINTER
 from hf2mnn.core.errors import BundleError
+from hf2mnn.core.untrusted import read_bytes
 from hf2mnn.mnn.engine_facts import PIPELINE, TOKENIZER_KINDS, TOKENIZER_MAGIC, Decoder, Model, Normalizer, PreTokenizer
 
 HUGGINGFACE = "huggingface"
-MAX_SIZE = 1 << 28
-"""Largest size of a file in bytes; the largest vocabularies have a few million."""
-MAX_DEPTH = 8
-"""Largest depth of nested sequences in a normalizer, pre-tokenizer or decoder."""
+MAX_SIZE = 1 << 28  # bytes of a file; the largest vocabularies have a few million
+MAX_DEPTH = 8  # of nested sequences in a normalizer, pre-tokenizer or decoder
 
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """Contents of a tokenizer file.
+    """Contents of a tokenizer file."""
 
-    Attributes:
-        kind: A value of `TOKENIZER_KINDS`.
-        special: Ids of special tokens.
-        stop: Ids of end-of-text tokens.
-        tokens: Text by id, in the byte alphabet for byte-level BPE; b"" for a token that only `added` has.
-        merges: Rank by the texts of the two halves.
-        added: Text of added tokens by id.
-        template: Chat template, or "".
-        eos: End-of-text token, or "".
-        bos: Begin-of-text token, or "".
-    """
-
-    kind: str
-    special: tuple[int, ...]
-    stop: tuple[int, ...]
-    tokens: dict[int, bytes]
-    merges: dict[tuple[bytes, bytes], int]
-    added: dict[int, bytes]
+    kind: str  # a value of TOKENIZER_KINDS
+    special: tuple[int, ...]  # ids of special tokens
+    stop: tuple[int, ...]  # ids of end-of-text tokens
+    tokens: dict[int, bytes]  # text by id, in the byte alphabet for byte-level BPE; b"" for one that only `added` has
+    merges: dict[tuple[bytes, bytes], int]  # rank by the texts of the two halves
+    added: dict[int, bytes]  # text of added tokens by id
     template: str = ""
     eos: str = ""
     bos: str = ""
@@ -101,79 +87,56 @@ class _Cursor:
         return self.raw(self.number("H"))
 
 
-_Skip = Callable[[_Cursor, int], None]
-"""Function that moves a cursor past a part at a depth of nesting."""
-
-
-def _fields(form: str) -> _Skip:
-    """Return a function that skips u8 (B), u32 (I) and strings (s)."""
-
-    def skip(cursor: _Cursor, _: int) -> None:
-        for kind in form:
-            if kind == "s":
-                cursor.string()
-            else:
-                cursor.number(kind)
-
-    return skip
-
-
-def _table(cursor: _Cursor, _: int) -> None:
-    for _ in range(cursor.count(6)):
-        cursor.number("I")
-        cursor.string()
-
-
-def _bert(cursor: _Cursor, depth: int) -> None:
-    if cursor.raw(4)[2]:
-        _table(cursor, depth)
-
-
-def _sequence(parts: dict[int, _Skip]) -> _Skip:
-    def skip(cursor: _Cursor, depth: int) -> None:
-        for _ in range(cursor.count(1)):
-            _part(cursor, parts, depth + 1)
-
-    return skip
-
-
-NORMALIZERS: dict[int, _Skip] = {
-    Normalizer.NONE: _fields(""),
-    Normalizer.NFKC_WITHOUT_TABLE: _fields(""),
-    Normalizer.PREPEND: _fields("s"),
-    Normalizer.REPLACE: _fields("ss"),
-    Normalizer.BERT_WITHOUT_TABLE: _fields("BBBB"),
-    Normalizer.NFKC: _table,
-    Normalizer.BERT: _bert,
-    Normalizer.STRIP: _fields("BB"),
+# Fields of a part by its code: u8 (B), u32 (I), string (s), table of u32 and string (t), flags of BERT and their table
+# (b), sequence of parts (*).
+NORMALIZERS = {
+    Normalizer.NONE: "",
+    Normalizer.NFKC_WITHOUT_TABLE: "",
+    Normalizer.PREPEND: "s",
+    Normalizer.REPLACE: "ss",
+    Normalizer.SEQUENCE: "*",
+    Normalizer.BERT_WITHOUT_TABLE: "BBBB",
+    Normalizer.NFKC: "t",
+    Normalizer.BERT: "b",
+    Normalizer.STRIP: "BB",
 }
-NORMALIZERS[Normalizer.SEQUENCE] = _sequence(NORMALIZERS)
-PRE_TOKENIZERS: dict[int, _Skip] = {
-    PreTokenizer.NONE: _fields(""),
-    PreTokenizer.BYTE_LEVEL: _fields("B"),
-    PreTokenizer.DIGITS: _fields("B"),
-    PreTokenizer.METASPACE: _fields("sB"),
-    PreTokenizer.SPLIT: _fields("sBB"),
-    PreTokenizer.BERT: _fields(""),
+PRE_TOKENIZERS = {
+    PreTokenizer.NONE: "",
+    PreTokenizer.BYTE_LEVEL: "B",
+    PreTokenizer.DIGITS: "B",
+    PreTokenizer.METASPACE: "sB",
+    PreTokenizer.SPLIT: "sBB",
+    PreTokenizer.BERT: "",
+    PreTokenizer.SEQUENCE: "*",
 }
-PRE_TOKENIZERS[PreTokenizer.SEQUENCE] = _sequence(PRE_TOKENIZERS)
-DECODERS: dict[int, _Skip] = {
-    Decoder.BYTE_LEVEL: _fields(""),
-    Decoder.BYTE_FALLBACK: _fields(""),
-    Decoder.METASPACE: _fields("sB"),
-    Decoder.WORDPIECE: _fields("sB"),
-    Decoder.FUSE: _fields(""),
-    Decoder.REPLACE: _fields("ss"),
-    Decoder.STRIP: _fields("sII"),
+DECODERS = {
+    Decoder.BYTE_LEVEL: "",
+    Decoder.BYTE_FALLBACK: "",
+    Decoder.METASPACE: "sB",
+    Decoder.WORDPIECE: "sB",
+    Decoder.FUSE: "",
+    Decoder.REPLACE: "ss",
+    Decoder.STRIP: "sII",
+    Decoder.SEQUENCE: "*",
 }
-DECODERS[Decoder.SEQUENCE] = _sequence(DECODERS)
 
 
-def _part(cursor: _Cursor, parts: dict[int, _Skip], depth: int = 0) -> None:
+def _skip_part(cursor: _Cursor, parts: dict[int, str], depth: int = 0) -> None:
     code = cursor.number("B")
     if code not in parts or depth > MAX_DEPTH:
         cursor.fail(f"byte {cursor.position - 1} is {code}, which is not the code of a part")
-    parts[code](cursor, depth)
+    for field in parts[code]:
+        if field == "s":
+            cursor.string()
+        elif field == "*":
+            for _ in range(cursor.count(1)):
+                _skip_part(cursor, parts, depth + 1)
+        elif field == "t" or (field == "b" and cursor.raw(4)[2]):
+            for _ in range(cursor.count(6)):
+                cursor.number("I")
+                cursor.string()
+        elif field != "b":
+            cursor.number(field)
 
 
 def _vocabulary(cursor: _Cursor, count: int, extra: int = 0) -> dict[int, bytes]:
@@ -203,7 +166,9 @@ def _model(cursor: _Cursor) -> tuple[dict[int, bytes], dict[tuple[bytes, bytes],
             cursor.fail("a merge names a token that is not in the vocabulary")
         return tokens, {(tokens[left], tokens[right]): rank for left, right, rank in rows}
     if code == Model.WORDPIECE:
-        _fields("ssI")(cursor, 0)
+        for _ in range(2):
+            cursor.string()
+        cursor.number("I")
         return _vocabulary(cursor, count), {}
     if code == Model.UNIGRAM:
         cursor.raw(5)
@@ -219,10 +184,10 @@ def _text(cursor: _Cursor, raw: bytes) -> str:
 
 
 def _read_binary(cursor: _Cursor, special: tuple[int, ...], stop: tuple[int, ...]) -> TokenizerFile:
-    _part(cursor, NORMALIZERS)
-    _part(cursor, PRE_TOKENIZERS)
+    _skip_part(cursor, NORMALIZERS)
+    _skip_part(cursor, PRE_TOKENIZERS)
     tokens, merges = _model(cursor)
-    _part(cursor, DECODERS)
+    _skip_part(cursor, DECODERS)
     added = {}
     for _ in range(cursor.count(9)):
         number = cursor.number("I")
@@ -266,11 +231,9 @@ def parse_tokenizer(content: bytes, path: Path) -> TokenizerFile:
     cursor = _Cursor(content, 0, path)
     if content.startswith(LFS_POINTER):
         raise BundleError(f"{path} is a Git LFS pointer, not the tokenizer; run 'git lfs pull' in its folder")
-    head, counts, ids, *_ = (*content.split(b"\n", 3), b"", b"", b"")[:4]
+    header = content.split(b"\n", 3)[:3]
     try:
-        magic, kind = (int(number) for number in head.split())
-        sizes = [int(number) for number in counts.split()]
-        numbers = [int(number) for number in ids.split()]
+        (magic, kind), sizes, numbers = ([int(number) for number in line.split()] for line in header)
     except ValueError:
         cursor.fail(f"it does not begin with '{TOKENIZER_MAGIC}' and a kind")
     if magic != TOKENIZER_MAGIC or kind not in TOKENIZER_KINDS:
@@ -278,7 +241,7 @@ def parse_tokenizer(content: bytes, path: Path) -> TokenizerFile:
         cursor.fail(f"it begins with '{magic} {kind}', not with {expected}")
     if len(sizes) != 3 or min(sizes) < 0 or sum(sizes) != len(numbers) or min(numbers, default=0) < 0:
         cursor.fail(f"its second line does not count the {len(numbers)} ids of the third")
-    cursor.raw(len(head) + len(counts) + len(ids) + 3)
+    cursor.raw(sum(map(len, header)) + 3)
     special, stop = tuple(numbers[: sizes[0]]), tuple(numbers[sizes[0] : sizes[0] + sizes[1]])
     if kind == PIPELINE:
         return _read_binary(cursor, special, stop)
@@ -292,9 +255,8 @@ def read_tokenizer(path: Path) -> TokenizerFile:
         BundleError: The file is missing, too large, or as for `parse_tokenizer`.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_SIZE:
-            raise BundleError(f"{path} has {size} bytes, more than any tokenizer; copy or export it again")
-        return parse_tokenizer(path.read_bytes(), path)
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read ({error.strerror}); copy or export it again") from None
+        content = read_bytes(path, MAX_SIZE)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BundleError(f"{path} cannot be read ({reason}); copy or export it again") from None
+    return parse_tokenizer(content, path)

@@ -33,17 +33,8 @@ def cached_attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention with a KV cache, as a symbolic node for tracing.
 
-    Args:
-        query: [1, heads, s, d].
-        key: [1, kv heads, s, d].
-        value: [1, kv heads, s, d].
-        past_key: Cached keys [1, p, kv heads, d].
-        past_value: Cached values [1, p, kv heads, d].
-        mask: [1, 1, s, p + s], added to the scores.
-        scale: Factor of the scores.
-
-    Returns:
-        Context [1, s, heads, d], and the extended keys and values, [1, p + s, kv heads, d] each.
+    Queries are [1, heads, s, d], keys and values [1, kv heads, s, d], cached ones [1, p, kv heads, d], and the mask,
+    which is added to the scores, [1, 1, s, p + s]. Returns the context [1, s, heads, d] and the extended cached ones.
     """
     batch, heads, tokens, size = query.shape
     present = [batch, past_key.shape[1] + tokens, key.shape[1], size]
@@ -62,15 +53,7 @@ def full_attention(
 ) -> torch.Tensor:
     """Attention without a cache, as a symbolic node for tracing.
 
-    Args:
-        query: [1, heads, n, d].
-        key: [1, heads, n, d].
-        value: [1, heads, n, d].
-        mask: [1, n, n], added to the scores.
-        scale: Factor of the scores.
-
-    Returns:
-        Context [1, n, heads, d].
+    The inputs are [1, heads, n, d], the mask added to the scores [1, n, n], and the returned context [1, n, heads, d].
     """
     batch, heads, tokens, size = query.shape
     return torch.onnx.ops.symbolic(
@@ -90,70 +73,52 @@ class _Chain:
         self.name, self.nodes = name, []
 
     def __call__(self, op: str, *inputs: ir.Value, name: str, **attributes: object) -> ir.Value:
-        node = ir.node(op, list(inputs), attributes or None, name=f"{self.name}/{name}")
-        node.outputs[0].name = f"{self.name}/{name}"
-        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        self.nodes.append(node)
-        return node.outputs[0]
+        name = f"{self.name}/{name}"
+        # A constant's type is that of its tensor.
+        output = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT) if inputs else None)
+        self.nodes.append(ir.node(op, inputs, attributes, outputs=[output], name=name))
+        return output
 
-    def constant(self, value: np.ndarray, name: str) -> ir.Value:
-        node = ir.node(
-            "Constant", [], {"value": ir.tensor(value, name=f"{self.name}/{name}")}, name=f"{self.name}/{name}"
-        )
-        node.outputs[0].name = f"{self.name}/{name}"
-        self.nodes.append(node)
-        return node.outputs[0]
+    def constant(self, value: list[int] | np.ndarray, name: str) -> ir.Value:
+        return self("Constant", name=name, value=ir.tensor(np.asarray(value), name=f"{self.name}/{name}"))
 
-
-def _expand_heads(chain: _Chain, value: ir.Value, heads: int, kv_heads: int, shape: list[int], name: str) -> ir.Value:
-    """Repeat each key-value head for its group of query heads."""
-    if heads == kv_heads:
-        return value
-    group = heads // kv_heads
-    axis = chain.constant(np.array([2], np.int64), f"{name}_axis")
-    grouped = chain("Unsqueeze", value, axis, name=f"{name}_grouped")
-    times = chain.constant(np.array([1, 1, group, 1, 1], np.int64), f"{name}_times")
-    repeated = chain("Expand", grouped, times, name=f"{name}_repeated")
-    return chain(
-        "Reshape", repeated, chain.constant(np.array(shape, np.int64), f"{name}_shape"), name=f"{name}_per_query_head"
-    )
-
-
-def _dimensions(value: ir.Value) -> tuple[int, int]:
-    """Return heads and head_dim of a value [1, heads, tokens, head_dim]."""
-    return int(value.shape[1]), int(value.shape[3])
+    def expand_heads(self, value: ir.Value, group: int, shape: list[int], name: str) -> ir.Value:
+        """Repeat each key-value head for its group of query heads."""
+        axis = self.constant([2], f"{name}_axis")
+        grouped = self("Unsqueeze", value, axis, name=f"{name}_grouped")
+        times = self.constant([1, 1, group, 1, 1], f"{name}_times")
+        repeated = self("Expand", grouped, times, name=f"{name}_repeated")
+        return self("Reshape", repeated, self.constant(shape, f"{name}_shape"), name=f"{name}_per_query_head")
 
 
 def _expand_node(node: ir.Node, name: str) -> list[ir.Node]:
     chain = _Chain(name)
     query, key, value, *rest = node.inputs
-    heads, head_dim = _dimensions(query)
-    kv_heads, _ = _dimensions(key)
+    heads, head_dim, kv_heads = int(query.shape[1]), int(query.shape[3]), int(key.shape[1])
     swap = (0, 2, 1, 3)
     # The engine's operator takes [batch, tokens, heads, head_dim]; MNN matches the Transpose after it.
     query = chain("Transpose", query, name="query", perm=swap)
     key = chain("Transpose", key, name="key", perm=swap)
     value = chain("Transpose", value, name="value", perm=swap)
-    mask = rest[-1]
+    presents = []
     if node.op_type == CACHED:
-        past_key, past_value = rest[:2]
-        key = chain("Concat", past_key, key, name="present_key", axis=1)
-        value = chain("Concat", past_value, value, name="present_value", axis=1)
-    presents = [key, value]
+        key = chain("Concat", rest[0], key, name="present_key", axis=1)
+        value = chain("Concat", rest[1], value, name="present_value", axis=1)
+        presents = [key, value]
     query = chain("Transpose", query, name="query_heads", perm=swap)
     key = chain("Transpose", key, name="key_heads", perm=(0, 2, 3, 1))
     value = chain("Transpose", value, name="value_heads", perm=swap)
-    key = _expand_heads(chain, key, heads, kv_heads, [1, heads, head_dim, -1], "key")
-    value = _expand_heads(chain, value, heads, kv_heads, [1, heads, -1, head_dim], "value")
+    if heads > kv_heads:
+        key = chain.expand_heads(key, heads // kv_heads, [1, heads, head_dim, -1], "key")
+        value = chain.expand_heads(value, heads // kv_heads, [1, heads, -1, head_dim], "value")
     scores = chain("MatMul", query, key, name="scores")
-    scale = chain.constant(np.array(node.attributes["scale"].as_float(), np.float32), "scale")
+    scale = chain.constant(np.float32(node.attributes["scale"].as_float()), "scale")
     scores = chain("Mul", scores, scale, name="scaled")
-    scores = chain("Add", scores, mask, name="masked")
+    scores = chain("Add", scores, rest[-1], name="masked")
     weights = chain("Softmax", scores, name="weights", axis=-1)
     context = chain("MatMul", weights, value, name="context_heads")
     context = chain("Transpose", context, name="context", perm=swap)
-    outputs = [context, *presents] if node.op_type == CACHED else [context]
-    for old, new in zip(node.outputs, outputs, strict=True):
+    for old, new in zip(node.outputs, [context, *presents], strict=True):
         new.shape = old.shape
         old.replace_all_uses_with(new, replace_graph_outputs=True)
     return chain.nodes

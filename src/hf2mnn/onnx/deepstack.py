@@ -15,17 +15,7 @@ DEEPSTACK = "deepstack_embeds"
 
 
 def add_deepstack(model: ir.Model, layers: str, count: int, hidden: int) -> None:
-    """Add `deepstack_embeds` to the outputs of the first layers of a decoder graph with named tap points.
-
-    Args:
-        model: Decoder graph.
-        layers: Name of the list of layers.
-        count: Number of layers with deepstack features.
-        hidden: Hidden size.
-
-    Raises:
-        ExportError: The graph has no tap point for a layer.
-    """
+    """Add `deepstack_embeds` to the outputs of the first `count` of the `layers` of a decoder graph with tap points."""
     graph = model.graph
     embeds = ir.Value(name=DEEPSTACK, shape=ir.Shape([count, "seen", hidden]), type=ir.TensorType(ir.DataType.FLOAT))
     values = {value.name: value for node in graph for value in node.outputs}
@@ -35,10 +25,9 @@ def add_deepstack(model: ir.Model, layers: str, count: int, hidden: int) -> None
         output = values.get(f"{layers}.{layer}")
         if output is None:
             raise ExportError(f"the decoder graph has no tap point {layers}.{layer}; this is a bug, report it")
-        add = ir.node("Add", [output, features], name=f"deepstack_{layer}/added")
         features.name, features.type = f"deepstack_{layer}/seen", embeds.type
-        result = add.outputs[0]
-        result.name, result.type, result.shape = add.name, embeds.type, output.shape
+        result = ir.Value(name=f"deepstack_{layer}/added", type=embeds.type, shape=output.shape)
+        add = ir.node("Add", [output, features], outputs=[result], name=result.name)
         output.replace_all_uses_with(result)
         add.replace_input_with(0, output)
         graph.insert_after(output.producer(), add)

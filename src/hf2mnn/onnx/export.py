@@ -24,7 +24,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -41,8 +40,7 @@ from hf2mnn.onnx.tap_points import name_tap_points
 from hf2mnn.onnx.trace import OPSET, build_fake, trace_decoder, trace_vision
 from hf2mnn.onnx.weights import attach_weights, link_shards, save
 
-# All sizes differ, so that tracing cannot mistake one for another.
-SAMPLE_GRID = np.array([1, 4, 6])
+SAMPLE_GRID = np.array([1, 4, 6])  # all sizes differ, so that tracing cannot mistake one for another
 COPIED_SUFFIXES = (".json", ".txt", ".jinja")
 NOT_COPIED = ("manifest.json", "model.safetensors.index.json")
 
@@ -51,36 +49,21 @@ def embedding_graph(name: str, vocabulary: int, hidden: int) -> ir.Model:
     """Return a graph of one Gather from an initializer `name` without values, float32 [vocabulary, hidden]."""
     ids = ir.Value(name="input_ids", shape=ir.Shape([1, "tokens"]), type=ir.TensorType(ir.DataType.INT64))
     table = ir.Value(name=name, shape=ir.Shape([vocabulary, hidden]), type=ir.TensorType(ir.DataType.FLOAT))
-    node = ir.node("Gather", [table, ids], {"axis": 0}, name="embedding")
-    embeds = node.outputs[0]
-    embeds.name, embeds.type, embeds.shape = "inputs_embeds", table.type, ir.Shape([1, "tokens", hidden])
+    embeds = ir.Value(name="inputs_embeds", shape=ir.Shape([1, "tokens", hidden]), type=table.type)
+    node = ir.node("Gather", [table, ids], {"axis": 0}, outputs=[embeds], name="embedding")
     graph = ir.Graph([ids], [embeds], nodes=[node], initializers=[table], opset_imports={"": OPSET}, name="embedding")
     return ir.Model(graph, ir_version=10)
 
 
-def _with_weights_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Replace external initializers by graph inputs: the checker refuses hard links as a security risk."""
-    checked = onnx.ModelProto()
-    checked.CopyFrom(model)
-    del checked.graph.initializer[:]
-    for tensor in model.graph.initializer:
-        if uses_external_data(tensor):
-            info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            checked.graph.input.append(info)
-        else:
-            checked.graph.initializer.append(tensor)
-    return checked
-
-
 def check_graph(path: Path) -> None:
-    """Check a graph with `onnx.checker`, and that it has standard operators alone.
-
-    Raises:
-        ExportError: The graph is invalid, or uses an operator of another domain.
-    """
+    """Check a graph with `onnx.checker`, and that it has standard operators alone; else raise ExportError."""
     model = onnx.load(str(path), load_external_data=False)
+    # External initializers become inputs: the checker refuses hard links as a security risk.
+    for tensor in filter(uses_external_data, list(model.graph.initializer)):
+        model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        model.graph.initializer.remove(tensor)
     try:
-        onnx.checker.check_model(_with_weights_as_inputs(model), full_check=True)
+        onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{path.name} is not valid ONNX: {error}") from error
     foreign = {f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")}
@@ -88,19 +71,8 @@ def check_graph(path: Path) -> None:
         raise ExportError(f"{path.name} has operators outside of the ONNX standard: {', '.join(sorted(foreign))}")
 
 
-def sample_inputs(family: VisionFamily, info: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Return inputs of the vision graph for a black image of SAMPLE_GRID patches."""
-    patch = 3 * info["temporal_patch_size"] * info["patch_size"] ** 2
-    return family.vision_inputs(np.zeros((int(SAMPLE_GRID.prod()), patch), np.float32), SAMPLE_GRID, info)
-
-
 def export_graphs(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the graphs, model.json, and the checkpoint's configuration and tokenizer files.
-
-    Raises:
-        CheckpointError: Weights and configuration are not of the same model.
-        ExportError: An exported graph is invalid.
-    """
+    """Write the graphs, model.json, and the checkpoint's configuration and tokenizer files."""
     checkpoint.check()
     config = load_config(checkpoint)
     family, info = checkpoint.family, model_info(checkpoint)
@@ -111,7 +83,9 @@ def export_graphs(checkpoint: Checkpoint, folder: Path) -> None:
         "embedding": lambda: embedding_graph(family.embedding, info["vocab_size"], info["hidden_size"]),
     }
     if isinstance(family, VisionFamily):
-        graphs["vision"] = lambda: trace_vision(config, family, sample_inputs(family, info))
+        patches = np.zeros((SAMPLE_GRID.prod(), 3 * info["temporal_patch_size"] * info["patch_size"] ** 2), np.float32)
+        sample = family.vision_inputs(patches, SAMPLE_GRID, info)
+        graphs["vision"] = lambda: trace_vision(config, family, sample)
     for name, trace in graphs.items():
         print(f"tracing {name}", flush=True)
         model = trace()

@@ -16,11 +16,7 @@ from hf2mnn.core.untrusted import path_inside
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """Load an ONNX file without its external data.
-
-    Raises:
-        ExportError: The file is not a readable ONNX graph.
-    """
+    """Load an ONNX file without its external data, or raise ExportError."""
     try:
         return onnx.load(path, load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
@@ -28,11 +24,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
 
 def _stored(tensor: onnx.TensorProto, folder: Path) -> StoredTensor:
-    """Return the location of an external tensor.
-
-    Raises:
-        ExportError: The location is invalid or outside of the folder.
-    """
+    """Return the location of an external tensor, which must be in `folder`."""
     try:
         info, dtype = ExternalDataInfo(tensor), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         path, offset, shape = path_inside(folder, info.location), int(info.offset or 0), tuple(tensor.dims)
@@ -46,11 +38,7 @@ def _stored(tensor: onnx.TensorProto, folder: Path) -> StoredTensor:
 
 
 def stored_initializers(graph: Path) -> dict[str, StoredTensor]:
-    """Return the locations of an ONNX file's external initializers by name.
-
-    Raises:
-        ExportError: A file is missing or too short.
-    """
+    """Return the locations of an ONNX file's external initializers by name; raise ExportError if one does not exist."""
     initializers = {}
     for tensor in filter(uses_external_data, load_graph(graph).graph.initializer):
         stored = initializers[tensor.name] = _stored(tensor, graph.parent)
@@ -67,10 +55,7 @@ def stored_initializers(graph: Path) -> dict[str, StoredTensor]:
 class Matrices:
     """Constant matrices of a graph's operators: initializers, directly or through Cast and Transpose.
 
-    Attributes:
-        initializers: Initializers by name.
-        producers: Nodes by the names of their outputs.
-        folder: Folder of the graph, for `read`.
+    `folder` is that of the graph, for `read`.
     """
 
     def __init__(self, model: onnx.ModelProto, folder: Path = Path()) -> None:
@@ -104,11 +89,7 @@ class Matrices:
 
 
 def float_values(graph: Path) -> dict[str, np.ndarray]:
-    """Return the float32 constants and initializers inside an ONNX file, by name.
-
-    Raises:
-        ExportError: The data of one do not fit its shape.
-    """
+    """Return the float32 constants and initializers inside an ONNX file, by name."""
     model = load_graph(graph)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer if not uses_external_data(tensor)}
     for node in model.graph.node:
@@ -123,8 +104,8 @@ def float_values(graph: Path) -> dict[str, np.ndarray]:
 
 def initializer_values(graph: Path, rank: int) -> dict[str, np.ndarray]:
     """Return the float32 initializers and constants with `rank` axes, inside and outside of an ONNX file, by name."""
-    external = {name: stored for name, stored in stored_initializers(graph).items() if len(stored.shape) == rank}
     internal = {name: values for name, values in float_values(graph).items() if values.ndim == rank}
+    external = {name: stored for name, stored in stored_initializers(graph).items() if len(stored.shape) == rank}
     return internal | {name: stored.rows(0, stored.shape[0]) for name, stored in external.items()}
 
 

@@ -34,11 +34,6 @@ def identical_layers(module: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]
     return (name, layers) if identical else None
 
 
-def keep_traced_layers(module: torch.nn.Module, name: str, layers: torch.nn.ModuleList) -> None:
-    """Remove all but the traced layers from a module."""
-    module.set_submodule(name, torch.nn.ModuleList(layers[:TRACED]))
-
-
 def _dependent_nodes(graph: ir.Graph, values: list[ir.Value]) -> list[ir.Node]:
     """Return the nodes that depend on one of these values, in order."""
     reached, nodes = set(values), []
@@ -49,142 +44,104 @@ def _dependent_nodes(graph: ir.Graph, values: list[ir.Value]) -> list[ir.Node]:
     return nodes
 
 
-class _Pattern:
-    """Nodes of the second traced layer.
+def _uses(nodes: list[ir.Node], users: list[ir.Node]) -> dict[ir.Value, list[ir.Usage]]:
+    """Return the uses by `users` of each output of `nodes` that has any, in the order of the outputs."""
+    outputs, inside = [value for node in nodes for value in node.outputs], set(users)
+    uses = {value: [use for use in value.uses() if use.node in inside] for value in outputs}
+    return {value: own for value, own in uses.items() if own}
+
+
+def _operators(values: dict[ir.Value, list[ir.Usage]]) -> list[tuple]:
+    """Return for each value the operators that compute and use it, and the indices of the inputs."""
+    users = [sorted((use.node.op_type, use.idx) for use in uses) for uses in values.values()]
+    return [(value.producer().op_type, own) for value, own in zip(values, users, strict=True)]
+
+
+class _Layers:
+    """Traced layers of a graph.
 
     Nodes that depend on no weight of the next layer, as the first half of its normalization, belong to this layer.
-
-    Attributes:
-        nodes: Nodes to copy.
-        entries: Values of the layer before that they use.
-        exits: Values of theirs that the next layer uses, in the order in which they are computed.
-        entry_uses: Uses of each entry in this layer.
-        exit_uses: Uses of each exit in the next layer.
     """
 
-    def __init__(self, graph: ir.Graph, own: list[list[ir.Value]]) -> None:
-        """Find the pattern; `own` are the weights and graph inputs of each of the traced layers."""
-        first, second, third = (_dependent_nodes(graph, values) for values in own)
-        after = set(third)
+    def __init__(self, graph: ir.Graph, prefix: str, inputs: str, outputs: str) -> None:
+        self.graph, self.prefix, self.inputs, self.outputs = graph, prefix, inputs, outputs
+        first, second, third = (_dependent_nodes(graph, self.own_values(layer)) for layer in range(TRACED))
+        before, after = set(second), set(third)
+        # Nodes of the second layer, the pattern to copy.
         self.nodes = [node for node in second if node not in after]
-        inside = set(self.nodes)
-        before = [value for node in first if node not in set(second) for value in node.outputs]
-        outputs = [value for node in self.nodes for value in node.outputs]
-        self.entries = [value for value in before if any(use.node in inside for use in value.uses())]
-        self.exits = [value for value in outputs if any(use.node in after for use in value.uses())]
-        self.exit_uses = [[use for use in value.uses() if use.node in after] for value in self.exits]
-        self.entry_uses = [[use for use in value.uses() if use.node in inside] for value in self.entries]
+        # Values of the first layer that they use, and values of theirs that the third layer uses, with the uses.
+        self.entries = _uses([node for node in first if node not in before], self.nodes)
+        self.exits = _uses(self.nodes, third)
 
-    @property
-    def repeatable(self) -> bool:
-        """Whether the next layer uses the exits as this layer uses the entries."""
-        entries, exits = (
-            [
-                (value.producer().op_type, sorted((use.node.op_type, use.idx) for use in uses))
-                for value, uses in zip(values, all_uses, strict=True)
-            ]
-            for values, all_uses in ((self.entries, self.entry_uses), (self.exits, self.exit_uses))
-        )
-        return bool(self.nodes) and entries == exits
-
-
-class _Names:
-    """Names of a layer's values: weights by a prefix, and one input and one output of the graph."""
-
-    def __init__(self, prefix: str, inputs: str, outputs: str) -> None:
-        self.prefixes = (prefix, inputs, outputs)
+    def own_values(self, layer: int) -> list[ir.Value]:
+        """Return a layer's weights and graph input."""
+        prefix = f"{self.prefix}{layer}."
+        weights = [value for name, value in self.graph.initializers.items() if name.startswith(prefix)]
+        return weights + [value for value in self.graph.inputs if value.name == f"{self.inputs}{layer}"]
 
     def renumber(self, name: str, old: int, new: int) -> str:
-        """Return the name of layer `new` for a name of layer `old`."""
-        for prefix in filter(None, self.prefixes):
+        """Return the name in layer `new` for a name in layer `old`."""
+        for prefix in filter(None, (self.prefix, self.inputs, self.outputs)):
             if name == f"{prefix}{old}" or name.startswith(f"{prefix}{old}."):
                 return f"{prefix}{new}{name.removeprefix(f'{prefix}{old}')}"
         return f"{name}/{new}"
 
-    def own_values(self, graph: ir.Graph, layer: int) -> list[ir.Value]:
-        """Return a layer's weights and graph input."""
-        prefix, inputs, _ = self.prefixes
-        weights = [value for name, value in graph.initializers.items() if name.startswith(f"{prefix}{layer}.")]
-        return weights + [value for value in graph.inputs if value.name == f"{inputs}{layer}"]
+    def move_last(self, index: int) -> None:
+        """Give the third layer the number `index`."""
+        old, initializers = TRACED - 1, self.graph.initializers
+        results = [value for value in self.graph.outputs if value.name == f"{self.outputs}{old}"]
+        for value in self.own_values(old) + results:
+            is_weight = initializers.pop(value.name, None) is not None
+            value.name = self.renumber(value.name, old, index)
+            if is_weight:
+                initializers[value.name] = value
 
+    def copy(self, index: int, values: dict[ir.Value, ir.Value]) -> list[ir.Node]:
+        """Return the nodes of a copy of the second layer as layer `index`; its weights, inputs and outputs are added.
 
-def _renumber_layer(graph: ir.Graph, names: _Names, old: int, new: int) -> None:
-    for value in names.own_values(graph, old):
-        if value.name in graph.initializers:
-            graph.initializers.pop(value.name)
-            value.name = names.renumber(value.name, old, new)
-            graph.initializers[value.name] = value
-        else:
-            value.name = names.renumber(value.name, old, new)
-    for value in graph.outputs:
-        if value.name == f"{names.prefixes[2]}{old}":
-            value.name = names.renumber(value.name, old, new)
+        `values` has the new layer's value for each entry of the second, and gets those for all its other values.
+        """
 
+        def renumbered(value: ir.Value) -> ir.Value:
+            name = self.renumber(value.name, 1, index)
+            new = values[value] = ir.Value(name=name, shape=copy.deepcopy(value.shape), type=value.type)
+            return new
 
-def _value_like(original: ir.Value, name: str) -> ir.Value:
-    return ir.Value(name=name, shape=copy.deepcopy(original.shape), type=original.type)
-
-
-def _copy_layer(
-    graph: ir.Graph, pattern: _Pattern, names: _Names, index: int, values: dict[ir.Value, ir.Value]
-) -> list[ir.Node]:
-    """Copy the pattern as layer `index`.
-
-    Args:
-        graph: Graph to add weights, inputs and outputs to.
-        pattern: Pattern.
-        names: Names of the layer's values.
-        index: Number of the new layer.
-        values: The new layer's values by those of the pattern; has the entries, and gets the others.
-
-    Returns:
-        The new nodes.
-    """
-    for value in names.own_values(graph, 1):
-        new = values[value] = _value_like(value, names.renumber(value.name, 1, index))
-        if value.name in graph.initializers:
-            graph.initializers[new.name] = new
-        else:
-            graph.inputs.append(new)
-    nodes = []
-    for node in pattern.nodes:
-        inputs = [values.get(value, value) for value in node.inputs]
-        outputs = [_value_like(value, names.renumber(value.name, 1, index)) for value in node.outputs]
-        name = names.renumber(node.name or outputs[0].name, 1, index)
-        attributes = list(node.attributes.values())
-        nodes.append(ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs, name=name))
-        for original, new in zip(node.outputs, outputs, strict=True):
-            values[original] = new
-            if original in graph.outputs:
-                graph.outputs.append(new)
-    return nodes
+        for value in self.own_values(1):
+            new = renumbered(value)
+            if value.name in self.graph.initializers:
+                self.graph.initializers[new.name] = new
+            else:
+                self.graph.inputs.append(new)
+        nodes = []
+        for node in self.nodes:
+            inputs = [values.get(value, value) for value in node.inputs]
+            outputs = [renumbered(value) for value in node.outputs]
+            name = self.renumber(node.name or outputs[0].name, 1, index)
+            attributes = list(node.attributes.values())
+            nodes.append(ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs, name=name))
+            self.graph.outputs.extend(values[value] for value in node.outputs if value in self.graph.outputs)
+        return nodes
 
 
 def repeat_layers(model: ir.Model, prefix: str, count: int, inputs: str = "", outputs: str = "") -> bool:
     """Extend the three traced layers of a graph to `count` layers.
 
-    Args:
-        model: Graph.
-        prefix: Prefix of the names of layers' weights, as "model.layers." in "model.layers.0.mlp.up_proj.weight".
-        count: Number of layers.
-        inputs: Prefix of graph inputs that each layer has for itself.
-        outputs: Prefix of graph outputs that each layer has for itself.
-
-    Returns:
-        False, with the graph unchanged, if the third layer does not use the second as the second uses the first.
+    `prefix` begins the names of weights, as "model.layers." in "model.layers.0.mlp.up_proj.weight", `inputs` and
+    `outputs` those of the graph inputs and outputs of each layer. Returns False, with the graph unchanged, if the third
+    layer does not use the second as the second uses the first.
     """
-    graph, names = model.graph, _Names(prefix, inputs, outputs)
-    pattern = _Pattern(graph, [names.own_values(graph, layer) for layer in range(TRACED)])
-    if not pattern.repeatable:
+    layers = _Layers(model.graph, prefix, inputs, outputs)
+    if not layers.nodes or _operators(layers.entries) != _operators(layers.exits):
         return False
-    _renumber_layer(graph, names, TRACED - 1, count - 1)
-    last, exits = pattern.nodes[-1], pattern.exits
+    layers.move_last(count - 1)
+    last, exits = layers.nodes[-1], list(layers.exits)
     for index in range(TRACED - 1, count - 1):
-        values = dict(zip(pattern.entries, exits, strict=True))
-        nodes = _copy_layer(graph, pattern, names, index, values)
-        graph.insert_after(last, nodes)
-        last, exits = nodes[-1], [values[value] for value in pattern.exits]
-    for uses, value in zip(pattern.exit_uses, exits, strict=True):
+        values = dict(zip(layers.entries, exits, strict=True))
+        nodes = layers.copy(index, values)
+        model.graph.insert_after(last, nodes)
+        last, exits = nodes[-1], [values[value] for value in layers.exits]
+    for uses, value in zip(layers.exits.values(), exits, strict=True):
         for use in uses:
             use.node.replace_input_with(use.idx, value)
     return True

@@ -19,8 +19,7 @@ import onnxruntime
 from hf2mnn.families import get_family
 from hf2mnn.onnx.deepstack import DEEPSTACK
 
-Image = tuple[np.ndarray, np.ndarray]
-"""pixel_values float32 [patches, patch values], grid_thw int64 [3]."""
+Image = tuple[np.ndarray, np.ndarray]  # pixel_values float32 [patches, patch values], grid_thw int64 [3]
 
 
 def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
@@ -40,12 +39,7 @@ def causal_mask(past: int, tokens: int) -> np.ndarray:
 
 
 class KVCache:
-    """Keys, values and positions of a conversation's tokens; may be truncated to continue from an earlier token.
-
-    Attributes:
-        past: float32 [layers, 2, 1, tokens, kv heads, head_dim].
-        positions: int64 [position_rows, tokens].
-    """
+    """Keys, values and positions of a conversation's tokens; may be truncated to continue from an earlier token."""
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, position_rows: int) -> None:
         self.past = np.zeros((layers, 2, 1, 0, kv_heads, head_dim), np.float32)
@@ -77,21 +71,12 @@ class KVCache:
 
 
 class OnnxModel:
-    """Graphs of a model.
-
-    Attributes:
-        folder: Folder of the `export` stage.
-        info: Contents of model.json.
-        family: Family of the model.
-    """
+    """Graphs of a model, with the contents of model.json as `info`."""
 
     def __init__(self, folder: Path | str, threads: int = 0, embedding: np.ndarray | None = None) -> None:
-        """Open the graphs.
+        """Open the graphs of the `export` stage's folder; with 0 `threads` ONNX Runtime chooses.
 
-        Args:
-            folder: Folder of the `export` stage.
-            threads: Threads; with 0 ONNX Runtime chooses.
-            embedding: Embedding matrix, float32 [vocabulary, hidden], in place of the graph's.
+        `embedding` is a matrix float32 [vocabulary, hidden] in place of the graph's.
         """
         self.folder = Path(folder)
         self.info = json.loads((self.folder / "model.json").read_text())
@@ -106,20 +91,11 @@ class OnnxModel:
         return KVCache(*sizes, self.family.position_rows)
 
     def embed_image(self, image: Image) -> list[np.ndarray]:
-        """Run the vision graph.
-
-        Returns:
-            image_embeds float32 [image tokens, hidden], and with deepstack the features float32
-            [layers, image tokens, hidden].
-        """
+        """Return float32 image_embeds [image tokens, hidden], with deepstack also features [layers, tokens, hidden]."""
         return self._graphs["vision"].run(None, self.family.vision_inputs(*image, self.info))
 
     def embed(self, input_ids: np.ndarray, images: list[Image]) -> dict[str, np.ndarray]:
-        """Return the decoder's inputs for int64 ids [tokens], with image tokens replaced by image embeddings.
-
-        Returns:
-            `inputs_embeds` float32 [1, tokens, hidden], and with deepstack `deepstack_embeds`.
-        """
+        """Return the decoder's inputs for int64 ids [tokens], with image tokens replaced by image embeddings."""
         ids = np.asarray(input_ids, np.int64)
         run = self._graphs["embedding"].run
         embeds = run(None, {"input_ids": ids[None]})[0] if self._embedding is None else self._embedding[ids][None]
@@ -140,22 +116,14 @@ class OnnxModel:
     def prefill(
         self, cache: KVCache, input_ids: np.ndarray, images: list[Image] | None = None, all_logits: bool = False
     ) -> np.ndarray:
-        """Run tokens after those in the cache, and append them; a decoding step is a call with one token.
-
-        Args:
-            cache: Cache of the conversation.
-            input_ids: int64 [tokens].
-            images: Images of these tokens.
-            all_logits: Return the logits of all tokens.
+        """Run int64 ids [tokens] after those in the cache, and append them; a decoding step is a call with one token.
 
         Returns:
-            float32 [tokens, vocabulary] with `all_logits`, else [1, vocabulary] of the last token.
+            Logits float32 [tokens, vocabulary] with `all_logits`, else [1, vocabulary] of the last token.
         """
-        images = images or []
-        input_ids, past = np.asarray(input_ids, np.int64), len(cache)
+        images, input_ids, past = images or [], np.asarray(input_ids, np.int64), len(cache)
         grids = [grid for _, grid in images]
-        positions = self.family.position_ids(input_ids, grids, self.info)
-        positions = positions + cache.next_position
+        positions = self.family.position_ids(input_ids, grids, self.info) + cache.next_position
         logits, presents = self._graphs["decoder"].run(
             ["logits", "presents"],
             {

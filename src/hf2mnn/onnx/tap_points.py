@@ -1,4 +1,4 @@
-"""Name tap points in an ONNX graph (`hf2mnn.reference.tap_points`), and add graph outputs and inputs at them.
+"""Name tap points in an ONNX graph (`hf2mnn.reference.golden`), and add graph outputs and inputs at them.
 
 The value `model.language_model.layers.0.self_attn.q_proj` is the output of that module's forward, as in PyTorch.
 """
@@ -91,17 +91,13 @@ def outputs_by_module(model: onnx.ModelProto) -> dict[str, str]:
 def add_outputs(model: onnx.ModelProto, names: list[str]) -> None:
     """Make values outputs of the graph."""
     present = {value.name for value in model.graph.output}
-    new = [onnx.helper.make_empty_tensor_value_info(name) for name in names if name not in present]
-    model.graph.output.extend(new)
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names if name not in present)
 
 
 def replace_with_inputs(model: onnx.ModelProto, tap_points: list[str]) -> dict[str, str]:
-    """Replace all uses of tap points by new graph inputs.
+    """Replace all uses of tap points by new graph inputs, and return the names of these by tap point.
 
     The part from one tap point to the next can then be compared alone, on the values of another runtime.
-
-    Returns:
-        Names of the inputs by tap point.
     """
     used = {name for node in model.graph.node for name in node.input}
     inputs = {name: f"{name}/fed" for name in tap_points if name in used}

@@ -7,24 +7,18 @@ MB) and dequantized weights of prequantized checkpoints are written as float32.
 
 from __future__ import annotations
 
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.external_data import convert_tensors_to_external
 
 from hf2mnn.checkpoint.folder import Checkpoint
-from hf2mnn.checkpoint.tensors import StoredTensor
 from hf2mnn.core.files import link_or_copy
 
 FLOAT, TRANSPOSED = ".float", ".T"
 """Suffixes of a weight's value after its cast and its transposition: `x.weight.float`, `x.weight.float.T`."""
-MAX_INLINE_BYTES = 1024
-"""Bytes of the largest tensor that is stored in the graph itself."""
-
-
-def _read(checkpoint: Checkpoint, parameter: str, shape: tuple[int, ...]) -> ir.Tensor:
-    return ir.Tensor(checkpoint.tensor(parameter).float().reshape(shape).numpy(), name=parameter)
+MAX_INLINE_BYTES = 1024  # bytes of the largest tensor that is stored in the graph itself
 
 
 def _is_transpose(node: ir.Node) -> bool:
@@ -34,27 +28,15 @@ def _is_transpose(node: ir.Node) -> bool:
 def _is_matrix(value: ir.Value) -> bool:
     """Return whether only linear layers and embeddings use a weight, directly or through a transposition."""
     weight_inputs = {"MatMul": 1, "Gemm": 1, "Gather": 0}
-    uses = [use for user in value.uses() for use in _skip_transpose(user)]
-    return len(value.shape) == 2 and all(weight_inputs.get(use.node.op_type) == use.idx for use in uses)
-
-
-def _skip_transpose(use: ir.Usage) -> list[ir.Usage]:
-    return list(use.node.outputs[0].uses()) if _is_transpose(use.node) else [use]
-
-
-def _external_tensor(stored: StoredTensor, name: str) -> ir.ExternalTensor:
-    dtype = ir.DataType.from_numpy(stored.dtype)
-    shape = ir.Shape(stored.shape)
-    return ir.ExternalTensor(stored.path.name, stored.offset, stored.size, dtype, shape=shape, name=name)
+    uses = [use.node.outputs[0].uses() if _is_transpose(use.node) else [use] for use in value.uses()]
+    return len(value.shape) == 2 and all(weight_inputs.get(use.node.op_type) == use.idx for use in chain(*uses))
 
 
 def _insert_cast(graph: ir.Graph, value: ir.Value) -> ir.Value:
     """Cast a weight to float32 for all its uses."""
-    node = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{value.name}{FLOAT}")
-    cast = node.outputs[0]
-    cast.name, cast.shape, cast.type = node.name, value.shape, ir.TensorType(ir.DataType.FLOAT)
+    cast = ir.Value(name=f"{value.name}{FLOAT}", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
     value.replace_all_uses_with(cast)
-    node.replace_input_with(0, value)
+    node = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, outputs=[cast], name=cast.name)
     graph.insert_before(graph[0], node)
     return cast
 
@@ -65,27 +47,28 @@ def _attach(graph: ir.Graph, value: ir.Value, checkpoint: Checkpoint) -> None:
     stored = checkpoint.stored(parameter)
     float_value = value
     if stored is not None and _is_matrix(value):
-        value.const_value = _external_tensor(stored, parameter)
-        value.type = ir.TensorType(value.const_value.dtype)
-        if value.const_value.dtype != ir.DataType.FLOAT:
+        dtype, sides = ir.DataType.from_numpy(stored.dtype), ir.Shape(stored.shape)
+        value.const_value = ir.ExternalTensor(
+            stored.path.name, stored.offset, stored.size, dtype, shape=sides, name=parameter
+        )
+        value.type = ir.TensorType(dtype)
+        if dtype != ir.DataType.FLOAT:
             float_value = _insert_cast(graph, value)
     else:
-        values = partial(_read, checkpoint, parameter, shape)
-        value.const_value = ir.LazyTensor(values, ir.DataType.FLOAT, ir.Shape(shape), name=parameter, cache=False)
+
+        def read() -> ir.Tensor:
+            return ir.Tensor(checkpoint.tensor(parameter).float().reshape(shape).numpy(), name=parameter)
+
+        value.const_value = ir.LazyTensor(read, ir.DataType.FLOAT, ir.Shape(shape), name=parameter, cache=False)
     for node in [use.node for use in float_value.uses() if _is_transpose(use.node)]:
         node.outputs[0].name = f"{float_value.name}{TRANSPOSED}"
 
 
 def attach_weights(model: ir.Model, checkpoint: Checkpoint) -> None:
-    """Attach a value to every initializer that has none.
-
-    Raises:
-        CheckpointError: A weight is missing or its shape differs from the configuration.
-    """
-    graph = model.graph
-    for value in list(graph.initializers.values()):
+    """Attach a value to every initializer that has none; raise CheckpointError if its weight is missing or differs."""
+    for value in list(model.graph.initializers.values()):
         if value.const_value is None:
-            _attach(graph, value, checkpoint)
+            _attach(model.graph, value, checkpoint)
 
 
 def link_shards(model: ir.Model, checkpoint: Checkpoint, folder: Path) -> None:
@@ -93,12 +76,8 @@ def link_shards(model: ir.Model, checkpoint: Checkpoint, folder: Path) -> None:
 
     ONNX Runtime follows neither symbolic links nor paths out of the folder, so these are hard links or copies.
     """
-    names = {
-        value.const_value.location
-        for value in model.graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
-    for name in sorted(map(str, names)):
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    for name in sorted({str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}):
         if not (folder / name).exists():
             link_or_copy((checkpoint.folder / name).resolve(), folder / name)
 
@@ -109,14 +88,10 @@ def save(model: ir.Model, path: Path) -> None:
     Metadata of the exporter (stack traces with local paths, names of torch) is removed, so that a model gives the same
     bytes on any machine.
     """
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    for node in model.graph:
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
+    outputs = (value for node in model.graph for value in node.outputs)
+    values = [*outputs, *model.graph.inputs, *model.graph.initializers.values()]
+    for item in [model, model.graph, *model.graph, *values]:
+        item.metadata_props.clear()
     own = [
         value
         for value in model.graph.initializers.values()

@@ -1,1 +1,1 @@
-"""Weights in fewer bits: the format that MNN reads, the choice of scales and of bits, and import of what is packed."""
+"""Quantization of weights: MNN's format, methods, mixed precision, and import of prequantized checkpoints."""

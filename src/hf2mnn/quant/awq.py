@@ -15,7 +15,7 @@ from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.layer_inputs import Activations, Calibrated, check_finite
 from hf2mnn.quant.rounding import RoundRows, round_rows
 from hf2mnn.quant.weights import Operator, WeightFile
-from hf2mnn.reference.tap_points import evenly_spaced
+from hf2mnn.reference.golden import evenly_spaced
 
 POWERS = np.linspace(0, 1, 21)
 SAMPLED_ROWS = 256
@@ -48,10 +48,7 @@ def search_fold(
 ) -> np.ndarray | None:
     """Search the scales of a fold, float32 [output channels of `fold.smooth_layer`]; None if no scaling is best.
 
-    Args:
-        fold: The fold.
-        layers: Balance layers, each with some rows of its weight, float32 [rows, inputs], and its format.
-        activations: Recorded inputs.
+    Each balance layer comes with some rows of its weight, float32 [rows, inputs], and its format.
     """
     name = layers[0][0].name
     magnitudes = fold.reduce(np.abs(activations.rows(name)).mean(axis=0))

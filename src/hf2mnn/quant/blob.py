@@ -271,13 +271,9 @@ def parse_header(blob: bytes, size: int, count: int, wide: bool, name: str) -> H
 
 
 def _zero_values(alpha: np.ndarray, bits: int) -> np.ndarray:
-    """Return int8 [blocks]: the q that is nearest to a weight of 0.
+    """Return int8 [blocks], the q nearest to a weight of 0, from pairs of the weight at the lowest q and the scale.
 
     As in C, halves are rounded away from 0, and numbers that are no int8 lose their upper bits.
-
-    Args:
-        alpha: Pairs of the weight at the lowest q and the scale.
-        bits: Bits of q.
     """
     lowest = -(1 << bits - 1)
     (minima, scales), limit = alpha.reshape(-1, 2).T, 2.0**31

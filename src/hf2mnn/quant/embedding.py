@@ -26,11 +26,7 @@ TIED = "tie_embeddings"
 
 
 def check_tied(model: dict[str, Any], form: WeightFormat) -> None:
-    """Check that the engine can read the embedding from lm_head.
-
-    Args:
-        model: Content of model.json.
-        form: Format of lm_head.
+    """Check that the engine can read the embedding from an lm_head of format `form`; `model` is model.json.
 
     Raises:
         QuantizationError: The model is not tied, or the format has other bits than 4 or 8.
@@ -83,15 +79,9 @@ def parse_tied(stored: Any) -> dict[str, Any] | None:
 
 
 def embedding_in_weights(model: dict[str, Any]) -> bool:
-    """Return whether the engine reads the embedding from the decoder's weight file.
+    """Return whether the engine reads the embedding from the decoder's weight file; `model` is llm_config.json.
 
-    An embedding at offset 0 is quantized, but in a file of its own.
-
-    Args:
-        model: Content of llm_config.json.
-
-    Raises:
-        BundleError: `tie_embeddings` is invalid.
+    An embedding at offset 0 is quantized, but in a file of its own. Raises BundleError if `tie_embeddings` is invalid.
     """
     tied = parse_tied(model.get(TIED))
     return tied is not None and tied["weight_offset"] != 0
@@ -156,11 +146,7 @@ def pair_with_checkpoint(rows: Iterator[np.ndarray], table: StoredTensor) -> Ite
 
 
 def embedding_blocks(bundle: Path, onnx_folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield rows of a bundle's embedding and of the checkpoint's, as `pair_with_checkpoint` does.
-
-    Raises:
-        BundleError: The embedding is truncated.
-    """
+    """Yield rows of a bundle's embedding and of the checkpoint's, as `pair_with_checkpoint` does."""
     table, tied = embedding_table(onnx_folder), read_tied(bundle)
     path = bundle / (f"{DECODER}.weight" if tied else EMBEDDING)
     return pair_with_checkpoint(embedding_rows(path, tied, table.shape), table)

@@ -63,13 +63,7 @@ def check_format(operator: Operator, form: WeightFormat) -> WeightFormat:
 def choose_formats(
     operators: Iterable[Operator], base: WeightFormat, overrides: dict[str, dict[str, Any]], part: str
 ) -> dict[str, WeightFormat]:
-    """Return the format of every operator by name.
-
-    Args:
-        operators: Operators of a part.
-        base: Format of the part.
-        overrides: Settings of a plan by operator.
-        part: Name of the part, for error messages.
+    """Return the format of every operator of a part: `base`, with a plan's `overrides` by operator.
 
     Raises:
         QuantizationError: The plan has an unknown operator, or an operator cannot have its format.

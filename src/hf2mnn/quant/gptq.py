@@ -24,14 +24,10 @@ DAMPING = 0.01
 
 
 def inverse_cholesky(H: np.ndarray, name: str) -> np.ndarray:
-    """Return Hinv, float32 [inputs, inputs], of H with damping.
-
-    Args:
-        H: float32 [inputs, inputs].
-        name: Name of the operator, for error messages.
+    """Return Hinv of H with damping, both float32 [inputs, inputs].
 
     Raises:
-        QuantizationError: H is not finite.
+        QuantizationError: H of the operator `name` is not finite.
     """
     H = H.astype(np.float64)
     check_finite(H, name)
@@ -93,16 +89,7 @@ def _gptq(rows, block, low, high, symmetric, half, Hinv, steps, shares, q, scale
 
 
 def gptq_rows(rows: np.ndarray, bits: int, block: int, symmetric: bool, scale_bits: int, Hinv: np.ndarray) -> Quantized:
-    """Quantize rows of a weight independently of each other.
-
-    Args:
-        rows: float32 [rows, inputs].
-        bits: 2 to 8.
-        block: A divisor of the inputs; 0 for one block a row.
-        symmetric: Whether there are no zero points.
-        scale_bits: 16 or 32.
-        Hinv: float32 [inputs, inputs] from `inverse_cholesky`.
-    """
+    """Quantize rows of a weight as `round_rows` does, with Hinv from `inverse_cholesky`."""
     count, inputs = rows.shape
     block = block or inputs
     shape = (count, inputs // block)

@@ -39,12 +39,7 @@ class Methods:
     """
 
     def __init__(self, calibration: Path | None = None, checkpoint: Path | None = None) -> None:
-        """Open the inputs of methods.
-
-        Args:
-            calibration: Folder of the calibrate stage, for awq and gptq.
-            checkpoint: Folder of the fetch stage, for checkpoint.
-        """
+        """Open the folder of the calibrate stage for awq and gptq, and that of the fetch stage for checkpoint."""
         activations = Activations(calibration) if calibration else None
         self.awq = Awq(activations)
         self._methods: dict[str, Method] = {name: DataFree(name) for name in DATA_FREE}

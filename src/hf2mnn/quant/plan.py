@@ -38,10 +38,6 @@ def expected_divergence(measured: pd.DataFrame, errors: np.ndarray) -> np.ndarra
 
     Linear interpolation between the logarithms of measured errors and divergences; outside of their range the
     divergence is proportional to the square of the error, its limit for small errors.
-
-    Args:
-        measured: Measurements of the operator, with columns weight_error and mean_kld.
-        errors: Weight errors, float64.
     """
     table = measured[measured["weight_error"] > 0].sort_values("weight_error")
     if table.empty:
@@ -58,11 +54,8 @@ def expected_divergence(measured: pd.DataFrame, errors: np.ndarray) -> np.ndarra
 def options(measured: pd.DataFrame, candidates: pd.DataFrame, tied: bool) -> pd.DataFrame:
     """Return `candidates` with a column `kld`, the expected divergence.
 
-    Args:
-        measured: Measurements of all operators.
-        candidates: Formats of all operators, with their weight errors.
-        tied: Whether the engine reads the embedding from lm_head. Then the divergence of lm_head includes that of the
-            embedding, and formats from which the engine cannot read it are left out.
+    If the engine reads the embedding from lm_head (`tied`), the divergence of lm_head includes that of the embedding,
+    and formats from which the engine cannot read it are left out.
     """
     groups = []
     for name, group in candidates.groupby("operator", sort=False):
@@ -77,11 +70,7 @@ def options(measured: pd.DataFrame, candidates: pd.DataFrame, tied: bool) -> pd.
 
 
 def solve(table: pd.DataFrame, most_bytes: int) -> pd.DataFrame:
-    """Choose one row per operator with the smallest sum of kld; of equal sums, the one with fewer bytes.
-
-    Args:
-        table: Formats of operators, with columns operator, bytes, kld and weights.
-        most_bytes: Largest sum of bytes.
+    """Choose one row of `table` per operator with the smallest sum of kld; of equal sums, the one with fewer bytes.
 
     Raises:
         QuantizationError: The smallest formats are larger than `most_bytes`.
@@ -126,13 +115,7 @@ def _cheapest(table: pd.DataFrame, names: list[str], most_bytes: int) -> pd.Data
 
 
 def write_plan(chosen: pd.DataFrame, head: list[str], path: Path) -> None:
-    """Write plan.yaml: a line per operator, to read, to edit and to name in config.yaml.
-
-    Args:
-        chosen: A row per operator.
-        head: Comments above.
-        path: Output file.
-    """
+    """Write a line for each row of `chosen`, to read, to edit and to name in config.yaml; `head` are comments."""
     lines = [f"# {line}" for line in head]
     for part, rows in chosen.groupby("part", sort=False):
         lines.append(f"{part}:")
@@ -170,15 +153,7 @@ def with_bytes(candidates: pd.DataFrame, layers: list[Operator]) -> pd.DataFrame
 def make_plan(
     sensitivity: Path, onnx_folder: Path, graphs: Manifest, folder: Path, budget: Budget, embedding: str
 ) -> dict[str, Any]:
-    """Write plan.yaml.
-
-    Args:
-        sensitivity: Folder of the sensitivity stage.
-        onnx_folder: Folder of the export stage.
-        graphs: Verified manifest of the convert stage.
-        folder: Output folder.
-        budget: Largest size.
-        embedding: "file" or "lm_head".
+    """Write plan.yaml to `folder`; `graphs` is the verified manifest of the convert stage.
 
     Returns:
         bits_per_weight, weight_bytes, and expected_kld in nats.
@@ -210,14 +185,9 @@ def make_plan(
 
 
 def _other_bytes(graphs: Manifest, layers: list[Operator], tied: bool) -> int:
-    """Return an upper bound on the bytes of a bundle beside the weights of its operators.
+    """Return an upper bound on the bytes of a bundle without the weights of its operators.
 
-    The JSON form of a graph is longer than its .mnn file.
-
-    Args:
-        graphs: Manifest of the convert stage.
-        layers: Operators of all parts.
-        tied: Whether the embedding has no file of its own.
+    The JSON form of a graph is longer than its .mnn file. If the model is `tied`, the embedding has no file.
     """
     sizes = {name: entry["size"] for name, entry in graphs.outputs.items()}
     embedding = sizes[EMBEDDING_FILE] if tied else 0

@@ -21,10 +21,9 @@ from hf2mnn.core.progress import progress, steps
 from hf2mnn.metrics import kl_divergence
 from hf2mnn.quant.formats import CANDIDATES, EMBEDDING, LM_HEAD, MEASURED
 from hf2mnn.quant.rounding import round_rows
-from hf2mnn.reference.golden import Golden, GoldenExample, sample_examples
-from hf2mnn.reference.mapped_weights import override_weight
+from hf2mnn.reference.golden import Golden, GoldenExample, evenly_spaced, sample_examples
+from hf2mnn.reference.model import override_weight
 from hf2mnn.reference.pytorch import ReferenceModel, prompt_and_answer
-from hf2mnn.reference.tap_points import evenly_spaced
 
 BITS = tuple(range(2, 9))
 BLOCKS = (32, 64, 128, 0)
@@ -36,14 +35,7 @@ SAMPLED_ROWS = 128
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight that can be quantized.
-
-    Attributes:
-        name: Name of the operator.
-        part: "decoder" or "vision".
-        module: Its PyTorch module.
-        blocks: Blocks that divide its inputs.
-    """
+    """A weight that can be quantized, of a part of the model; `blocks` divide its inputs."""
 
     name: str
     part: str
@@ -148,14 +140,6 @@ def measure_sensitivity(
 
     measured.csv has columns part, operator, bits, weight_error, mean_kld; candidates.csv has part, operator, bits,
     block, weight_error.
-
-    Args:
-        checkpoint: Folder of the fetch stage.
-        calibration: Folder of the reference stage for the calibration set.
-        folder: Output folder.
-        bits: Bits to measure with.
-        examples: Examples to measure with.
-        weights: "resident", "mapped" or "auto".
 
     Returns:
         Numbers of `operators` and of `positions`, and where the `weights` were.

@@ -56,15 +56,12 @@ class Choice:
 
 
 class Part:
-    """A graph of a model on its way into a bundle.
+    """A graph of a model with its operators and float weights.
 
     Attributes:
         name: "decoder" or "vision".
         file: Name of the .mnn file.
         modules: Modules by output of the ONNX graph.
-        graph: The graph.
-        operators: Its operators with weights.
-        weights: Their float weights.
     """
 
     def __init__(self, name: str, onnx_folder: Path, graphs: Path) -> None:
@@ -92,14 +89,7 @@ class Part:
     def write(
         self, folder: Path, formats: dict[str, WeightFormat], methods: Methods, model: dict[str, Any], threads: int
     ) -> tuple[pd.DataFrame, list[Operator]]:
-        """Write the .mnn file and its weight file.
-
-        Args:
-            folder: Folder of the bundle.
-            formats: Format of each operator by name.
-            methods: Quantizes the operators.
-            model: Content of model.json.
-            threads: Number of threads.
+        """Write the .mnn file and its weight file; `model` is model.json.
 
         Returns:
             A row for each operator, and the operators of the written file.
@@ -134,15 +124,7 @@ class Part:
 def make_variant(
     onnx_folder: Path, graphs: Path, folder: Path, choice: Choice, methods: Methods, threads: int
 ) -> dict[str, Any]:
-    """Write a bundle to `folder`.
-
-    Args:
-        onnx_folder: Folder of the export stage.
-        graphs: Folder of the convert stage.
-        folder: Output folder.
-        choice: Settings of the bundle.
-        methods: Quantizes the operators.
-        threads: Number of threads; the bytes are the same for any number.
+    """Write a bundle to `folder`; its bytes do not depend on the number of threads.
 
     Returns:
         `weights`, `weight_bytes` and `bits_per_weight` of all operators, and `embedding_bytes` beside lm_head.

@@ -123,11 +123,7 @@ def _invalid(op: Op, reason: str) -> QuantizationError:
 
 
 def operators(graph: Graph, modules: dict[str, str] | None = None) -> list[Operator]:
-    """Return every operator with a weight, in the order of the graph.
-
-    Args:
-        graph: The graph.
-        modules: Modules by output, from `module_names`.
+    """Return every operator with a weight, in the order of the graph; `modules` are from `module_names`.
 
     Raises:
         QuantizationError: A weight is inside the graph, or the description of an operator is invalid.

@@ -36,14 +36,7 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows of an operator, encoded.
-
-    Attributes:
-        weights: Bytes of the weights.
-        scales: Bytes of the scales.
-        error: Sum of squared errors.
-        norm: Sum of squared weights.
-    """
+    """Encoded rows of an operator, with their sums of squared errors and squared weights."""
 
     weights: bytes
     scales: bytes
@@ -171,17 +164,7 @@ def write_weights(
     threads: int,
     label: str,
 ) -> tuple[Graph, pd.DataFrame]:
-    """Write a weight file.
-
-    Args:
-        graph: A float graph.
-        layers: Its operators.
-        source: Its weights.
-        destination: The .mnn.weight file to write.
-        formats: Format of each operator, by name.
-        methods: Quantizes each operator.
-        threads: Number of threads.
-        label: Label of the progress bar.
+    """Write the weights of a float graph, `layers` from `source`, to the .mnn.weight file `destination`.
 
     Returns:
         The graph of the new weight file, and a row for each operator: its shape, its format, its bytes, and the

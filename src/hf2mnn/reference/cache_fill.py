@@ -7,23 +7,20 @@ from collections.abc import Callable
 import numpy as np
 
 SINGLE_CALL = "at once"
-CHUNK = 7
-"""Tokens of a chunk: not a multiple of any tile size of the engine's kernels."""
-ROLLED_BACK = 3
-"""Tokens that the multi-turn way appends and removes again."""
-
-Feed = Callable[[list[int]], np.ndarray]
-"""Function from token ids, appended to the cache, to their logits [tokens, vocabulary]."""
+CHUNK = 7  # tokens of a chunk: not a multiple of any tile size of the engine's kernels
+ROLLED_BACK = 3  # tokens that the multi-turn way appends and removes again
 
 
-def logits_by_fill(ids: list[int], start: Callable[[], None], feed: Feed, truncate: Callable[[int], None]) -> dict:
+def logits_by_fill(
+    ids: list[int],
+    start: Callable[[], None],
+    feed: Callable[[list[int]], np.ndarray],
+    truncate: Callable[[int], None],
+) -> dict[str, np.ndarray]:
     """Return the logits [tokens, vocabulary] of a text for each way of filling the cache.
 
-    Args:
-        ids: Token ids of the text.
-        start: Resets the cache to its state before the text.
-        feed: Appends tokens to the cache and returns their logits.
-        truncate: Removes the last n tokens from the cache.
+    `start` resets the cache to its state before the text, `feed` appends tokens and returns their logits, and
+    `truncate` removes the last n tokens.
     """
 
     def chunks(size: int) -> np.ndarray:
@@ -33,17 +30,12 @@ def logits_by_fill(ids: list[int], start: Callable[[], None], feed: Feed, trunca
     def multi_turn() -> np.ndarray:
         """Feed a first turn, decode an answer and remove it, then feed the second turn."""
         start()
-        half = len(ids) // 2
+        half, answer = len(ids) // 2, ids[:ROLLED_BACK]
         first = feed(ids[:half])
-        answer = ids[:ROLLED_BACK]
         for token in answer:
             feed([token])
         truncate(len(answer))
         return np.concatenate([first, feed(ids[half:])])
 
-    return {
-        SINGLE_CALL: chunks(len(ids)),
-        "token by token": chunks(1),
-        "in chunks": chunks(CHUNK),
-        "multi-turn": multi_turn(),
-    }
+    sizes = {SINGLE_CALL: len(ids), "token by token": 1, "in chunks": CHUNK}
+    return {name: chunks(size) for name, size in sizes.items()} | {"multi-turn": multi_turn()}

@@ -13,6 +13,7 @@ them, or absent. `metric`, a key of `hf2mnn.reference.tasks.METRICS`, compares a
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -26,14 +27,14 @@ from hf2mnn.reference.tasks import METRICS
 
 NAME = "examples.jsonl"
 MAX_FILE_BYTES = 1 << 28
+# PIL has others, among them PostScript, for which it starts an interpreter.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Formats to read. PIL has others, among them PostScript, for which it starts an interpreter."""
+# Kinds of message parts that chat templates accept and evaluation sets must not have.
 UNSUPPORTED_PARTS = {
     "video": "a video, which MNN 3.6.1 cannot read; add its frames as images",
     "audio": "audio, which no model family supports; remove it",
     "image_url": "an image_url; name a file of the set as {'type': 'image', 'image': FILE}",
 }
-"""Kinds of message parts that chat templates accept and evaluation sets must not have."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,12 @@ def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def image_names(messages: list[dict[str, Any]]) -> list[str]:
-    """Return the file names of a conversation's images, in order.
-
-    Chat templates accept a part as an image by its type or by its key "image".
-    """
+    """Return a conversation's image files in order; chat templates know an image by its type or its key "image"."""
     parts = [part for message in messages for part in content_parts(message)]
     return [part["image"] for part in parts if part.get("type") == "image" or "image" in part]
 
 
 def _answers(record: dict[str, Any], where: str) -> tuple[list[str] | None, str]:
-    """Return the accepted answers and the metric of a record."""
     answers, metric = record.get("answer"), record.get("metric", "exact")
     if answers is None and "metric" in record:
         raise EvaluationSetError(f"{where} has a metric and no answer; add an answer, see docs/evaluation.md")
@@ -78,9 +75,8 @@ def _answers(record: dict[str, Any], where: str) -> tuple[list[str] | None, str]
             f"{where} has an unknown metric {metric!r}; choose one of {', '.join(METRICS)}, see docs/evaluation.md"
         )
     answers = [answers] if isinstance(answers, str) else answers
-    if answers is not None and not (
-        isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)
-    ):
+    is_list = isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)
+    if answers is not None and not is_list:
         raise EvaluationSetError(
             f"{where} has an answer that is neither a string nor a list of strings; see docs/evaluation.md"
         )
@@ -111,15 +107,9 @@ def _parse(line: str, where: str, folder: Path) -> Example:
     try:
         record = parse_json(line)
         answers, metric = _answers(record, where)
-        example = Example(
-            id=record["id"],
-            category=record.get("category", "any"),
-            language=record.get("language", "any"),
-            messages=record["messages"],
-            answers=answers,
-            metric=metric,
-        )
-        if not isinstance(example.category, str) or not isinstance(example.language, str):
+        category, language = record.get("category", "any"), record.get("language", "any")
+        example = Example(record["id"], category, language, record["messages"], answers, metric)
+        if not isinstance(category, str) or not isinstance(language, str):
             raise TypeError("category and language must be strings")
         check_messages(example.messages, folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -132,11 +122,7 @@ def _parse(line: str, where: str, folder: Path) -> Example:
 
 
 def read_examples(folder: Path) -> list[Example]:
-    """Read an evaluation set.
-
-    Raises:
-        EvaluationSetError: The file is missing or empty, a line is invalid, or two examples have one id.
-    """
+    """Read an evaluation set, or raise EvaluationSetError if it is missing, empty or invalid, or has an id twice."""
     path = Path(folder) / NAME
     try:
         lines = read_bytes(path, MAX_FILE_BYTES).decode().split("\n")
@@ -149,11 +135,9 @@ def read_examples(folder: Path) -> list[Example]:
     except ValueError as error:
         raise EvaluationSetError(f"{path} cannot be read ({error}); see docs/evaluation.md") from None
     examples = [_parse(line, f"{path}:{number}", Path(folder)) for number, line in enumerate(lines, 1) if line.strip()]
-    ids: set[str] = set()
-    for example in examples:
-        if example.id in ids:
-            raise EvaluationSetError(f"{path} uses the id {example.id} twice; give each example its own")
-        ids.add(example.id)
+    for name, uses in Counter(example.id for example in examples).items():
+        if uses > 1:
+            raise EvaluationSetError(f"{path} uses the id {name} twice; give each example its own")
     if not examples:
         raise EvaluationSetError(f"{path} holds no examples; add some, see docs/evaluation.md")
     return examples
@@ -165,11 +149,7 @@ def image_files(examples: list[Example], folder: Path) -> dict[str, Path]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an RGB image.
-
-    Raises:
-        EvaluationSetError: The file is missing or is not an image.
-    """
+    """Read an RGB image, or raise EvaluationSetError if the file is missing or is not an image."""
     try:
         with warnings.catch_warnings():
             # PIL only warns up to twice its limit of pixels.

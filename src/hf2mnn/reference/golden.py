@@ -1,4 +1,10 @@
-"""Read the stored reference: inputs and golden outputs as numpy arrays, loaded one example at a time."""
+"""Read the stored reference: inputs and golden outputs as numpy arrays, loaded one example at a time.
+
+Tap points are named intermediate tensors at which PyTorch, ONNX Runtime and MNN are compared: the output of each module
+with a weight and of each block, and of each attention `.query` and `.key` after RoPE and `.context` before the output
+projection. In every runtime a tap point has the name of its module in the transformers model: `hf2mnn.onnx.tap_points`
+gives these names to values of the ONNX graphs, and MNN's converter keeps them.
+"""
 
 from __future__ import annotations
 
@@ -12,98 +18,81 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from hf2mnn.reference.tap_points import evenly_spaced
-
 EXAMPLES, TENSORS, ACTIVATIONS = "examples.json", "golden.safetensors", "activations.safetensors"
 PROBES = "probes"
 """Key in the metadata of ACTIVATIONS: JSON object from the kind of a probe to its example."""
 PROBE_INPUTS = ("ids", "inputs_embeds", "position_ids", "deepstack_embeds")
 """Tensors of a probe that are no tap points."""
+MAX_ROWS = 32
+"""Rows (tokens or patches) stored of each tap point; few enough for models of any size."""
 
 
 @dataclass(frozen=True)
 class GoldenExample:
-    """Example with the reference's answer.
-
-    Attributes:
-        expected: Accepted answers; None for an example without labels.
-        metric: Metric of `hf2mnn.reference.tasks` that compares the answer with `expected`.
-        prompt: Messages as the checkpoint's chat template renders it.
-        input_ids: Token ids of the prompt, int64 [n].
-        position_ids: int64 [position_rows, n].
-        answer_ids: Greedy answer with its stop id, int64 [m].
-        logits: float32 [m, vocabulary]; row i is the one whose argmax is answer_ids[i].
-    """
+    """Example with the reference's answer."""
 
     id: str
     category: str
     language: str
-    expected: list[str] | None
-    metric: str
+    expected: list[str] | None  # None for an example without labels
+    metric: str  # of `hf2mnn.reference.tasks`
     answer: str
     messages: list[dict[str, Any]]
-    prompt: str
+    prompt: str  # messages as rendered by the chat template
     images: list[str]
-    input_ids: np.ndarray
-    position_ids: np.ndarray
-    answer_ids: np.ndarray
-    logits: np.ndarray
+    input_ids: np.ndarray  # of the prompt, int64 [n]
+    position_ids: np.ndarray  # int64 [position_rows, n]
+    answer_ids: np.ndarray  # greedy answer with its stop id, int64 [m]
+    logits: np.ndarray  # float32 [m, vocabulary]; the argmax of row i is answer_ids[i]
 
 
 @dataclass(frozen=True)
 class GoldenImage:
-    """Image with the reference's preprocessing and embeddings.
-
-    Attributes:
-        pixel_values: float32 [patches, values].
-        grid_thw: int64 [3].
-        embeds: Outputs of the vision tower, float32 [rows, hidden], as `VisionFamily.concat_outputs` joins them.
-        original: uint8 RGB [height, width, 3].
-        resized: uint8 RGB [height, width, 3], as the image processor resizes it.
-    """
+    """Image with the reference's preprocessing and embeddings."""
 
     name: str
-    pixel_values: np.ndarray
-    grid_thw: np.ndarray
-    embeds: np.ndarray
-    original: np.ndarray
-    resized: np.ndarray
+    pixel_values: np.ndarray  # float32 [patches, values]
+    grid_thw: np.ndarray  # int64 [3]
+    embeds: np.ndarray  # outputs of the vision tower, joined by `VisionFamily.concat_outputs`: float32 [rows, hidden]
+    original: np.ndarray  # uint8 RGB [height, width, 3]
+    resized: np.ndarray  # by the image processor, uint8 RGB [height, width, 3]
 
 
 @dataclass(frozen=True)
 class GoldenProbe:
-    """Example with its tap points: one forward call over prompt and answer.
+    """Example with its tap points: one forward call over prompt and answer."""
 
-    Attributes:
-        kind: "text" or "image".
-        ids: int64 [tokens].
-        inputs_embeds: float32 [tokens, hidden], with image embeddings.
-        position_ids: int64 [position_rows, tokens].
-        tap_points: float32 [stored rows, values] by name (`hf2mnn.reference.tap_points`).
-        deepstack_embeds: float32 [layers, tokens, hidden]; None without deepstack.
-    """
-
-    kind: str
+    kind: str  # "text" or "image"
     id: str
     images: list[str]
-    ids: np.ndarray
-    inputs_embeds: np.ndarray
-    position_ids: np.ndarray
-    tap_points: dict[str, np.ndarray]
-    deepstack_embeds: np.ndarray | None = None
+    ids: np.ndarray  # int64 [tokens]
+    inputs_embeds: np.ndarray  # float32 [tokens, hidden], with image embeddings
+    position_ids: np.ndarray  # int64 [position_rows, tokens]
+    tap_points: dict[str, np.ndarray]  # float32 [stored rows, values] by name
+    deepstack_embeds: np.ndarray | None = None  # float32 [layers, tokens, hidden]
 
     def split_after_images(self, image_token_id: int | None) -> tuple[list[int], list[int]]:
         """Return the tokens up to the end of the last image, and the tokens after it."""
-        tokens = np.flatnonzero(self.ids == (-1 if image_token_id is None else image_token_id))
+        tokens = np.flatnonzero(self.ids == image_token_id)
         end = int(tokens[-1]) + 1 if len(tokens) else 0
         return self.ids[:end].tolist(), self.ids[end:].tolist()
 
 
+def evenly_spaced(count: int, most: int = MAX_ROWS) -> np.ndarray:
+    """Return at most `most` evenly spaced indices of `count` rows, with the first and the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+
+
+def as_matrix(value: np.ndarray) -> np.ndarray:
+    """Reshape the value of a tap point, [1, rows, ...] or [rows, ...], to [rows, values]."""
+    value = value[0] if value.ndim > 2 and value.shape[0] == 1 else value
+    return value.reshape(len(value), -1)
+
+
 def collapse_repeats(ids: np.ndarray, token: int | None) -> np.ndarray:
     """Reduce each run of `token` to one: the number of tokens of an image does not depend on the tokenizer."""
-    repeated = np.zeros(len(ids), bool)
-    repeated[1:] = ids[1:] == ids[:-1]
-    return ids if token is None else ids[(ids != token) | ~repeated]
+    repeated = np.diff(ids, prepend=-1) == 0
+    return ids[(ids != token) | ~repeated]
 
 
 def sample_examples(records: list[dict[str, Any]], count: int) -> list[str]:
@@ -124,14 +113,12 @@ class Golden:
         """Contents of examples.json."""
         return json.loads((self.folder / EXAMPLES).read_text(encoding="utf-8"))
 
-    def _tensor(self, *name: str) -> np.ndarray:
-        return self._file.get_tensor("/".join(name))
-
     def examples(self) -> Iterator[GoldenExample]:
         """Yield all examples, in the order of the evaluation set."""
         for record in self.records:
-            arrays = ("input_ids", "position_ids", "answer_ids", "logits")
-            yield GoldenExample(**record, **{name: self._tensor("examples", record["id"], name) for name in arrays})
+            names = ("input_ids", "position_ids", "answer_ids", "logits")
+            arrays = {name: self._file.get_tensor(f"examples/{record['id']}/{name}") for name in names}
+            yield GoldenExample(**record, **arrays)
 
     def image_names(self) -> list[str]:
         """Return the file names of all images, sorted."""
@@ -140,7 +127,7 @@ class Golden:
     def image(self, name: str) -> GoldenImage:
         """Load an image by its file name."""
         arrays = ("pixel_values", "grid_thw", "embeds", "original", "resized")
-        return GoldenImage(name, **{array: self._tensor("images", name, array) for array in arrays})
+        return GoldenImage(name, **{array: self._file.get_tensor(f"images/{name}/{array}") for array in arrays})
 
     def probes(self) -> Iterator[GoldenProbe]:
         """Yield the "image" and the "text" probe; a set without such an example has no such probe."""

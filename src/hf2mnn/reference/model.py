@@ -1,33 +1,113 @@
-"""Load a checkpoint with transformers in float32; problems that transformers only warns of are errors."""
+"""Load a checkpoint with transformers in float32; problems that transformers only warns of are errors.
+
+The matrices of linear layers and embeddings may stay memory-mapped, and are cast to float32 while their layer runs. The
+cast from bfloat16 or float16 is exact, and a mapped layer makes the same call on the same numbers as one with a float32
+weight, so the results are bit-identical. One float32 matrix is in memory at a time; the operating system may drop
+mapped pages and read them again.
+"""
 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers.initialization import no_init_weights
 
 from hf2mnn.checkpoint.architecture import load_config, model_class, transformers_errors
 from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.machine.hardware import available_memory
-from hf2mnn.reference.mapped_weights import map_matrices, skip_matrix_allocation
 
-OVERHEAD = 1_500_000_000
-"""Bytes of a stage's memory for libraries and activations."""
+OVERHEAD = 1_500_000_000  # bytes of a stage's memory for libraries and activations
 
 
-def _uninitialized_model(checkpoint: Checkpoint) -> torch.nn.Module:
-    """Build the model of config.json in float32, with undefined weights."""
-    config = load_config(checkpoint)
-    with transformers_errors(checkpoint), no_init_weights():
-        model = model_class(checkpoint)._from_config(config, dtype=torch.float32)
-        if (checkpoint.folder / "generation_config.json").exists():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.folder)
-    model.tie_weights()
-    return model
+class _Mapped:
+    """Layer with a mapped weight."""
+
+    stored: torch.Tensor  # weight [outputs, inputs] in the dtype of the checkpoint
+    # Memory for the float32 values of the largest matrix, shared by all layers of a model. Allocating it for each call
+    # takes six times as long, most of it in page faults.
+    buffer: torch.Tensor
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Copy of the weight in float32."""
+        return self.stored.float()
+
+
+class MappedLinear(_Mapped, torch.nn.Linear):
+    """Linear layer with a mapped weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Apply the layer."""
+        weight = self.stored
+        if weight.dtype != torch.float32:
+            weight = self.buffer[: weight.numel()].view(weight.shape).copy_(weight)
+        return torch.nn.functional.linear(input, weight, self.bias)
+
+
+class MappedEmbedding(_Mapped, torch.nn.Embedding):
+    """Embedding with a mapped weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Apply the layer."""
+        return torch.nn.functional.embedding(input, self.stored).float()
+
+
+# Not of derived classes, whose forward may differ.
+MAPPED_CLASSES: dict[type, type] = {torch.nn.Linear: MappedLinear, torch.nn.Embedding: MappedEmbedding}
+
+
+@contextmanager
+def skip_matrix_allocation() -> Iterator[None]:
+    """Allocate no memory for the matrices of models that are built inside the block; `map_matrices` sets them."""
+    register = torch.nn.Module.register_parameter
+
+    def register_empty(module: torch.nn.Module, name: str, value: torch.nn.Parameter | None) -> None:
+        if type(module) in MAPPED_CLASSES and name == "weight":
+            value = torch.nn.Parameter(value.to("meta"), requires_grad=False)
+        register(module, name, value)
+
+    torch.nn.Module.register_parameter = register_empty
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register
+
+
+def map_matrices(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Map the weights of linear layers and embeddings of a model that was built under `skip_matrix_allocation`.
+
+    A tied lm_head shares the mapping of the embedding. A missing weight or another shape is a CheckpointError.
+    """
+    modules = {name: module for name, module in model.named_modules() if type(module) in MAPPED_CLASSES}
+    sizes = [module.weight.numel() for module in modules.values() if isinstance(module, torch.nn.Linear)]
+    buffer = torch.empty(max(sizes, default=0))
+    # One mapping for each file: safe_open maps the whole file.
+    files = {path: safe_open(path, "pt") for path in set(checkpoint.shards.values())}
+    for name, module in modules.items():
+        checkpoint.check_shape(f"{name}.weight", module.weight.shape)
+        stored = checkpoint.find(f"{name}.weight")
+        del module._parameters["weight"]
+        module.__class__ = MAPPED_CLASSES[type(module)]
+        module.stored, module.buffer = files[checkpoint.shards[stored]].get_tensor(stored), buffer
+
+
+@contextmanager
+def override_weight(module: torch.nn.Module, weight: torch.Tensor) -> Iterator[None]:
+    """Run `module` with another float32 weight inside the block; modules tied to it keep theirs."""
+    name = "stored" if isinstance(module, _Mapped) else "weight"
+    original = getattr(module, name)
+    override = weight.reshape(original.shape)
+    setattr(module, name, override if name == "stored" else torch.nn.Parameter(override, requires_grad=False))
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
 
 
 def _load_tensors(checkpoint: Checkpoint, mapped: bool) -> torch.nn.Module:
@@ -35,12 +115,13 @@ def _load_tensors(checkpoint: Checkpoint, mapped: bool) -> torch.nn.Module:
 
     For AWQ and GPTQ checkpoints, transformers needs kernels of other packages, most of which run in float16 on a GPU.
     Here the model has the exact float32 values of their quantized weights.
-
-    Raises:
-        CheckpointError: A tensor is missing or has another shape.
     """
-    with skip_matrix_allocation() if mapped else nullcontext():
-        model = _uninitialized_model(checkpoint)
+    config = load_config(checkpoint)
+    with skip_matrix_allocation() if mapped else nullcontext(), transformers_errors(checkpoint), no_init_weights():
+        model = model_class(checkpoint)._from_config(config, dtype=torch.float32)
+        if (checkpoint.folder / "generation_config.json").exists():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.folder)
+    model.tie_weights()
     if mapped:
         map_matrices(model, checkpoint)
     parameters = model.state_dict()
@@ -53,18 +134,10 @@ def _load_tensors(checkpoint: Checkpoint, mapped: bool) -> torch.nn.Module:
 
 
 def choose_weight_storage(checkpoint: Checkpoint, weights: str, reserved: int = 0) -> tuple[str, str]:
-    """Choose where `load_model` keeps the weights.
+    """Return where `load_model` keeps the weights, "resident" or "mapped", and the reason.
 
-    Args:
-        checkpoint: Checkpoint to load.
-        weights: "resident", "mapped", or "auto": resident if the float32 weights fit into the free memory.
-        reserved: Bytes that the stage needs for its results.
-
-    Returns:
-        "resident" or "mapped", and the reason.
-
-    Raises:
-        CheckpointError: `weights` is "mapped" for a prequantized checkpoint.
+    `weights` "auto" is resident if the float32 weights and `reserved` bytes for results fit into the free memory. The
+    layers of a prequantized checkpoint cannot be mapped, which is a CheckpointError.
     """
     if checkpoint.quantization:
         if weights == "mapped":
@@ -81,11 +154,8 @@ def choose_weight_storage(checkpoint: Checkpoint, weights: str, reserved: int = 
 def load_model(checkpoint: Checkpoint, weights: str = "resident") -> torch.nn.Module:
     """Load the model in float32 and evaluation mode.
 
-    Args:
-        checkpoint: Checkpoint to load.
-        weights: "resident" keeps float32 weights in memory. "mapped" keeps matrices memory-mapped in the checkpoint's
-            dtype (`hf2mnn.reference.mapped_weights`): less memory, slower, bit-identical results. Prequantized layers
-            are always resident.
+    "resident" keeps float32 weights in memory. "mapped" keeps matrices memory-mapped in the checkpoint's dtype: less
+    memory, slower, bit-identical results.
 
     Raises:
         CheckpointError: A weight is missing, which transformers would initialize at random, has another shape, or has

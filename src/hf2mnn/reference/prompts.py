@@ -20,17 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """Preprocessed image.
+    """Preprocessed image."""
 
-    Attributes:
-        pixel_values: float32 [patches, values].
-        grid_thw: int64 [3]: frames, and rows and columns of patches.
-        resized: uint8 RGB [height, width, 3].
-    """
-
-    pixel_values: np.ndarray
-    grid_thw: np.ndarray
-    resized: np.ndarray
+    pixel_values: np.ndarray  # float32 [patches, values]
+    grid_thw: np.ndarray  # int64 [3]: frames, and rows and columns of patches
+    resized: np.ndarray  # uint8 RGB [height, width, 3]
 
 
 class AnswerDecoder:
@@ -48,11 +42,7 @@ class Preprocessor:
     """Chat template, tokenizer and image processor of a checkpoint."""
 
     def __init__(self, folder: Path, info: dict[str, Any]) -> None:
-        """Load them from a folder of the `fetch` or the `export` stage; `info` is the contents of model.json.
-
-        Raises:
-            CheckpointError: A file is missing or invalid.
-        """
+        """Load them from a folder of the `fetch` or the `export` stage; `info` is the contents of model.json."""
         from transformers import AutoImageProcessor, AutoTokenizer
 
         try:
@@ -71,11 +61,7 @@ class Preprocessor:
         self.folder, self.info, self.decode = folder, info, AnswerDecoder(folder)
 
     def process_image(self, image: Image.Image) -> ImageInput:
-        """Resize and normalize an image and cut it into patches.
-
-        Raises:
-            EvaluationSetError: The image processor refuses the image, for an aspect ratio over 200.
-        """
+        """Resize and normalize an image and cut it into patches; an aspect ratio over 200 is an EvaluationSetError."""
         try:
             features = self.processor(images=[image], return_tensors="np")
         except ValueError as error:
@@ -100,10 +86,8 @@ class Preprocessor:
     def render(self, messages: list[dict[str, Any]]) -> str:
         """Render the chat template, with one image token for each image.
 
-        A chat template is untrusted code. transformers runs it in Jinja's sandbox, and here for a limited time.
-
-        Raises:
-            CheckpointError: The template fails or takes too long.
+        A template is untrusted code: transformers runs it in Jinja's sandbox, and here for a limited time. If it fails
+        or takes too long, that is a CheckpointError.
         """
         try:
             with time_limited(TEMPLATE_SECONDS):
@@ -115,11 +99,7 @@ class Preprocessor:
             ) from None
 
     def input_ids(self, messages: list[dict[str, Any]], images: list[ImageInput]) -> np.ndarray:
-        """Return the token ids of a prompt, int64 [tokens], with one image token for each merged patch.
-
-        Raises:
-            EvaluationSetError: The template writes another number of images than there are.
-        """
+        """Return the token ids of a prompt, int64 [tokens], with one image token for each merged patch."""
         ids = self.tokenizer(self.render(messages), add_special_tokens=False).input_ids
         if not has_vision(self.info):
             return np.array(ids, np.int64)
@@ -129,7 +109,6 @@ class Preprocessor:
                 f"the chat template writes {ids.count(image_token)} images and the messages have {len(images)};"
                 " correct the messages"
             )
-        counts = iter(int(image.grid_thw.prod()) // merged for image in images)
-        return np.array(
-            [token for i in ids for token in ([image_token] * next(counts) if i == image_token else [i])], np.int64
-        )
+        counts = np.ones(len(ids), int)
+        counts[np.equal(ids, image_token)] = [image.grid_thw.prod() // merged for image in images]
+        return np.repeat(np.array(ids, np.int64), counts)

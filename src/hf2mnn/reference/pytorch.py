@@ -26,13 +26,7 @@ from hf2mnn.reference.tasks import score_answer
 
 
 class ReferenceModel:
-    """Model of transformers in float32 with its preprocessor.
-
-    Attributes:
-        info: Contents of model.json.
-        weights: "resident" or "mapped".
-        decoder: Decoder module without lm_head.
-    """
+    """Model of transformers in float32 with its preprocessor; `decoder` is its decoder module without lm_head."""
 
     def __init__(self, checkpoint: Checkpoint, max_new_tokens: int, weights: str = "auto", reserved: int = 0) -> None:
         """Load a checkpoint; `choose_weight_storage` documents `weights` and `reserved`."""
@@ -43,14 +37,13 @@ class ReferenceModel:
         self.model = load_model(checkpoint, self.weights)
         self.family = checkpoint.family
         self.decoder = self.family.language_model(self.model)
-        stop_ids = self.info["stop_ids"]
         # Not the checkpoint's generation_config.json, which often enables sampling.
         self.generation = GenerationConfig(
             do_sample=False,
             repetition_penalty=1.0,
             max_new_tokens=max_new_tokens,
-            eos_token_id=stop_ids,
-            pad_token_id=stop_ids[0],
+            eos_token_id=self.info["stop_ids"],
+            pad_token_id=self.info["stop_ids"][0],
             return_dict_in_generate=True,
             output_logits=True,
         )
@@ -61,23 +54,19 @@ class ReferenceModel:
         if images:
             grids = torch.from_numpy(np.stack([image.grid_thw for image in images]))
             pixels = torch.from_numpy(np.concatenate([image.pixel_values for image in images]))
-            types = self._token_types(ids, grids)
+            # 1 for the tokens of the images, 0 for text and for image tokens in an answer.
+            types = (ids == self.info["image_token_id"]).int()
+            types *= types.cumsum(dim=-1) <= int(grids.prod(dim=-1).sum()) // self.info["merge_size"] ** 2
             inputs |= {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": types}
         return inputs
-
-    def _token_types(self, ids: torch.Tensor, grids: torch.Tensor | None) -> torch.Tensor:
-        """Return 1 for the tokens of the images, 0 for text and for image tokens in an answer."""
-        count = 0 if grids is None else int(grids.prod(dim=-1).sum()) // self.info["merge_size"] ** 2
-        images = (ids == self.info["image_token_id"]).int()
-        return images * (images.cumsum(dim=-1) <= count)
 
     def _position_ids(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the position ids of transformers, int64 [position_rows, tokens]."""
         ids = inputs["input_ids"]
         if not self.family.has_vision:
             return torch.arange(ids.shape[1])[None]
-        grids = inputs.get("image_grid_thw")
-        positions, _ = self.model.model.get_rope_index(ids, self._token_types(ids, grids), image_grid_thw=grids)
+        types = inputs.get("mm_token_type_ids", torch.zeros_like(ids, dtype=torch.int))
+        positions, _ = self.model.model.get_rope_index(ids, types, image_grid_thw=inputs.get("image_grid_thw"))
         return positions[:, 0].contiguous()
 
     @torch.inference_mode()
@@ -101,7 +90,7 @@ class ReferenceModel:
     @torch.inference_mode()
     def forward_with_taps(self, ids: torch.Tensor, images: list[ImageInput]) -> dict[str, torch.Tensor]:
         """Return the tensors of a `GoldenProbe` for int64 `ids` [tokens]: the decoder's inputs, and all tap points."""
-        tensors = {}
+        tensors = {"ids": ids, "position_ids": self._position_ids(self._inputs(ids[None], images))}
 
         def record_inputs(_: torch.nn.Module, __: tuple, arguments: dict) -> None:
             embeds = arguments.get("inputs_embeds")
@@ -115,12 +104,8 @@ class ReferenceModel:
                 tensors["deepstack_embeds"] = features
 
         hook = self.decoder.register_forward_pre_hook(record_inputs, with_kwargs=True)
-        try:
-            with record_tap_points(self.model) as tap_points:
-                self.forward(ids, images)
-        finally:
-            hook.remove()
-        tensors |= {"ids": ids, "position_ids": self._position_ids(self._inputs(ids[None], images))}
+        with hook, record_tap_points(self.model) as tap_points:
+            self.forward(ids, images)
         return tensors | {name: torch.from_numpy(value) for name, value in tap_points.items()}
 
     @torch.inference_mode()
@@ -133,46 +118,14 @@ class ReferenceModel:
 
 
 def prompt_and_answer(golden: Golden, example: GoldenExample) -> tuple[torch.Tensor, list[ImageInput]]:
-    """Return the arguments of `ReferenceModel.forward` for a stored example.
-
-    The last token of the answer is left out: no logits follow from it.
-    """
+    """Return the arguments of `ReferenceModel.forward` for a stored example, without the answer's last token."""
     images = [golden.image(name) for name in example.images]
     ids = np.concatenate([example.input_ids, example.answer_ids[:-1]])
     return torch.from_numpy(ids), [ImageInput(i.pixel_values, i.grid_thw, i.resized) for i in images]
 
 
-def _record(example: Example, preprocessor: Preprocessor, answer_ids: torch.Tensor) -> dict:
-    """Return an example's entry of examples.json."""
-    return {
-        "id": example.id,
-        "category": example.category,
-        "language": example.language,
-        "expected": example.answers,
-        "metric": example.metric,
-        "answer": preprocessor.decode(answer_ids),
-        "messages": example.messages,
-        "prompt": preprocessor.render(example.messages),
-        "images": example.images,
-    }
-
-
-def _choose_probes(records: list[dict], lengths: dict[str, int]) -> dict[str, str]:
-    """Return the ids of the probes by kind: the shortest example without images, and with the fewest images."""
-    kinds = {"text": [r for r in records if not r["images"]], "image": [r for r in records if r["images"]]}
-    return {
-        kind: min(candidates, key=lambda r: (len(r["images"]), lengths[r["id"]], r["id"]))["id"]
-        for kind, candidates in kinds.items()
-        if candidates
-    }
-
-
 def usable_examples(examples: list[Example], checkpoint: Checkpoint, folder: Path) -> list[Example]:
-    """Return the examples that the model accepts: without image input, those without images.
-
-    Raises:
-        EvaluationSetError: There are none.
-    """
+    """Return the examples that the model accepts: without image input, those without images."""
     usable = [example for example in examples if checkpoint.family.has_vision or not example.images]
     if not usable:
         raise EvaluationSetError(
@@ -198,47 +151,48 @@ def write_reference(
     max_new_tokens: int,
     weights: str,
 ) -> dict[str, Any]:
-    """Answer examples, and write the files that `Golden` reads.
+    """Answer examples, write the files that `Golden` reads, and return the results for the manifest.
 
-    Args:
-        checkpoint: Checkpoint of the model.
-        examples: Examples to answer.
-        originals: Their images by file name.
-        folder: Output folder.
-        max_new_tokens: Longest answer, in tokens.
-        weights: "resident", "mapped" or "auto".
-
-    Returns:
-        Results for the manifest: numbers of `examples`, `labelled` ones and `right` answers; storage of `weights`.
+    `originals` are the images by file name.
     """
     logits = 4 * len(examples) * max_new_tokens * checkpoint.text_config["vocab_size"]
     reference = ReferenceModel(checkpoint, max_new_tokens, weights, reserved=logits)
-    tensors, records, inputs = {}, [], {}
+    preprocessor, tensors, records, inputs = reference.preprocessor, {}, [], {}
     for name, original in steps("PyTorch image embeddings", originals.items(), "images"):
-        image = inputs[name] = reference.preprocessor.process_image(original)
-        tensors |= {
-            f"images/{name}/pixel_values": torch.from_numpy(image.pixel_values),
-            f"images/{name}/grid_thw": torch.from_numpy(image.grid_thw),
-            f"images/{name}/embeds": reference.embed_image(image).contiguous(),
-            f"images/{name}/original": torch.from_numpy(np.array(original)),
-            f"images/{name}/resized": torch.from_numpy(image.resized),
-        }
+        image = inputs[name] = preprocessor.process_image(original)
+        arrays = {**vars(image), "original": np.array(original)}
+        tensors |= {f"images/{name}/{array}": torch.from_numpy(values) for array, values in arrays.items()}
+        tensors[f"images/{name}/embeds"] = reference.embed_image(image).contiguous()
     for example in steps("PyTorch answers", examples, "examples"):
         images = [inputs[name] for name in example.images]
-        output = reference.generate(reference.preprocessor.input_ids(example.messages, images), images)
+        output = reference.generate(preprocessor.input_ids(example.messages, images), images)
         tensors |= {f"examples/{example.id}/{name}": tensor for name, tensor in output.items()}
-        records.append(_record(example, reference.preprocessor, output["answer_ids"]))
+        records.append(
+            {
+                "id": example.id,
+                "category": example.category,
+                "language": example.language,
+                "expected": example.answers,
+                "metric": example.metric,
+                "answer": preprocessor.decode(output["answer_ids"]),
+                "messages": example.messages,
+                "prompt": preprocessor.render(example.messages),
+                "images": example.images,
+            }
+        )
     save_file(tensors, folder / TENSORS)
-    lengths = {record["id"]: len(tensors[f"examples/{record['id']}/input_ids"]) for record in records}
-    probes, activations = _choose_probes(records, lengths), {}
-    for kind, name in probes.items():
-        images = next(record["images"] for record in records if record["id"] == name)
+    # The shortest example without images, and of those with the fewest images; the last of a kind is kept.
+    lengths = {example.id: len(tensors[f"examples/{example.id}/input_ids"]) for example in examples}
+    ordered = sorted(examples, key=lambda example: (len(example.images), lengths[example.id], example.id), reverse=True)
+    probes, activations = {"image" if example.images else "text": example for example in ordered}, {}
+    for kind, example in probes.items():
         # Without the last token, as in `prompt_and_answer`.
-        ids = [tensors[f"examples/{name}/input_ids"], tensors[f"examples/{name}/answer_ids"][:-1]]
-        recorded = reference.forward_with_taps(torch.cat(ids), [inputs[image] for image in images])
+        ids = [tensors[f"examples/{example.id}/input_ids"], tensors[f"examples/{example.id}/answer_ids"][:-1]]
+        recorded = reference.forward_with_taps(torch.cat(ids), [inputs[name] for name in example.images])
         activations |= {f"{kind}/{tensor}": value for tensor, value in recorded.items()}
     # One metadata entry: safetensors writes several in random order.
-    save_file(activations, folder / ACTIVATIONS, metadata={PROBES: json.dumps(probes, sort_keys=True)})
+    metadata = {PROBES: json.dumps({kind: example.id for kind, example in probes.items()}, sort_keys=True)}
+    save_file(activations, folder / ACTIVATIONS, metadata=metadata)
     (folder / EXAMPLES).write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     labelled = [record for record in records if record["expected"] is not None]
     return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from hf2mnn.core.progress import steps
 from hf2mnn.reference.golden import ACTIVATIONS, Golden
 from hf2mnn.reference.pytorch import ReferenceModel, prompt_and_answer
 
-STRIDE = np.uint64(0x9E3779B97F4A7C15)
-"""2^64 divided by the golden ratio."""
+STRIDE = np.uint64(0x9E3779B97F4A7C15)  # 2^64 divided by the golden ratio
 
 
 class Sample:
@@ -33,18 +32,13 @@ class Sample:
     Row i has the key i / golden ratio modulo 1, and the rows with the smallest keys are kept. The gaps between rows
     whose keys lie in one interval have at most three lengths (three-distance theorem), so the sample is about as even
     as one drawn after the end of the stream. No more than `limit` rows are in memory.
-
-    Attributes:
-        rows: bfloat16 [limit, width].
-        positions: Position in the stream of each stored row, uint64.
-        total: Rows of the stream so far.
     """
 
     def __init__(self, limit: int, width: int) -> None:
         # The operating system allocates pages as rows are written.
         self.rows = torch.empty(limit, width, dtype=torch.bfloat16)
-        self.positions = np.empty(0, np.uint64)
-        self.total = 0
+        self.positions = np.empty(0, np.uint64)  # of the stored rows in the stream
+        self.total = 0  # rows of the stream so far
 
     def add(self, rows: torch.Tensor) -> None:
         """Append rows [n, width] of the stream."""
@@ -64,18 +58,13 @@ class Sample:
 
 
 class LinearInputs:
-    """Sampled inputs of linear layers; layers with the same input tensor share a sample.
-
-    Attributes:
-        limit: Most rows of a sample.
-        samples: Samples by the first layer that takes the tensor as its input.
-        readers: Name of the sample for each layer: its own, or that of the layer before (queries, keys and values; gate
-            and up).
-    """
+    """Sampled inputs of linear layers, at most `limit` rows each; layers with the same input tensor share a sample."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        # By the first layer that takes the tensor as its input.
         self.samples: dict[str, Sample] = {}
+        # Name of the sample for each layer: its own, or that of the layer before (queries, keys, values; gate, up).
         self.readers: dict[str, str] = {}
         self._last: tuple[str, torch.Tensor | None] = ("", None)
 
@@ -90,25 +79,17 @@ class LinearInputs:
             sample = self.samples.setdefault(name, Sample(self.limit, value.shape[-1]))
             sample.add(value.detach().reshape(-1, value.shape[-1]))
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the sampled rows by name."""
-        return {name: sample.in_order() for name, sample in sorted(self.samples.items())}
-
 
 @contextmanager
 def record_linear_inputs(model: torch.nn.Module, limit: int) -> Iterator[LinearInputs]:
     """Record at most `limit` input rows of each torch.nn.Linear in forward calls inside the block."""
     inputs = LinearInputs(limit)
-    hooks = [
-        module.register_forward_pre_hook(lambda _, arguments, name=name: inputs.add(name, arguments[0]))
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                hook = module.register_forward_pre_hook(lambda _, args, name=name: inputs.add(name, args[0]))
+                hooks.enter_context(hook)
         yield inputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _ids_by_content(golden: Golden) -> dict[tuple[str, ...], str]:
@@ -121,11 +102,7 @@ def _ids_by_content(golden: Golden) -> dict[tuple[str, ...], str]:
 
 
 def check_no_overlap(calibration: Golden, evaluation: Golden, path: str) -> None:
-    """Check that no example of the calibration set in `path` is in the evaluation set.
-
-    Raises:
-        EvaluationSetError: An example is in both.
-    """
+    """Raise EvaluationSetError if an example of the calibration set in `path` is in the evaluation set too."""
     evaluated = _ids_by_content(evaluation)
     for content, name in _ids_by_content(calibration).items():
         if content in evaluated:
@@ -142,18 +119,8 @@ def record_layer_inputs(
     """Write the inputs of all linear layers on the prompts and answers of a calibration set.
 
     activations.safetensors holds bfloat16 [rows, in_features] by the first layer that takes the tensor as its input, in
-    the order of the set. Its metadata `readers` is a JSON object from each layer to the name of its tensor.
-
-    Args:
-        checkpoint: Checkpoint of the model.
-        calibration: Calibration set, answered by the model.
-        folder: Output folder.
-        rows: Most rows of a tensor.
-        weights: "resident", "mapped" or "auto".
-
-    Returns:
-        Results for the manifest: numbers of `modules` and `tensors`, `max_rows_per_tensor` before sampling, storage of
-        `weights`.
+    the order of the set. Its metadata `readers` is a JSON object from each layer to the name of its tensor. `rows` is
+    the most of a tensor. Returns the results for the manifest; `max_rows_per_tensor` is the number before sampling.
     """
     # An upper bound: layers that share an input count each, and sorting holds a sample twice.
     samples = 2 * 2 * rows * sum(shape[1] for shape in checkpoint.shapes() if len(shape) == 2)
@@ -163,10 +130,11 @@ def record_layer_inputs(
             reference.forward(*prompt_and_answer(calibration, example))
     # One metadata entry: safetensors writes several in random order.
     metadata = {"readers": json.dumps(inputs.readers, sort_keys=True)}
-    save_file(inputs.tensors(), folder / ACTIVATIONS, metadata=metadata)
+    tensors = {name: sample.in_order() for name, sample in sorted(inputs.samples.items())}
+    save_file(tensors, folder / ACTIVATIONS, metadata=metadata)
     return {
         "modules": len(inputs.readers),
-        "tensors": len(inputs.samples),
+        "tensors": len(tensors),
         "max_rows_per_tensor": max(sample.total for sample in inputs.samples.values()),
         "weights": reference.weights,
     }

@@ -6,17 +6,16 @@ Forward hooks and an attention function record; the modules of transformers stay
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf2mnn.reference.tap_points import as_matrix, evenly_spaced
+from hf2mnn.reference.golden import as_matrix, evenly_spaced
 
-RECORDING = "hf2mnn_recording"
-"""Name of the recording attention function in transformers."""
+RECORDING = "hf2mnn_recording"  # name of the recording attention function in transformers
 
 
 def _array(value: Any) -> np.ndarray:
@@ -34,7 +33,7 @@ class _Recorder:
         self.values[name] = np.ascontiguousarray(rows[evenly_spaced(len(rows))])
 
     def attention(self, module: torch.nn.Module, query, key, value, attention_mask, **options: Any):
-        """Record and run the sdpa attention of transformers; query and key are [1, heads, rows, head_dim]."""
+        """Run the sdpa attention of transformers, and record it; query and key are [1, heads, rows, head_dim]."""
         output = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
         name = self.names[module]
         # The model runs without a KV cache, so keys are of these rows alone.
@@ -51,36 +50,31 @@ class _Recorder:
 
 def _is_tap_point(name: str, module: torch.nn.Module) -> bool:
     """Return whether a module has a weight and is no embedding, or is a block: an item of a list with children."""
-    # A mapped linear layer has no weight among its parameters.
-    has_weight = isinstance(module, torch.nn.Linear) or (
-        "weight" in module._parameters and not isinstance(module, torch.nn.Embedding)
+    if isinstance(module, torch.nn.Linear | torch.nn.Embedding):  # if mapped, without a weight among its parameters
+        return isinstance(module, torch.nn.Linear)
+    return "weight" in module._parameters or (
+        name.rpartition(".")[2].isdigit() and next(module.children(), None) is not None
     )
-    return has_weight or (name.rpartition(".")[2].isdigit() and any(True for _ in module.children()))
 
 
 @contextmanager
 def record_tap_points(model: torch.nn.Module) -> Iterator[dict[str, np.ndarray]]:
-    """Record the tap points of forward calls inside the block.
+    """Record the tap points of forward calls inside the block: float32 [stored rows, values] by name.
 
-    Yields:
-        float32 [stored rows, values] by name; the attentions' are added at the end of the block.
+    Those of attentions are added at the end of the block.
     """
     recorder = _Recorder(model)
-    hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: recorder.keep(name, as_matrix(_array(output))))
-        for name, module in model.named_modules()
-        if _is_tap_point(name, module)
-    ]
-    configs = list({id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values())
-    before = [config._attn_implementation for config in configs]
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values()
     ALL_ATTENTION_FUNCTIONS.register(RECORDING, recorder.attention)
-    for config in configs:
-        config._attn_implementation = RECORDING
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if _is_tap_point(name, module):
+                hook = module.register_forward_hook(
+                    lambda _, __, output, name=name: recorder.keep(name, as_matrix(_array(output)))
+                )
+                hooks.enter_context(hook)
+        for config in configs:
+            hooks.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+            config._attn_implementation = RECORDING
         yield recorder.values
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation = implementation
-        for hook in hooks:
-            hook.remove()
-        recorder.join()
+    recorder.join()

@@ -6,13 +6,8 @@ import math
 import re
 from collections.abc import Callable
 
-NUMBERS = {
-    word: str(value)
-    for value, words in enumerate(
-        ["none/zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    )
-    for word in words.split("/")
-}
+_NUMBERS = "zero one two three four five six seven eight nine ten"
+NUMBERS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBERS.split())}
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _CONTRACTIONS = """
@@ -24,10 +19,8 @@ someone's something'd something'll that's there'd there're there's they'd they'd
 who's who've why'll why're why's won't would've wouldn't wouldn't've y'all you'd you'd've you'll you're you've
 """
 CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTIONS.split()}
-TOLERANCE = 0.05
-"""Relative error of a number that counts as right."""
-THRESHOLD = 0.5
-"""Share of edited characters from which an answer is wrong."""
+TOLERANCE = 0.05  # relative error of a number that counts as right
+THRESHOLD = 0.5  # share of edited characters from which an answer is wrong
 
 # A letter alone ("B", "b.", "(B)"), in front of its option ("B. cat", "(B) cat"), after an announcement ("the answer is
 # B"), or in brackets anywhere. Other capitals do not count: "A cat" names no option.
@@ -86,11 +79,9 @@ def anls(answer: str, expected: list[str]) -> float:
     The maximum over the labels; 0 if at least half of the longer text's characters differ. ANLS is the mean over
     questions.
     """
-    best, given = 0.0, " ".join(answer.lower().split())
-    for label in (" ".join(label.lower().split()) for label in expected):
-        distance = edits(given, label) / max(len(given), len(label), 1)
-        best = max(best, 1 - distance if distance < THRESHOLD else 0.0)
-    return best
+    given, *labels = (" ".join(text.lower().split()) for text in [answer, *expected])
+    distance = min(edits(given, label) / max(len(given), len(label), 1) for label in labels)
+    return 1 - distance if distance < THRESHOLD else 0.0
 
 
 def _number(text: str) -> float | None:
@@ -136,11 +127,7 @@ def choice(answer: str, expected: list[str]) -> float:
 
 
 METRICS: dict[str, Callable[[str, list[str]], float]] = {
-    "exact": exact,
-    "vqa": vqa,
-    "anls": anls,
-    "relaxed": relaxed,
-    "choice": choice,
+    metric.__name__: metric for metric in (exact, vqa, anls, relaxed, choice)
 }
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from hf2mnn.evaluation.findings import out_of_tolerance
 from hf2mnn.figures import FIGURES, GREEDY, PREDICTIONS, PROBABILITIES, SPEED, UNITS, Figure, on_page, short
-from hf2mnn.report.console import HEADS, cell
+from hf2mnn.report.console import HEADS, cell, shown
 from hf2mnn.report.evidence import Evidence
-from hf2mnn.report.speed import shown
 
 DASH = "–"
 BY_GROUP = ("mean_kld", "top1_agreement", "greedy_match")
@@ -20,33 +19,20 @@ BY_GROUP = ("mean_kld", "top1_agreement", "greedy_match")
 
 @dataclass(frozen=True)
 class Cell:
-    """Cell of a table.
-
-    Attributes:
-        text: Value.
-        note: Small text below it.
-        kind: CSS class: "good", "bad", "muted" or "".
-    """
+    """Cell of a table, with small text below it."""
 
     text: str
     note: str = ""
-    kind: str = ""
+    kind: str = ""  # CSS class: "good", "bad", "muted" or "".
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
-
-    Attributes:
-        caption: Caption.
-        heads: Heads of the columns.
-        rows: Head and cells of each row; without cells, the head is a heading of the rows below it.
-        wraps: Whether text wraps.
-    """
+    """A table: head and cells of each row; a row without cells is a heading of the rows below it."""
 
     caption: str
     heads: list[str]
-    rows: list[tuple[str, list[Cell]]] = field(default_factory=list)
+    rows: list[tuple[str, list[Cell]]]
     wraps: bool = False
 
 
@@ -57,17 +43,14 @@ def number(unit: str, value: float | None) -> str:
 
 def comparison(table: pd.DataFrame) -> Table:
     """Return the summary with the columns of `hf2mnn table`."""
-    heads = {column: head for column, head in HEADS.items() if column in table}
+    first, *others = [column for column in HEADS if column in table]
     kinds = {"pass": "good", "FAIL": "bad", "reference": "muted"}
     rows = []
     for row in table.to_dict("records"):
-        first, *others = heads
-        texts = {column: cell(column, row[column]) for column in others}
-        cells = [Cell(DASH if text == "-" else text) for text in texts.values()]
-        if "verdict" in heads:
-            cells[others.index("verdict")] = Cell(row["verdict"], "", kinds.get(row["verdict"], ""))
+        texts = [cell(column, row[column]) for column in others]
+        cells = [Cell(DASH if text == "-" else text, "", kinds.get(text, "")) for text in texts]
         rows.append((str(row[first]), cells))
-    return Table("Variants compared with PyTorch in float32", list(heads.values()), rows)
+    return Table("Variants compared with PyTorch in float32", [HEADS[column] for column in (first, *others)], rows)
 
 
 def _with_interval(figures: pd.DataFrame, figure: Figure) -> Cell:

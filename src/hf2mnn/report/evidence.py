@@ -14,18 +14,7 @@ from typing import Any
 import pandas as pd
 
 from hf2mnn.core.manifest import Manifest
-from hf2mnn.evaluation.findings import (
-    ANSWERS,
-    BUDGET,
-    FIGURES,
-    FINDINGS,
-    LAYERS,
-    PARITY,
-    POSITIONS,
-    SUMMARY,
-    wrong_cache,
-    wrong_rendering,
-)
+from hf2mnn.evaluation import findings as files
 
 REFERENCE_FOLDER, BENCHMARK = "reference/evaluation", "benchmark"
 PLANS, BUNDLES, EVALUATION, DIAGNOSIS = "plans", "bundles", "evaluation", "diagnosis"
@@ -40,31 +29,18 @@ VARIANT_FOLDERS = (PLANS, BUNDLES, EVALUATION, DIAGNOSIS)
 
 @dataclass(frozen=True)
 class VariantEvidence:
-    """Measurements of one variant, or of "onnxruntime", which has neither a diagnosis nor a bundle.
-
-    Attributes:
-        name: Name of the variant.
-        summary: Figures of `hf2mnn.evaluation.score.Scores` over the whole set, by name.
-        figures: All figures with their confidence intervals, by group of examples.
-        answers: One row for each example.
-        positions: One row for each token position.
-        parity: One row for each way of filling the KV cache.
-        layers: One row for each tap point (`hf2mnn.evaluation.layers.COLUMNS`); None without a diagnosis.
-        budget: Mean KL divergence by source of error; None without a diagnosis.
-        findings: Named causes (`hf2mnn.evaluation.findings.Finding`) as dictionaries.
-        manifests: Manifests by folder, see VARIANT_FOLDERS.
-    """
+    """Measurements of one variant, or of "onnxruntime", which has neither a diagnosis nor a bundle."""
 
     name: str
-    summary: dict[str, Any]
-    figures: pd.DataFrame
-    answers: pd.DataFrame
-    positions: pd.DataFrame
-    parity: pd.DataFrame
-    layers: pd.DataFrame | None
-    budget: pd.DataFrame | None
-    findings: list[dict[str, Any]]
-    manifests: dict[str, Manifest]
+    summary: dict[str, Any]  # Figures of `hf2mnn.evaluation.score.Scores` over the whole set, by name.
+    figures: pd.DataFrame  # All figures with their confidence intervals, by group of examples.
+    answers: pd.DataFrame  # One row for each example.
+    positions: pd.DataFrame  # One row for each token position.
+    parity: pd.DataFrame  # One row for each way of filling the KV cache.
+    layers: pd.DataFrame | None  # A row for each tap point (`hf2mnn.evaluation.layers`); None without a diagnosis.
+    budget: pd.DataFrame | None  # Mean KL divergence by source of error; None without a diagnosis.
+    findings: list[dict[str, Any]]  # Named causes (`hf2mnn.evaluation.findings.Finding`) as dictionaries.
+    manifests: dict[str, Manifest]  # By folder, see VARIANT_FOLDERS.
 
     def whole_set(self) -> pd.DataFrame:
         """Return the figures over the whole set, indexed by name."""
@@ -77,23 +53,14 @@ class VariantEvidence:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Measurements of one model.
-
-    Attributes:
-        model: Name of the model.
-        folder: results/<model>.
-        variants: Variants in the order of the table.
-        manifests: Manifests by folder, see MODEL_FOLDERS.
-        speed: Contents of benchmark.json; None without a benchmark.
-        cache: Speed-up by the KV cache for each bundle and length; None without a benchmark.
-    """
+    """Measurements of one model."""
 
     model: str
-    folder: Path
-    variants: list[VariantEvidence]
-    manifests: dict[str, Manifest]
-    speed: dict[str, Any] | None
-    cache: pd.DataFrame | None
+    folder: Path  # results/<model>
+    variants: list[VariantEvidence]  # In the order of the table.
+    manifests: dict[str, Manifest]  # By folder, see MODEL_FOLDERS.
+    speed: dict[str, Any] | None  # Contents of benchmark.json; None without a benchmark.
+    cache: pd.DataFrame | None  # Speed-up by the KV cache for each bundle and length; None without a benchmark.
 
     @property
     def reference(self) -> Path:
@@ -119,30 +86,26 @@ def read_variant(folder: Path, name: str) -> VariantEvidence:
     diagnosed = paths[DIAGNOSIS].is_dir()
     if diagnosed:
         manifests[DIAGNOSIS] = _verified(paths[DIAGNOSIS])
-    tables = {table: pd.read_parquet(paths[EVALUATION] / table) for table in (FIGURES, ANSWERS, POSITIONS, PARITY)}
-    findings = json.loads((paths[DIAGNOSIS] / FINDINGS).read_text()) if diagnosed else []
-    findings += [asdict(finding) for finding in [*wrong_rendering(tables[ANSWERS]), *wrong_cache(tables[PARITY])]]
+    evaluation, diagnosis = paths[EVALUATION], paths[DIAGNOSIS]
+    answers, parity = (pd.read_parquet(evaluation / name) for name in (files.ANSWERS, files.PARITY))
+    findings = json.loads((diagnosis / files.FINDINGS).read_text()) if diagnosed else []
+    findings += [asdict(finding) for finding in files.wrong_rendering(answers) + files.wrong_cache(parity)]
     return VariantEvidence(
         name=name,
-        summary=json.loads((paths[EVALUATION] / SUMMARY).read_text()),
-        figures=tables[FIGURES],
-        answers=tables[ANSWERS],
-        positions=tables[POSITIONS],
-        parity=tables[PARITY],
-        layers=pd.read_parquet(paths[DIAGNOSIS] / LAYERS) if diagnosed else None,
-        budget=pd.read_parquet(paths[DIAGNOSIS] / BUDGET) if diagnosed else None,
+        summary=json.loads((evaluation / files.SUMMARY).read_text()),
+        figures=pd.read_parquet(evaluation / files.FIGURES),
+        answers=answers,
+        positions=pd.read_parquet(evaluation / files.POSITIONS),
+        parity=parity,
+        layers=pd.read_parquet(diagnosis / files.LAYERS) if diagnosed else None,
+        budget=pd.read_parquet(diagnosis / files.BUDGET) if diagnosed else None,
         findings=findings,
         manifests=manifests,
     )
 
 
 def read_evidence(model: str, folder: Path, names: list[str]) -> Evidence:
-    """Read the evidence of a model.
-
-    Args:
-        model: Name of the model.
-        folder: results/<model>.
-        names: Variants in the order of the table.
+    """Read the evidence of a model from results/<model>, with its variants in the order of `names`.
 
     Raises:
         ManifestError: A stage is missing, or files differ from their manifest.
@@ -152,11 +115,6 @@ def read_evidence(model: str, folder: Path, names: list[str]) -> Evidence:
     speed, cache = folder / BENCHMARK / "benchmark.json", folder / BENCHMARK / "cache.parquet"
     if speed.is_file():
         manifests[BENCHMARK] = _verified(folder / BENCHMARK)
-    return Evidence(
-        model=model,
-        folder=folder,
-        variants=[read_variant(folder, name) for name in names],
-        manifests=manifests,
-        speed=json.loads(speed.read_text()) if speed.is_file() else None,
-        cache=pd.read_parquet(cache) if cache.is_file() else None,
-    )
+    timed = json.loads(speed.read_text()) if speed.is_file() else None
+    speedups = pd.read_parquet(cache) if cache.is_file() else None
+    return Evidence(model, folder, [read_variant(folder, name) for name in names], manifests, timed, speedups)

@@ -28,48 +28,28 @@ TOKEN = re.compile(rf"[{CJK}]|[^\W{CJK}]+|\s+|.", re.DOTALL)
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer that differs from PyTorch's.
-
-    Attributes:
-        names: Variants that gave it.
-        text: The answer as HTML, with differences marked.
-        grade: See `grade`.
-    """
+    """An answer that differs from PyTorch's, and the variants that gave it."""
 
     names: list[str]
-    text: Markup
+    text: Markup  # With differences marked.
     grade: str
 
 
 @dataclass(frozen=True)
 class ShownExample:
-    """An example as the page shows it.
-
-    Attributes:
-        id: Identifier of the example.
-        category: Category of the example.
-        language: Language tag of prompt and answers; empty where unknown.
-        messages: (role, text) of each message.
-        images: File names of the images.
-        expected: Correct answers; empty for an unlabelled example.
-        reference: PyTorch's answer.
-        grade: Grade of PyTorch's answer.
-        same: Variants whose answer equals PyTorch's.
-        others: Other answers.
-        as_called: Other answers of a plain call of the engine.
-    """
+    """An example as the page shows it."""
 
     id: str
     category: str
-    language: str
-    messages: list[tuple[str, str]]
-    images: list[str]
-    expected: list[str]
-    reference: str
-    grade: str
-    same: list[str]
+    language: str  # Language tag of prompt and answers; empty where unknown.
+    messages: list[tuple[str, str]]  # (role, text)
+    images: list[str]  # File names.
+    expected: list[str]  # Correct answers; empty for an unlabelled example.
+    reference: str  # PyTorch's answer.
+    grade: str  # Grade of PyTorch's answer.
+    same: list[str]  # Variants whose answer equals PyTorch's.
     others: list[Answer]
-    as_called: list[Answer]
+    as_called: list[Answer]  # Other answers of a plain call of the engine.
 
 
 @dataclass(frozen=True)
@@ -116,13 +96,12 @@ def message_texts(record: dict) -> list[tuple[str, str]]:
 
 def _other_answers(reference: str, answers: list[tuple[str, str, float | None]]) -> list[Answer]:
     """Group the answers that differ from `reference`; `answers` holds (variant, text, score)."""
-    names: dict[str, list[str]] = {}
-    scores = {}
+    others: dict[str, Answer] = {}
     for name, text, score in answers:
         if text != reference:
-            names.setdefault(text, []).append(name)
-            scores[text] = score
-    return [Answer(names[text], mark_differences(reference, text), grade(scores[text])) for text in names]
+            first = Answer([], mark_differences(reference, text), grade(score))
+            others.setdefault(text, first).names.append(name)
+    return list(others.values())
 
 
 def _shown_example(record: dict, rows: dict[str, pd.Series], common: set[tuple[str, str]]) -> ShownExample:
@@ -147,12 +126,7 @@ def _shown_example(record: dict, rows: dict[str, pd.Series], common: set[tuple[s
 
 
 def choose_examples(golden: Golden, answers: dict[str, pd.DataFrame]) -> list[ShownExample]:
-    """Return at most MAX_EXAMPLES examples, those with the most differing variants first.
-
-    Args:
-        golden: The reference.
-        answers: Table of answers by variant.
-    """
+    """Return at most MAX_EXAMPLES examples, those with the most differing variants first; `answers` is by variant."""
     by_id = {name: frame.set_index("id") for name, frame in answers.items()}
     counts = Counter(message for record in golden.records for message in set(message_texts(record)))
     # A system prompt of most examples distinguishes none of them.
@@ -167,8 +141,8 @@ def choose_examples(golden: Golden, answers: dict[str, pd.DataFrame]) -> list[Sh
     return shown[:MAX_EXAMPLES]
 
 
-def _data_uri(pixels: np.ndarray) -> tuple[str, tuple[int, int]]:
-    """Encode uint8 RGB [height, width, 3] as PNG or JPEG, whichever is smaller; return the data URI and the size."""
+def _embed(pixels: np.ndarray, identifier: str) -> EmbeddedImage:
+    """Encode uint8 RGB [height, width, 3] as PNG or JPEG, whichever is smaller."""
     image = Image.fromarray(pixels)
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     encoded = []
@@ -176,13 +150,10 @@ def _data_uri(pixels: np.ndarray) -> tuple[str, tuple[int, int]]:
         buffer = io.BytesIO()
         image.save(buffer, format=kind, **options)
         encoded.append((buffer.tell(), f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"))
-    return min(encoded)[1], image.size
+    return EmbeddedImage(identifier, min(encoded)[1], *image.size)
 
 
 def embed_images(golden: Golden, examples: list[ShownExample]) -> dict[str, EmbeddedImage]:
     """Return each image of `examples` once, by file name."""
-    images = {}
-    for name in dict.fromkeys(name for example in examples for name in example.images):
-        uri, (width, height) = _data_uri(golden.image(name).original)
-        images[name] = EmbeddedImage(f"image-{len(images)}", uri, width, height)
-    return images
+    names = dict.fromkeys(name for example in examples for name in example.images)
+    return {name: _embed(golden.image(name).original, f"image-{index}") for index, name in enumerate(names)}

@@ -17,39 +17,27 @@ from hf2mnn.reference.golden import Golden
 from hf2mnn.report import cells, examples, plots, provenance
 from hf2mnn.report.console import cell
 from hf2mnn.report.evidence import Evidence, VariantEvidence
-from hf2mnn.report.svg import Style, styles
+from hf2mnn.report.svg import Style, assign_styles
 from hf2mnn.report.table import FAIL, PASS
 
-TEMPLATES = Path(__file__).parent
 ONNX = "onnxruntime"
 """Name of the variant that runs the ONNX graphs; it has no bundle."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Summary of the gates.
+    """Summary of the gates, with the table rows of variants that need an explanation."""
 
-    Attributes:
-        passed: Whether all required variants pass.
-        text: The verdict in words.
-        choice: The smallest variant that passes, in words; empty where none does.
-        failed: Table rows of variants that miss a gate, with their findings.
-        flagged: Table rows of variants that pass and have findings.
-    """
-
-    passed: bool
+    passed: bool  # Whether all required variants pass.
     text: str
-    choice: str
-    failed: list[dict[str, Any]]
-    flagged: list[dict[str, Any]]
-
-
-def _join(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    choice: str  # The smallest variant that passes, in words; empty where none does.
+    failed: list[dict[str, Any]]  # Variants that miss a gate, with their findings.
+    flagged: list[dict[str, Any]]  # Variants that pass and have findings.
 
 
 def _misses(names: list[str]) -> str:
-    return f"{_join(names)} {'misses' if len(names) == 1 else 'miss'}"
+    joined = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+    return f"{joined} {'miss' if len(names) > 1 else 'misses'}"
 
 
 def verdict(evidence: Evidence, table: pd.DataFrame) -> Verdict:
@@ -80,17 +68,15 @@ def verdict(evidence: Evidence, table: pd.DataFrame) -> Verdict:
 
 
 def _size_table(variants: list[VariantEvidence], failed: set[str]) -> pd.DataFrame:
-    ends = {"mean_kld": "mean_kld", "low": "mean_kld_low", "high": "mean_kld_high"}
-    rows = [
-        {"name": variant.name, "megabytes": variant.summary["bytes"] / 1e6, "failed": variant.name in failed}
-        | {"candidate": variant.name != ONNX}
-        | {column: float(variant.summary[figure]) for column, figure in ends.items()}
-        for variant in variants
-    ]
-    return pd.DataFrame(rows)
+    summary = pd.DataFrame([variant.summary for variant in variants])
+    table = summary[["mean_kld", "mean_kld_low", "mean_kld_high"]].astype(float)
+    table.columns = ["mean_kld", "low", "high"]
+    names = pd.Series([variant.name for variant in variants])
+    megabytes = summary["bytes"] / 1e6
+    return table.assign(name=names, megabytes=megabytes, failed=names.isin(failed), candidate=names != ONNX)
 
 
-def _layer_plots(variants: list[VariantEvidence], looks: dict[str, Style]) -> list[Markup]:
+def _layer_plots(variants: list[VariantEvidence], styles: dict[str, Style]) -> list[str]:
     """Plot accumulated and then local errors, vision tower and decoder side by side."""
     diagnosed = [variant for variant in variants if variant.layers is not None and len(variant.layers)]
     plotted = []
@@ -100,31 +86,27 @@ def _layer_plots(variants: list[VariantEvidence], looks: dict[str, Style]) -> li
             curves = {name: plots.depth_table(layers, column) for name, layers in parts.items() if len(layers)}
             if not curves:
                 continue
-            if kind == "layers" and ONNX in looks:
+            if kind == "layers" and ONNX in styles:
                 curves = {ONNX: plots.depth_table(parts[next(iter(curves))], "onnx_error")} | curves
-            svg = plots.layer_plot(curves, looks, f"{kind}-{part}", f"{title}, {label}", "relative error")
-            plotted.append(Markup(svg))
+            plotted.append(plots.layer_plot(curves, styles, f"{kind}-{part}", f"{title}, {label}", "relative error"))
     return plotted
 
 
 def _plots(evidence: Evidence, budgets: dict[str, pd.Series], failed: set[str]) -> dict[str, Any]:
     """Return the plots as SVG by name; None for what was not measured."""
-    looks = styles([variant.name for variant in evidence.variants])
-    plotted: dict[str, Any] = dict.fromkeys(("size", "percentiles", "budget", "speed", "cache"))
-    plotted["layers"] = _layer_plots(evidence.variants, looks)
-    if evidence.variants:
-        values = {variant.name: variant.whole_set()["value"] for variant in evidence.variants}
-        plotted["size"] = Markup(plots.size_plot(_size_table(evidence.variants, failed), looks))
-        plotted["percentiles"] = Markup(plots.percentile_plot(values, looks))
-    if budgets:
-        plotted["budget"] = Markup(plots.budget_plot(budgets))
-    if evidence.speed:
-        timed = styles(list(dict.fromkeys([*looks, *evidence.speed["bundles"]])))
-        if len(evidence.speed["bundles"]) > 1:
-            plotted["speed"] = Markup(plots.speed_plot(evidence.speed, timed))
-        if evidence.cache is not None and len(evidence.cache):
-            plotted["cache"] = Markup(plots.cache_plot(evidence.cache, timed))
-    return plotted
+    variants, speed, cache = evidence.variants, evidence.speed, evidence.cache
+    styles = assign_styles([variant.name for variant in variants])
+    timed = assign_styles(list(dict.fromkeys([*styles, *speed["bundles"]]))) if speed else {}
+    values = {variant.name: variant.whole_set()["value"] for variant in variants}
+    plotted = {
+        "size": plots.size_plot(_size_table(variants, failed), styles) if variants else None,
+        "percentiles": plots.percentile_plot(values, styles) if variants else None,
+        "budget": plots.budget_plot(budgets) if budgets else None,
+        "speed": plots.speed_plot(speed, timed) if speed and len(speed["bundles"]) > 1 else None,
+        "cache": plots.cache_plot(cache, timed) if speed and cache is not None and len(cache) else None,
+    }
+    marked = {name: svg and Markup(svg) for name, svg in plotted.items()}
+    return marked | {"layers": [Markup(svg) for svg in _layer_plots(variants, styles)]}
 
 
 def _tables(evidence: Evidence, budgets: dict[str, pd.Series]) -> dict[str, Any]:
@@ -157,12 +139,7 @@ def _machine(speed: dict[str, Any] | None) -> str:
 
 
 def render_page(evidence: Evidence, table: pd.DataFrame) -> str:
-    """Return the page as HTML.
-
-    Args:
-        evidence: Evidence of the model.
-        table: Summary of the same variants (`hf2mnn.report.table.make_table`).
-    """
+    """Return the page as HTML; `table` is the summary of the same variants (`hf2mnn.report.table.make_table`)."""
     # A bundle that does not run has no figures: it appears in the verdict, the table and the provenance only.
     ran = replace(evidence, variants=[v for v in evidence.variants if not v.summary.get("fault")])
     budgets = {
@@ -174,12 +151,9 @@ def render_page(evidence: Evidence, table: pd.DataFrame) -> str:
     golden = Golden(evidence.reference)
     shown = examples.choose_examples(golden, {variant.name: variant.answers for variant in ran.variants})
     folders = provenance.stage_folders(evidence)
+    loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("page.html.jinja").render(
         model=evidence.model,

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from hf2mnn.evaluation.findings import PREPROCESSING, TOTAL
 from hf2mnn.figures import FIGURES, HIGHER, POSITIONS, SPEED, measured_on, on_page, short
-from hf2mnn.report.svg import BAD, COLOURS, HATCHES, INK, MUTED, PAPER, WIDTH, Style, new_figure, plot, to_svg
+from hf2mnn.report.svg import BAD, INK, MUTED, PAPER, WIDTH, Style, assign_styles, new_figure, plot, to_svg
 
 FLOOR = 1e-8
 """Lower end of the axes of KL divergence in nats: float32 logits are less exact, and a log axis has no zero."""
@@ -38,13 +38,12 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
     Points with a NaN are never on the front.
     """
-    known = [(index, point) for index, point in enumerate(points) if not any(map(math.isnan, point))]
-    front = [
-        (point, index)
-        for index, point in known
-        if not any(other != point and other[0] <= point[0] and other[1] <= point[1] for _, other in known)
+    known = [(point, index) for index, point in enumerate(points) if not any(map(math.isnan, point))]
+    return [
+        index
+        for point, index in sorted(known)
+        if not any(other != point and other[0] <= point[0] and other[1] <= point[1] for other, _ in known)
     ]
-    return [index for _, index in sorted(front)]
 
 
 def _decade(value: float, _: object = None) -> str:
@@ -71,6 +70,20 @@ def _ticks(axes: Axes, which: str, values: Iterable[float]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def _powers_of_two(values: Iterable[float]) -> list[float]:
+    """Return the powers of two from below the smallest to above the largest value."""
+    low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
+    return [2.0**power for power in range(low, high + 1)]
+
+
+def _bar_axis(axes: Axes, labels: list[str], bottom: float, top: float) -> None:
+    """Label the rows of a plot of horizontal bars, the first at the top."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.set_ylim(len(labels) - bottom, top)
+
+
 def _legend(figure: Figure, handles: list) -> None:
     """Add a legend below the axes in as many columns as fit; more than two rows make the figure taller."""
     lengths = [len(handle.get_label()) for handle in handles]
@@ -83,8 +96,9 @@ def _legend(figure: Figure, handles: list) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.2, columnspacing=1.4)
 
 
-def _line(name: str, style: Style) -> Line2D:
-    return Line2D([], [], label=name, color=style.colour, marker=style.marker, linestyle=style.dash)
+def _lines(names: Iterable[str], styles: dict[str, Style]) -> list[Line2D]:
+    """Return entries of the legend for the lines of `names`."""
+    return [Line2D([], [], label=name, **styles[name].line) for name in names]
 
 
 # Not adjustText: 1.4.0 puts labels on markers and on each other where points are close or lie on an axis.
@@ -123,51 +137,37 @@ def _label_points(axes: Axes, labels: list[tuple[float, float, str]]) -> None:
 
 
 @plot
-def size_plot(table: pd.DataFrame, looks: dict[str, Style]) -> str:
+def size_plot(table: pd.DataFrame, styles: dict[str, Style]) -> str:
     """Plot size against mean KL divergence.
 
-    Args:
-        table: Columns name, megabytes, mean_kld, low, high, failed (misses a gate) and candidate (may be on the Pareto
-            front).
-        looks: Style of each variant.
+    `table` has the columns name, megabytes, mean_kld, low, high, failed (misses a gate) and candidate (may be on the
+    Pareto front).
     """
-    figure = new_figure(4.1)
-    axes = figure.subplots()
+    figure, axes = new_figure(4.1)
     _log_axis(axes, "y")
     known = table[table["mean_kld"].notna() & table["megabytes"].notna()]
     choice = known[known["candidate"]]
     front = choice.iloc[pareto_front(list(zip(choice["megabytes"], choice["mean_kld"], strict=True)))]
     shown = front["mean_kld"].clip(lower=FLOOR)
     axes.step(front["megabytes"], shown, where="post", color=MUTED, linestyle="--", linewidth=1.2, zorder=1)
-    labels = []
+    labels, open_marker = [], {"markerfacecolor": PAPER, "markeredgecolor": BAD, "markeredgewidth": 1.8}
     for row in known.itertuples():
-        style, height = looks[row.name], max(row.mean_kld, FLOOR)
+        colour, height = styles[row.name].colour, max(row.mean_kld, FLOOR)
         if row.high > FLOOR:
             ends = [[max(height - max(row.low, FLOOR), 0)], [max(row.high - height, 0)]]
-            axes.errorbar([row.megabytes], [height], ends, color=style.colour, capsize=3, linewidth=1.3)
-        axes.plot(
-            [row.megabytes],
-            [height],
-            marker=style.marker if row.mean_kld >= FLOOR else "v",
-            color=style.colour,
-            markersize=8.5,
-            markeredgecolor=BAD if row.failed else style.colour,
-            markeredgewidth=1.8,
-            markerfacecolor=PAPER if row.failed else style.colour,
-            clip_on=False,
-            zorder=4,
-        )
+            axes.errorbar([row.megabytes], [height], ends, color=colour, capsize=3, linewidth=1.3)
+        shape = {"color": colour, "marker": styles[row.name].marker if row.mean_kld >= FLOOR else "v"}
+        shape |= open_marker if row.failed else {"markeredgewidth": 1.8}
+        axes.plot([row.megabytes], [height], markersize=8.5, clip_on=False, zorder=4, **shape)
         value = f" ({short(row.mean_kld)})" if row.mean_kld < FLOOR else ""
         labels.append((row.megabytes, height, f"{row.name}{value}"))
     top = known[["mean_kld", "high"]].max().max() if len(known) else 1.0
-    axes.set_ylim(FLOOR, max(10 * FLOOR, 3 * top))
-    axes.set_xlim(0, 1.12 * known["megabytes"].max() if len(known) else 1)
-    axes.set_xlabel("size, MB")
-    axes.set_ylabel("mean KL divergence, nats")
+    right = 1.12 * known["megabytes"].max() if len(known) else 1
+    axes.set(ylim=(FLOOR, max(10 * FLOOR, 3 * top)), xlim=(0, right))
+    axes.set(xlabel="size, MB", ylabel="mean KL divergence, nats")
     handles = [Line2D([], [], color=MUTED, linestyle="--", linewidth=1.2, label="Pareto front")]
     if known["failed"].any():
-        open_marker = {"markerfacecolor": PAPER, "markeredgecolor": BAD, "markeredgewidth": 1.8, "linestyle": ""}
-        handles.append(Line2D([], [], marker="o", label="misses a gate", **open_marker))
+        handles.append(Line2D([], [], marker="o", linestyle="", label="misses a gate", **open_marker))
     if (known["mean_kld"] < FLOOR).any():
         handles.append(Line2D([], [], marker="v", color=MUTED, linestyle="", label=f"below {_decade(FLOOR)}"))
     _legend(figure, handles)
@@ -179,62 +179,53 @@ def size_plot(table: pd.DataFrame, looks: dict[str, Style]) -> str:
 def _shares(budget: pd.Series) -> tuple[pd.Series, float, float, float]:
     """Normalize an error budget by the larger of its total and the sum of its sources.
 
-    Returns:
-        Shares of the sources, of the total, of the remainder (total - sum), and of image preprocessing, which is no
-        part of the total.
+    Returns the shares of the sources, of the total, of the remainder (total - sum), and of image preprocessing, which
+    is no part of the total.
     """
-    total = float(budget.get(TOTAL, 0.0))
     sources = budget.drop([TOTAL, PREPROCESSING], errors="ignore")
-    scale = max(total, float(sources.sum()))
+    total, added = float(budget.get(TOTAL, 0.0)), float(sources.sum())
+    scale = max(total, added)
     if not scale:
         return sources, 0.0, 0.0, 0.0
-    rest = max(total - float(sources.sum()), 0.0)
-    return sources / scale, total / scale, rest / scale, float(budget.get(PREPROCESSING, 0.0)) / scale
+    return sources / scale, total / scale, max(total - added, 0.0) / scale, budget.get(PREPROCESSING, 0.0) / scale
 
 
 @plot
 def budget_plot(budgets: dict[str, pd.Series]) -> str:
     """Plot the error budget as one bar for each variant; `budgets` holds its mean KL divergence by source."""
     names = list(budgets)
-    figure = new_figure(1.3 + 0.62 * len(names))
-    axes = figure.subplots()
-    sources = list(dict.fromkeys(source for budget in budgets.values() for source in budget.index))
-    sources = [source for source in sources if source not in (TOTAL, PREPROCESSING)]
-    colours = dict(zip(sources, (COLOURS[i % len(COLOURS)] for i in range(len(sources))), strict=True))
-    hatches = dict(zip(sources, (HATCHES[i % len(HATCHES)] for i in range(len(sources))), strict=True))
+    figure, axes = new_figure(1.3 + 0.62 * len(names))
+    sources = dict.fromkeys(source for budget in budgets.values() for source in budget.index)
+    styles = assign_styles([source for source in sources if source not in (TOTAL, PREPROCESSING)])
+    dotted = {"facecolor": "none", "edgecolor": MUTED, "linestyle": ":", "linewidth": 1.2}
+    hatched = {"facecolor": MUTED, "hatch": "////", "linewidth": 0}
     for y, budget in enumerate(budgets.values()):
         shares, total, rest, preprocessing = _shares(budget)
         left = 0.0
         for source, share in shares.items():
             if share > 0:
-                axes.barh(y, share, 0.46, left, color=colours[source], hatch=hatches[source], linewidth=0)
+                axes.barh(y, share, 0.46, left, **styles[source].bar)
                 left += share
         if rest > 0.005:
-            axes.barh(y, rest, 0.46, left, facecolor="none", edgecolor=MUTED, linestyle=":", linewidth=1.2)
+            axes.barh(y, rest, 0.46, left, **dotted)
         if total:
             axes.plot([total], [y], marker="D", color=INK, markersize=5.5, clip_on=False, zorder=5)
         if preprocessing:
-            axes.barh(y + 0.34, min(preprocessing, 1.0), 0.13, color=MUTED, hatch="////", linewidth=0)
+            axes.barh(y + 0.34, min(preprocessing, 1.0), 0.13, **hatched)
             if preprocessing > 1:
                 axes.plot([1.0], [y + 0.34], marker=">", color=MUTED, markersize=5, clip_on=False, zorder=5)
         axes.text(1.04, y, short(float(budget.get(TOTAL, 0.0))), va="center", ha="left")
     axes.text(1.04, -0.62, "total, nats", va="center", ha="left", color=MUTED, fontsize=10.5)
-    axes.set_yticks(range(len(names)), [fill(name, 16) for name in names])
-    axes.tick_params(axis="y", length=0)
-    axes.grid(visible=False, axis="y")
-    axes.set_ylim(len(names) - 0.4, -0.8)
+    _bar_axis(axes, [fill(name, 16) for name in names], 0.4, -0.8)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
     handles = [
-        Patch(facecolor=colours[source], hatch=hatches[source], linewidth=0, label=source)
-        for source in sources
+        Patch(label=source, **style.bar)
+        for source, style in styles.items()
         if any(budget.get(source, 0.0) > 0 for budget in budgets.values())
     ]
-    handles += [
-        Line2D([], [], marker="D", color=INK, linestyle="", markersize=5.5, label="total"),
-        Patch(facecolor="none", edgecolor=MUTED, linestyle=":", linewidth=1.2, label="interaction"),
-        Patch(facecolor=MUTED, hatch="////", linewidth=0, label="image preprocessing"),
-    ]
+    handles.append(Line2D([], [], marker="D", color=INK, linestyle="", markersize=5.5, label="total"))
+    handles += [Patch(label="interaction", **dotted), Patch(label="image preprocessing", **hatched)]
     _legend(figure, handles)
     return to_svg(
         figure, "budget", f"Error budget of {', '.join(names)}: share of each source; the table below has the numbers."
@@ -242,7 +233,7 @@ def budget_plot(budgets: dict[str, pd.Series]) -> str:
 
 
 def blocks_of(points: pd.Series) -> pd.Series:
-    """Return the block of each tap point (`hf2mnn.reference.tap_points`); "" outside of the blocks.
+    """Return the block of each tap point (`hf2mnn.reference.golden`); "" outside of the blocks.
 
     A block is a tap point with a numbered name that is a prefix of other names: "model.layers.0".
     """
@@ -258,16 +249,14 @@ def blocks_of(points: pd.Series) -> pd.Series:
 
 
 def depth_table(layers: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Return the largest error of each block.
+    """Return the largest error of each block, from one part of a table of layers (`hf2mnn.evaluation.layers.COLUMNS`).
 
     Args:
-        layers: One part of a table of layers (`hf2mnn.evaluation.layers.COLUMNS`).
-        column: Error to take: "local_error" of every tap point, or an accumulated error, of which only the outputs of
-            blocks and the last tap point count.
+        layers: The layers.
+        column: "local_error" of every tap point, or an accumulated error, of block outputs and the last tap point only.
 
     Returns:
-        Columns depth (0 before the first block), label, value, and over: whether a tap point of the block exceeds its
-        tolerance.
+        Columns depth (0 before the first block), label, value, and over: a tap point exceeds its tolerance.
     """
     table = layers.assign(block=blocks_of(layers["point"])).sort_values("order")
     blocks = [name for name in dict.fromkeys(table["block"]) if name]
@@ -287,18 +276,9 @@ def depth_table(layers: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 @plot
-def layer_plot(curves: dict[str, pd.DataFrame], looks: dict[str, Style], name: str, title: str, label: str) -> str:
-    """Plot errors by block.
-
-    Args:
-        curves: A `depth_table` for each variant.
-        looks: Style of each variant.
-        name: Name of the plot; that of a plot of local errors begins with "local".
-        title: Title of the plot.
-        label: Label of the vertical axis.
-    """
-    figure = new_figure(3.8)
-    axes = figure.subplots()
+def layer_plot(curves: dict[str, pd.DataFrame], styles: dict[str, Style], name: str, title: str, label: str) -> str:
+    """Plot a `depth_table` for each variant; the name of a plot of local errors begins with "local"."""
+    figure, axes = new_figure(3.8)
     _log_axis(axes, "y")
     labels: dict[int, str] = {}
     smallest = min((t["value"][t["value"] > 0].min() for t in curves.values() if (t["value"] > 0).any()), default=1e-8)
@@ -306,10 +286,10 @@ def layer_plot(curves: dict[str, pd.DataFrame], looks: dict[str, Style], name: s
     ring = {"marker": "o", "linestyle": "", "markerfacecolor": "none", "markeredgecolor": BAD, "markeredgewidth": 1.8}
     ringed = False
     for variant, table in curves.items():
-        style, values = looks[variant], table["value"].clip(lower=floor)
+        values = table["value"].clip(lower=floor)
         labels |= dict(zip(table["depth"], table["label"], strict=True))
         step = max(1, len(table) // 8)
-        axes.plot(table["depth"], values, color=style.colour, linestyle=style.dash, marker=style.marker, markevery=step)
+        axes.plot(table["depth"], values, markevery=step, **styles[variant].line)
         over = table["over"] & name.startswith("local")
         if over.any():
             ringed = True
@@ -320,10 +300,9 @@ def layer_plot(curves: dict[str, pd.DataFrame], looks: dict[str, Style], name: s
     if len(ticks) > 2 and labels[ticks[-1]] == "out" and ticks[-1] - ticks[-2] < step:
         ticks.pop(-2)
     axes.set_xticks(ticks, [labels[depth] for depth in ticks])
-    axes.set_xlabel("block")
-    axes.set_ylabel(label)
+    axes.set(xlabel="block", ylabel=label)
     axes.set_title(title, loc="left")
-    handles = [_line(variant, looks[variant]) for variant in curves]
+    handles = _lines(curves, styles)
     if ringed:
         handles.append(Line2D([], [], label="exceeds tolerance", markersize=11, **ring))
     _legend(figure, handles)
@@ -331,45 +310,37 @@ def layer_plot(curves: dict[str, pd.DataFrame], looks: dict[str, Style], name: s
 
 
 @plot
-def percentile_plot(figures: dict[str, pd.Series], looks: dict[str, Style]) -> str:
+def percentile_plot(figures: dict[str, pd.Series], styles: dict[str, Style]) -> str:
     """Plot percentiles of KL divergence over positions; `figures` holds those of PERCENTILES for each variant."""
-    figure = new_figure(3.7)
-    axes = figure.subplots()
+    figure, axes = new_figure(3.7)
     _log_axis(axes, "y")
-    below = False
-    for name, percentiles in figures.items():
-        values, style = percentiles.reindex(list(PERCENTILES)), looks[name]
-        below |= bool((values < FLOOR).any())
-        line = {"color": style.colour, "linestyle": style.dash, "marker": style.marker}
-        axes.plot(range(len(values)), values.clip(lower=FLOOR), clip_on=False, zorder=3, **line)
+    values = {name: percentiles.reindex(list(PERCENTILES)) for name, percentiles in figures.items()}
+    for name, curve in values.items():
+        axes.plot(range(len(curve)), curve.clip(lower=FLOOR), clip_on=False, zorder=3, **styles[name].line)
     axes.set_ylim(bottom=FLOOR)
     axes.set_xticks(range(len(PERCENTILES)), list(PERCENTILES.values()))
-    axes.set_xlabel("percentile of positions")
-    axes.set_ylabel("KL divergence, nats")
-    if below:
+    axes.set(xlabel="percentile of positions", ylabel="KL divergence, nats")
+    if any((curve < FLOOR).any() for curve in values.values()):
         axes.text(0, 1.02, f"values on the axis are below {_decade(FLOOR)}", transform=axes.transAxes, color=MUTED)
-    _legend(figure, [_line(name, looks[name]) for name in figures])
+    _legend(figure, _lines(figures, styles))
     return to_svg(figure, "percentiles", f"Percentiles of KL divergence for {', '.join(figures)}.")
 
 
 @plot
-def cache_plot(cache: pd.DataFrame, looks: dict[str, Style]) -> str:
+def cache_plot(cache: pd.DataFrame, styles: dict[str, Style]) -> str:
     """Plot the speed-up by the KV cache; `cache` has the columns bundle, length and speedup."""
-    figure = new_figure(3.5)
-    axes = figure.subplots()
+    figure, axes = new_figure(3.5)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    for name, rows in cache.groupby("bundle", sort=False):
-        style = looks[name]
-        axes.plot(rows["length"], rows["speedup"], color=style.colour, linestyle=style.dash, marker=style.marker)
-    low, high = min(cache["speedup"].min(), 1.0), cache["speedup"].max()
-    _ticks(axes, "x", sorted(cache["length"].unique()))
-    _ticks(axes, "y", [2.0**power for power in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)])
-    axes.axhline(1, color=MUTED, linewidth=1)
-    axes.set_xlabel("tokens in the cache")
-    axes.set_ylabel("speed-up")
     names = list(dict.fromkeys(cache["bundle"]))
-    _legend(figure, [_line(name, looks[name]) for name in names])
+    for name in names:
+        rows = cache[cache["bundle"] == name]
+        axes.plot(rows["length"], rows["speedup"], **styles[name].line)
+    _ticks(axes, "x", sorted(cache["length"].unique()))
+    _ticks(axes, "y", _powers_of_two([1.0, *cache["speedup"]]))
+    axes.axhline(1, color=MUTED, linewidth=1)
+    axes.set(xlabel="tokens in the cache", ylabel="speed-up")
+    _legend(figure, _lines(names, styles))
     return to_svg(figure, "cache", f"Speed-up by the KV cache by length, for {', '.join(names)}.")
 
 
@@ -382,35 +353,29 @@ def _improvement(measure: str, values: dict[str, float], base: float) -> tuple[f
 
 
 @plot
-def speed_plot(speed: dict, looks: dict[str, Style]) -> str:
+def speed_plot(speed: dict, styles: dict[str, Style]) -> str:
     """Plot medians and quartiles of the benchmark as factors of the baseline; `speed` is benchmark.json."""
     bundles, baseline = speed["bundles"], speed["baseline"]
     names = [name for name in bundles if name != baseline]
     base = bundles[baseline]["measures"]
     measures = [figure for figure in on_page(SPEED) if base.get(figure.name, {}).get("median")]
-    figure = new_figure(1.2 + 0.17 * len(measures) * (len(names) + 1))
-    axes = figure.subplots()
+    figure, axes = new_figure(1.2 + 0.17 * len(measures) * (len(names) + 1))
     axes.set_xscale("log", base=2)
     height, ends = 0.86 / max(len(names), 1), [1.0]
+    whisker = {"fmt": "none", "color": INK, "linewidth": 1, "capsize": 2, "capthick": 1}
     for row, measure in enumerate(measures):
         for index, name in enumerate(names):
             values = bundles[name]["measures"].get(measure.name)
             if not values or not values["median"]:
                 continue
             median, low, high = _improvement(measure.name, values, base[measure.name]["median"])
-            y, style = row + (index - (len(names) - 1) / 2) * height, looks[name]
-            axes.barh(y, median - 1, 0.86 * height, 1, color=style.colour, hatch=style.hatch, linewidth=0)
-            whisker = {"color": INK, "linewidth": 1, "capsize": 2, "capthick": 1}
-            axes.errorbar([median], [y], xerr=[[median - low], [high - median]], fmt="none", ecolor=INK, **whisker)
+            y = row + (index - (len(names) - 1) / 2) * height
+            axes.barh(y, median - 1, 0.86 * height, 1, **styles[name].bar)
+            axes.errorbar([median], [y], xerr=[[median - low], [high - median]], **whisker)
             ends += [low, high]
     axes.axvline(1, color=MUTED, linewidth=1.2)
-    powers = range(math.floor(math.log2(min(ends))), math.ceil(math.log2(max(ends))) + 1)
-    _ticks(axes, "x", [2.0**power for power in powers])
-    axes.set_yticks(range(len(measures)), [measure.label for measure in measures])
-    axes.tick_params(axis="y", length=0)
-    axes.grid(visible=False, axis="y")
-    axes.set_ylim(len(measures) - 0.45, -0.55)
+    _ticks(axes, "x", _powers_of_two(ends))
+    _bar_axis(axes, [measure.label for measure in measures], 0.45, -0.55)
     axes.set_xlabel(f"improvement over {baseline}, factor")
-    handles = [Patch(facecolor=looks[name].colour, hatch=looks[name].hatch, linewidth=0, label=name) for name in names]
-    _legend(figure, handles)
+    _legend(figure, [Patch(label=name, **styles[name].bar) for name in names])
     return to_svg(figure, "speed", f"Speed and memory relative to {baseline}, for {', '.join(names)}.")

@@ -19,14 +19,9 @@ LISTED = ("checkpoint", "reference", "onnx", "graphs", "bundles")
 
 @dataclass(frozen=True)
 class StageFolder:
-    """A stage folder of the model.
+    """A stage folder of the model."""
 
-    Attributes:
-        path: Path below results/<model>.
-        manifest: Manifest of the folder.
-    """
-
-    path: str
+    path: str  # Below results/<model>.
     manifest: Manifest
 
     @property
@@ -79,26 +74,21 @@ def _as_text(settings: Any) -> str:
     return _portable(settings) if isinstance(settings, str) else json.dumps(settings)
 
 
-def _weight_settings(manifest: Manifest, part: str) -> str:
-    """Return the quantization settings of the decoder or the vision tower, or the plan that holds them."""
-    settings = dict(manifest.settings.get(part, {}))
-    if "plan" in manifest.paths:
-        settings = {"plan": manifest.paths["plan"], "method": settings.get("method", "")}
-    return _as_text(settings)
-
-
 def variant_settings(evidence: Evidence) -> Table | None:
     """Return a table of each variant's settings, bits per weight, storage of the embedding and decoder layout."""
     rows = []
     for variant in evidence.variants:
         if (manifest := variant.manifests.get(BUNDLES)) is None:
             continue
-        bits, embedding = (manifest.results.get(name) for name in ("bits_per_weight", "embedding_bytes"))
-        cells = [Cell(_weight_settings(manifest, part)) for part in ("decoder", "vision")]
-        cells.append(Cell(_as_text(manifest.settings.get("engine", {}))))
+        settings, results = manifest.settings, manifest.results
+        weights = [settings.get(part, {}) for part in ("decoder", "vision")]
+        if "plan" in manifest.paths:
+            weights = [{"plan": manifest.paths["plan"], "method": part.get("method", "")} for part in weights]
+        bits, embedding = results.get("bits_per_weight"), results.get("embedding_bytes")
+        cells = [Cell(_as_text(part)) for part in (*weights, settings.get("engine", {}))]
         cells.append(Cell("32" if bits is None else f"{bits:.3f}"))
         cells.append(Cell("in lm_head" if embedding == 0 else f"{embedding / 1e6:.1f} MB" if embedding else ""))
-        cells.append(Cell(*(manifest.results.get(name, "") for name in ("decoder_layout", "layout_reason"))))
+        cells.append(Cell(results.get("decoder_layout", ""), results.get("layout_reason", "")))
         rows.append((variant.name, cells))
     columns = ["variant", "decoder", "vision", "engine", "bits per weight", "embedding", "decoder layout"]
     return Table("Settings of each variant", columns, rows, wraps=True) if rows else None
@@ -109,11 +99,10 @@ def stage_resources(folders: Sequence[StageFolder]) -> Table:
     rows = []
     for folder in folders:
         manifest = folder.manifest
-        tools = ", ".join(
-            f"{name} {release}" for name, release in {"hf2mnn": manifest.hf2mnn, **manifest.tools}.items()
-        )
-        measured = [Cell(f"{manifest.seconds:.1f}"), Cell(f"{manifest.peak_rss_mb:.0f}")]
-        rows.append((folder.path, [*measured, Cell(manifest.digest()[:12]), Cell(tools)]))
+        tools = {"hf2mnn": manifest.hf2mnn, **manifest.tools}
+        texts = [f"{manifest.seconds:.1f}", f"{manifest.peak_rss_mb:.0f}", manifest.digest()[:12]]
+        texts.append(", ".join(f"{name} {release}" for name, release in tools.items()))
+        rows.append((folder.path, [Cell(text) for text in texts]))
     return Table("Stages", ["folder", "seconds", "peak MB", "digest", "tools"], rows, wraps=True)
 
 

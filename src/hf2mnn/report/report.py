@@ -47,15 +47,7 @@ def check_inputs(evidence: Evidence) -> None:
 
 
 def make_report(model: str, folder: Path, specs: list[VariantSpec]) -> pd.DataFrame:
-    """Write summary.csv, figures.csv (both also as parquet) and report.html.
-
-    Args:
-        model: Name of the model.
-        folder: results/<model>.
-        specs: Variants in the order of the table, with their gates.
-
-    Returns:
-        The summary, see `hf2mnn.report.table.make_table`.
+    """Write summary.csv, figures.csv (both also as parquet) and report.html; return the summary.
 
     Raises:
         ManifestError: An evaluation is missing, or stages do not belong together.
@@ -63,11 +55,8 @@ def make_report(model: str, folder: Path, specs: list[VariantSpec]) -> pd.DataFr
     evidence = read_evidence(model, folder, [spec.name for spec in specs])
     check_inputs(evidence)
     table = make_table(evidence, specs)
-    figures = [
-        variant.figures.assign(model=model, variant=variant.name)
-        for variant in evidence.variants
-        if len(variant.figures)
-    ]
+    known = [variant for variant in evidence.variants if len(variant.figures)]
+    figures = [variant.figures.assign(model=model, variant=variant.name) for variant in known]
     figures = figures or [pd.DataFrame(columns=[*COLUMNS, "model", "variant"])]
     write_table(table, folder / SUMMARY)
     write_table(pd.concat(figures, ignore_index=True), folder / FIGURES)

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from html import escape
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
@@ -23,36 +24,18 @@ INK, MUTED, GRID, PAPER, BAD = "#101112", "#505152", "#d0d1d2", "#fefdfc", "#b32
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "paper", BAD: "bad"}
 WIDTH = 4.8
 """Width of a plot in inches of 72 units: that of a phone's page, where text then has its nominal size."""
+# fmt: off
 SETTINGS = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "hf2mnn",
-    "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.size": 11.5,
-    "figure.facecolor": "none",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.facecolor": "none",
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.color": MUTED,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 11,
-    "hatch.linewidth": 1.2,
-    "hatch.color": PAPER,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 6.5,
+    "svg.fonttype": "none", "svg.hashsalt": "hf2mnn", "text.parse_math": False,
+    "font.family": "sans-serif", "font.size": 11.5, "text.color": INK, "figure.facecolor": "none",
+    "axes.labelcolor": INK, "axes.edgecolor": MUTED, "axes.facecolor": "none", "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 12, "axes.titleweight": "bold",
+    "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.7,
+    "xtick.color": MUTED, "xtick.labelcolor": INK, "ytick.color": MUTED, "ytick.labelcolor": INK,
+    "legend.frameon": False, "legend.fontsize": 11, "hatch.linewidth": 1.2, "hatch.color": PAPER,
+    "lines.linewidth": 1.8, "lines.markersize": 6.5,
 }
+# fmt: on
 # All colours have a contrast of at least 3 on white and on the page's dark background (WCAG 1.4.11). Markers and
 # hatches distinguish series without colour.
 COLOURS = ("#7a8289", "#0f76b5", "#d55e00", "#00946c", "#b8609a", "#a07000", "#7d62d0")
@@ -70,8 +53,18 @@ class Style:
     hatch: str
     dash: str
 
+    @property
+    def line(self) -> dict[str, str]:
+        """Options of a line."""
+        return {"color": self.colour, "marker": self.marker, "linestyle": self.dash}
 
-def styles(names: list[str]) -> dict[str, Style]:
+    @property
+    def bar(self) -> dict[str, Any]:
+        """Options of a bar."""
+        return {"facecolor": self.colour, "hatch": self.hatch, "linewidth": 0}
+
+
+def assign_styles(names: list[str]) -> dict[str, Style]:
     """Return a style for each name; 63 combinations of colour and marker are distinct."""
     cycles = (COLOURS, MARKERS, HATCHES, DASHES)
     return {name: Style(*(cycle[index % len(cycle)] for cycle in cycles)) for index, name in enumerate(names)}
@@ -88,18 +81,16 @@ def plot(function: Callable[P, str]) -> Callable[P, str]:
     return run
 
 
-def new_figure(height: float) -> Figure:
-    """Return a figure of WIDTH and `height` inches."""
-    return Figure(figsize=(WIDTH, height), layout="constrained")
+def new_figure(height: float) -> tuple[Figure, Axes]:
+    """Return a figure of WIDTH and `height` inches, and its axes."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
     """Return a figure as an <svg> element; the same figure gives the same bytes.
 
-    Args:
-        figure: The figure.
-        name: Prefix of its ids, unique on the page.
-        label: Description for screen readers.
+    `name` is the prefix of its ids, unique on the page; `label` is for screen readers.
     """
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})

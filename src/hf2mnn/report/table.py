@@ -27,29 +27,19 @@ PASS, FAIL, REFERENCE = "pass", "FAIL", "reference"
 
 @dataclass(frozen=True)
 class VariantSpec:
-    """Gates of a variant.
-
-    Attributes:
-        name: Name of the variant.
-        required: Whether a missed gate fails the run.
-        gates: Bounds by figure.
-    """
+    """Gates of a variant."""
 
     name: str
-    required: bool
-    gates: dict[str, float]
+    required: bool  # Whether a missed gate fails the run.
+    gates: dict[str, float]  # Bounds by figure.
 
 
 def reasons(values: dict[str, Any], reference_right: float, gates: dict[str, float]) -> list[str]:
     """Return each missed gate as "figure value, bound wanted".
 
-    A gate on a figure that was not measured is missed, unless the figure is optional.
-
-    Args:
-        values: Figures by name; `labelled`, the number of labelled examples; `fault` of a bundle that does not run;
-            `layout_reason` of a decoder in the slower layout.
-        reference_right: Correct answers of PyTorch.
-        gates: Bounds by figure.
+    A gate on a figure that was not measured is missed, unless the figure is optional. Besides figures, `values` holds
+    `labelled`, the number of labelled examples; `fault` of a bundle that does not run; `layout_reason` of a decoder in
+    the slower layout. `reference_right` is the number of correct answers of PyTorch.
     """
     if values.get("fault"):
         return [values["fault"]]

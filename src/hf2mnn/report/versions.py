@@ -1,4 +1,4 @@
-"""Comparison of two versions of a model: changed figures, speeds and inputs, and the first layer that changed."""
+"""Comparison of two versions of a model, with the files of the `compare` stage: changes.csv and changes.md."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from tabulate import tabulate
 
-from hf2mnn.core.errors import Hf2mnnError
+from hf2mnn.core.errors import Hf2mnnError, suggest
+from hf2mnn.core.files import atomic_file
 from hf2mnn.core.manifest import Manifest
-from hf2mnn.figures import BENCHMARK, COMPARISON, HIGHER, Figure, shown_in
+from hf2mnn.figures import BENCHMARK, COMPARISON, CONSOLE, HIGHER, Figure, shown_in
 from hf2mnn.metrics import relative_error
 from hf2mnn.reference.golden import Golden
+from hf2mnn.report.console import HEADS, cell
 from hf2mnn.report.evidence import Evidence, VariantEvidence, read_evidence
 from hf2mnn.report.table import SUMMARY, read_table
 
+CHANGES, PAGE = "changes.csv", "changes.md"
 SETTINGS = ("threads", "prompt_tokens", "answer_tokens", "image_side")
 """Settings of the benchmark that must be equal for its times to be comparable."""
 CHANGED = 1e-5
@@ -34,23 +38,18 @@ COLUMNS = ["variant", "figure", "before", "after", "change"]
 
 @dataclass(frozen=True)
 class Versions:
-    """Differences between two versions.
+    """Differences between two versions."""
 
-    Attributes:
-        before: Folder of one version.
-        after: Folder of the other version.
-        changes: Figures that changed beyond their uncertainty, with COLUMNS.
-        changed_inputs: A message each about the tools and the checkpoint.
-        messages: Messages about the reference, the benchmark and each variant: faults and the first layer that changed.
-        only: Names of the variants that only one version has, by folder.
-    """
+    before: str  # Folder of one version.
+    after: str  # Folder of the other version.
+    changes: pd.DataFrame  # Figures that changed beyond their uncertainty, with COLUMNS.
+    changed_inputs: list[str]  # Messages about the tools and the checkpoint.
+    messages: list[str]  # Messages about the reference, the benchmark and the variants.
+    only: dict[str, list[str]]  # Variants that only one version has, by folder.
 
-    before: str
-    after: str
-    changes: pd.DataFrame
-    changed_inputs: list[str]
-    messages: list[str]
-    only: dict[str, list[str]]
+    def only_in(self) -> list[str]:
+        """Describe the variants that only one version has."""
+        return [f"only in {folder}: {', '.join(names)}" for folder, names in self.only.items() if names]
 
 
 def _verdict(figure: Figure, before: float, after: float) -> str:
@@ -59,14 +58,13 @@ def _verdict(figure: Figure, before: float, after: float) -> str:
 
 def _changed_figures(before: VariantEvidence, after: VariantEvidence) -> list[tuple]:
     """Return figures whose 95 % confidence intervals are disjoint, and the size of the bundle if it changed."""
-    rows = []
-    tables = before.whole_set(), after.whole_set()
+    rows, tables = [], (before.whole_set(), after.whole_set())
     for figure in shown_in(COMPARISON):
-        if not all(figure.name in table.index for table in tables):
-            continue
-        a, b = (table.loc[figure.name] for table in tables)
-        if a["high"] < b["low"] or b["high"] < a["low"]:
-            rows.append((before.name, figure.name, a["value"], b["value"], _verdict(figure, a["value"], b["value"])))
+        if all(figure.name in table.index for table in tables):
+            a, b = (table.loc[figure.name] for table in tables)
+            if a["high"] < b["low"] or b["high"] < a["low"]:
+                change = _verdict(figure, a["value"], b["value"])
+                rows.append((before.name, figure.name, a["value"], b["value"], change))
     sizes = before.summary["bytes"], after.summary["bytes"]
     if sizes[0] != sizes[1]:
         rows.append((before.name, "bytes", *sizes, "smaller" if sizes[1] < sizes[0] else "larger"))
@@ -83,9 +81,8 @@ def _changed_speed(speeds: Speeds, name: str) -> list[tuple]:
         if figure.source != BENCHMARK or not all(figure.name in measures for measures in both):
             continue
         a, b = (measures[figure.name] for measures in both)
-        if abs(b["median"] - a["median"]) <= MIN_CHANGE * a["median"]:
-            continue
-        if a["highest"] < b["lowest"] or b["highest"] < a["lowest"]:
+        larger = abs(b["median"] - a["median"]) > MIN_CHANGE * a["median"]
+        if larger and (a["highest"] < b["lowest"] or b["highest"] < a["lowest"]):
             better = _verdict(figure, a["median"], b["median"]) == "better"
             words = ("smaller", "larger") if figure.unit == "MB" else ("faster", "slower")
             rows.append((name, figure.name, a["median"], b["median"], words[0] if better else words[1]))
@@ -157,11 +154,7 @@ def incomparable_speeds(before: Evidence, after: Evidence) -> str | None:
 
 
 def read_report(folder: Path, names: list[str] | None = None) -> tuple[Evidence, pd.DataFrame]:
-    """Read the evidence and the summary of results/<model>.
-
-    Args:
-        folder: results/<model>, after the report stage.
-        names: Variants to read; None for all.
+    """Read the evidence and the summary of results/<model>, of all variants or of those with `names`.
 
     Raises:
         Hf2mnnError: There is no such folder or variant.
@@ -171,7 +164,9 @@ def read_report(folder: Path, names: list[str] | None = None) -> tuple[Evidence,
     known = [name for name in table["variant"] if name != "pytorch"]
     unknown = [name for name in names or [] if name not in known]
     if unknown:
-        raise Hf2mnnError(f"{folder} has no {', '.join(unknown)}; it has {', '.join(known)}")
+        raise Hf2mnnError(
+            f"{folder} has no {', '.join(unknown)}; it has {', '.join(known)}{suggest(unknown[0], known, listed=True)}"
+        )
     names = names or known
     kept = table[table["variant"].isin(["pytorch", *names])]
     return read_evidence(str(table["model"].iloc[0]), folder, names), kept
@@ -181,23 +176,19 @@ def _tools(evidence: Evidence) -> dict[str, str]:
     """Return the releases of each package that any stage used."""
     tools: dict[str, set[str]] = {}
     manifests = [*evidence.manifests.values(), *(m for v in evidence.variants for m in v.manifests.values())]
-    for manifest in manifests:
-        for package, release in manifest.tools.items():
-            tools.setdefault(package, set()).add(release)
+    for package, release in (tool for manifest in manifests for tool in manifest.tools.items()):
+        tools.setdefault(package, set()).add(release)
     return {package: " and ".join(sorted(releases)) for package, releases in tools.items()}
-
-
-def _checkpoint_files(evidence: Evidence) -> dict[str, str]:
-    """Return the sha256 of each file of the checkpoint."""
-    return {name: entry["sha256"] for name, entry in evidence.manifests.get("checkpoint", Manifest("")).outputs.items()}
 
 
 def changed_inputs(before: Evidence, after: Evidence) -> list[str]:
     """Describe the tools with different releases, and the files of the checkpoint that differ."""
-    tools, files = [_tools(side) for side in (before, after)], [_checkpoint_files(side) for side in (before, after)]
-    shared = sorted(tools[0].keys() & tools[1].keys(), key=str.lower)
-    updated = [f"{name} {tools[0][name]} to {tools[1][name]}" for name in shared if tools[0][name] != tools[1][name]]
-    changed = sorted(name for name in files[0].keys() | files[1].keys() if files[0].get(name) != files[1].get(name))
+    old, new = _tools(before), _tools(after)
+    shared = sorted(old.keys() & new.keys(), key=str.lower)
+    updated = [f"{name} {old[name]} to {new[name]}" for name in shared if old[name] != new[name]]
+    checkpoints = [side.manifests.get("checkpoint", Manifest("")).outputs for side in (before, after)]
+    files = [{(name, entry["sha256"]) for name, entry in outputs.items()} for outputs in checkpoints]
+    changed = sorted({name for name, _ in files[0] ^ files[1]})
     return [
         f"tools: {', '.join(updated) or 'no change'}",
         f"checkpoint: {'changed files: ' + ', '.join(changed) if changed else 'no change'}",
@@ -207,11 +198,8 @@ def changed_inputs(before: Evidence, after: Evidence) -> list[str]:
 def compare_versions(before: Evidence, after: Evidence, speeds: Speeds | None = None) -> Versions:
     """Compare the variants that both versions have.
 
-    Args:
-        before: Evidence of one version.
-        after: Evidence of the other version.
-        speeds: Speeds of both, timed in interleaved runs; None for those of the two benchmarks, which are less
-            precise because the load of a machine changes.
+    `speeds` are timed in interleaved runs; None for those of the two benchmarks, which are less precise because the
+    load of a machine changes.
     """
     reason = incomparable_speeds(before, after) if speeds is None else None
     if speeds is None:
@@ -227,11 +215,52 @@ def compare_versions(before: Evidence, after: Evidence, speeds: Speeds | None = 
         str(side.folder): [name for name in own if name not in other]
         for side, own, other in ((before, *variants), (after, *variants[::-1]))
     }
-    return Versions(
-        before=str(before.folder),
-        after=str(after.folder),
-        changes=pd.DataFrame(changes, columns=COLUMNS),
-        changed_inputs=changed_inputs(before, after),
-        messages=messages,
-        only=only,
-    )
+    table, inputs = pd.DataFrame(changes, columns=COLUMNS), changed_inputs(before, after)
+    return Versions(str(before.folder), str(after.folder), table, inputs, messages, only)
+
+
+def _markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a padded Markdown table."""
+    return tabulate(rows, heads, tablefmt="github", disable_numparse=True).splitlines()
+
+
+def side_by_side(tables: list[pd.DataFrame], speeds: Speeds) -> list[str]:
+    """Return a Markdown table of the variants of both versions, with changed cells as "before → after".
+
+    Speeds are those of interleaved runs; without such runs they are missing.
+    """
+    timed = [figure.name for figure in shown_in(CONSOLE) if figure.source == BENCHMARK]
+    sides = []
+    for table, bundles in zip(tables, speeds, strict=True):
+        variants = {row["variant"]: row for row in table.to_dict("records")}
+        for name, row in variants.items():
+            measures = bundles.get(name, {}).get("measures", {})
+            row |= {figure: measures.get(figure, {}).get("median") for figure in timed}
+        sides.append(variants)
+    rows = []
+    for name in [name for name in sides[0] if name in sides[1]]:
+        pairs = [tuple(cell(column, side[name][column]) for side in sides) for column in HEADS]
+        rows.append([before if before == after else f"{before} → {after}" for before, after in pairs])
+    return _markdown(list(HEADS.values()), rows)
+
+
+def changes_page(versions: Versions, tables: list[pd.DataFrame], speeds: Speeds) -> str:
+    """Return the contents of changes.md."""
+    lines = [f"# Changes from {versions.before} to {versions.after}", ""]
+    lines += [f"- {message}" for message in versions.changed_inputs]
+    lines += ["", *side_by_side(tables, speeds), "", "## Changes beyond uncertainty", ""]
+    rows = [
+        [row.variant, row.figure, f"{row.before:.4g}", f"{row.after:.4g}", row.change]
+        for row in versions.changes.itertuples()
+    ]
+    lines += _markdown(COLUMNS, rows) if rows else ["None."]
+    lines += ["", *(f"- {message}" for message in versions.messages + versions.only_in())]
+    return "\n".join(lines) + "\n"
+
+
+def write_changes(folder: Path, versions: Versions, tables: list[pd.DataFrame], speeds: Speeds) -> None:
+    """Write changes.csv and changes.md from the summaries of both versions and the speeds of interleaved runs."""
+    with atomic_file(folder / CHANGES) as path:
+        versions.changes.to_csv(path, index=False)
+    with atomic_file(folder / PAGE) as path:
+        path.write_text(changes_page(versions, tables, speeds), encoding="utf-8")

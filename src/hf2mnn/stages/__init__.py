@@ -1,7 +1,8 @@
 """The pipeline: one file is one stage, one command, one rule and one folder of results.
 
 Modules here only wire: they open inputs, call the packages below, and write outputs. They import heavy packages inside
-`run`, so that Snakemake and the command line can read the declarations (`STAGE`) quickly.
+`run`, so that Snakemake and the command line can read the declarations (`STAGE`) quickly. The parameters of `run`
+are the options of the command, which `hf2mnn.cli.stages` documents.
 """
 
 from __future__ import annotations
@@ -12,21 +13,8 @@ from importlib import import_module
 from hf2mnn.core.stage import Stage
 
 ORDER = (
-    "fetch",
-    "examples",
-    "reference",
-    "export",
-    "convert",
-    "calibrate",
-    "sensitivity",
-    "plan",
-    "quantize",
-    "baseline",
-    "evaluate",
-    "diagnose",
-    "benchmark",
-    "report",
-    "compare",
+    *("fetch", "examples", "reference", "export", "convert", "calibrate", "sensitivity", "plan", "quantize"),
+    *("baseline", "evaluate", "diagnose", "benchmark", "report", "compare"),
 )
 """Names of the stages in the order of the data."""
 CONVERSION = ("fetch", "export", "convert", "quantize")

@@ -22,14 +22,6 @@ STAGE = Stage(
 def run(reference: Path, onnx: Path, graphs: Path, destination: Path, threads: int, time_limit: float) -> Path:
     """Make the float32 bundle, and run it with both our and the engine's resizing of images.
 
-    Args:
-        reference: Folder of the reference stage.
-        onnx: Folder of the export stage.
-        graphs: Folder of the convert stage.
-        destination: Output folder.
-        threads: Threads of the engine.
-        time_limit: Seconds after which the engine is stopped.
-
     Raises:
         ManifestError: An input differs from its manifest.
         EngineError: The engine failed or was stopped.

@@ -32,18 +32,6 @@ def run(
 ) -> dict[str, Any]:
     """Time each bundle `repeats` times with equal threads, and return the summary.
 
-    Args:
-        bundles: Bundles by name.
-        baseline: Name of the bundle that ratios refer to.
-        destination: Output folder.
-        repeats: Processes for each bundle.
-        prompt_tokens: Length of the prompt in tokens.
-        answer_tokens: Length of the answer in tokens.
-        threads: Threads of the engine; 0 for all cores.
-        image_side: Width and height of the image in pixels.
-        lengths: Tokens in the KV cache when its gain is measured; None for `evaluation.benchmark.LENGTHS`.
-        time_limit: Seconds after which one process is stopped.
-
     Raises:
         ConfigError: `baseline` is not a bundle.
         BundleError, EngineError: A bundle is incomplete, the engine was stopped, or it runs no bundle.

@@ -31,15 +31,6 @@ def run(
 ) -> Path:
     """Record at most `rows` rows of the inputs of each linear layer.
 
-    Args:
-        checkpoint: Folder of the fetch stage.
-        calibration: Folder of the reference stage for the calibration set.
-        evaluation: Folder of the reference stage for the evaluation set.
-        destination: Output folder.
-        rows: Tokens or patches to keep for each layer.
-        threads: Threads of PyTorch.
-        weights: "resident", "mapped" or "auto"; same results.
-
     Raises:
         EvaluationSetError: The two sets share an example.
         ManifestError: An input differs from its manifest, or `calibration` has answers of another checkpoint.

@@ -30,20 +30,11 @@ def run(
 ) -> Versions:
     """Compare results/<model> of two versions.
 
-    Args:
-        before: Results of one version.
-        after: Results of the other version.
-        variants: Variants to compare; None for all.
-        benchmark: Time the bundles of both against each other now.
-        toolchain: Folder of the toolchain whose engine runs the bundles of `after`.
-        out: Folder for changes.csv and changes.md.
-
     Raises:
         Hf2mnnError: A version has no report, no such variant, or no benchmark.
         ManifestError: A stage folder differs from its manifest.
     """
-    from hf2mnn.report.changes import write_changes
-    from hf2mnn.report.versions import compare_versions, read_report
+    from hf2mnn.report.versions import compare_versions, read_report, write_changes
 
     both, tables = zip(*(read_report(folder, variants) for folder in (before, after)), strict=True)
     python = toolchain.resolve() / "bin" / "python" if toolchain else None

@@ -35,15 +35,6 @@ def run(
 ) -> list[Finding]:
     """Diagnose a bundle; one that does not run is a finding, not a failure.
 
-    Args:
-        reference: Folder of the reference stage.
-        onnx: Folder of the export stage.
-        baseline: Folder of the baseline stage.
-        bundle: Folder of the quantize stage.
-        destination: Output folder.
-        threads: Threads of the runtimes.
-        time_limit: Seconds after which the engine is stopped.
-
     Raises:
         ManifestError: An input differs from its manifest.
         EngineError: The engine was stopped.

@@ -33,15 +33,6 @@ def run(
 ) -> Path:
     """Evaluate `bundle` in MNN's engine, or, where it is None, the ONNX graphs in ONNX Runtime.
 
-    Args:
-        reference: Folder of the reference stage.
-        onnx: Folder of the export stage.
-        destination: Output folder.
-        bundle: Folder of the quantize stage.
-        threads: Threads of the runtime.
-        time_limit: Seconds after which the engine is stopped.
-        keep_logits: Also write logits.safetensors, to recompute figures; 1.7 GB a variant for a 2B.
-
     Raises:
         ManifestError: An input differs from its manifest.
         EngineError: The engine was stopped.

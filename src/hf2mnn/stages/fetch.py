@@ -34,16 +34,6 @@ def run(
 ) -> Path:
     """Link the files of a checkpoint into `destination`; each file of a hub is checked by its size and hash.
 
-    Args:
-        destination: Output folder.
-        path: Local checkpoint folder.
-        repository: owner/name on a hub.
-        revision: Commit, tag or branch; None for the hub's default branch.
-        hub: "huggingface" or "modelscope".
-        pin: File of `hf2mnn pin`, in place of repository and revision.
-        files: Folder of user-provided files: those that match are used and not downloaded.
-        adapter: LoRA adapter to merge.
-
     Raises:
         CheckpointError: The checkpoint or adapter is missing, incomplete, inconsistent or of an unsupported family.
     """

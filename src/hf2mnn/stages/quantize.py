@@ -36,16 +36,6 @@ def run(
 ) -> Path:
     """Make a bundle.
 
-    Args:
-        onnx: Folder of the export stage.
-        graphs: Folder of the convert stage.
-        destination: Output folder.
-        choice: Formats of the weights and settings of the engine.
-        threads: Threads to round with; the bytes are the same for any number.
-        calibration: Folder of the calibrate stage, for awq and gptq.
-        checkpoint: Folder of the fetch stage, for the quantized values of an AWQ or GPTQ checkpoint.
-        plan: File that `choice.plan` was read from.
-
     Raises:
         ManifestError: An input differs from its manifest.
         QuantizationError: An operator cannot be stored in the chosen format.

@@ -25,14 +25,6 @@ def run(
 ) -> Path:
     """Answer every example greedily and write inputs, logits and answers.
 
-    Args:
-        checkpoint: Folder of the fetch stage.
-        examples: Folder with examples.jsonl.
-        destination: Output folder.
-        max_new_tokens: Longest answer, in tokens.
-        threads: Threads of PyTorch; 0 for its default.
-        weights: "resident", "mapped" or "auto" (`reference.model.choose_weight_storage`); same results.
-
     Raises:
         EvaluationSetError: An example or an image cannot be read.
         CheckpointError, ManifestError: The checkpoint is incomplete, or differs from its manifest.

@@ -30,15 +30,6 @@ def run(
 ) -> Path:
     """Measure the divergence for each operator and each number of bits.
 
-    Args:
-        checkpoint: Folder of the fetch stage.
-        calibration: Folder of the reference stage for the calibration set.
-        destination: Output folder.
-        bits: Bits to measure with; other formats are estimated from their weight errors.
-        examples: Examples to measure with.
-        threads: Threads of PyTorch.
-        weights: "resident", "mapped" or "auto"; same results.
-
     Raises:
         ManifestError: An input differs from its manifest.
     """

@@ -17,11 +17,7 @@ from hf2mnn.core.progress import BYTES, progress
 
 
 def get_hub(name: str) -> Hub:
-    """Return the hub of a name; imports its client, which is slow.
-
-    Raises:
-        CheckpointError: Unknown name.
-    """
+    """Return the hub of a name; imports its client, which is slow."""
     if name == "huggingface":
         from hf2mnn.checkpoint.hub.huggingface import HuggingFace
 
@@ -36,18 +32,9 @@ def get_hub(name: str) -> Hub:
 def pin_repository(
     repository: str, revision: str | None = None, hub: str = "huggingface", patterns: Sequence[str] = FILES
 ) -> Pin:
-    """Return the current commit of a branch or tag, with the files that stages read.
+    """Return the current commit of a branch or tag of owner/name, with the files that match a pattern.
 
-    If the hub cannot be reached, return the commit of the last download.
-
-    Args:
-        repository: owner/name.
-        revision: Branch, tag or commit; None for the default branch.
-        hub: "huggingface" or "modelscope".
-        patterns: File names to include.
-
-    Raises:
-        CheckpointError: Unknown repository or revision, login required, or the hub cannot be reached.
+    If the hub cannot be reached, return the commit of the last download. The revision None is the default branch.
     """
     client = get_hub(hub)
     revision = client.default if revision is None else revision
@@ -70,11 +57,10 @@ def _user_provided(folder: Path, pin: Pin) -> dict[str, Path]:
     for name, digest in pin.files.items():
         path = folder / name
         if path.is_file():
-            mismatch = digest.mismatch(path, name)
-            if mismatch is None:
-                files[name] = path
-            else:
+            if mismatch := digest.mismatch(path, name):
                 warn(f"ignoring {path}: {mismatch} in {pin.repository} at {pin.revision}")
+            else:
+                files[name] = path
     return files
 
 
@@ -90,40 +76,30 @@ def _cached(hub: Hub, pin: Pin, name: str) -> Path | None:
     return None
 
 
-def _download(hub: Hub, pin: Pin, name: str) -> Path:
-    def attempt() -> Path:
+def _download(hub: Hub, pin: Pin, name: str, again: bool = False) -> Path:
+    try:
         with progress(f"downloading {name}", pin.files[name].size, BYTES) as bar:
             position = Position(bar)
-            try:
-                return retry(lambda: hub.download(pin, name, position))
-            except OSError as error:
-                raise CheckpointError(
-                    f"{name} cannot be written to {hub.cache} ({error.strerror or error}): free some space or change"
-                    f" its permissions, and {RESUME}"
-                ) from None
-
-    try:
-        return attempt()
-    except CorruptedError as error:
-        warn(f"{error}; downloading it again")
-    try:
-        return attempt()
-    except CorruptedError as error:
+            return retry(lambda: hub.download(pin, name, position))
+    except OSError as error:
         raise CheckpointError(
-            f"{error}, twice: the hub, a mirror or a proxy serves another file; reach the hub another way, {USE_FILES}"
+            f"{name} cannot be written to {hub.cache} ({error.strerror or error}): free some space or change"
+            f" its permissions, and {RESUME}"
         ) from None
+    except CorruptedError as error:
+        if again:
+            raise CheckpointError(
+                f"{error}, twice: the hub, a mirror or a proxy serves another file; reach the hub another way,"
+                f" {USE_FILES}"
+            ) from None
+        warn(f"{error}; downloading it again")
+    return _download(hub, pin, name, again=True)
 
 
 def gather(hub: Hub, pin: Pin, files: Path | None = None) -> dict[str, Path]:
     """Return the paths of all pinned files, each checked against the pin.
 
-    Args:
-        hub: Hub of the pin.
-        pin: Pinned revision.
-        files: Folder of user-provided files, preferred to the cache and the hub.
-
-    Raises:
-        CheckpointError: A file cannot be downloaded, or the disk is too small.
+    `files` is a folder of user-provided files, preferred to the cache and the hub.
     """
     paths = _user_provided(Path(files), pin) if files else {}
     for name in pin.files:

@@ -26,7 +26,7 @@ from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from hf2mnn.checkpoint.folder import FILES, INDEX, read_json
-from hf2mnn.checkpoint.hub.base import RESUME, USE_FILES, CorruptedError, Position, TransientError
+from hf2mnn.checkpoint.hub.base import RESUME, USE_FILES, CorruptedError, Hub, Position, TransientError, status_error
 from hf2mnn.checkpoint.hub.pin import COMMIT, SHA256, Digest, Pin, matches
 from hf2mnn.core.errors import CheckpointError
 
@@ -37,29 +37,6 @@ LOG_IN = "log in with 'hf auth login' (or set HF_TOKEN)"
 
 def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def _status_error(error: HfHubHTTPError, repository: str, file: str) -> CheckpointError:
-    """Return the error of an HTTP status that the client has no exception for."""
-    status = error.response.status_code
-    if status == 401:
-        return CheckpointError(f"the hub requires a login for {file} (401): {LOG_IN}")
-    if status == 403:
-        return CheckpointError(
-            f"the hub denies this account access to {file} (403): ask the owner of {repository} for access, or"
-            f" {LOG_IN} with another account"
-        )
-    if status == 429:
-        header = error.response.headers.get("Retry-After", "")
-        wait = float(header) if header.isdigit() else 0.0
-        duration = f"{wait:.0f} s" if wait else "a few minutes"
-        return TransientError(
-            f"the hub limits the rate of requests (429): wait {duration} and {RESUME}; for a higher limit, {LOG_IN}",
-            wait,
-        )
-    if status >= 500:
-        return TransientError(f"the hub failed to serve {file} ({status}): wait a little and {RESUME}")
-    return CheckpointError(f"the hub refuses {file} ({status}): {_reason(error)}")
 
 
 @contextmanager
@@ -84,7 +61,9 @@ def _client_errors(repository: str, revision: str, name: str | None = None) -> I
     except HFValidationError:
         raise CheckpointError(f"{repository!r} is not a hub repository: write it as owner/name") from None
     except HfHubHTTPError as error:
-        raise _status_error(error, repository, file) from None
+        wait = error.response.headers.get("Retry-After", "")
+        wait = float(wait) if wait.isdigit() else 0.0
+        raise status_error("the hub", LOG_IN, file, error.response.status_code, _reason(error), wait) from None
     except OfflineModeIsEnabled:
         raise TransientError(
             f"{file} is not in the cache and HF_HUB_OFFLINE disables downloads: unset it, {USE_FILES}", report_now=True
@@ -101,33 +80,16 @@ def _client_errors(repository: str, revision: str, name: str | None = None) -> I
         ) from None
 
 
-class _Bar:
-    """Progress bar in the interface that the client expects."""
-
-    def __init__(self, position: Position, initial: int) -> None:
-        self._target, self._position = position, initial
-        position.set(initial)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def update(self, n: int) -> None:
-        self._position += n
-        self._target.set(self._position)
-
-
-class HuggingFace:
+class HuggingFace(Hub):
     """The `Hub` of Hugging Face."""
 
     default = "main"
     package = "huggingface_hub"
 
-    @property
-    def cache(self) -> Path:
-        """See `Hub`."""
-        return Path(constants.HF_HUB_CACHE)
+    part_suffix = ".part.incomplete"
+
+    def __init__(self) -> None:
+        self.cache = Path(constants.HF_HUB_CACHE)
 
     def _folder(self, repository: str) -> Path:
         return self.cache / repo_folder_name(repo_id=repository, repo_type="model")
@@ -147,10 +109,8 @@ class HuggingFace:
                     f"{constants.ENDPOINT} lists {entry.rfilename} of {repository} without size and hash, so it cannot"
                     " be checked; set HF_ENDPOINT to another mirror, or give --pin"
                 )
-            if entry.lfs:
-                files[entry.rfilename] = Digest(entry.lfs.size, sha256=entry.lfs.sha256)
-            else:
-                files[entry.rfilename] = Digest(entry.size, blob_id=entry.blob_id)
+            digest = {"sha256": entry.lfs.sha256} if entry.lfs else {"blob_id": entry.blob_id}
+            files[entry.rfilename] = Digest(entry.lfs.size if entry.lfs else entry.size, **digest)
         return Pin("huggingface", repository, info.sha, revision, files)
 
     def find_offline(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin | None:
@@ -174,35 +134,33 @@ class HuggingFace:
             return None
         return Pin("huggingface", repository, commit, revision, files) if required <= files.keys() else None
 
-    def _blob(self, pin: Pin, name: str) -> Path:
-        return self._folder(pin.repository) / "blobs" / pin.files[name].expected
-
-    def cached(self, pin: Pin, name: str) -> Path | None:
-        """See `Hub`."""
-        link = self._folder(pin.repository) / "snapshots" / pin.revision / name
-        return next((path for path in (self._blob(pin, name), link) if path.exists()), None)
-
-    def part(self, pin: Pin, name: str) -> Path:
-        """See `Hub`."""
-        blob = self._blob(pin, name)
-        return blob.with_name(f"{blob.name}.part.incomplete")
+    def paths(self, pin: Pin, name: str) -> list[Path]:
+        """Return the paths of the blob and of its link by commit."""
+        folder = self._folder(pin.repository)
+        return [folder / "blobs" / pin.files[name].expected, folder / "snapshots" / pin.revision / name]
 
     def download(self, pin: Pin, name: str, position: Position) -> Path:
         """See `Hub`."""
-        part, digest = self.part(pin, name), pin.files[name]
-        part.parent.mkdir(parents=True, exist_ok=True)
-        lock = self.cache / ".locks" / self._folder(pin.repository).name / f"{digest.expected}.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        blob, link = self.paths(pin, name)
+        part, digest, folder = self.part(pin, name), pin.files[name], self._folder(pin.repository)
+        lock = self.cache / ".locks" / folder.name / f"{digest.expected}.lock"
+        for path in (part, lock, link):
+            path.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
-            if not self._blob(pin, name).exists():  # another process may have downloaded it
+            if not blob.exists():  # another process may have downloaded it
                 self._resume(pin, name, part, position)
-                mismatch = digest.mismatch(part, name)
-                if mismatch:
+                if mismatch := digest.mismatch(part, name):
                     part.unlink()
                     raise CorruptedError(f"{name} of {pin.repository} has {mismatch}")
-                part.rename(self._blob(pin, name))
-        self._link(pin, name)
-        return self._blob(pin, name)
+                part.rename(blob)
+        # Link the blob by commit, and the commit by branch, as the client does to find them again.
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+        if pin.branch != pin.revision:
+            ref = folder / "refs" / pin.branch
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(pin.revision)
+        return blob
 
     def _resume(self, pin: Pin, name: str, part: Path, position: Position) -> None:
         size = pin.files[name].size
@@ -210,7 +168,7 @@ class HuggingFace:
             if file.tell() > size:
                 file.truncate(0)
             start = file.tell() if part.stat().st_size else 0
-            position.set(start)
+            position.begin(start)
             try:
                 with _client_errors(pin.repository, pin.revision, name):
                     http_get(
@@ -220,7 +178,7 @@ class HuggingFace:
                         headers=build_hf_headers() | {"Accept-Encoding": "identity"},
                         expected_size=size,
                         displayed_filename=name,
-                        tqdm_class=lambda initial, **_: _Bar(position, initial),
+                        tqdm_class=lambda initial, **_: position.begin(initial),
                     )
             except OSError as error:
                 if error.errno is not None:
@@ -232,15 +190,3 @@ class HuggingFace:
                         f"{name} of {pin.repository} could not be downloaded: the connection was interrupted after"
                         f" {part.stat().st_size} of {size} bytes; {RESUME}"
                     ) from None
-
-    def _link(self, pin: Pin, name: str) -> None:
-        """Link a blob by commit, and the commit by branch, as the client does to find them again."""
-        folder = self._folder(pin.repository)
-        link = folder / "snapshots" / pin.revision / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(self._blob(pin, name), link.parent))
-        if pin.branch != pin.revision:
-            ref = folder / "refs" / pin.branch
-            ref.parent.mkdir(parents=True, exist_ok=True)
-            ref.write_text(pin.revision)

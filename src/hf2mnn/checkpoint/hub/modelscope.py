@@ -21,15 +21,16 @@ from modelscope_hub.errors import (
     NotExistError,
     PermissionDeniedError,
     RateLimitError,
-    ServerError,
 )
 from tqdm import tqdm
 
 from hf2mnn.checkpoint.folder import FILES
-from hf2mnn.checkpoint.hub.base import RESUME, USE_FILES, CorruptedError, Position, TransientError
+from hf2mnn.checkpoint.hub.base import RESUME, USE_FILES, CorruptedError, Hub, Position, TransientError, status_error
 from hf2mnn.checkpoint.hub.pin import SHA256, Digest, Pin, matches
 from hf2mnn.core.errors import CheckpointError
 
+STATUS = {AuthenticationError: 401, PermissionDeniedError: 403, RateLimitError: 429}
+"""HTTP statuses of errors that the client also raises for other statuses."""
 LOG_IN = "log in with 'ms login' (or set MODELSCOPE_API_TOKEN)"
 
 # The client's own progress bar has no switch, and would be printed beside ours.
@@ -49,29 +50,11 @@ def _client_errors(endpoint: str, repository: str, revision: str, name: str | No
     file = f"{name} of {repository}" if name else repository
     try:
         yield
-    except AuthenticationError:
-        raise CheckpointError(f"ModelScope requires a login for {file} (401): {LOG_IN}") from None
-    except PermissionDeniedError:
-        raise CheckpointError(
-            f"ModelScope denies access to {file} (403): accept its terms on its page, or ask its owner for access, and"
-            f" {LOG_IN}"
-        ) from None
     except NotExistError:
         missing = f"{name} in {repository}" if name else f"repository {repository}"
         raise CheckpointError(
             f"ModelScope has no {missing} at revision {revision!r} (404), or it is private: check both names, or"
             f" {LOG_IN}"
-        ) from None
-    except RateLimitError as error:
-        wait = float(error.retry_after or 0)
-        duration = f"{wait:.0f} s" if wait else "a few minutes"
-        raise TransientError(
-            f"ModelScope limits the rate of requests (429): wait {duration} and {RESUME}", report_now=True
-        ) from None
-    except ServerError as error:
-        status = error.status_code or "5xx"
-        raise TransientError(
-            f"ModelScope failed to serve {file} ({status}): wait a little and {RESUME}", report_now=True
         ) from None
     except FileIntegrityError as error:
         raise CorruptedError(f"{file} is corrupted ({_reason(error)})") from None
@@ -83,33 +66,30 @@ def _client_errors(endpoint: str, repository: str, revision: str, name: str | No
             report_now=error.retryable,
         ) from None
     except APIError as error:
-        raise CheckpointError(f"ModelScope refuses {file} ({error.status_code}): {_reason(error)}") from None
+        status = STATUS.get(type(error)) or error.status_code or (500 if error.retryable else 400)
+        wait = float(getattr(error, "retry_after", None) or 0)
+        raise status_error("ModelScope", LOG_IN, file, status, _reason(error), wait, report_now=True) from None
     except HubError as error:
         raise CheckpointError(f"{file} could not be downloaded ({_reason(error)}): {RESUME}") from None
 
 
-class ModelScope:
+class ModelScope(Hub):
     """The `Hub` of ModelScope."""
 
     default = "master"
     package = "modelscope-hub"
 
     def __init__(self) -> None:
+        self.cache = HubConfig().cache_dir
         self._api = HubApi(HubConfig())
         self._endpoint = self._api.legacy.endpoint
-
-    @property
-    def cache(self) -> Path:
-        """See `Hub`."""
-        return HubConfig().cache_dir
 
     def find(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin:
         """See `Hub`."""
         with _client_errors(self._endpoint, repository, revision):
             # The client's typed listing omits the commits.
             entries = self._api.legacy.list_repo_files(repository, "model", revision)
-        entries = [entry for entry in entries if entry.get("Type") != "tree"]
-        files = {}
+        entries, files = [entry for entry in entries if entry.get("Type") != "tree"], {}
         for entry in entries:
             name, sha256 = entry.get("Path", ""), str(entry.get("Sha256", "")).lower()
             if matches(name, patterns):
@@ -122,45 +102,20 @@ class ModelScope:
         newest = max(entries, key=lambda entry: entry.get("CommittedDate") or 0, default={})
         return Pin("modelscope", repository, newest.get("Revision") or revision, revision, files)
 
-    def find_offline(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin | None:
-        """Return None: the client's cache has no hashes."""
-        return None
-
-    def _target(self, pin: Pin, name: str) -> Path:
-        owner, _, model = pin.repository.partition("/")
-        return self.cache / "models" / f"{owner}--{model}" / "snapshots" / pin.branch / name
-
-    def cached(self, pin: Pin, name: str) -> Path | None:
-        """See `Hub`."""
-        path = self._target(pin, name)
-        return path if path.exists() else None
-
-    def part(self, pin: Pin, name: str) -> Path:
-        """See `Hub`."""
-        path = self._target(pin, name)
-        return path.with_name(f"{path.name}.incomplete")
+    def paths(self, pin: Pin, name: str) -> list[Path]:
+        """Return the path in the folder of the branch."""
+        return [self.cache / "models" / pin.repository.replace("/", "--") / "snapshots" / pin.branch / name]
 
     def download(self, pin: Pin, name: str, position: Position) -> Path:
         """See `Hub`."""
-
-        class Callback(modelscope_hub._download.ProgressCallback):
-            def __init__(self, filename: str, file_size: int) -> None:
-                self._position = 0
-                position.set(0)
-
-            def update(self, size: int) -> None:
-                self._position += size
-                position.set(self._position)
-
-        target, digest = self._target(pin, name), pin.files[name]
         with _client_errors(self._endpoint, pin.repository, pin.branch, name):
             return self._api.downloader.download_file(
                 pin.repository,
                 "model",
                 name,
                 revision=pin.branch,
-                local_dir=target.parent,
-                file_size=digest.size,
-                expected_sha256=digest.expected,
-                progress_callbacks=[Callback],
+                local_dir=self.paths(pin, name)[0].parent,
+                file_size=pin.files[name].size,
+                expected_sha256=pin.files[name].expected,
+                progress_callbacks=[lambda *_: position.begin()],
             )

@@ -57,47 +57,30 @@ class Digest:
         """The hash, of either kind."""
         return self.sha256 or self.blob_id
 
-    def compute(self, path: Path, name: str) -> str:
-        """Return the hash of a file, of the kind of `expected`; `name` labels the progress bar."""
+    def mismatch(self, path: Path, name: str) -> str | None:
+        """Return how a file differs from this digest, as text; None if it matches. `name` labels the progress bar."""
         size = path.stat().st_size
+        if size != self.size:
+            return f"{size} bytes instead of {self.size}"
         digest = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
         with path.open("rb") as file, progress(f"checking {name}", size, BYTES) as bar:
             while block := file.read(BLOCK):
                 digest.update(block)
                 bar.update(len(block))
-        return digest.hexdigest()
-
-    def mismatch(self, path: Path, name: str) -> str | None:
-        """Return how a file differs from this digest, as text; None if it matches."""
-        size = path.stat().st_size
-        if size != self.size:
-            return f"{size} bytes instead of {self.size}"
-        digest = self.compute(path, name)
-        if digest == self.expected:
+        if digest.hexdigest() == self.expected:
             return None
-        return f"{'sha256' if self.sha256 else 'git blob id'} {digest} instead of {self.expected}"
+        return f"{'sha256' if self.sha256 else 'git blob id'} {digest.hexdigest()} instead of {self.expected}"
 
 
 @dataclass(frozen=True)
 class Pin:
-    """A revision of a repository on a hub.
+    """A revision of a repository on a hub; CheckpointError for a malformed name."""
 
-    Attributes:
-        hub: "huggingface" or "modelscope".
-        repository: owner/name.
-        revision: Commit.
-        branch: Requested branch, tag or commit.
-        files: Digests by file name.
-
-    Raises:
-        CheckpointError: A name is malformed.
-    """
-
-    hub: str
-    repository: str
-    revision: str
-    branch: str
-    files: dict[str, Digest]
+    hub: str  # "huggingface" or "modelscope"
+    repository: str  # owner/name
+    revision: str  # commit
+    branch: str  # requested branch, tag or commit
+    files: dict[str, Digest]  # by file name
 
     def __post_init__(self) -> None:
         check_names(self.repository, self.revision, self.branch)
@@ -121,11 +104,7 @@ def _parse_digest(name: str, stored: Any) -> Digest:
 
 
 def load_pin(path: Path) -> Pin:
-    """Read a pin that `hf2mnn pin --out` has written.
-
-    Raises:
-        CheckpointError: The file is missing, or is not a pin.
-    """
+    """Read a pin that `hf2mnn pin --out` has written."""
     try:
         stored = read_json(Path(path))
         files = {name: _parse_digest(name, digest) for name, digest in stored.pop("files").items()}

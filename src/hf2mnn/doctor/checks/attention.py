@@ -6,6 +6,7 @@ operator chain of `hf2mnn.onnx.attention`, and prints success whatever it has ma
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import onnx
@@ -18,23 +19,15 @@ PAST = "past_key_values"
 CONVERT = "run 'hf2mnn convert' on the output of 'hf2mnn export': it passes --transformerFuse and counts the fusions"
 
 
-def _is_decoder(model: MnnModel) -> bool:
-    names = {*model.graph.inputs, *model.graph.outputs}
-    return model.part == "decoder" or (model.part == "" and bool(names & {PAST, "logits", "presents"}))
+def _counts(graph: Graph) -> tuple[int, int]:
+    """Count the layers with a cache, linear attention included, and attentions without: operator chains or fused."""
+    fused, softmaxes = len(graph.fused), len(graph.of_type("Softmax"))
+    return fused + len(graph.of_type("LinearAttention")), softmaxes + len(graph.of_type("Attention")) - fused
 
 
-def _cached(graph: Graph) -> int:
-    """Count the layers whose state the engine keeps, linear attention included."""
-    return len(graph.fused) + len(graph.of_type("LinearAttention"))
-
-
-def _uncached(graph: Graph) -> int:
-    """Count the attentions that are still an operator chain, or fused without a cache."""
-    return len(graph.of_type("Softmax")) + len(graph.of_type("Attention")) - len(graph.fused)
-
-
-def _counts(graph: Graph) -> str:
-    return f"{_cached(graph)} attentions with a KV cache, {_uncached(graph)} without"
+def _counted(graph: Graph) -> str:
+    cached, uncached = _counts(graph)
+    return f"{cached} attentions with a KV cache, {uncached} without"
 
 
 def _outputs_past(graph: Graph) -> bool:
@@ -47,56 +40,56 @@ def _outputs_past(graph: Graph) -> bool:
     )
 
 
-def _state(graph: Graph) -> str:
-    """Return "fused", "no_flag" (converted without --transformerFuse), "partial" or "cut"."""
-    cached, uncached = _cached(graph), _uncached(graph)
-    if PAST in graph.inputs and uncached:
-        return "partial" if cached or _outputs_past(graph) else "no_flag"
-    if uncached:
-        return "partial" if cached else "cut"
-    return "fused"
+def _state(model: MnnModel) -> str:
+    """Return "fused", "no_flag" (converted without --transformerFuse), "partial" or "cut"; "" if it is no decoder."""
+    graph = model.graph
+    names = {*graph.inputs, *graph.outputs}
+    if model.part != "decoder" and (model.part or not names & {PAST, "logits", "presents"}):
+        return ""
+    cached, uncached = _counts(graph)
+    if not uncached:
+        return "fused"
+    if cached or (PAST in graph.inputs and _outputs_past(graph)):
+        return "partial"
+    return "no_flag" if PAST in graph.inputs else "cut"
 
 
 def past_key_values_input(model: MnnModel) -> Iterator[Finding]:
     """Report a decoder converted without --transformerFuse: the past is an input, attentions are operator chains."""
-    if _is_decoder(model) and _state(model.graph) == "no_flag":
+    if _state(model) == "no_flag":
         message = f"the decoder has an input {PAST}: it was converted without --transformerFuse"
-        evidence = f"input {PAST}, {_counts(model.graph)}"
+        evidence = f"input {PAST}, {_counted(model.graph)}"
         effect = f"the engine, which keeps the cache itself, stops with '{PAST} tensor is input but not found'"
-        yield Finding(where=model.path.name, message=message, evidence=evidence, effect=effect, cure=CONVERT)
+        yield Finding(model.path.name, message, evidence, effect, CONVERT)
 
 
 def attention_not_fused(model: MnnModel) -> Iterator[Finding]:
     """Report attentions that --transformerFuse did not match."""
-    if _is_decoder(model) and _state(model.graph) == "partial":
+    if _state(model) == "partial":
         copied = f", the output of the past is a copy of {PAST}" if _outputs_past(model.graph) else ""
         message = "the converter fused only some attentions, although it ran with --transformerFuse"
-        evidence = f"{_counts(model.graph)}{copied}"
         effect = "if the engine loads it, layers without a cache attend only to the newest token during decoding"
         cure = f"{CONVERT}; 'hf2mnn doctor' on the .onnx file names the attentions that do not match"
-        yield Finding(where=model.path.name, message=message, evidence=evidence, effect=effect, cure=cure)
+        yield Finding(model.path.name, message, f"{_counted(model.graph)}{copied}", effect, cure)
 
 
 def past_branch_cut(model: MnnModel) -> Iterator[Finding]:
     """Report a decoder whose past was removed from the graph, so that the engine does not ask for it."""
-    if _is_decoder(model) and _state(model.graph) == "cut":
+    if _state(model) == "cut":
         message = "the attentions have neither a past nor a KV cache: the past was removed from the graph"
-        evidence = f"no input {PAST}, {_counts(model.graph)}"
         effect = "the engine loads it, and each new token is generated without the tokens before it"
-        yield Finding(where=model.path.name, message=message, evidence=evidence, effect=effect, cure=CONVERT)
+        yield Finding(model.path.name, message, f"no input {PAST}, {_counted(model.graph)}", effect, CONVERT)
 
 
 def fused_count(model: MnnModel) -> Iterator[Finding]:
     """Compare the number of cached attentions with `layer_nums`, or with the layers in the operator names."""
-    graph = model.graph
-    if not _is_decoder(model) or _state(graph) != "fused":
-        return
     layers, source = (model.layers, "layer_nums") if model.layers is not None else (model.layer_count, "operator names")
-    if layers and _cached(graph) != layers:
+    cached, _ = _counts(model.graph)
+    if _state(model) == "fused" and layers and cached != layers:
         message = "the number of attentions with a KV cache differs from the number of layers"
-        evidence = f"{_cached(graph)} attentions with a KV cache, {layers} layers ({source})"
+        evidence = f"{cached} attentions with a KV cache, {layers} layers ({source})"
         effect = "wrong output: a layer is missing or has no cache, or the files are of two models"
-        yield Finding(where=model.path.name, message=message, evidence=evidence, effect=effect, cure=CONVERT)
+        yield Finding(model.path.name, message, evidence, effect, CONVERT)
 
 
 def _is_onnx_decoder(model: OnnxFile) -> bool:
@@ -112,7 +105,7 @@ def onnx_without_past(model: OnnxFile) -> Iterator[Finding]:
         evidence = f"inputs {', '.join(inputs)}; none begins with 'past'"
         effect = "it cannot decode with a KV cache, and MNN's converter fuses its attentions without one"
         cure = "export the checkpoint with 'hf2mnn export'"
-        yield Finding(where=model.path.name, message=message, evidence=evidence, effect=effect, cure=cure)
+        yield Finding(model.path.name, message, evidence, effect, cure)
 
 
 class _Chain:
@@ -120,10 +113,10 @@ class _Chain:
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.producers = {name: node for node in graph.node for name in node.output}
-        self.consumers: dict[str, list[onnx.NodeProto]] = {}
+        self.consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in graph.node:
             for name in node.input:
-                self.consumers.setdefault(name, []).append(node)
+                self.consumers[name].append(node)
 
     def before(self, node: onnx.NodeProto | None, position: int = 0) -> onnx.NodeProto | None:
         """Return the node that computes an input."""
@@ -134,10 +127,10 @@ class _Chain:
         consumers = self.consumers.get(node.output[0], []) if node is not None else []
         return consumers[0] if len(consumers) == 1 else None
 
-    def _skip_cast(self, node: onnx.NodeProto | None, step: Callable) -> onnx.NodeProto | None:
+    def skip_cast(self, node: onnx.NodeProto | None, step: Callable) -> onnx.NodeProto | None:
         return step(node) if _is(node, "Cast") else node
 
-    def _ungrouped(self, node: onnx.NodeProto | None) -> onnx.NodeProto | None:
+    def ungrouped(self, node: onnx.NodeProto | None) -> onnx.NodeProto | None:
         """Skip [Reshape(Expand(Unsqueeze(] of grouped queries."""
         expand = self.before(node) if _is(node, "Reshape") else None
         grouped = self.before(expand) if _is(expand, "Expand") else None
@@ -145,29 +138,26 @@ class _Chain:
 
     def mismatch(self, softmax: onnx.NodeProto) -> str | None:
         """Return the first difference from the chain that the converter fuses with a cache, or None."""
-        context = self._skip_cast(self.after(softmax), self.after)
-        if not _is(context, "MatMul"):
-            return "its softmax output does not feed a MatMul directly"
-        if not _is(self.after(context), "Transpose") or not _is(self.after(self.after(context)), "Reshape"):
-            return "its output is not transposed and reshaped"
+        context = self.skip_cast(self.after(softmax), self.after)
+        output = self.after(context)
+        transposed = _is(output, "Transpose") and _is(self.after(output), "Reshape")
         masked = self.before(softmax)
-        if not _is(masked, "Add", "Where"):
-            return "no mask is added to its scores"
-        scaled = self._skip_cast(self.before(masked, 1 if masked.op_type == "Where" else 0), self.before)
-        if not _is(scaled, "Mul", "Div"):
-            return "its scores are not scaled between MatMul and mask"
+        scaled = self.skip_cast(self.before(masked, 1 if _is(masked, "Where") else 0), self.before)
         scores = self.before(scaled)
-        if not _is(scores, "MatMul"):
-            return "its scores are not the output of a MatMul"
-        if not _is(self.before(scores), "Transpose"):
-            return "its query is not transposed right before the MatMul"
-        for name, node in (("key", self.before(scores, 1)), ("value", self.before(context, 1))):
-            transposed = self._ungrouped(node)
-            if not _is(transposed, "Transpose"):
-                return f"its {name} is not transposed right before the heads are repeated"
-            if not _is(self.before(transposed), "Concat"):
-                return f"its {name} is not concatenated with a past"
-        return None
+        key, value = self.ungrouped(self.before(scores, 1)), self.ungrouped(self.before(context, 1))
+        conditions = [
+            (_is(context, "MatMul"), "its softmax output does not feed a MatMul directly"),
+            (transposed, "its output is not transposed and reshaped"),
+            (_is(masked, "Add", "Where"), "no mask is added to its scores"),
+            (_is(scaled, "Mul", "Div"), "its scores are not scaled between MatMul and mask"),
+            (_is(scores, "MatMul"), "its scores are not the output of a MatMul"),
+            (_is(self.before(scores), "Transpose"), "its query is not transposed right before the MatMul"),
+        ]
+        for name, node in (("key", key), ("value", value)):
+            repeated = f"its {name} is not transposed right before the heads are repeated"
+            conditions.append((_is(node, "Transpose"), repeated))
+            conditions.append((_is(self.before(node), "Concat"), f"its {name} is not concatenated with a past"))
+        return next((reason for holds, reason in conditions if not holds), None)
 
 
 def _is(node: onnx.NodeProto | None, *types: str) -> bool:
@@ -187,7 +177,7 @@ def onnx_attention_chain(model: OnnxFile) -> Iterator[Finding]:
         evidence = f"{len(unmatched)} of {len(softmaxes)}; {first}: {unmatched[first]}"
         effect = "correct in ONNX Runtime; the converter prints success and leaves these layers without a KV cache"
         cure = "export the checkpoint with 'hf2mnn export', and do not optimize the graph afterwards"
-        yield Finding(where=f"{model.path.name}: {first}", message=message, evidence=evidence, effect=effect, cure=cure)
+        yield Finding(f"{model.path.name}: {first}", message, evidence, effect, cure)
 
 
 MODEL_CHECKS = (past_key_values_input, attention_not_fused, past_branch_cut, fused_count)

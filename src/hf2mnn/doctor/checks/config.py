@@ -1,4 +1,7 @@
-"""Checks of config.json and llm_config.json, as `llmconfig.hpp`, `llm.cpp` and `omni.cpp` of MNN 3.6.1 read them."""
+"""Checks of config.json and llm_config.json, as `llmconfig.hpp`, `llm.cpp` and `omni.cpp` of MNN 3.6.1 read them.
+
+Settings of image processing are compared with the checkpoint, or with the bundle's own model.json.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,27 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+from hf2mnn.checkpoint.model_info import model_info
 from hf2mnn.core.errors import BundleError
-from hf2mnn.doctor.artifacts import SETTING_VALUES, Bundle
+from hf2mnn.doctor.artifacts import DEVICE_SETTINGS, SETTING_VALUES, Bundle
 from hf2mnn.doctor.findings import Finding, Severity
+from hf2mnn.evaluation.causes import differing
+from hf2mnn.families import get_family
 from hf2mnn.mnn.bundle import CONFIG, TOKENIZER
 from hf2mnn.mnn.bundle_config import outside_paths
-from hf2mnn.mnn.engine_facts import BASE_DIR, MODEL_DEFAULTS
+from hf2mnn.mnn.engine_facts import (
+    BASE_DIR,
+    IMAGE_DEFAULTS,
+    MERGE_SIZE,
+    MODEL_DEFAULTS,
+    PATCH_SIZE,
+    QWEN3_VL_PATCH_SIZE,
+    TEMPORAL_PATCH_SIZE,
+)
 from hf2mnn.quant.embedding import embedding_in_weights
 
 FALLBACKS = {"backend_type": "the engine uses any backend that it has", "sampler_type": "the engine uses its defaults"}
 FALLBACK = "the engine uses 'normal'"
-MLLM = ("backend_type", "precision", "memory", "power")
-"""Settings of the vision tower, under "mllm"."""
-UNREADABLE_CONFIG = {
-    True: "tokenizer.txt, no vision, precision low",
-    False: "hidden size 4096, int masks, no vision; it crashes or its output is wrong",
-}
-"""Defaults without config.json (True) or llm_config.json (False)."""
 SIZE_KEYS = {
     "hidden_size": (
         Severity.ERROR,
@@ -33,16 +40,22 @@ SIZE_KEYS = {
     "key_value_shape": (Severity.ADVICE, "none with MNN 3.6, which does not read it; others allocate a wrong cache"),
 }
 """Severity and effect of sizes that differ from the graph."""
+NORMALIZATION, IDS = ("image_mean", "image_norm"), ("image_pad", "vision_start", "vision_end")
+SIZES = ["patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels", "image_mean", "image_std"]
+"""Keys of model.json by which `hf2mnn ask` and the evaluation resize an image."""
+UNSUPPORTED = "use another MNN release: this engine cannot run this vision tower"
 
 
 def config_unreadable(bundle: Bundle) -> Iterator[Finding]:
     """Report a configuration file that is missing or not a JSON object."""
     for path, error in bundle.config_errors.items():
         message = f"{path.name} is missing or not a JSON object"
-        evidence = str(error)
-        effect = f"the engine uses its defaults without an error: {UNREADABLE_CONFIG[path.name == CONFIG]}"
+        defaults = "hidden size 4096, int masks, no vision; it crashes or its output is wrong"
+        if path.name == CONFIG:
+            defaults = "tokenizer.txt, no vision, precision low"
+        effect = f"the engine uses its defaults without an error: {defaults}"
         cure = "copy the file again, or convert the checkpoint again"
-        yield Finding(where=path.name, message=message, evidence=evidence, effect=effect, cure=cure)
+        yield Finding(path.name, message, str(error), effect, cure)
 
 
 def path_outside(bundle: Bundle) -> Iterator[Finding]:
@@ -51,30 +64,26 @@ def path_outside(bundle: Bundle) -> Iterator[Finding]:
         message = f"{key} names a path outside the bundle"
         evidence = f"{str(value)[:200]!r}: {reason}"
         effect = "the engine opens a file of another model, or none"
-        cure = (
-            f"copy the file into {bundle.folder} and set {key} to its bare name{', or remove it' * (key == BASE_DIR)}"
-        )
-        yield Finding(where=bundle.locate(key), message=message, evidence=evidence, effect=effect, cure=cure)
+        remove = ", or remove it" if key == BASE_DIR else ""
+        cure = f"copy the file into {bundle.folder} and set {key} to its bare name{remove}"
+        yield Finding(bundle.locate(key), message, evidence, effect, cure)
 
 
-def _required_files(bundle: Bundle) -> dict[str, str]:
-    """Return the keys of required files, and the effect without each; weights and vision have their own checks."""
-    in_weights = True
-    effects = {
+def file_missing(bundle: Bundle) -> Iterator[Finding]:
+    """Report a missing file that config.json names, or that the engine opens by default.
+
+    Weight files and vision towers have their own checks.
+    """
+    required = {
         "llm_model": "the engine does not load the bundle",
         "tokenizer_file": "the engine does not load the bundle: it prints 'tokenizer file not found'",
     }
     with suppress(BundleError):  # reported by tied_embedding
-        in_weights = embedding_in_weights(bundle.model)
-    if not in_weights:
-        effects["embedding_file"] = "the engine loads the bundle, and all tokens have the same embedding: wrong output"
-    return effects
-
-
-def file_missing(bundle: Bundle) -> Iterator[Finding]:
-    """Report a missing file that config.json names, or that the engine opens by default."""
+        if not embedding_in_weights(bundle.model):
+            effect = "the engine loads the bundle, and all tokens have the same embedding: wrong output"
+            required["embedding_file"] = effect
     outside = {key for key, *_ in outside_paths(bundle.folder, bundle.model)}
-    for key, effect in _required_files(bundle).items():
+    for key, effect in required.items():
         path = bundle.file(key)
         if path.is_file() or bundle.config_errors or key in outside:
             continue
@@ -83,8 +92,7 @@ def file_missing(bundle: Bundle) -> Iterator[Finding]:
             cure = f'set "tokenizer_file": "{TOKENIZER}" in {CONFIG}: that file exists'
         source = "names" if key in bundle.model else f"has no {key}, and the engine's default is"
         message = f"a required file is missing: {path.name}"
-        evidence = f"{CONFIG} {source} {path.name}"
-        yield Finding(where=bundle.locate(key), message=message, evidence=evidence, effect=effect, cure=cure)
+        yield Finding(bundle.locate(key), message, f"{CONFIG} {source} {path.name}", effect, cure)
 
 
 def vision_missing(bundle: Bundle) -> Iterator[Finding]:
@@ -97,13 +105,13 @@ def vision_missing(bundle: Bundle) -> Iterator[Finding]:
         evidence = f"is_visual is true, {path.name} is missing"
         effect = "the engine does not load the bundle, or crashes at the first image"
         cure = "convert the vision tower ('hf2mnn convert' does), or copy it with its weight file"
-        yield Finding(where=bundle.locate("is_visual"), message=message, evidence=evidence, effect=effect, cure=cure)
+        yield Finding(bundle.locate("is_visual"), message, evidence, effect, cure)
     if not visual and path.is_file():
         message = "there is a vision tower, but the configuration does not declare it"
         evidence = f"{path.name} exists, is_visual is {json.dumps(bundle.model.get('is_visual'))}"
         effect = "the engine ignores images"
         cure = f'set "is_visual": true in {bundle.file("llm_config").name}, with image_mean, image_norm and the ids'
-        yield Finding(where=bundle.locate("is_visual"), message=message, evidence=evidence, effect=effect, cure=cure)
+        yield Finding(bundle.locate("is_visual"), message, evidence, effect, cure)
 
 
 def attention_mask(bundle: Bundle) -> Iterator[Finding]:
@@ -112,13 +120,11 @@ def attention_mask(bundle: Bundle) -> Iterator[Finding]:
     if not bundle.config_errors and shape and shape.mask and (given == "float") != (shape.mask == "DT_FLOAT"):
         expected = "float" if shape.mask == "DT_FLOAT" else "int"
         default = "" if "attention_mask" in bundle.model else " (the default)"
-        yield Finding(
-            where=bundle.locate("attention_mask"),
-            message=f"the graph reads an attention mask of {expected}, and the engine feeds another type",
-            evidence=f"attention_mask is {given!r}{default}, the graph's input is {shape.mask}",
-            effect="wrong logits without an error: tokens attend to later tokens, or not to earlier ones",
-            cure=f'set "attention_mask": "{expected}" in {bundle.file("llm_config").name}',
-        )
+        message = f"the graph reads an attention mask of {expected}, and the engine feeds another type"
+        evidence = f"attention_mask is {given!r}{default}, the graph's input is {shape.mask}"
+        effect = "wrong logits without an error: tokens attend to later tokens, or not to earlier ones"
+        cure = f'set "attention_mask": "{expected}" in {bundle.file("llm_config").name}'
+        yield Finding(bundle.locate("attention_mask"), message, evidence, effect, cure)
 
 
 def config_differs(bundle: Bundle) -> Iterator[Finding]:
@@ -128,18 +134,17 @@ def config_differs(bundle: Bundle) -> Iterator[Finding]:
         return
     cache = model.get("key_value_shape") or []
     keys = cache[-1] * cache[-2] if len(cache) >= 2 and all(isinstance(size, int) for size in cache) else shape.keys
-    given = {"hidden_size": model["hidden_size"], "layer_nums": model["layer_nums"], "key_value_shape": keys}
-    expected = {"hidden_size": shape.hidden, "layer_nums": shape.layers, "key_value_shape": shape.keys}
-    for key, (severity, effect) in SIZE_KEYS.items():
-        if expected[key] and given[key] != expected[key]:
-            yield Finding(
-                severity=severity,
-                where=bundle.locate(key),
-                message=f"{key} differs from the graph",
-                evidence=f"the configuration has {json.dumps(model.get(key))}, the graph has {expected[key]}",
-                effect=effect,
-                cure=f"set the graph's value in {bundle.file('llm_config').name}, unless it is another model's file",
-            )
+    for key, given, expected in (
+        ("hidden_size", model["hidden_size"], shape.hidden),
+        ("layer_nums", model["layer_nums"], shape.layers),
+        ("key_value_shape", keys, shape.keys),
+    ):
+        if expected and given != expected:
+            severity, effect = SIZE_KEYS[key]
+            message = f"{key} differs from the graph"
+            evidence = f"the configuration has {json.dumps(model.get(key))}, the graph has {expected}"
+            cure = f"set the graph's value in {bundle.file('llm_config').name}, unless it is another model's file"
+            yield Finding(bundle.locate(key), message, evidence, effect, cure, severity=severity)
 
 
 def mrope(bundle: Bundle) -> Iterator[Finding]:
@@ -150,39 +155,86 @@ def mrope(bundle: Bundle) -> Iterator[Finding]:
         evidence = f"is_mrope is {json.dumps(given)}, position_ids is [{shape.positions}, tokens]"
         effect = "the engine crashes or its output is wrong: it reads past the end of the positions, or one row only"
         cure = f'set "is_mrope": {json.dumps(shape.positions == 3)} in {bundle.file("llm_config").name}'
-        yield Finding(where=bundle.locate("is_mrope"), message=message, evidence=evidence, effect=effect, cure=cure)
-
-
-def _settings(bundle: Bundle) -> Iterator[tuple[str, str, Any]]:
-    """Yield the location, name and value of run-time settings."""
-    vision = bundle.model.get("mllm")
-    for key in SETTING_VALUES:
-        if key in bundle.model:
-            yield bundle.locate(key), key, bundle.model[key]
-        if key in MLLM and isinstance(vision, dict) and key in vision:
-            yield f"{CONFIG}: mllm.{key}", key, vision[key]
+        yield Finding(bundle.locate("is_mrope"), message, evidence, effect, cure)
 
 
 def setting_unknown(bundle: Bundle) -> Iterator[Finding]:
-    """Report run-time settings with a value that the engine does not know."""
-    for where, key, value in _settings(bundle):
+    """Report run-time settings, of the vision tower too ("mllm"), with a value that the engine does not know."""
+    vision = bundle.model.get("mllm") if isinstance(bundle.model.get("mllm"), dict) else {}
+    settings = [(bundle.locate(key), key, bundle.model[key]) for key in SETTING_VALUES if key in bundle.model]
+    settings += [(f"{CONFIG}: mllm.{key}", key, vision[key]) for key in DEVICE_SETTINGS if key in vision]
+    for where, key, value in settings:
         if value not in SETTING_VALUES[key]:
             message = f"the engine does not know this value of {key}"
             evidence = f"{json.dumps(value)}; it knows {', '.join(SETTING_VALUES[key])}"
             effect = f"{FALLBACKS.get(key, FALLBACK)} without an error"
             cure = f"set one of these values in {where.partition(':')[0]}"
-            yield Finding(
-                severity=Severity.WARNING, where=where, message=message, evidence=evidence, effect=effect, cure=cure
-            )
+            yield Finding(where, message, evidence, effect, cure, severity=Severity.WARNING)
 
 
-CHECKS = (
-    config_unreadable,
-    path_outside,
-    file_missing,
-    vision_missing,
-    attention_mask,
-    config_differs,
-    mrope,
-    setting_unknown,
-)
+def _differences(bundle: Bundle, keys: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Return (key, evidence) for keys of llm_config.json that differ from the checkpoint's values."""
+    if not bundle.info or bundle.model.get("is_visual") is not True:
+        return []
+    expected = get_family(bundle.info["model_type"], bundle.folder).engine_config(bundle.info)
+    wrong = differing(IMAGE_DEFAULTS | bundle.model, {key: expected[key] for key in keys if key in expected})
+    return [(key, _evidence(bundle.model, key, value, right)) for key, value, right in wrong]
+
+
+def _evidence(config: dict[str, Any], key: str, value: Any, right: Any) -> str:
+    return f"{key} is {value}{'' if key in config else ' (the engine default)'}, the checkpoint's is {right}"
+
+
+def image_normalization(bundle: Bundle) -> Iterator[Finding]:
+    """Compare image_mean and image_norm with the checkpoint."""
+    for key, evidence in _differences(bundle, NORMALIZATION):
+        meaning = "mean x 255" if key == "image_mean" else "1 / (standard deviation x 255)"
+        message = f"{key} ({meaning}) differs from the checkpoint's"
+        effect = "worse answers about every image: its colours and contrasts are not those of the training"
+        cure = f"set the checkpoint's value in {bundle.file('llm_config').name}"
+        yield Finding(bundle.locate(key), message, evidence, effect, cure)
+
+
+def vision_ids(bundle: Bundle) -> Iterator[Finding]:
+    """Compare the ids of the tokens that mark an image with the checkpoint."""
+    for key, evidence in _differences(bundle, IDS):
+        message = f"the engine marks images with another token than the checkpoint ({key})"
+        effect = "the model does not find the image, or reads it as text"
+        cure = f"set the checkpoint's id in {bundle.file('llm_config').name}"
+        yield Finding(bundle.locate(key), message, evidence, effect, cure)
+
+
+def image_sizes(bundle: Bundle) -> Iterator[Finding]:
+    """Compare sizes in the bundle's model.json with the checkpoint, and those of the tower with the engine's."""
+    own, file = bundle.model.get("hf2mnn"), bundle.file("llm_config").name
+    if bundle.checkpoint and isinstance(own, dict):
+        expected = model_info(bundle.checkpoint)
+        for key, value, right in differing(own, {key: expected[key] for key in SIZES if key in expected}):
+            message, evidence = f"{key} differs from the checkpoint's", _evidence(own, key, value, right)
+            effect = "worse answers: images are resized or cut otherwise than in training"
+            yield Finding(f"{file}: hf2mnn.{key}", message, evidence, effect, "convert the checkpoint again")
+    if "vision" not in bundle.models:
+        return
+    tower, info = bundle.models["vision"], bundle.info or {}
+    inputs = {op["name"]: op["main"].get("dims") or [0] for op in tower.graph.of_type("Input")}
+    # The engine cuts larger patches for a tower with an input idx_tensor (`Omni::qwen2VisionProcess`).
+    side = QWEN3_VL_PATCH_SIZE if "idx_tensor" in inputs else PATCH_SIZE
+    fed, reads = 3 * TEMPORAL_PATCH_SIZE * side**2, inputs.get("patches", [0])[-1]
+    if reads > 0 and reads != fed:
+        message = "the vision tower reads patches of another size than the engine feeds"
+        evidence = f"it reads {reads} values per patch, the engine feeds {fed} ({side} x {side} pixels, 2 frames)"
+        effect = "the engine crashes at the first image, or its output is wrong"
+        yield Finding(f"{tower.path.name}: patches", message, evidence, effect, UNSUPPORTED)
+    built_in = {"temporal_patch_size": TEMPORAL_PATCH_SIZE, "merge_size": MERGE_SIZE, "patch_size": side}
+    for key, value in built_in.items():
+        if info.get(key, value) != value:
+            message = f"the checkpoint's {key} differs from the value built into the engine"
+            evidence = f"{key} is {info[key]}, the engine's is {value}"
+            effect = "wrong output about every image: it is cut into other patches, or patches are merged otherwise"
+            yield Finding(file, message, evidence, effect, UNSUPPORTED)
+
+
+FILE_CHECKS = (config_unreadable, path_outside, file_missing, vision_missing)
+DECODER_CHECKS = (attention_mask, config_differs, mrope)
+IMAGE_CHECKS = (image_normalization, vision_ids, image_sizes)
+CHECKS = (*FILE_CHECKS, *DECODER_CHECKS, setting_unknown, *IMAGE_CHECKS)

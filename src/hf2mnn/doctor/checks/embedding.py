@@ -12,7 +12,7 @@ import numpy as np
 from hf2mnn.checkpoint.folder import LFS_POINTER, is_lfs_pointer
 from hf2mnn.core.errors import BundleError
 from hf2mnn.doctor.artifacts import Bundle
-from hf2mnn.doctor.checks.graph import GIT_LFS_PULL
+from hf2mnn.doctor.checks.files import GIT_LFS_PULL
 from hf2mnn.doctor.findings import Finding
 from hf2mnn.evaluation.causes import differing, wrong_rows
 from hf2mnn.mnn.engine_facts import QUANTIZED_EMBEDDING_BITS
@@ -27,15 +27,13 @@ from hf2mnn.quant.embedding import (
 )
 from hf2mnn.quant.weights import Operator, operators
 
-SAMPLE = 256
-"""Number of evenly spaced rows that are read."""
+SAMPLE = 256  # number of evenly spaced rows that are read
 NOISE = "the engine loads the bundle and reads noise for every token: wrong output"
 CONVERT_AGAIN = "convert the checkpoint again, so that configuration and weights are of one conversion"
 OWN_FILE = "store the embedding in a file of its own: 'embedding: file' in config.yaml"
 NARROW, WIDE = 4.0, 6.0
-"""Standard deviation of log2 |w| over nonzero weights: 1.6 (normal distribution) to 2.5 in layers of models.
-
-Half floats read as bfloat16 have 8 times that, because the lowest bits of their exponent become its highest."""
+"""Bounds of the standard deviation of log2 |w| over nonzero weights: 1.6 (normal distribution) to 2.5 in layers of
+models, 8 times that in half floats read as bfloat16: the lowest bits of their exponent become its highest."""
 
 
 def _file(bundle: Bundle) -> Path | None:
@@ -53,12 +51,10 @@ def _shape(bundle: Bundle) -> tuple[int, int] | None:
 def _sample(path: Path, row: int) -> bytes:
     """Return SAMPLE rows of `row` bytes each."""
     count = path.stat().st_size // row
-    with path.open("rb") as file:
-        parts = []
-        for index in np.unique(np.linspace(0, max(count - 1, 0), min(count, SAMPLE)).astype(int)).tolist():
-            file.seek(index * row)
-            parts.append(file.read(row))
-    return b"".join(parts)
+    if not count:
+        return b""
+    indices = np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).astype(int))
+    return np.memmap(path, np.uint8, "r", shape=(count, row))[indices].tobytes()
 
 
 def _spread(values: np.ndarray) -> float:
@@ -98,7 +94,7 @@ def embedding_size(bundle: Bundle) -> Iterator[Finding]:
         else:
             return
     effect = "the engine loads the bundle and reads wrong embeddings, or memory behind them: wrong output"
-    yield Finding(where=path.name, message=message, evidence=evidence, effect=effect, cure=cure)
+    yield Finding(path.name, message, evidence, effect, cure)
 
 
 def embedding_values(bundle: Bundle) -> Iterator[Finding]:
@@ -124,7 +120,7 @@ def embedding_values(bundle: Bundle) -> Iterator[Finding]:
         message, evidence = "the embedding file does not hold weights", f"{deviation}; weights have about 2"
     else:
         return
-    yield Finding(where=path.name, message=message, evidence=evidence, effect=effect, cure=cure)
+    yield Finding(path.name, message, evidence, effect, cure)
 
 
 def _expected_tied(head: Operator) -> dict[str, Any] | None:
@@ -141,7 +137,7 @@ def tied_embedding(bundle: Bundle) -> Iterator[Finding]:
     """Compare `tie_embeddings` with the position and format of lm_head in the weight file."""
 
     def finding(message: str, evidence: str, cure: str = CONVERT_AGAIN) -> Finding:
-        return Finding(where=bundle.locate(TIED), message=message, evidence=evidence, effect=NOISE, cure=cure)
+        return Finding(bundle.locate(TIED), message, evidence, NOISE, cure)
 
     decoder = bundle.models.get("decoder")
     try:
@@ -161,21 +157,15 @@ def tied_embedding(bundle: Bundle) -> Iterator[Finding]:
         yield finding(f"{TIED} points past the end of {path.name}", f"{', '.join(beyond)}, the file has {size}")
         return
     if bundle.info and not bundle.info["tie_word_embeddings"]:
-        yield finding(
-            "the embedding is read from lm_head, which is another weight in this model",
-            "tie_word_embeddings of the checkpoint is false",
-            OWN_FILE,
-        )
+        message = "the embedding is read from lm_head, which is another weight in this model"
+        yield finding(message, "tie_word_embeddings of the checkpoint is false", OWN_FILE)
     if not tied["weight_offset"]:
         return
     expected = _expected_tied(head)
     if expected is None:
         form = f"{head.stored['aMaxOrBits']} bits; the engine reads 4, 8 and 16" if head.stored else "float32"
-        yield finding(
-            "the embedding is read from lm_head, whose format the engine cannot read as an embedding",
-            f"lm_head is {head.name}, stored as {form}",
-            OWN_FILE,
-        )
+        message = "the embedding is read from lm_head, whose format the engine cannot read as an embedding"
+        yield finding(message, f"lm_head is {head.name}, stored as {form}", OWN_FILE)
         return
     # One block per row may also be written as a block of the row's length.
     given = tied | {"quant_block": 0 if tied["quant_block"] == head.inputs else tied["quant_block"]}
@@ -203,7 +193,7 @@ def embedding_differs(bundle: Bundle) -> Iterator[Finding]:
     if evidence:
         effect = "tokens have the embeddings of others: wrong output"
         cure = "convert this checkpoint again, or pass the checkpoint of this bundle as --checkpoint"
-        yield Finding(where=path.name, message=message, evidence=evidence, effect=effect, cure=cure)
+        yield Finding(path.name, message, evidence, effect, cure)
 
 
 CHECKS = (embedding_size, embedding_values, tied_embedding, embedding_differs)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hf2mnn.checkpoint.folder import Checkpoint
-from hf2mnn.core.errors import BundleError, CheckpointError
+from hf2mnn.core.errors import BundleError
 from hf2mnn.doctor.artifacts import Bundle
-from hf2mnn.doctor.checks.image import IDS
+from hf2mnn.doctor.checks.config import IDS
 from hf2mnn.doctor.findings import Finding, Severity
 from hf2mnn.families import get_family
 from hf2mnn.mnn.engine_facts import IMAGE_DEFAULTS
 from hf2mnn.mnn.template import unsupported
-from hf2mnn.mnn.tokenizer import encode_tokenizer
-from hf2mnn.mnn.tokenizer_differences import unreached_words
+from hf2mnn.mnn.tokenizer import encode_tokenizer, unreached_words
 from hf2mnn.mnn.tokenizer_file import HUGGINGFACE, TokenizerFile, parse_tokenizer
 
 COMPARED = ("pipeline", HUGGINGFACE)
@@ -34,7 +32,7 @@ def tokenizer_unreadable(bundle: Bundle) -> Iterator[Finding]:
         evidence = str(error).removeprefix(f"{path} ")
         effect = "the engine does not load the bundle, crashes, or splits texts into wrong tokens"
         cure = "copy it again; in a clone without Git LFS run 'git lfs pull' in its folder"
-        yield Finding(where=path.name, message=message, evidence=evidence, effect=effect, cure=cure)
+        yield Finding(path.name, message, evidence, effect, cure)
 
 
 def tokenizer_ids(bundle: Bundle) -> Iterator[Finding]:
@@ -44,41 +42,27 @@ def tokenizer_ids(bundle: Bundle) -> Iterator[Finding]:
         return
     beyond = sorted(n for n in {*tokenizer.known, *tokenizer.special, *tokenizer.stop} if n >= shape.vocabulary)
     if beyond:
-        text = tokenizer.text(beyond[0])
-        yield Finding(
-            where=bundle.file("tokenizer_file").name,
-            message="the tokenizer has ids without an embedding",
-            evidence=f"{len(beyond)} ids from {beyond[0]} ({text!r}) on; the model has {shape.vocabulary}",
-            effect="the engine reads past the end of the embedding at such a token: a crash or wrong output",
-            cure=TAKE_CHECKPOINTS,
-        )
-
-
-def _image_tokens(bundle: Bundle) -> Iterator[tuple[str, int, str | None]]:
-    """Yield key, id and text of the tokens that mark an image; the text is None for an unknown family."""
-    texts = {}
-    if bundle.info:
-        family = get_family(bundle.info["model_type"], bundle.folder)
-        texts = {bundle.info.get(key): text for key, text in family.special_tokens.items()}
-    if bundle.model.get("is_visual") is True:
-        for key in IDS:
-            number = bundle.model.get(key, IMAGE_DEFAULTS[key])
-            yield key, number, texts.get(number)
+        message, text = "the tokenizer has ids without an embedding", tokenizer.text(beyond[0])
+        evidence = f"{len(beyond)} ids from {beyond[0]} ({text!r}) on; the model has {shape.vocabulary}"
+        effect = "the engine reads past the end of the embedding at such a token: a crash or wrong output"
+        yield Finding(bundle.file("tokenizer_file").name, message, evidence, effect, TAKE_CHECKPOINTS)
 
 
 def special_tokens(bundle: Bundle) -> Iterator[Finding]:
-    """Check the tokens that mark an image, and the stop ids."""
-    tokenizer, name = bundle.tokenizer, bundle.file("tokenizer_file").name
-    for key, number, expected in _image_tokens(bundle):
-        text = tokenizer.text(number)
+    """Check the tokens that mark an image, by text in known families, and the stop ids."""
+    tokenizer, name, texts = bundle.tokenizer, bundle.file("tokenizer_file").name, {}
+    if bundle.info:
+        family = get_family(bundle.info["model_type"], bundle.folder)
+        texts = {bundle.info.get(key): text for key, text in family.special_tokens.items()}
+    for key in IDS if bundle.model.get("is_visual") is True else ():
+        number = bundle.model.get(key, IMAGE_DEFAULTS[key])
+        text, expected = tokenizer.text(number), texts.get(number)
         if text is None or (expected is not None and text != expected):
             is_what = f"{text!r}, not {expected!r}" if text is not None else "not a token of this tokenizer"
             message = f"the tokenizer has another token, or none, for {key}"
             evidence = f"{key} is {number}, which is {is_what}"
             effect = "the model does not find images, and reads the marks of the template as text"
-            yield Finding(
-                where=f"{name}: {key}", message=message, evidence=evidence, effect=effect, cure=TAKE_CHECKPOINTS
-            )
+            yield Finding(f"{name}: {key}", message, evidence, effect, TAKE_CHECKPOINTS)
     unknown = [number for number in tokenizer.stop if number not in tokenizer.known]
     missing = sorted(set(bundle.info["stop_ids"]) - set(tokenizer.stop)) if bundle.info else []
     if not tokenizer.stop or unknown:
@@ -92,8 +76,7 @@ def special_tokens(bundle: Bundle) -> Iterator[Finding]:
         effect = "generation continues after the end of the answer"
     else:
         return
-    where = f"{name}: stop ids"
-    yield Finding(where=where, message=message, evidence=evidence, effect=effect, cure=TAKE_CHECKPOINTS)
+    yield Finding(f"{name}: stop ids", message, evidence, effect, TAKE_CHECKPOINTS)
 
 
 def _differences(given: TokenizerFile, right: TokenizerFile) -> Iterator[str]:
@@ -113,47 +96,30 @@ def _differences(given: TokenizerFile, right: TokenizerFile) -> Iterator[str]:
         yield f"it stops at {sorted(given.stop)}, the checkpoint at {sorted(right.stop)}"
 
 
-def _tokenizer_of(checkpoint: Checkpoint) -> TokenizerFile | None:
-    """Return None for a kind of tokenizer that hf2mnn does not write."""
-    try:
-        return parse_tokenizer(encode_tokenizer(checkpoint.folder), checkpoint.folder)
-    except CheckpointError:
-        return None
-
-
 def tokenizer_differs(bundle: Bundle) -> Iterator[Finding]:
-    """Compare tokens, merges and stop ids with the checkpoint."""
-    right = _tokenizer_of(bundle.checkpoint) if bundle.checkpoint else None
-    if right is None or bundle.tokenizer.kind not in COMPARED:
+    """Compare tokens, merges and stop ids with the checkpoint, unless hf2mnn does not write its kind of tokenizer."""
+    if bundle.checkpoint is None or bundle.tokenizer.kind not in COMPARED:
         return
-    if differences := list(_differences(bundle.tokenizer, right)):
-        yield Finding(
-            where=bundle.file("tokenizer_file").name,
-            message="the tokenizer differs from the checkpoint's",
-            evidence="; ".join(differences),
-            effect="wrong output: texts are encoded and answers are decoded with other tokens",
-            cure=TAKE_CHECKPOINTS,
-        )
+    folder = bundle.checkpoint.folder
+    if differences := list(_differences(bundle.tokenizer, parse_tokenizer(encode_tokenizer(folder), folder))):
+        message = "the tokenizer differs from the checkpoint's"
+        effect = "wrong output: texts are encoded and answers are decoded with other tokens"
+        where = bundle.file("tokenizer_file").name
+        yield Finding(where, message, "; ".join(differences), effect, TAKE_CHECKPOINTS)
 
 
 def tokenizer_merges(bundle: Bundle) -> Iterator[Finding]:
     """Report words that are one token by ignore_merges, which the engine does not implement."""
     if bundle.checkpoint is None or bundle.tokenizer.kind not in COMPARED:
         return
-    try:
-        words = unreached_words(bundle.checkpoint.folder)
-    except CheckpointError:
-        return
-    if words:
+    if words := unreached_words(bundle.checkpoint.folder):
         named = ", ".join(map(repr, words[:NAMED]))
-        yield Finding(
-            severity=Severity.WARNING,
-            where=bundle.file("tokenizer_file").name,
-            message="some words that are one token are encoded as several",
-            evidence=f"ignore_merges of the checkpoint; no merges produce {len(words)} tokens ({named})",
-            effect="the model reads these words, most of them rare, in an encoding that is rarer in its training",
-            cure="feed the engine the ids of the checkpoint's tokenizer where that matters",
-        )
+        message = "some words that are one token are encoded as several"
+        evidence = f"ignore_merges of the checkpoint; no merges produce {len(words)} tokens ({named})"
+        effect = "the model reads these words, most of them rare, in an encoding that is rarer in its training"
+        cure = "feed the engine the ids of the checkpoint's tokenizer where that matters"
+        where = bundle.file("tokenizer_file").name
+        yield Finding(where, message, evidence, effect, cure, severity=Severity.WARNING)
 
 
 def template_of(bundle: Bundle) -> tuple[str, str]:
@@ -190,7 +156,7 @@ def chat_template(bundle: Bundle) -> Iterator[Finding]:
         cure = "rewrite the template without it; 'hf2mnn doctor --run' compares both renderings of a chat"
     else:
         return
-    yield Finding(severity=severity, where=where, message=message, evidence=evidence, effect=effect, cure=cure)
+    yield Finding(where, message, evidence, effect, cure, severity=severity)
 
 
 CHECKS = (tokenizer_unreadable, tokenizer_ids, special_tokens, tokenizer_differs, tokenizer_merges, chat_template)

@@ -1,40 +1,126 @@
-"""Checks of the values in a weight file: evenly spaced rows of a large weight, and all scales."""
+"""Checks of the values in a weight file, and of the byte ranges that operators read."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import numpy as np
 
-from hf2mnn.core.errors import QuantizationError
+from hf2mnn.core.errors import CheckpointError, QuantizationError
 from hf2mnn.doctor.artifacts import MnnModel
-from hf2mnn.doctor.checks.graph import CONVERT_AGAIN
+from hf2mnn.doctor.checks.files import CONVERT_AGAIN
 from hf2mnn.doctor.findings import Finding, Severity
 from hf2mnn.mnn.graph import FLOAT16
+from hf2mnn.quant.folding import FOLDED
+from hf2mnn.quant.formats import LM_HEAD
 from hf2mnn.quant.weights import Operator
 
-ROWS = 16
-"""Number of rows of a weight that are read."""
-AT_ONCE = 1 << 22
-"""Number of float weights in memory at a time."""
-LARGEST = 1e3
-"""Maximum of a plausible weight; a scale with a flipped exponent bit exceeds it."""
+MAXIMUM, MINIMUM = 1e4, 1e-20
+"""Range of gamma and beta in trained models; nearly all other bytes, read as float32, are outside."""
+IMPLAUSIBLE = 0.02  # fraction of values outside the range from which bytes do not count as gamma or beta
+EFFECT = "wrong output: values are scaled by other numbers than in the checkpoint"
+ROWS = 16  # number of evenly spaced rows of a weight that are read
+AT_ONCE = 1 << 22  # number of float weights in memory at a time
+LARGEST = 1e3  # maximum of a plausible weight; a scale with a flipped exponent bit exceeds it
 RUN, GAP, COARSE = 32, 3, 0.5
 """A weight counts as re-quantized if in a fraction COARSE of all runs of RUN weights no two distinct q are nearer than
 GAP, which fewer bits leave."""
+TOLERANCE = {2: 0.9, 3: 0.6, 4: 0.4, 5: 0.2, 6: 0.1, 7: 0.1, 8: 0.1, 16: 0.01, 32: 0.001}
+"""Relative error by bits: about four times the errors in docs/benchmarks/quantization.md. An unrelated matrix of the
+same scale has about 1.4."""
+LLMEXPORT_NAME = re.compile(r"/(?P<layer>layers\.\d+)/(?P<part>\w+)/(?P<name>\w+)/Linear")
+"""Names that llmexport gives to the decoder's linear layers."""
 
 
-def sampled(operator: Operator) -> list[int]:
+def _overlaps(model: MnnModel) -> list[tuple[str, str, set[str]]]:
+    """Return names and types of pairs of operators whose byte ranges overlap without being equal."""
+    overlaps, last = [], None
+    readers = [op for op in model.graph.ops if isinstance(op.get("main"), dict) and op["main"].get("external")]
+    ranges = [(op["main"]["external"][0], sum(op["main"]["external"]), op) for op in readers]
+    for begin, end, op in sorted(ranges, key=lambda entry: entry[:2]):
+        if begin == end:
+            continue
+        if last and begin < last[1] and (begin, end) != last[:2]:
+            overlaps.append((op["name"], last[2]["name"], {op["type"], last[2]["type"]}))
+        if last is None or end > last[1]:
+            last = begin, end, op
+    return overlaps
+
+
+def norm_stale(model: MnnModel) -> Iterator[Finding]:
+    """Report a LayerNorm whose `external` offset points into another operator, or not at gamma and beta."""
+    problems = [f"{name} reads bytes of {other}" for name, other, types in _overlaps(model) if "LayerNorm" in types]
+    if not problems and not model.foreign:
+        problems = [f"{name}: {reason}" for name, reason in _implausible_norms(model)]
+    if problems:
+        count = len(model.graph.of_type("LayerNorm")) + len(list(model.graph.rotary_norms))
+        message = "a normalization reads gamma and beta from a wrong offset"
+        evidence = f"{len(problems)} of {count}: {problems[0]}"
+        cure = f"{CONVERT_AGAIN}; MNN's converter keeps stale offsets when it re-quantizes a .mnn file"
+        yield Finding(model.path.name, message, evidence, EFFECT, cure)
+
+
+def weights_overlap(model: MnnModel) -> Iterator[Finding]:
+    """Report linear layers with overlapping byte ranges: a graph with the offsets of another."""
+    overlaps = [(name, other) for name, other, types in _overlaps(model) if "LayerNorm" not in types]
+    if overlaps:
+        evidence = f"{len(overlaps)} pairs, the first is {overlaps[0][0]} and {overlaps[0][1]}"
+        effect = "wrong output: at least one of them reads weights of another"
+        yield Finding(model.path.name, "the weights of two operators overlap", evidence, effect, CONVERT_AGAIN)
+
+
+def _norms(model: MnnModel) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield name, gamma and beta of normalizations with external weights and of those inside a RoPE operator."""
+    for op in model.graph.of_type("LayerNorm"):
+        if external := op["main"].get("external"):
+            sizes = [size // 4 * 4 for size in external[1:3]]
+            values = np.frombuffer(model.weight_file.raw(external[0], sum(sizes)), np.float32)
+            yield op["name"], values[: sizes[0] // 4], values[sizes[0] // 4 :]
+    for name, norm in model.graph.rotary_norms:
+        yield name, *(np.array(norm.get(key, []), np.float32) for key in ("gamma", "beta"))
+
+
+def _implausible_norms(model: MnnModel) -> Iterator[tuple[str, str]]:
+    rotary = dict(model.graph.rotary_norms)
+    for name, gamma, beta in _norms(model):
+        values = np.abs(np.concatenate([gamma, beta]))
+        outside = ~(values <= MAXIMUM) | ((values < MINIMUM) & (values > 0))
+        if not values.size and name in rotary:
+            yield name, "the graph holds no gamma for it, and the engine skips it"
+        elif values.size and (outside.mean() > IMPLAUSIBLE or not np.isfinite(values).all()):
+            yield name, f"{outside.sum()} of {values.size} values are NaN, over {MAXIMUM:g} or below {MINIMUM:g}"
+
+
+def norm_zero(model: MnnModel) -> Iterator[Finding]:
+    """Report a gamma of zeros, or a beta of zeros where other normalizations of the graph have one."""
+    rotary = dict(model.graph.rotary_norms)
+    rms = {op["name"] for op in model.graph.of_type("LayerNorm") if op["main"].get("useRMSNorm")} | set(rotary)
+    gammas, others = [], {}
+    for name, gamma, beta in _norms(model):
+        if gamma.size and not gamma.any():
+            gammas.append(name)
+        elif beta.size and name not in rms:
+            others[name] = beta.any()
+    betas = [name for name, nonzero in others.items() if not nonzero] if any(others.values()) else []
+    for names, severity, message, effect in (
+        (gammas, Severity.ERROR, "gamma of a normalization is zero", "wrong output: the normalization returns zeros"),
+        (betas, Severity.WARNING, "beta of a normalization is zero, and others are not", EFFECT),
+    ):
+        if names:
+            where = f"{(model.path if names[0] in rotary else model.weights).name}: {names[0]}"
+            evidence = f"{len(names)}: {', '.join(names[:3])}"
+            yield Finding(where, message, evidence, effect, CONVERT_AGAIN, severity=severity)
+
+
+def _sampled(operator: Operator) -> list[int]:
     """Return the indices of up to ROWS evenly spaced rows."""
     return np.unique(np.linspace(0, operator.outputs - 1, ROWS).astype(int)).tolist()
 
 
 def weights_of_another(model: MnnModel) -> Iterator[Finding]:
-    """Report quantized weights without a header of their shape.
-
-    If the file has the right size, another conversion has written into it: MNN's converter stages weights in its
-    working directory under a fixed name.
-    """
+    """Report quantized weights without a header of their shape: MNN's converter stages weights under a fixed name."""
     if not model.foreign:
         return
     size, read = model.weights.stat().st_size, model.graph.external_size()
@@ -47,44 +133,33 @@ def weights_of_another(model: MnnModel) -> Iterator[Finding]:
     evidence = f"{len(model.foreign)} of {len(model.quantized)} headers are invalid; {size:,} of {read:,} bytes"
     effect = "the engine loads the model without an error, and its output is wrong"
     cure = f"use graph and weight file of one conversion, or {CONVERT_AGAIN}"
-    yield Finding(
-        where=f"{model.weights.name}: {model.foreign[0]}", message=message, evidence=evidence, effect=effect, cure=cure
-    )
+    yield Finding(f"{model.weights.name}: {model.foreign[0]}", message, evidence, effect, cure)
 
 
 def _matching(model: MnnModel, condition: Callable[[MnnModel, Operator], bool]) -> list[str]:
     """Return the names of operators for which a condition holds; those that other checks report are skipped."""
     names = []
     for operator in [] if model.foreign else model.operators:
-        try:
+        with suppress(QuantizationError):
             if condition(model, operator):
                 names.append(operator.name)
-        except QuantizationError:
-            continue
     return names
 
 
 def _constant(model: MnnModel, operator: Operator) -> bool:
     """Return whether most rows are constant; models may have a few such rows, of unused tokens."""
-    rows = sampled(operator)
+    rows = _sampled(operator)
     constant = [np.ptp(model.weight_file.rows(operator, row, row + 1)) == 0 for row in rows]
     return sum(constant) > len(rows) / 2
 
 
 def weights_constant(model: MnnModel) -> Iterator[Finding]:
-    """Report constant weights.
-
-    MNN's converter writes them when it re-quantizes a model without its weight file; incomplete downloads have them,
-    too.
-    """
+    """Report constant weights: of incomplete downloads, or re-quantized by the converter without the weight file."""
     if names := _matching(model, _constant):
-        yield Finding(
-            where=f"{model.weights.name}: {names[0]}",
-            message="all weights of an operator are equal",
-            evidence=f"{len(names)} of {len(model.operators)} operators, in most of up to {ROWS} rows each",
-            effect="wrong output: these layers return the same for every input",
-            cure=CONVERT_AGAIN,
-        )
+        message = "all weights of an operator are equal"
+        evidence = f"{len(names)} of {len(model.operators)} operators, in most of up to {ROWS} rows each"
+        effect = "wrong output: these layers return the same for every input"
+        yield Finding(f"{model.weights.name}: {names[0]}", message, evidence, effect, CONVERT_AGAIN)
 
 
 def _implausible(model: MnnModel, operator: Operator) -> bool:
@@ -99,13 +174,11 @@ def _implausible(model: MnnModel, operator: Operator) -> bool:
 def weights_not_finite(model: MnnModel) -> Iterator[Finding]:
     """Report scales, zero points or floating-point weights that are NaN, infinite or over LARGEST; all are read."""
     if names := _matching(model, _implausible):
-        yield Finding(
-            where=f"{model.weights.name}: {names[0]}",
-            message="weights or scales are NaN, infinite, or implausibly large",
-            evidence=f"{len(names)} of {len(model.operators)} operators have a value that is NaN or over {LARGEST:g}",
-            effect="the output becomes NaN, or these values dominate it",
-            cure=f"{CONVERT_AGAIN}; if it persists, check the checkpoint with 'hf2mnn fetch'",
-        )
+        message = "weights or scales are NaN, infinite, or implausibly large"
+        evidence = f"{len(names)} of {len(model.operators)} operators have a value that is NaN or over {LARGEST:g}"
+        effect = "the output becomes NaN, or these values dominate it"
+        cure = f"{CONVERT_AGAIN}; if it persists, check the checkpoint with 'hf2mnn fetch'"
+        yield Finding(f"{model.weights.name}: {names[0]}", message, evidence, effect, cure)
 
 
 def on_a_grid(q: np.ndarray) -> bool:
@@ -125,7 +198,7 @@ def on_a_grid(q: np.ndarray) -> bool:
 def _coarse(model: MnnModel, operator: Operator) -> bool:
     if operator not in model.quantized or model.weight_file.header(operator).bits < 6:
         return False
-    rows = [model.weight_file.quantized(operator, row, row + 1).q for row in sampled(operator)]
+    rows = [model.weight_file.quantized(operator, row, row + 1).q for row in _sampled(operator)]
     return on_a_grid(np.concatenate(rows))
 
 
@@ -133,14 +206,62 @@ def requantized(model: MnnModel) -> Iterator[Finding]:
     """Report weights of 6 to 8 bits with few evenly spaced values: they had 2 to 5 bits before."""
     names = _matching(model, _coarse)
     if len(names) > len(model.operators) / 10:
-        yield Finding(
-            severity=Severity.WARNING,
-            where=f"{model.weights.name}: {names[0]}",
-            message="the weights were quantized twice: to fewer bits before these",
-            evidence=f"in {len(names)} of {len(model.operators)} operators, q is on a coarser grid",
-            effect="as large as its bits, and as inexact as the fewer bits before",
-            cure="quantize the floating-point checkpoint, or a prequantized one with method: checkpoint",
-        )
+        where = f"{model.weights.name}: {names[0]}"
+        message = "the weights were quantized twice: to fewer bits before these"
+        evidence = f"in {len(names)} of {len(model.operators)} operators, q is on a coarser grid"
+        effect = "as large as its bits, and as inexact as the fewer bits before"
+        cure = "quantize the floating-point checkpoint, or a prequantized one with method: checkpoint"
+        yield Finding(where, message, evidence, effect, cure, severity=Severity.WARNING)
 
 
-MODEL_CHECKS = (weights_of_another, weights_constant, weights_not_finite, requantized)
+def _parameter(name: str, decoder: str) -> str | None:
+    """Return the transformers parameter of an operator, if its name tells; `decoder` is the decoder's module."""
+    if name in ("logits", "/lm/lm_head/Linear", LM_HEAD):
+        return f"{LM_HEAD}.weight"
+    if match := LLMEXPORT_NAME.fullmatch(name):
+        return f"{decoder}.{match['layer']}.{match['part']}.{match['name']}.weight"
+    return f"{name}.weight" if name.startswith("model.") else None
+
+
+def _error(model: MnnModel, operator: Operator) -> float | None:
+    """Return the relative error of the sampled rows of a linear layer; None if the checkpoint has no such weight."""
+    parameter = _parameter(operator.name, model.checkpoint.family.decoder)
+    if parameter is None or operator.kernel != 1:
+        return None
+    try:
+        stored = model.checkpoint.stored(parameter)
+        if stored is None:
+            return None
+        if stored.shape != (operator.outputs, operator.inputs):
+            return np.inf
+        rows = [(row, row + 1) for row in _sampled(operator)]
+        right = np.concatenate([stored.rows(*row) for row in rows]).astype(np.float64)
+        error = np.concatenate([model.weight_file.rows(operator, *row) for row in rows]) - right
+    except (CheckpointError, QuantizationError):
+        return None
+    return float(np.linalg.norm(error) / np.linalg.norm(right)) if right.any() else None
+
+
+def _bits(operator: Operator) -> int:
+    if operator.stored is None:
+        return 32
+    return 16 if operator.stored["type"] == FLOAT16 else operator.stored["aMaxOrBits"]
+
+
+def not_the_checkpoint(model: MnnModel) -> Iterator[Finding]:
+    """Compare linear layers with the checkpoint, except in bundles with folded scales (awq), which differ by design."""
+    if model.checkpoint is None or model.foreign or (model.path.parent / FOLDED).is_file():
+        return
+    errors = [(operator, error) for operator in model.operators if (error := _error(model, operator)) is not None]
+    wrong = [(error, _bits(o), o.name) for o, error in errors if not error <= TOLERANCE.get(_bits(o), 0.9)]
+    if wrong:
+        error, bits, worst = max(wrong, key=lambda entry: entry[:2])
+        message = "the weights differ from the checkpoint's"
+        evidence = f"{len(wrong)} of {len(errors)} layers compared; relative error {error:.2g} in {worst} ({bits} bits)"
+        effect = "another model's output, or wrong output: weights were swapped, damaged or overwritten"
+        cure = f"{CONVERT_AGAIN}; check that --checkpoint is the checkpoint of this bundle"
+        yield Finding(f"{model.weights.name}: {wrong[0][2]}", message, evidence, effect, cure)
+
+
+RANGE_CHECKS = (norm_stale, norm_zero, weights_overlap)
+VALUE_CHECKS = (weights_of_another, weights_constant, weights_not_finite, requantized, not_the_checkpoint)

@@ -7,24 +7,17 @@ task ended is in a status file, because the engine prints to stdout.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
 class Status:
-    """Status file of a task.
-
-    Attributes:
-        kind: "ok", "bundle_fault" (an error of the bundle), "machine" (no disk space or memory) or "bug".
-        message: Message for the user; empty if the task succeeded.
-        data: For a bundle fault its `kind`.
-    """
+    """Status file of a task: "ok", "bundle_fault", "machine" (no disk space or memory) or "bug", and a message."""
 
     kind: str
     message: str = ""
-    data: dict[str, Any] = field(default_factory=dict)
+    fault: str = ""  # kind of a BundleFault
 
     def write(self, path: Path) -> None:
         """Write the status as JSON."""

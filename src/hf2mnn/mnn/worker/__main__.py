@@ -20,7 +20,7 @@ job, status = json.loads(Path(job_file).read_text()), Status("ok")
 try:
     importlib.import_module(task).run(job)
 except BundleFault as error:
-    status = Status("bundle_fault", error.args[0], {"kind": error.kind})
+    status = Status("bundle_fault", error.args[0], error.kind)
 except Exception as error:
     # Uncaught, it would run the engine's destructors, whose crash hides the error.
     if message := machine_message(error, Path(job.get("result", ""))):

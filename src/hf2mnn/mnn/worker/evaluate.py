@@ -34,7 +34,7 @@ def _cache_logits(session: ModelSession, golden: Golden, probe: GoldenProbe) -> 
         nonlocal length
         # A single token after others is a decoding step; the rest is prefill, one position a token.
         decoding = len(tokens) == 1 and length > 0
-        rows = session.logits(tokens)[None] if decoding else session.all_logits(tokens, first + length)
+        rows = session.forward(tokens) if decoding else session.all_logits(tokens, first + length)
         length += len(tokens)
         return rows
 
@@ -47,13 +47,7 @@ def _cache_logits(session: ModelSession, golden: Golden, probe: GoldenProbe) -> 
 
 
 def _as_called(session: ModelSession, example: GoldenExample, images: list[np.ndarray], limit: int) -> dict[str, Any]:
-    """Run an example as an application does: the engine's template, image processing and positions.
-
-    Args:
-        session: The loaded bundle.
-        example: The example.
-        images: Original images, uint8 RGB [height, width, 3].
-        limit: Largest number of tokens in the answer.
+    """Run an example as an application does, on its original images: the engine's template, resizing and positions.
 
     Returns:
         `written`, the prompt by the engine's template; `answer`, ids of the answer to it; `prompt`, ids by the engine's
@@ -70,26 +64,22 @@ def _as_called(session: ModelSession, example: GoldenExample, images: list[np.nd
     return {"written": written, "prompt": ids, "answer": answer}
 
 
-def _vision_embeds(
-    session: ModelSession, bundle: Path, golden: Golden, threads: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield name and embeddings of each image, float32 [rows, hidden], by the vision tower on transformers' pixels."""
-    family, module = session.family, None
+def _vision_embeds(session: ModelSession, golden: Golden) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield name and embeddings (float32 [rows, hidden]) of each image by the vision tower on transformers' pixels."""
+    family, folder, module = session.family, session.folder, None
     for name in steps("MNN vision tower", golden.image_names(), "images"):
         image = golden.image(name)
         inputs = family.vision_inputs(image.pixel_values, image.grid_thw, session.info)
         if module is None:
-            settings = runtime_settings(bundle, "vision")
-            module = Module(bundle / "visual.mnn", list(inputs), family.vision_outputs, settings, threads)
-        outputs = module([np.ascontiguousarray(array) for array in inputs.values()])
-        yield name, family.concat_outputs(outputs)
+            settings = runtime_settings(folder, "vision")
+            module = Module(folder / "visual.mnn", list(inputs), family.vision_outputs, settings)
+        yield name, family.concat_outputs(module(list(inputs.values())))
 
 
 def run(job: dict[str, Any]) -> None:
     """Write tensors to job["result"] (safetensors) and token ids by example to job["called"] (JSON)."""
-    bundle, golden, limit = Path(job["bundle"]), Golden(Path(job["reference"])), job["max_new_tokens"]
-    session = ModelSession(bundle, job["threads"])
-    tensors, called = {}, {}
+    session, golden = ModelSession(Path(job["bundle"]), job["threads"]), Golden(Path(job["reference"]))
+    tensors, called, limit = {}, {}, job["max_new_tokens"]
     for example in steps("MNN answers", golden.examples(), "examples", len(golden.records)):
         images = [golden.image(name) for name in example.images]
         rows, greedy = session.evaluate(example, [engine_image(image.resized) for image in images], limit)
@@ -99,7 +89,7 @@ def run(job: dict[str, Any]) -> None:
     for probe in golden.probes():
         for way, rows in _cache_logits(session, golden, probe).items():
             tensors[f"parity/{probe.kind}/{way}"] = rows
-    for name, embeds in _vision_embeds(session, bundle, golden, job["threads"]):
+    for name, embeds in _vision_embeds(session, golden):
         tensors[f"images/{name}/embeds"] = embeds
     save_file(tensors, job["result"])
     Path(job["called"]).write_text(json.dumps(called))

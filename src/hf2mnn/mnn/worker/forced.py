@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from hf2mnn.core.progress import steps
@@ -15,13 +14,10 @@ from hf2mnn.reference.golden import Golden
 
 
 def run(job: dict[str, Any]) -> None:
-    """Write the logits of job["examples"] (ids) and the ids of their prompts.
+    """Write logits, float32 [answer, vocabulary], and prompt ids by example to job["result"] and job["tokens"].
 
     job["settings"] replace settings of the bundle. With job["resize"] the engine resizes the original images to the
     sizes that the checkpoint's processor chooses.
-
-    job["result"] (safetensors) gets float32 [answer tokens, vocabulary] by example, job["tokens"] (JSON) token ids by
-    example.
     """
     session = ModelSession(Path(job["bundle"]), job["threads"], job["settings"])
     golden, logits, prompts = Golden(Path(job["reference"])), {}, {}
@@ -32,9 +28,8 @@ def run(job: dict[str, Any]) -> None:
             image = golden.image(name)
             size = image.resized.shape[:2]
             images.append(engine_image(image.original if job["resize"] else image.resized, size))
-        rows = [session.prefill(example.input_ids.tolist(), example.position_ids, images)]
-        rows += [session.logits([token]) for token in example.answer_ids[:-1].tolist()]
-        logits[example.id] = np.stack(rows)
+        ids, answer = example.input_ids.tolist(), example.answer_ids.tolist()
+        logits[example.id] = session.forced(ids, example.position_ids, images, answer)
         prompts[example.id] = [int(token) for token in session.llm.tokenizer_encode(example.prompt)]
     save_file(logits, job["result"])
     Path(job["tokens"]).write_text(json.dumps(prompts))

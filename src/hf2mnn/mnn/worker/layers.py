@@ -19,6 +19,6 @@ def run(job: dict[str, Any]) -> None:
     for graph in job["graphs"]:
         inputs, settings = load_file(graph["fed"]), runtime_settings(Path(job["bundle"]), graph["part"])
         module = Module(Path(graph["graph"]), graph["inputs"], graph["outputs"], settings, job["threads"])
-        values = module([np.ascontiguousarray(inputs[name]) for name in graph["inputs"]])
+        values = module([inputs[name] for name in graph["inputs"]])
         named = zip(graph["outputs"], values, strict=True)
         save_file({name: np.ascontiguousarray(value) for name, value in named}, graph["result"])

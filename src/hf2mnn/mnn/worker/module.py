@@ -11,6 +11,7 @@ import MNN.nn
 import numpy as np
 
 from hf2mnn.core.errors import BundleFault
+from hf2mnn.mnn.bundle_config import decoder_settings, vision_settings
 from hf2mnn.mnn.engine_facts import BACKEND_CONFIG
 
 DTYPES = {"float32": MNN.expr.float, "int32": MNN.expr.int}
@@ -20,16 +21,9 @@ class Module:
     """A graph without a KV cache: attention covers the inputs of one call."""
 
     def __init__(
-        self, graph: Path, inputs: list[str], outputs: list[str], settings: dict[str, Any], threads: int
+        self, graph: Path, inputs: list[str], outputs: list[str], settings: dict[str, Any], threads: int = 0
     ) -> None:
-        """Load a graph.
-
-        Args:
-            graph: The .mnn file.
-            inputs: Names of its inputs in order.
-            outputs: Names of the tensors to compute.
-            settings: Run-time settings: config.json of the bundle, or its "mllm".
-            threads: Number of threads; 0 for that of `settings`.
+        """Load a graph (.mnn) to compute the tensors `outputs`; without `threads` with the number of `settings`.
 
         Raises:
             BundleFault: MNN does not load the graph.
@@ -50,11 +44,12 @@ class Module:
 
     def __call__(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """Return the outputs as float32 for inputs (float32 or int32) in the order of their names."""
-        values = [MNN.expr.const(a, list(a.shape), MNN.expr.NCHW, DTYPES[a.dtype.name]) for a in inputs]
+        arrays = [np.ascontiguousarray(array) for array in inputs]
+        values = [MNN.expr.const(a, list(a.shape), MNN.expr.NCHW, DTYPES[a.dtype.name]) for a in arrays]
         return [np.array(output.read(), np.float32) for output in self._module.onForward(values)]
 
 
 def runtime_settings(bundle: Path, part: str) -> dict[str, Any]:
     """Return the run-time settings of the "decoder" or the "vision" tower from the bundle's config.json."""
     config = json.loads((bundle / "config.json").read_text())
-    return config.get("mllm", {}) if part == "vision" else config
+    return vision_settings(config) if part == "vision" else decoder_settings(config)

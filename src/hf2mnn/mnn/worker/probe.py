@@ -43,7 +43,6 @@ def run(job: dict[str, Any]) -> None:
         positions = session.family.position_ids(np.array(ids), [grid] * len(images), session.info)
         if not stored:
             answers.append(session.greedy(session.prefill(ids, positions, images), job["limit"]))
-        rows.append(session.prefill(ids, positions, images))
-        rows += [session.logits([token]) for token in answers[index][:-1]]
+        rows.append(session.forced(ids, positions, images, answers[index]))
     path.write_text(json.dumps(answers))
-    np.save(job["logits"], np.stack(rows))
+    np.save(job["logits"], np.concatenate(rows))

@@ -13,8 +13,7 @@ from hf2mnn.mnn.engine_facts import IMAGE_TAG
 from hf2mnn.mnn.template import render
 from hf2mnn.mnn.worker.session import EngineSession, engine_image
 
-SIDE = 84
-"""Side of an image in pixels that no vision tower of the Qwen-VL families resizes (patches of 14, merged by two)."""
+SIDE = 84  # pixels of an image that no Qwen-VL family resizes (patches of 14, merged by two)
 SETTINGS = {"sampler_type": "greedy", "thread_num": 2}
 
 
@@ -26,10 +25,7 @@ def red_square() -> np.ndarray:
 
 
 def answer(session: EngineSession, prompt: str, images: list[dict[str, Any]], limit: int) -> dict[str, Any]:
-    """Answer a prompt.
-
-    Returns:
-        `ids` of the prompt, `answer` (ids), `text` of the answer, `longest`, the length of its longest run of a token.
+    """Return `ids` of a prompt, `answer` (ids), its `text`, and `longest`, the length of its longest run of a token.
 
     Raises:
         BundleFault: The logits after the prompt are garbage.

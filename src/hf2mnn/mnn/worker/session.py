@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,7 @@ def overlay(bundle: Path, settings: dict[str, Any]) -> Path:
 
 
 def engine_image(rgb: np.ndarray, size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Return an image as the engine takes it.
-
-    Args:
-        rgb: uint8 RGB [height, width, 3].
-        size: Height and width to which the engine resizes the image; None for those of `rgb`.
-    """
+    """Return an image, uint8 RGB [height, width, 3], as the engine takes it; `size` to resize to is (height, width)."""
     height, width = size or rgb.shape[:2]
     bgr = np.ascontiguousarray(rgb[:, :, ::-1])
     data = MNN.expr.const(bgr, list(bgr.shape), MNN.expr.NHWC, MNN.expr.uint8)
@@ -66,12 +60,7 @@ class EngineSession:
     """
 
     def __init__(self, bundle: Path, threads: int = 0, settings: dict[str, Any] | None = None) -> None:
-        """Load a bundle.
-
-        Args:
-            bundle: Folder of the bundle.
-            threads: Number of threads; 0 for that of config.json.
-            settings: Settings that replace those of config.json.
+        """Load a bundle; `threads`, if not 0, and `settings` replace those of config.json.
 
         Raises:
             BundleFault: The engine does not load the bundle.
@@ -87,20 +76,24 @@ class EngineSession:
                 f"MNN's engine does not load {bundle}: its files are incomplete or not for this engine", "load"
             )
 
-    def logits(self, ids: list[int]) -> np.ndarray:
-        """Append `ids` to the KV cache and return the logits after them, float32 [vocabulary]."""
-        return self._check_logits(self.llm.forward(ids).read()).reshape(-1)
+    def forward(self, ids: list[int]) -> np.ndarray:
+        """Append `ids` to the KV cache and return logits, float32 [1, vocabulary]; with "all_logits" one row an id.
 
-    @staticmethod
-    def _check_logits(logits: Any) -> np.ndarray:
-        values = np.array(logits, np.float32)
-        if not np.isfinite(values).all() or np.abs(values).max() > GARBAGE_LOGIT or np.ptp(values) == 0:
+        Raises:
+            BundleFault: The logits are garbage.
+        """
+        logits = np.array(self.llm.forward(ids).read(), np.float32)
+        if not np.isfinite(logits).all() or np.abs(logits).max() > GARBAGE_LOGIT or np.ptp(logits) == 0:
             raise BundleFault(
                 "the bundle answers garbage (logits equal, huge or not finite): its weights are missing or of another"
                 " model",
                 "garbage",
             )
-        return values
+        return logits.reshape(-1, logits.shape[-1])
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Append `ids` to the KV cache and return the logits after them, float32 [vocabulary]."""
+        return self.forward(ids)[-1]
 
     def encode(self, prompt: str, images: list[dict[str, Any]]) -> list[int]:
         """Return the ids of a prompt with the engine's own image processing."""
@@ -128,12 +121,7 @@ class EngineSession:
 
 
 class ModelSession(EngineSession):
-    """A bundle of hf2mnn, loaded, whose tokens get the positions of transformers.
-
-    Attributes:
-        info: model.json of the bundle.
-        family: Its model family.
-    """
+    """A bundle of hf2mnn, loaded, with its model.json (`info`); tokens get the positions of transformers."""
 
     def __init__(self, bundle: Path, threads: int = 0, settings: dict[str, Any] | None = None) -> None:
         super().__init__(bundle, threads, settings)
@@ -141,20 +129,10 @@ class ModelSession(EngineSession):
         self.family = get_family(self.info["model_type"], bundle)
 
     def all_logits(self, ids: list[int], position: int) -> np.ndarray:
-        """Append text to the KV cache at `position` and return the logits after each of its ids.
-
-        Returns:
-            float32 [len(ids), vocabulary].
-        """
+        """Append text to the KV cache at `position` and return the logits after each id, float32 [ids, vocabulary]."""
         self.llm.set_config({"all_logits": True})
         try:
-            self._clear_image_positions()
-            rows, done = [], 0
-            for part in self.split_text(ids):
-                self.set_position(position + done)
-                rows.append(self._check_logits(self.llm.forward(part).read()).reshape(len(part), -1))
-                done += len(part)
-            return np.concatenate(rows)
+            return self.prefill_text(ids, position)
         finally:
             self.llm.set_config({"all_logits": False})
 
@@ -171,54 +149,38 @@ class ModelSession(EngineSession):
         # Not through `llm.context`: reading it ends the process once an answer was no valid UTF-8.
         self.native.set_context({"all_seq_len": position, "gen_seq_len": 0})
 
-    def _clear_image_positions(self) -> None:
-        """Encode an empty prompt: the engine then counts positions from its context."""
-        self.llm.tokenizer_encode("")
-
-    def split_text(self, ids: list[int]) -> list[list[int]]:
-        """Split text into forwards.
-
-        With deepstack, the engine adds the features of an image to the next text of two or more tokens, so the first
-        token gets a forward of its own.
-        """
-        return [ids[:1], ids[1:]] if self.family.deepstack_layers and len(ids) > 1 else [ids]
-
     def prefill_text(self, ids: list[int], position: int) -> np.ndarray:
-        """Append text to the KV cache at `position` and return the logits after it, float32 [vocabulary]."""
-        self._clear_image_positions()
-        done = 0
-        for part in self.split_text(ids):
-            self.set_position(position + done)
-            row = self.logits(part)
-            done += len(part)
-        return row
+        """Append text to the KV cache at `position` and return the logits of its forwards."""
+        # After an empty prompt the engine counts positions from its context, not from an image.
+        self.llm.tokenizer_encode("")
+        # With deepstack, the engine adds the features of an image to the next text of two or more tokens, so the first
+        # token gets a forward of its own.
+        cut = 1 if self.family.deepstack_layers else 0
+        rows = []
+        for start, part in ((0, ids[:cut]), (cut, ids[cut:])):
+            if part:
+                self.set_position(position + start)
+                rows.append(self.forward(part))
+        return np.concatenate(rows)
 
     def prefill(self, ids: list[int], positions: np.ndarray, images: list[dict[str, Any]]) -> np.ndarray:
-        """Prefill a prompt in an empty KV cache.
+        """Prefill a prompt in an empty KV cache and return the logits after it, float32 [vocabulary].
 
-        Args:
-            ids: Ids of the prompt.
-            positions: Positions of transformers, int [rows, tokens].
-            images: Images from `engine_image`.
-
-        Returns:
-            Logits after the prompt, float32 [vocabulary].
+        `positions` are those of transformers, int [rows, tokens], and `images` those of `engine_image`.
         """
         start = self.prefill_images(ids, positions, images)
-        return self.prefill_text(ids[start:], int(positions[0, start]))
+        return self.prefill_text(ids[start:], int(positions[0, start]))[-1]
 
     def prefill_images(self, ids: list[int], positions: np.ndarray, images: list[dict[str, Any]]) -> int:
-        """Empty the KV cache and prefill a prompt up to the end of its last image.
-
-        Returns:
-            Number of tokens in the KV cache.
+        """Empty the KV cache, prefill a prompt up to the end of its last image, and return the number of its tokens.
 
         Raises:
             BundleFault: The engine has another number of image tokens than transformers.
         """
         self.llm.reset()
         start, remaining = 0, iter(images)
-        for begin, end in image_runs(ids, self.info.get("image_token_id")):
+        is_image = np.array(ids) == self.info.get("image_token_id")
+        for begin, end in np.flatnonzero(np.diff(is_image, prepend=False, append=False)).reshape(-1, 2).tolist():
             # Text before vision_start, then vision_start with the image.
             if begin - 1 > start:
                 self.prefill_text(ids[start : begin - 1], int(positions[0, start]))
@@ -244,36 +206,27 @@ class ModelSession(EngineSession):
             answer.append(int(self.logits(answer[-1:]).argmax()))
         return answer
 
+    def forced(
+        self, ids: list[int], positions: np.ndarray, images: list[dict[str, Any]], answer: list[int]
+    ) -> np.ndarray:
+        """Return the logits after a prompt and each token of `answer` but the last, float32 [answer, vocabulary]."""
+        row = self.prefill(ids, positions, images)
+        return np.stack([row, *(self.logits([token]) for token in answer[:-1])])
+
     def evaluate(
         self, example: GoldenExample, images: list[dict[str, Any]], limit: int
     ) -> tuple[np.ndarray, list[int]]:
-        """Return teacher-forced logits and the greedy answer of an example, by cached decoding.
-
-        Returns:
-            Logits float32 [answer tokens, vocabulary], and ids of the answer.
-        """
-        reference = example.answer_ids.tolist()
-        rows = [self.prefill(example.input_ids.tolist(), example.position_ids, images)]
-        rows += [self.logits([token]) for token in reference[:-1]]
-        best = [int(row.argmax()) for row in rows]
-        common = next((i for i, pair in enumerate(zip(best, reference, strict=True)) if pair[0] != pair[1]), None)
-        if common is None:
-            return np.stack(rows), best
+        """Return teacher-forced logits and the ids of the greedy answer of an example, by cached decoding."""
+        rows = self.forced(example.input_ids.tolist(), example.position_ids, images, example.answer_ids.tolist())
+        best = rows.argmax(axis=1)
+        different = np.flatnonzero(best != example.answer_ids)
+        if not len(different):
+            return rows, best.tolist()
         # From the first different token on the answer is the engine's own: truncate the KV cache and decode on.
+        common = int(different[0])
         self.truncate(len(example.input_ids) + common)
         self.native.set_context({"all_seq_len": int(example.position_ids.max()) + 1 + common})
-        return np.stack(rows), best[:common] + self.greedy(rows[common], limit - common)
-
-
-def image_runs(ids: list[int], image: int | None) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of each run of image tokens."""
-    begin = None
-    for index, token in enumerate([*ids, -1]):
-        if token == image and begin is None:
-            begin = index
-        elif token != image and begin is not None:
-            yield begin, index
-            begin = None
+        return rows, best[:common].tolist() + self.greedy(rows[common], limit - common)
 
 
 def insert_image_tags(prompt: str, placeholder: str) -> str:

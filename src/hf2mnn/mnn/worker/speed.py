@@ -18,10 +18,8 @@ from hf2mnn.mnn.engine_facts import IMAGE_TAG
 from hf2mnn.mnn.worker.module import Module, runtime_settings
 from hf2mnn.mnn.worker.session import ModelSession, engine_image
 
-ROUNDS = 3
-"""Rounds of a measurement after one for warm-up; the median counts."""
-BUDGET = 3.0
-"""Seconds after which no further round begins."""
+ROUNDS = 3  # of a measurement after one for warm-up; the median counts
+BUDGET = 3.0  # seconds after which no further round begins
 CLOCK = time.perf_counter
 
 
@@ -59,28 +57,25 @@ def plain_tokens(session: ModelSession, count: int) -> list[int]:
     return ids
 
 
-class TimedSession:
-    """Steps of a session, with the seconds that each takes."""
-
-    def __init__(self, session: ModelSession) -> None:
-        self.session = session
+class TimedSession(ModelSession):
+    """A session whose steps return the seconds that they take."""
 
     def step(self, ids: list[int]) -> tuple[float, np.ndarray]:
         """Return the duration of a forward with the choice of the best token, and its logits [vocabulary]."""
         started = CLOCK()
-        row = self.session.llm.forward(ids).read().reshape(-1)
+        row = self.llm.forward(ids).read().reshape(-1)
         row.argmax()
         # A copy, because the engine reuses the memory of its logits.
         return CLOCK() - started, row.copy()
 
-    def prefill(self, ids: list[int]) -> tuple[float, np.ndarray]:
+    def first_step(self, ids: list[int]) -> tuple[float, np.ndarray]:
         """Return the same for an empty KV cache."""
-        self.session.llm.reset()
+        self.llm.reset()
         return self.step(ids)
 
     def request(self, prompt: list[int], answer: list[int]) -> tuple[float, float]:
         """Return the durations of the prefill and of all decoding steps; the ids of the answer are given."""
-        first, _ = self.prefill(prompt)
+        first, _ = self.first_step(prompt)
         return first, sum(self.step([token])[0] for token in answer)
 
     def cache_gain(self, ids: list[int]) -> dict[str, Any]:
@@ -88,41 +83,37 @@ class TimedSession:
 
         Both give the same logits; `difference` is the largest difference between the two.
         """
-        length = len(ids) - 1
-        recomputed = rounds(lambda: self.prefill(ids))
-        self.prefill(ids[:-1])
+        recomputed = rounds(lambda: self.first_step(ids))
+        self.first_step(ids[:-1])
 
         def step() -> tuple[float, np.ndarray]:
             result = self.step(ids[-1:])
-            self.session.native.erase_history(length, 0)
+            self.native.erase_history(len(ids) - 1, 0)
             return result
 
         cached = rounds(step)
         return {
-            "length": length,
+            "length": len(ids) - 1,
             "cached_s": median(duration for duration, _ in cached),
             "recomputed_s": median(duration for duration, _ in recomputed),
             "difference": float(np.abs(cached[0][1] - recomputed[0][1]).max()),
         }
 
-
-def text_measures(timed: TimedSession, ids: list[int], prompt_tokens: int) -> dict[str, float]:
-    """Return speeds of a text request: tokenizer, prefill and decoding."""
-    session, prompt, answer = timed.session, ids[:prompt_tokens], ids[prompt_tokens:]
-    session.llm.reset()
-    session.logits(prompt)  # raises for garbage
-    # Encoding the text of ids may give other ids, so the tokenizer is timed separately.
-    text = session.decode(prompt)
-    tokenized = median(rounds(lambda: seconds(lambda: session.llm.tokenizer_encode(text))))
-    prefills, decodes = zip(*rounds(lambda: timed.request(prompt, answer)), strict=True)
-    prefill, decode = median(prefills), median(decodes)
-    return {
-        "first_token_s": tokenized + prefill,
-        "prefill_s": prefill,
-        "prefill_tokens_per_s": len(prompt) / prefill,
-        "decode_s": decode,
-        "decode_tokens_per_s": len(answer) / decode,
-    }
+    def text_measures(self, prompt: list[int], answer: list[int]) -> dict[str, float]:
+        """Return speeds of a text request: tokenizer, prefill and decoding."""
+        self.llm.reset()
+        self.logits(prompt)  # raises for garbage
+        # Encoding the text of ids may give other ids, so the tokenizer is timed separately.
+        text = self.decode(prompt)
+        tokenized = median(rounds(lambda: seconds(lambda: self.llm.tokenizer_encode(text))))
+        prefill, decode = map(median, zip(*rounds(lambda: self.request(prompt, answer)), strict=True))
+        return {
+            "first_token_s": tokenized + prefill,
+            "prefill_s": prefill,
+            "prefill_tokens_per_s": len(prompt) / prefill,
+            "decode_s": decode,
+            "decode_tokens_per_s": len(answer) / decode,
+        }
 
 
 def image_seconds(session: ModelSession, width: int, height: int) -> float:
@@ -141,9 +132,8 @@ def tower_seconds(session: ModelSession, width: int, height: int) -> float:
     pixels = np.random.default_rng(0).standard_normal(shape, np.float32)
     inputs = session.family.vision_inputs(pixels, grid, info)
     settings = runtime_settings(session.folder, "vision")
-    module = Module(session.folder / "visual.mnn", list(inputs), session.family.vision_outputs, settings, 0)
-    arrays = [np.ascontiguousarray(array) for array in inputs.values()]
-    return median(rounds(lambda: seconds(lambda: module(arrays))))
+    module = Module(session.folder / "visual.mnn", list(inputs), session.family.vision_outputs, settings)
+    return median(rounds(lambda: seconds(lambda: module(list(inputs.values())))))
 
 
 def run(job: dict[str, Any]) -> None:
@@ -154,16 +144,13 @@ def run(job: dict[str, Any]) -> None:
     job: bundle, settings (that replace those of config.json), prompt_tokens, answer_tokens, image_side (pixels),
     lengths, result (JSON).
     """
-    bundle = Path(job["bundle"])
-    base = resident_mb()
-    started = CLOCK()
-    session = ModelSession(bundle, settings=job["settings"])
+    base, started = resident_mb(), CLOCK()
+    session = TimedSession(Path(job["bundle"]), settings=job["settings"])
     measures = {"load_s": CLOCK() - started}
-    timed = TimedSession(session)
-    request = job["prompt_tokens"] + job["answer_tokens"]
+    prompt, request = job["prompt_tokens"], job["prompt_tokens"] + job["answer_tokens"]
     ids = plain_tokens(session, max([request, *(length + 1 for length in job["lengths"])]))
-    measures |= text_measures(timed, ids[:request], job["prompt_tokens"])
-    cache = [timed.cache_gain(ids[: length + 1]) for length in job["lengths"]]
+    measures |= session.text_measures(ids[:prompt], ids[prompt:request])
+    cache = [session.cache_gain(ids[: length + 1]) for length in job["lengths"]]
     image, has_vision = None, session.family.has_vision
     if has_vision:
         image = session.family.image_size(job["image_side"], job["image_side"], session.info)
@@ -174,10 +161,6 @@ def run(job: dict[str, Any]) -> None:
     if peak is not None:
         measures |= {"base_mb": base, "peak_mb": peak, "bundle_mb": peak - base}
     config = json.loads((session.folder / "config.json").read_text())
-    result = {
-        "measures": measures,
-        "cache": cache,
-        "engine": {"decoder": decoder_settings(config), "vision": vision_settings(config)},
-        "image": image,
-    }
+    engine = {"decoder": decoder_settings(config), "vision": vision_settings(config)}
+    result = {"measures": measures, "cache": cache, "engine": engine, "image": image}
     Path(job["result"]).write_text(json.dumps(result))

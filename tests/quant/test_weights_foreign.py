@@ -1,5 +1,6 @@
-"""Weights that are not stored as ours are: llmexport's, and what the converter makes of weights that are mostly zero.
-Read as the engine unpacks them, or refused by the operator's name.
+"""Weights in formats that hf2mnn does not write: llmexport's, and sparse ones of the converter.
+
+They are read with the bits that the engine computes with, or refused with the name of the operator.
 """
 
 from __future__ import annotations
@@ -13,29 +14,31 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+import mnn_quantizer
 from hf2mnn.core.errors import BundleFault, QuantizationError
 from hf2mnn.metrics import relative_error
 from hf2mnn.mnn.convert import run_converter, write_graph
-from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.mnn.graph import Graph
 from hf2mnn.quant.blob import pack, parse_sparse
+from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.weights import DENSE, INT8, SPARSE, operators
+from hostile import cases
 from one_layer import Model, convert, engine_outputs, read_model, write_onnx
 
 LLMEXPORT = Path(__file__).parent / "data" / "llmexport" / "operators.mnn"
 ERRORS = {"half": 0, "int8": 0.005, "int4": 0.08, "int4-channel": 0.1, "int4-symmetric": 0.14, "int4-hqq": 0.08}
 ERRORS |= {"int2": 0.4, "int1": 0.8}
-"""Of llmexport's weights, relative to those that it rounded to half floats."""
-PACKED_ERROR = 3e-5
-"""As in test_engine.py, of the largest weight."""
+"""Largest errors of llmexport's weights, relative to its float16 ones."""
+INT8_ERROR = 3e-5
+"""Share of the largest weight, as in test_weights_engine.py."""
 ROWS, INPUTS = 40, 128
 
 
 def sparse_weight(zeros: float, seed: int = 0) -> np.ndarray:
-    """A share of `zeros`; rows are of different sizes, some off centre, one is all zeros."""
+    """Return a weight with a share of zeros; rows have different magnitudes and offsets, one has zeros alone."""
     random = np.random.default_rng([seed, int(100 * zeros)])
     weight = random.standard_t(4, (ROWS, INPUTS)) * random.lognormal(size=(ROWS, 1)) + random.normal(0, 3, (ROWS, 1))
     weight[random.random(weight.shape) < zeros] = 0
@@ -47,7 +50,7 @@ def convert_sparse(folder: Path, weight: np.ndarray, form: WeightFormat) -> Mode
     folder.mkdir(parents=True)
     onnx = write_onnx(folder / "model.onnx", {"layer": weight})
     arguments = ["-f", "ONNX", "--modelFile", str(onnx), "--MNNModel", "model.mnn", "--bizCode", "hf2mnn"]
-    run_converter([*arguments, "--saveExternalData=1", "--detectSparseSpeedUp", *form.options()], folder)
+    run_converter([*arguments, "--saveExternalData=1", "--detectSparseSpeedUp", *mnn_quantizer.options(form)], folder)
     return read_model(folder / "model.mnn")
 
 
@@ -56,7 +59,7 @@ def layer(model: Model) -> np.ndarray:
 
 
 def changed(model: Model, folder: Path, weights: bytes, change: Callable[[dict[str, Any]], Any]) -> Model:
-    """A model of one layer with other bytes, and other words about them in its graph."""
+    """Return a model of one layer with other bytes and another description in its graph."""
     folder.mkdir(parents=True)
     graph = Graph(copy.deepcopy(model.graph.content))
     change(graph.of_type("Convolution")[0]["main"])
@@ -74,35 +77,34 @@ def llmexport() -> Model:
 
 
 @pytest.mark.parametrize("memory", ["high", "low"])
-def test_llmexports_weights_are_read_as_the_engine_unpacks_them(llmexport: Model, memory: str, tmp_path: Path) -> None:
-    """Unpacked when loaded: to the last bit."""
-    found = engine_outputs({"llmexport": llmexport}, tmp_path, memory)["llmexport"]
-    assert found.keys() == ERRORS.keys()
+def test_llmexports_weights_are_read_as_by_the_engine(llmexport: Model, memory: str, tmp_path: Path) -> None:
+    """Bit-identical if the engine dequantizes them at load time."""
+    outputs = engine_outputs({"llmexport": llmexport}, tmp_path, memory)["llmexport"]
+    assert outputs.keys() == ERRORS.keys()
     for name, rows in llmexport.rows().items():
-        near = PACKED_ERROR * np.abs(rows).max() if memory == "low" else 0
-        np.testing.assert_allclose(found[name], rows, rtol=0, atol=near, err_msg=name)
+        tolerance = INT8_ERROR * np.abs(rows).max() if memory == "low" else 0
+        np.testing.assert_allclose(outputs[name], rows, rtol=0, atol=tolerance, err_msg=name)
 
 
 def test_llmexports_weights_are_the_checkpoints(llmexport: Model) -> None:
     rows = llmexport.rows()
-    errors = {name: relative_error(found, rows["half"]) for name, found in rows.items()}
+    errors = {name: relative_error(weight, rows["half"]) for name, weight in rows.items()}
     assert {name for name, error in errors.items() if error > ERRORS[name]} == set()
     assert errors["half"] < errors["int8"] < errors["int4"] < errors["int2"] < errors["int1"]
 
 
-# Mostly zero, quantized
+# Sparse quantized weights
 
 
 SPARSE_GRID = [
-    (zeros, WeightFormat(bits, block, symmetric, scale_bits))
-    for zeros, bits, block in itertools.product((0.5, 0.9), (2, 3, 4, 8), (0, 64))
+    (zeros, WeightFormat(bits, block, symmetric, 16 if zeros < 0.7 and (i + symmetric) % 2 else 32))
+    for zeros, (i, bits), block in itertools.product((0.5, 0.9), enumerate((2, 3, 4, 8)), (0, 64))
     for symmetric in (False, True)
-    for scale_bits in ((16, 32) if zeros < 0.7 else (32,))
 ]
-"""Where more than 0.6 are zero, the graph says so too, and the engine takes another way into the file."""
+"""With more than 0.6 of zeros, the graph has `sparseParameter` too, and the engine reads the file differently."""
 
 
-def test_sparse_weights_are_read_as_the_engine_unpacks_them(tmp_path: Path) -> None:
+def test_sparse_weights_are_read_as_by_the_engine(tmp_path: Path) -> None:
     models = {}
     for zeros, form in SPARSE_GRID:
         name = "-".join(map(str, (zeros, *vars(form).values())))
@@ -110,16 +112,16 @@ def test_sparse_weights_are_read_as_the_engine_unpacks_them(tmp_path: Path) -> N
         (main,) = (op["main"] for op in models[name].graph.of_type("Convolution"))
         assert main["quanParameter"]["type"] == SPARSE
         assert ("sparseParameter" in main) == (zeros > 0.7)
-    exact, packed = (engine_outputs(models, tmp_path / memory, memory) for memory in ("high", "low"))
+    exact, low = (engine_outputs(models, tmp_path / memory, memory) for memory in ("high", "low"))
     for name, model in models.items():
         rows = layer(model)
         assert np.array_equal(exact[name]["layer"], rows), name
-        near = PACKED_ERROR * np.abs(rows).max()
-        np.testing.assert_allclose(packed[name]["layer"], rows, rtol=0, atol=near, err_msg=name)
+        tolerance = INT8_ERROR * np.abs(rows).max()
+        np.testing.assert_allclose(low[name]["layer"], rows, rtol=0, atol=tolerance, err_msg=name)
 
 
-def test_scales_that_were_rounded_may_move_the_level_of_zero(tmp_path: Path) -> None:
-    """Of a few rows in a hundred: the converter chose it before it rounded them, the engine finds it after."""
+def test_rounded_scales_may_change_the_q_of_zero(tmp_path: Path) -> None:
+    """In a few rows of a hundred: the converter uses the exact scales, the engine the rounded ones."""
     weight = np.random.default_rng(0).uniform(-1, 1, (600, 64)).astype(np.float32) + np.float32(0.3)
     weight[:, ::2] = 0
     form = WeightFormat(8, 0, False, 16)
@@ -134,16 +136,16 @@ def test_scales_that_were_rounded_may_move_the_level_of_zero(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("block", [0, 64])
-def test_sparse_weights_are_those_that_are_stored_densely(block: int, symmetric: bool, tmp_path: Path) -> None:
+def test_sparse_and_dense_weights_are_the_same(block: int, symmetric: bool, tmp_path: Path) -> None:
     form = WeightFormat(4, block, symmetric, 32)
     dense = convert(tmp_path / "dense", {"layer": sparse_weight(0.8)}, form)
     sparse = convert_sparse(tmp_path / "sparse", sparse_weight(0.8), form)
-    assert [model.layers[0].stored["type"] for model in (dense, sparse)] == [LEVELS, SPARSE]
+    assert [model.layers[0].stored["type"] for model in (dense, sparse)] == [DENSE, SPARSE]
     assert np.array_equal(layer(dense), layer(sparse))
 
 
-def test_the_engine_dies_of_sparse_weights_with_half_float_scales(tmp_path: Path) -> None:
-    """Where the graph says that they are sparse: it takes the scales for float32. Ours reads them."""
+def test_the_engine_crashes_on_sparse_weights_with_float16_scales(tmp_path: Path) -> None:
+    """If the graph has `sparseParameter`, it reads the scales as float32. hf2mnn reads them correctly."""
     form = WeightFormat(8, 0, True, 16)
     sparse = convert_sparse(tmp_path / "sparse", sparse_weight(0.9), form)
     assert np.array_equal(layer(sparse), layer(convert(tmp_path / "dense", {"layer": sparse_weight(0.9)}, form)))
@@ -151,48 +153,53 @@ def test_the_engine_dies_of_sparse_weights_with_half_float_scales(tmp_path: Path
         engine_outputs({"sparse": sparse}, tmp_path)
 
 
-def pack_places(values: list[int], bits: int) -> bytes:
+def pack_indices(values: list[int], bits: int) -> bytes:
     return pack(np.array(values, np.int64) - (1 << bits - 1), bits)
 
 
-def sparse_bytes(levels: np.ndarray, zeros: np.ndarray, bits: int, step_bits: int) -> bytes:
-    """As `WriteSparseQuanBlobs` does; `zeros` int [blocks] is the level of each block that is not stored. A step that
-    is too long is made of several, to levels that are zero.
+def sparse_bytes(q: np.ndarray, zeros: np.ndarray, bits: int, step_bits: int) -> bytes:
+    """Encode as `WriteSparseQuanBlobs`.
+
+    Args:
+        q: int [blocks, inputs].
+        zeros: int [blocks], the q that is not stored. A step that is too long has values of it in between.
+        bits: Bits of q.
+        step_bits: Bits of a step.
     """
-    steps, places, last, lowest = [], [], 0, -(1 << bits - 1)
-    for place, (level, zero) in enumerate(zip(levels.reshape(-1), zeros.repeat(levels.shape[1]), strict=True)):
-        if level != zero or place - last >= (1 << step_bits) - 1:
-            steps.append(place - last)
-            places.append(int(level) - lowest)
-            last = place
+    steps, indices, last, lowest = [], [], 0, -(1 << bits - 1)
+    for position, (value, zero) in enumerate(zip(q.reshape(-1), zeros.repeat(q.shape[1]), strict=True)):
+        if value != zero or position - last >= (1 << step_bits) - 1:
+            steps.append(position - last)
+            indices.append(int(value) - lowest)
+            last = position
     table = np.arange(lowest, -lowest).astype(np.int8).tobytes()
-    head = b"\x02" + np.array(levels.shape, "<u2").tobytes() + len(steps).to_bytes(4, "little") + bytes([step_bits])
-    return head + pack_places(steps, step_bits) + bytes([len(table) % 256]) + table + pack_places(places, bits)
+    head = b"\x02" + np.array(q.shape, "<u2").tobytes() + len(steps).to_bytes(4, "little") + bytes([step_bits])
+    return head + pack_indices(steps, step_bits) + bytes([len(table) % 256]) + table + pack_indices(indices, bits)
 
 
 @st.composite
 def sparse(draw: st.DrawFn) -> tuple[bytes, np.ndarray, np.ndarray]:
-    """(bytes, scales, levels) of a few blocks that are mostly zero."""
+    """Bytes, scales and q of a few sparse blocks."""
     bits, step_bits, blocks, inputs = (draw(st.integers(*ends)) for ends in ((2, 8), (2, 8), (1, 4), (1, 40)))
     half = 1 << bits - 1
-    level = st.integers(-half, half - 1)
-    zeros = np.array(draw(st.lists(level, min_size=blocks, max_size=blocks))) * draw(st.sampled_from([0, 1]))
-    levels = np.repeat(zeros[:, None], inputs, axis=1)
-    places = st.tuples(st.integers(0, blocks - 1), st.integers(0, inputs - 1), level)
-    for row, column, value in draw(st.lists(places, max_size=20)):
-        levels[row, column] = value
+    values = st.integers(-half, half - 1)
+    zeros = np.array(draw(st.lists(values, min_size=blocks, max_size=blocks))) * draw(st.sampled_from([0, 1]))
+    q = np.repeat(zeros[:, None], inputs, axis=1)
+    changes = st.tuples(st.integers(0, blocks - 1), st.integers(0, inputs - 1), values)
+    for row, column, value in draw(st.lists(changes, max_size=20)):
+        q[row, column] = value
     scale = draw(st.sampled_from([1e-3, 1.0, 7.0]))
     pairs = np.stack([(-half - zeros) * scale, np.full(blocks, scale)], axis=1).astype(np.float32)
     alpha = pairs.reshape(-1) if zeros.any() else np.ones(blocks, np.float32)
-    return sparse_bytes(levels, zeros, bits, step_bits), alpha, levels.astype(np.int8)
+    return sparse_bytes(q, zeros, bits, step_bits), alpha, q.astype(np.int8)
 
 
 @given(sparse())
-def test_what_is_not_stored_is_the_level_of_zero(made: tuple[bytes, np.ndarray, np.ndarray]) -> None:
-    stored, alpha, levels = made
-    found = parse_sparse(stored, alpha, levels.size, False, "layer")
-    assert found.dtype == np.int8
-    assert np.array_equal(found, levels.reshape(-1))
+def test_values_that_are_not_stored_are_the_q_of_zero(drawn: tuple[bytes, np.ndarray, np.ndarray]) -> None:
+    stored, alpha, q = drawn
+    decoded = parse_sparse(stored, alpha, q.size, False, "layer")
+    assert decoded.dtype == np.int8
+    assert np.array_equal(decoded, q.reshape(-1))
 
 
 @pytest.mark.parametrize(
@@ -210,8 +217,8 @@ def test_what_is_not_stored_is_the_level_of_zero(made: tuple[bytes, np.ndarray, 
         (0.0, np.nan, -8),
     ],
 )
-def test_the_level_of_zero_is_rounded_as_in_c(lowest: float, scale: float, zero: int) -> None:
-    """Away from 0, and of a number that is no int8 the lower bits."""
+def test_the_q_of_zero_is_rounded_as_in_c(lowest: float, scale: float, zero: int) -> None:
+    """Halves away from 0; of a number that is no int8 the lower bits remain."""
     stored = sparse_bytes(np.zeros((1, 3), np.int8), np.zeros(1, np.int8), 4, 2)
     alpha = np.array([lowest, scale], np.float32)
     assert parse_sparse(stored, alpha, 3, False, "layer").tolist() == [zero] * 3
@@ -223,10 +230,10 @@ def refused(stored: bytes, count: int, wide: bool = False) -> None:
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_sparse_bytes_that_are_cut_or_of_another_weight_are_refused(bits: int) -> None:
-    levels = np.array([[1, 0, 0, 0], [0, 0, 0, -1]], np.int8)
-    whole = sparse_bytes(levels, np.zeros(2, np.int8), bits, 3)
-    assert np.array_equal(parse_sparse(whole, np.ones(2), 8, False, "layer"), levels.reshape(-1))
+def test_truncated_sparse_bytes_and_those_of_another_weight_are_refused(bits: int) -> None:
+    q = np.array([[1, 0, 0, 0], [0, 0, 0, -1]], np.int8)
+    whole = sparse_bytes(q, np.zeros(2, np.int8), bits, 3)
+    assert np.array_equal(parse_sparse(whole, np.ones(2), 8, False, "layer"), q.reshape(-1))
     for end in range(len(whole)):
         refused(whole[:end], 8)
     refused(whole + b"\0", 8)
@@ -236,39 +243,38 @@ def test_sparse_bytes_that_are_cut_or_of_another_weight_are_refused(bits: int) -
     refused(whole[:5] + b"\xff\xff\xff\xff" + whole[9:], 8)
     for step_bits in (0, 9, 255):
         refused(whole[:9] + bytes([step_bits]) + whole[10:], 8)
-    refused(sparse_bytes(levels.reshape(1, 8), np.zeros(1, np.int8), bits, 3)[:-1] + b"\0", 7)
+    refused(sparse_bytes(q.reshape(1, 8), np.zeros(1, np.int8), bits, 3)[:-1] + b"\0", 7)
 
 
-def test_sparse_steps_beyond_the_weight_and_places_beyond_the_table_are_refused() -> None:
+def test_sparse_steps_beyond_the_weight_and_indices_beyond_the_table_are_refused() -> None:
     head = b"\x02" + np.array([2, 4], "<u2").tobytes() + (2).to_bytes(4, "little") + b"\x03"
     table = bytes([3, 0, 1, 2])
-    for steps, places, right in (([0, 7], [1, 2], True), ([1, 7], [1, 2], False), ([0, 7], [1, 3], False)):
-        stored = head + pack_places(steps, 3) + table + pack_places(places, 2)
-        if right:
+    for steps, indices, valid in (([0, 7], [1, 2], True), ([1, 7], [1, 2], False), ([0, 7], [1, 3], False)):
+        stored = head + pack_indices(steps, 3) + table + pack_indices(indices, 2)
+        if valid:
             assert parse_sparse(stored, np.ones(2), 8, False, "layer").tolist() == [1, 0, 0, 0, 0, 0, 0, 2]
         else:
             refused(stored, 8)
 
 
-@settings(max_examples=300)
+@cases(short=60)
 @given(sparse(), st.data(), st.booleans())
 def test_any_sparse_bytes_are_weights_or_refused(
-    made: tuple[bytes, np.ndarray, np.ndarray], data: st.DataObject, wide: bool
+    drawn: tuple[bytes, np.ndarray, np.ndarray], data: st.DataObject, wide: bool
 ) -> None:
-    """Never another exception, never another number of weights; whatever the scales are."""
-    stored, alpha, levels = bytearray(made[0]), made[1].copy(), made[2]
-    for place, value in data.draw(
-        st.lists(st.tuples(st.integers(0, len(stored) - 1), st.integers(0, 255)), max_size=3)
-    ):
-        stored[place] = value
+    """Without another exception or another number of weights, for any scales."""
+    stored, alpha, q = bytearray(drawn[0]), drawn[1].copy(), drawn[2]
+    changes = st.tuples(st.integers(0, len(stored) - 1), st.integers(0, 255))
+    for position, value in data.draw(st.lists(changes, max_size=3)):
+        stored[position] = value
     cut = bytes(stored[: data.draw(st.integers(0, len(stored)))]) if data.draw(st.booleans()) else bytes(stored)
     alpha[data.draw(st.integers(0, alpha.size - 1))] = data.draw(st.floats(width=32))
     try:
-        found = parse_sparse(cut, alpha, levels.size, wide, "some.layer")
+        decoded = parse_sparse(cut, alpha, q.size, wide, "some.layer")
     except QuantizationError as error:
         assert str(error).startswith("some.layer: ")
     else:
-        assert found.dtype == np.int8 and found.shape == (levels.size,)
+        assert decoded.dtype == np.int8 and decoded.shape == (q.size,)
 
 
 @given(st.binary(max_size=40), st.integers(0, 40), st.booleans())
@@ -277,18 +283,18 @@ def test_sparse_noise_is_weights_or_refused(stored: bytes, count: int, wide: boo
         assert len(parse_sparse(stored, np.ones(2, np.float32), count, wide, "some.layer")) == count
 
 
-# Mostly zero, float
+# Sparse float weights
 
 
-def test_sparse_floats_are_read_as_the_engine_unpacks_them(tmp_path: Path) -> None:
+def test_sparse_floats_are_read_as_by_the_engine(tmp_path: Path) -> None:
     models = {
         f"{zeros}": convert_sparse(tmp_path / f"{zeros}", sparse_weight(zeros), WeightFormat()) for zeros in (0.7, 1)
     }
-    found = engine_outputs(models, tmp_path / "engine")
+    outputs = engine_outputs(models, tmp_path / "engine")
     for name, model in models.items():
-        assert len(model.layers[0].parts) == 4, "it was not stored as sparse"
+        assert len(model.layers[0].parts) == 4, "it is not stored as sparse"
         assert np.array_equal(layer(model), sparse_weight(float(name)))
-        assert np.array_equal(layer(model), found[name]["layer"])
+        assert np.array_equal(layer(model), outputs[name]["layer"])
 
 
 @pytest.mark.parametrize(
@@ -301,7 +307,7 @@ def test_sparse_floats_are_read_as_the_engine_unpacks_them(tmp_path: Path) -> No
     ],
 )
 def test_sparse_floats_that_do_not_fit_are_refused(change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
-    """By the operator's name."""
+    """With the name of the operator."""
     model = convert_sparse(tmp_path / "sparse", sparse_weight(0.9), WeightFormat())
     graph = Graph(copy.deepcopy(model.graph.content))
     change(graph.of_type("Convolution")[0]["main"])
@@ -309,45 +315,45 @@ def test_sparse_floats_that_do_not_fit_are_refused(change: Callable[[dict[str, A
         model.weights.rows(operators(graph)[0])
 
 
-# Bare bytes, and a factor of the whole weight
+# One int8 a weight, and a factor of the whole weight
 
 
-BARE = {
+INT8_FORMS = {
     "pairs": {"aMin": -128, "readType": ROWS, "quantScale": 1.0},
-    "pairs at level 0": {"aMin": 1, "readType": ROWS, "quantScale": 1.0},
+    "pairs at q = 0": {"aMin": 1, "readType": ROWS, "quantScale": 1.0},
     "old": {"aMin": 0, "readType": 0, "quantScale": 0.0},
     "factor": {"aMin": -128, "readType": ROWS, "quantScale": 0.7},
 }
 
 
-def test_bare_bytes_are_read_as_the_engine_unpacks_them(tmp_path: Path) -> None:
-    """As converters store the weights of models that were quantized before."""
+def test_int8_weights_are_read_as_by_the_engine(tmp_path: Path) -> None:
+    """Converters store the weights of prequantized models in this form."""
     weight = np.random.default_rng(0).standard_normal((ROWS, INPUTS)).astype(np.float32)
     dense = convert(tmp_path / "dense", {"layer": weight}, WeightFormat(8, 64, False, 32))
     (operator,) = dense.layers
-    bare = dense.weights.levels(operator).levels.tobytes()
+    q = dense.weights.quantized(operator).q.tobytes()
     rest = b"".join(dense.weights.raw(*part) for part in operator.parts[1:])
     models = {
         "dense factor": changed(
             dense, tmp_path / "dense-factor", dense.weights.path.read_bytes(), stored(quantScale=0.3)
         )
     }
-    for name, words in BARE.items():
-        models[name] = changed(dense, tmp_path / name, bare + rest, stored(len(bare), type=BYTES, **words))
-    found = engine_outputs(models, tmp_path / "engine")
+    for name, parameters in INT8_FORMS.items():
+        models[name] = changed(dense, tmp_path / name, q + rest, stored(len(q), type=INT8, **parameters))
+    outputs = engine_outputs(models, tmp_path / "engine")
     for name, model in models.items():
-        assert np.array_equal(layer(model), found[name]["layer"]), name
+        assert np.array_equal(layer(model), outputs[name]["layer"]), name
     assert np.array_equal(layer(models["pairs"]), layer(dense))
-    short = changed(dense, tmp_path / "short", bare + rest, stored(len(bare) - 1, type=BYTES))
+    short = changed(dense, tmp_path / "short", q + rest, stored(len(q) - 1, type=INT8))
     with pytest.raises(QuantizationError, match=r"^layer: its 5119 bytes .* not 5120 quantized weights"):
         layer(short)
 
 
-def stored(size: int | None = None, **words: Any) -> Callable[[dict[str, Any]], None]:
-    """Says these words of a weight, and that it has `size` bytes."""
+def stored(size: int | None = None, **parameters: Any) -> Callable[[dict[str, Any]], None]:
+    """Return a change of a weight's `quanParameter` and of its size in bytes."""
 
     def change(main: dict[str, Any]) -> None:
-        main["quanParameter"].update(words)
+        main["quanParameter"].update(parameters)
         main["external"][1] = main["external"][1] if size is None else size
 
     return change

@@ -34,7 +34,7 @@ PAIRWISE = [
     for bits in range(2, 9)
     for i, block in enumerate((0, 32, 64, 128))
 ]
-"""A quarter of GRID with every pair of bits or block and another setting: each is a run of the converter."""
+"""A quarter of GRID, with all pairs of settings: each format is a run of the converter."""
 HQQ = [WeightFormat(bits, 64, method="hqq") for bits in (2, 4, 8)]
 INT8_ERROR = 3e-5
 """Share of the largest weight: a one-hot input is exact in int8 but for its scale."""
@@ -49,7 +49,7 @@ def named(form: WeightFormat) -> str:
 
 
 def random_weight(rows: int, inputs: int = INPUTS, seed: int = 0) -> np.ndarray:
-    """Return Student-t weights, so that blocks have outliers, with an offset in some rows, so that zero points matter."""
+    """Return Student-t weights: blocks have outliers, and some rows an offset, for which zero points matter."""
     random = np.random.default_rng([seed, rows, inputs])
     weight = 0.05 * random.standard_t(4, (rows, inputs)) + 0.1 * random.standard_normal((rows, 1)) ** 3
     return weight.astype(np.float32)

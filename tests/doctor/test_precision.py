@@ -1,25 +1,31 @@
-"""Weight formats that are less accurate or larger than necessary, and formats without a finding."""
+"""Weight formats that are less accurate or larger than necessary, activations beyond float16, and valid bundles."""
 
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from faulty_bundles import LLMEXPORT, convert_part, errors, file_findings, link_copy, unlink_copy
+from faulty_bundles import LLMEXPORT, changed_bundle, convert_part, errors, file_findings, link_copy, run_checks
 from hf2mnn.core.manifest import NAME
+from hf2mnn.doctor.checks.precision import fp16_overflow, largest_activations
 from hf2mnn.doctor.findings import Severity
 from hf2mnn.mnn.bundle import DECODER, GRAPHS, PARTS, VISION, EngineSettings
 from hf2mnn.mnn.convert import CUSTOM_OPERATORS, read_graph
 from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.variant import Choice
+from hf2mnn.reference.golden import ACTIVATIONS
 from hf2mnn.stages.quantize import run as quantize
 
 FOUR = WeightFormat(4, 64)
+TEXT_POINT = "model.language_model.layers.1.mlp.down_proj"
+VISION_POINT = "model.visual.blocks.0.mlp.fc2"
 
 
 @pytest.fixture(scope="module")
@@ -74,29 +80,9 @@ def test_one_scale_a_channel_everywhere(make: Callable) -> None:
     assert {f.check: f.severity for f in findings.values()} == {"block_per_channel": Severity.ADVICE}
 
 
-def patch(path: Path, old: bytes, new: bytes) -> None:
-    content = unlink_copy(path).read_bytes()
-    assert old in content
-    path.write_bytes(content.replace(old, new))
-
-
 @pytest.fixture
 def llmexport(tmp_path: Path) -> Path:
     return link_copy(LLMEXPORT, tmp_path / "bundle")
-
-
-def test_unknown_operators(llmexport: Path) -> None:
-    """LayerNorm (603 in the schema) with a number that the schema does not name."""
-    patch(llmexport / DECODER, struct.pack("<i", 603), struct.pack("<i", 599))
-    (finding,) = file_findings(llmexport, Severity.ERROR).values()
-    assert finding.check == "unknown_operators"
-    assert "(599)" in finding.evidence
-
-
-def test_a_newer_converter(llmexport: Path) -> None:
-    patch(llmexport / DECODER, b"3.6.1", b"9.6.1")
-    assert file_findings(llmexport)["engine_too_old"].severity == Severity.WARNING
-    assert not errors(llmexport)
 
 
 def test_bundle_of_llmexport(llmexport: Path) -> None:
@@ -126,3 +112,70 @@ def test_earlier_stages(results: Path, stage: str) -> None:
     for part in PARTS:
         name = PARTS[part][1] if stage == "onnx" else GRAPHS[part][0]
         assert not errors(results / stage / name)
+
+
+# Activations
+
+
+def reference(results: Path, folder: Path, sizes: dict[str, float]) -> Path:
+    """Copy the recorded reference with other maxima of some tap points."""
+    folder.mkdir()
+    for path in (results / "reference/evaluation").iterdir():
+        if path.name != ACTIVATIONS:
+            (folder / path.name).symlink_to(path)
+    with safe_open(results / "reference/evaluation" / ACTIVATIONS, "np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        metadata = file.metadata()
+    for name, size in sizes.items():
+        rows = tensors[f"image/{name}"].copy()
+        rows[0, 0] = -size
+        tensors[f"image/{name}"] = rows
+    save_file(tensors, folder / ACTIVATIONS, metadata)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("sizes", "config", "expected"),
+    [
+        ({TEXT_POINT: 70000.0}, {"precision": "low"}, [("config.json: precision", Severity.ERROR, "7e+04")]),
+        ({TEXT_POINT: np.inf}, {"precision": "low"}, [("config.json: precision", Severity.ERROR, "inf")]),
+        ({TEXT_POINT: 20000.0}, {"precision": "low"}, [("config.json: precision", Severity.WARNING, "2e+04")]),
+        ({TEXT_POINT: 10000.0}, {"precision": "low"}, []),
+        ({TEXT_POINT: 70000.0}, {"precision": "high"}, []),
+        ({TEXT_POINT: 70000.0}, {"precision": "normal"}, []),
+        (
+            {TEXT_POINT: 70000.0},
+            {"precision": "normal", "backend_type": "opencl"},
+            [("config.json: precision", Severity.ERROR, "backend 'opencl'")],
+        ),
+        ({VISION_POINT: 70000.0}, {"precision": "low", "mllm": {"precision": "high"}}, []),
+        (
+            {VISION_POINT: 70000.0},
+            {"precision": "high", "mllm": {"precision": "low"}},
+            [("config.json: mllm.precision", Severity.ERROR, VISION_POINT)],
+        ),
+        # Without "mllm" the vision tower has the decoder's settings.
+        (
+            {VISION_POINT: 70000.0},
+            {"precision": "low", "mllm": None},
+            [("config.json: mllm.precision", Severity.ERROR, VISION_POINT)],
+        ),
+    ],
+)
+def test_fp16_overflow(
+    sizes: dict[str, float], config: dict, expected: list[tuple], results: Path, tmp_path: Path
+) -> None:
+    recorded = reference(results, tmp_path / "reference", sizes)
+    findings = run_checks(
+        [fp16_overflow], changed_bundle(results / "bundles" / "int4", tmp_path / "bundle", config, reference=recorded)
+    )
+    assert [(finding.where, finding.severity) for finding in findings] == [entry[:2] for entry in expected]
+    for finding, (*_, evidence) in zip(findings, expected, strict=True):
+        assert evidence in finding.evidence
+
+
+def test_the_embedded_model_fits(results: Path, tmp_path: Path) -> None:
+    """Its activations are far below the range, and without a reference there is no finding."""
+    assert max(largest_activations(results / "reference/evaluation").values()) < 2000
+    without = changed_bundle(results / "bundles" / "int4", tmp_path / "without")
+    assert run_checks([fp16_overflow], without) == []
