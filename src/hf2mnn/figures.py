@@ -92,7 +92,7 @@ class Figure:
     unit: str  # Key of UNITS.
     better: str | None  # HIGHER or LOWER; None where neither end is better.
     source: str  # What it is measured on.
-    meaning: str  # One sentence.
+    meaning: str  # Definition.
     shown: tuple[str, ...] = ()  # TABLE, CONSOLE, COMPARISON.
     page: str = ""  # Caption of the page's table that shows it.
     head: str = ""  # Column head in the console, where `label` is too long.

@@ -202,7 +202,7 @@ def test_missed_gates_fail_with_the_variants(run: Run) -> None:
 
 
 def test_compare_shows_the_chosen_variants(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf2mnn.report.report.render_page", lambda *_: "")
+    monkeypatch.setattr("hf2mnn.report.page.render_page", lambda *_: "")
     folder = write_results(Path("results/m"), make_variant("fp16"), make_variant("int4", ("norm is zero",)))
     make_report("m", folder, [VariantSpec("fp16", True, {}), VariantSpec("int4", True, {})])
     code, out, err = run("compare", folder, "--variant", "int3")

@@ -81,9 +81,9 @@ def test_unused_input_is_left_out(tmp_path: Path) -> None:
 def test_command_line_is_recorded_but_not_in_the_digest(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hf2mnn.core.stage._command", [])
     called = export(checkpoint, tmp_path / "called")
     assert called.command == []
-    monkeypatch.setattr("hf2mnn.core.stage._command", [])
     set_command(["hf2mnn", "export", str(checkpoint)])
     manifest = export(checkpoint, tmp_path / "onnx")
     assert manifest.command == ["hf2mnn", "export", str(checkpoint)]

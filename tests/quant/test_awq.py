@@ -101,7 +101,7 @@ def check_unchanged(onnx_folder: Path, bundle: Path, scaled: Path, name: str, po
 # Unchanged outputs
 
 
-def points_of(folds: list[Fold], scales: Scales) -> list[str]:
+def fold_tap_points(folds: list[Fold], scales: Scales) -> list[str]:
     """Return the tap points between the layers of each fold, and the outputs of its balance layers."""
     inside = [fold for fold in folds if fold.smooth_layer in scales.rows]
     return sorted({point for fold in inside for point in (fold.smooth_layer, *fold.tap_points, *fold.balance_layers)})
@@ -127,7 +127,7 @@ def test_a_folded_decoder_computes_the_same(
     scales = random_scales(folds, onnx_folder, graphs, "decoder")
     assert len(scales.rows) == 4 * 2
     scaled = folded(onnx_folder, graphs, bundle, tmp_path / "folded", "decoder", bits, scales)
-    points = [point for point in points_of(folds, scales) if not point.endswith("norm")]
+    points = [point for point in fold_tap_points(folds, scales) if not point.endswith("norm")]
     check_unchanged(onnx_folder, bundle, scaled, "decoder", ["logits", *points], bound)
     saved = folded_tap_points(scaled)
     assert set(saved) == set(scales.rows) | {f"model.language_model.layers.{i}.self_attn.context" for i in range(2)}

@@ -26,7 +26,6 @@ from evidence import (
 from hf2mnn.core.errors import Hf2mnnError, ManifestError
 from hf2mnn.core.manifest import Manifest, stage_folder
 from hf2mnn.evaluation.aggregate import COLUMNS as FIGURE_COLUMNS
-from hf2mnn.report import report
 from hf2mnn.report.evidence import REFERENCE_FOLDER
 from hf2mnn.report.table import VariantSpec, read_table
 from hf2mnn.report.versions import read_report
@@ -43,7 +42,9 @@ FILES = {"summary.csv", "summary.parquet", "figures.csv", "figures.parquet", "re
 @pytest.fixture(autouse=True)
 def page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the page, which has its own tests, by its arguments."""
-    monkeypatch.setattr(report, "render_page", lambda evidence, table: f"{evidence.model} {list(table['variant'])}")
+    monkeypatch.setattr(
+        "hf2mnn.report.page.render_page", lambda evidence, table: f"{evidence.model} {list(table['variant'])}"
+    )
 
 
 @pytest.fixture

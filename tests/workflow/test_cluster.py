@@ -14,7 +14,6 @@ import yaml
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.machine.footprint import TYPICAL_WEIGHTS
 from hf2mnn.stages import ORDER, stage_named
-from hf2mnn.stages import ORDER
 from support import BIN, REPOSITORY, SHAPES_VL, Workspace, make_workspace
 
 WEIGHTS = 5217280

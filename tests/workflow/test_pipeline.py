@@ -345,7 +345,7 @@ def test_bad_config_is_refused_before_any_job(workspace: Workspace, old: str, ne
 
 
 def test_model_that_is_not_converted_is_refused_by_name(workspace: Workspace, tmp_path: Path) -> None:
-    """The message reaches the terminal, and nothing remains that looks complete."""
+    """The message reaches the terminal, and nothing remains that could pass for complete."""
     folder = tmp_path / "gemma"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "gemma"}))
@@ -358,7 +358,7 @@ def test_model_that_is_not_converted_is_refused_by_name(workspace: Workspace, tm
 
 
 @pytest.mark.slow
-def test_killed_stage_leaves_nothing_that_looks_finished(copy: Workspace) -> None:
+def test_killed_stage_leaves_no_finished_folder(copy: Workspace) -> None:
     """SIGKILL the process group during a stage; the next run repeats it (all stages: tests/failures)."""
     results, stage = copy.folder / "results" / "shapes-vl", "bundles/int4"
     shutil.rmtree(results / stage)

@@ -15,10 +15,8 @@ from hf2mnn.core.verify import damaged_stages, refuse_former_layout
 from hf2mnn.stages import stage_named
 
 STORAGE = workflow.storage_settings
-# Cores of a run on this machine; a scheduler's job has its own number, which says nothing of the run.
+# Cores of a run on this machine; a scheduler's job has its own number.
 CORES = None if workflow.remote_exec else workflow.resource_settings.cores
-# The two Snakemake processes of a scheduler's job.
-SNAKEMAKE_MB = 400 if workflow.non_local_exec else 0
 
 try:
     CONFIG = parse_config(config)
@@ -27,11 +25,9 @@ except Hf2mnnError as error:
     raise WorkflowError(str(error)) from None
 
 if CONFIG.toolchains and STORAGE.default_storage_provider:
-    raise WorkflowError("object storage does not keep toolchains, which are environments (docs/cluster.md)")
-
-if workflow.is_main_process:
-    for message in damaged_stages(Path("results")):
-        logger.warning(message)
+    raise WorkflowError("object storage does not keep toolchains, which are environments (docs/kubernetes.md)")
+for message in damaged_stages(Path("results")) if workflow.is_main_process else []:
+    logger.warning(message)
 
 
 def names(values):
@@ -144,7 +140,8 @@ def requested(stage, figure, extra=0):
 
 
 def memory(stage):
-    return requested(stage, "memory_mb", SNAKEMAKE_MB)
+    # A scheduler's job has two Snakemake processes of 200 MB.
+    return requested(stage, "memory_mb", 400 if workflow.non_local_exec else 0)
 
 
 def runtime(stage):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,9 +70,8 @@ class Decoder(torch.nn.Module):
         self.language_model, self.lm_head = language_model, lm_head
         language_model.config._attn_implementation = DECODER_ATTENTION
 
-    def forward(self, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def forward(self, inputs_embeds, attention_mask, position_ids, logits_index, pasts):
         """Return the logits, and the extended cache of each layer."""
-        inputs_embeds, attention_mask, position_ids, logits_index, *pasts = inputs
         cache = _Cache(pasts)
         hidden = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -141,21 +140,28 @@ def _trace(
 ) -> ir.Model:
     """Export a module whose parameters are fakes of `mode`.
 
-    `inputs` has the (shape, dtype) of the tensors that its forward takes as one list, by name, `axes` the names of
-    their dynamic axes, and `prefixes` the prefix of parameter names in `module` and that in the whole model.
+    `inputs` has the (shape, dtype) of the forward's arguments by name, or a dictionary of these for a list. `axes` has
+    the names of their dynamic axes, `prefixes` the prefix of parameter names in `module` and that in the whole model.
     """
-    dynamic = [dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs]
+
+    def arguments(make: Callable[[str, tuple], Any]) -> tuple:
+        return tuple(
+            [make(*item) for item in spec.items()] if isinstance(spec, dict) else make(name, spec)
+            for name, spec in inputs.items()
+        )
+
+    names = [name for key, spec in inputs.items() for name in (spec if isinstance(spec, dict) else [key])]
     with _quiet(), mode:
         model = torch.onnx.export(
             module.eval(),
-            ([torch.zeros(shape, dtype=dtype) for shape, dtype in inputs.values()],),
+            arguments(lambda _, spec: torch.zeros(spec[0], dtype=spec[1])),
             dynamo=True,
             optimize=False,
             verbose=False,
             opset_version=OPSET,
-            input_names=list(inputs),
+            input_names=names,
             output_names=outputs,
-            dynamic_shapes=(dynamic,),
+            dynamic_shapes=arguments(lambda name, _: dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC)),
         ).model
     for value in model.graph.initializers.values():
         if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
@@ -195,7 +201,7 @@ def trace_decoder(config: transformers.PreTrainedConfig, family: Family, repeat:
             "attention_mask": ((1, 1, tokens, past + tokens), torch.float32),
             "position_ids": ((family.position_rows, tokens), torch.int32),
             "logits_index": ((1,), torch.int32),
-            **pasts,
+            "pasts": pasts,
         },
         ["logits", *(f"{PRESENT}{layer}" for layer in range(traced))],
         {
@@ -267,7 +273,7 @@ def trace_vision(
             setattr(visual, family.full_attention_blocks, [0])  # so that the graph uses both masks
     inputs = {name: (array.shape, getattr(torch, array.dtype.name)) for name, array in sample.items()}
     tower, prefixes = Tower(visual, family, list(sample)), ("visual.", f"{family.vision}.")
-    graph = _trace(tower, mode, inputs, family.vision_outputs, family.vision_axes(), prefixes)
+    graph = _trace(tower, mode, {"inputs": inputs}, family.vision_outputs, family.vision_axes(), prefixes)
     if identical and not repeat_layers(graph, f"{family.vision}.{name}.", len(blocks)):
         return trace_vision(config, family, sample, repeat=False)
     if identical and full_blocks is not None:

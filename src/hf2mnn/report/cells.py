@@ -117,29 +117,26 @@ def parity(evidence: Evidence, tolerance: float) -> Table | None:
     ways = list(dict.fromkeys(way for table in tables for way in table.index))
     if not ways:
         return None
-    rows, probe = [], None
-    for way in sorted(ways, key=lambda way: way[0]):
-        if way[0] != probe:
-            probe = way[0]
-            rows.append((f"{probe} probe", []))
-        cells = []
-        for table in tables:
-            if way not in table.index:
-                cells.append(Cell(DASH))
-                continue
-            same_top, max_kld = table.loc[way, ["same_top", "max_kld"]]
-            note = "" if same_top == 1 else f"top-1 {number('share', same_top)}"
-            cells.append(Cell(short(max_kld), note, "bad" if max_kld > tolerance else ""))
-        rows.append((way[1], cells))
+
+    def cell_of(table: pd.DataFrame, way: tuple[str, str]) -> Cell:
+        if way not in table.index:
+            return Cell(DASH)
+        same_top, max_kld = table.loc[way, ["same_top", "max_kld"]]
+        note = "" if same_top == 1 else f"top-1 {number('share', same_top)}"
+        return Cell(short(max_kld), note, "bad" if max_kld > tolerance else "")
+
+    rows = []
+    for probe in sorted({probe for probe, _ in ways}):
+        rows.append((f"{probe} probe", []))
+        rows += [(way[1], [cell_of(table, way) for table in tables]) for way in ways if way[0] == probe]
     heads = ["largest KLD, nats", *(variant.name for variant in evidence.variants)]
     return Table("KV cache filled in other ways than by a single call", heads, rows)
 
 
 def budget(budgets: dict[str, pd.Series]) -> Table:
     """Return the error budgets: mean KL divergence by source for each variant."""
-    sources = list(dict.fromkeys(source for values in budgets.values() for source in values.index))
     rows = []
-    for source in sources:
+    for source in dict.fromkeys(source for values in budgets.values() for source in values.index):
         values = [values.get(source) for values in budgets.values()]
         rows.append((source, [Cell(number("nats", value), "", "" if value else "muted") for value in values]))
     return Table("Mean KL divergence of each source alone, in nats", ["source", *budgets], rows)
@@ -147,20 +144,20 @@ def budget(budgets: dict[str, pd.Series]) -> Table:
 
 def first_out_of_tolerance(evidence: Evidence) -> Table | None:
     """Return the first tap point of each variant whose local error exceeds its tolerance."""
-    rows = []
+    rows, columns = [], ["point", "operator", "local_error", "tolerance", "detail"]
     for variant in evidence.variants:
         if variant.layers is None:
             continue
         bad = out_of_tolerance(variant.layers)
-        if variant.layers.empty:
-            rows.append((variant.name, [Cell("not measured", "", "muted"), *[Cell("")] * 4]))
-        elif bad.empty:
-            rows.append((variant.name, [Cell("none", "", "good"), *[Cell("")] * 4]))
+        if bad.empty:
+            none = Cell("not measured", "", "muted") if variant.layers.empty else Cell("none", "", "good")
+            rows.append((variant.name, [none, *[Cell("")] * 4]))
         else:
-            first = bad.iloc[0]
-            error = [Cell(short(first["local_error"]), "", "bad"), Cell(short(first["tolerance"]))]
-            named = [Cell(first["point"]), Cell(first["operator"])]
-            rows.append((variant.name, [*named, *error, Cell(first["detail"] or "")]))
+            point, operator, error, tolerance, detail = bad.iloc[0][columns]
+            error = Cell(short(error), "", "bad")
+            rows.append(
+                (variant.name, [Cell(point), Cell(operator), error, Cell(short(tolerance)), Cell(detail or "")])
+            )
     heads = ["variant", "tap point", "operator", "local error", "tolerance", "detail"]
     return Table("First operator that exceeds its tolerance", heads, rows, wraps=True) if rows else None
 
@@ -173,8 +170,7 @@ def speed(benchmark: dict[str, Any]) -> Table:
     for name, bundle in bundles.items():
         cells = []
         for measure in measures:
-            values = bundle["measures"].get(measure.name)
-            if values is None:
+            if (values := bundle["measures"].get(measure.name)) is None:
                 cells.append(Cell(DASH))
                 continue
             spread = (values["third_quartile"] - values["first_quartile"]) / 2
@@ -187,10 +183,7 @@ def speed(benchmark: dict[str, Any]) -> Table:
 def cache(speedups: pd.DataFrame) -> Table:
     """Return the speed-up of a decoding step by the KV cache, by number of tokens in it."""
     wide = speedups.pivot(index="bundle", columns="length", values="speedup")
-    wide = wide.reindex(dict.fromkeys(speedups["bundle"]))
-    rows = [
-        (name, [Cell(number("nats", value)) for value in values])
-        for name, values in zip(wide.index, wide.to_numpy(), strict=True)
-    ]
+    wide = wide.reindex(dict.fromkeys(speedups["bundle"])).map(lambda value: Cell(number("nats", value)))
+    rows = [(name, list(row)) for name, row in wide.iterrows()]
     heads = ["bundle", *(f"{length} tokens" for length in wide.columns)]
     return Table("Speed-up of a decoding step by the KV cache", heads, rows)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from hf2mnn.core.errors import ManifestError
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.evaluation import findings as files
 
@@ -118,3 +119,32 @@ def read_evidence(model: str, folder: Path, names: list[str]) -> Evidence:
     timed = json.loads(speed.read_text()) if speed.is_file() else None
     speedups = pd.read_parquet(cache) if cache.is_file() else None
     return Evidence(model, folder, [read_variant(folder, name) for name in names], manifests, timed, speedups)
+
+
+def check_inputs(evidence: Evidence) -> None:
+    """Check that all stages of a model used the same reference and bundles.
+
+    Raises:
+        ManifestError: A stage used another reference or another bundle.
+    """
+    reference = evidence.manifests[REFERENCE_FOLDER].digest()
+    benchmark = evidence.manifests.get(BENCHMARK)
+    for variant in evidence.variants:
+        measured = [variant.manifests[folder] for folder in (EVALUATION, DIAGNOSIS) if folder in variant.manifests]
+        for manifest in measured:
+            if manifest.inputs.get("reference") != reference:
+                raise ManifestError(
+                    f"{manifest.folder} was measured against another reference than {evidence.reference}; run"
+                    f" 'hf2mnn {manifest.stage}' again"
+                )
+        if len({manifest.inputs.get("bundle") for manifest in measured}) > 1:
+            raise ManifestError(f"evaluation and diagnosis of {variant.name} used different bundles; run both again")
+        if (bundle := variant.manifests.get(BUNDLES)) is None:
+            continue
+        if variant.manifests[EVALUATION].inputs.get("bundle") != bundle.digest():
+            raise ManifestError(f"{bundle.folder} is newer than its evaluation; run 'hf2mnn evaluate' again")
+        timed = benchmark.inputs.get(variant.name) if benchmark else None
+        if timed and timed != bundle.digest():
+            raise ManifestError(
+                f"{benchmark.folder} timed another bundle than {bundle.folder}; run 'hf2mnn benchmark' again"
+            )

@@ -90,8 +90,10 @@ def grade(score: float | None) -> str:
 
 def message_texts(record: dict) -> list[tuple[str, str]]:
     """Return (role, text) of each message of an example; images are left out."""
-    texts = [" ".join(part.get("text", "") for part in content_parts(message)) for message in record["messages"]]
-    return [(message["role"], text.strip()) for message, text in zip(record["messages"], texts, strict=True)]
+    return [
+        (message["role"], " ".join(part.get("text", "") for part in content_parts(message)).strip())
+        for message in record["messages"]
+    ]
 
 
 def _other_answers(reference: str, answers: list[tuple[str, str, float | None]]) -> list[Answer]:
@@ -130,9 +132,8 @@ def choose_examples(golden: Golden, answers: dict[str, pd.DataFrame]) -> list[Sh
     by_id = {name: frame.set_index("id") for name, frame in answers.items()}
     counts = Counter(message for record in golden.records for message in set(message_texts(record)))
     # A system prompt of most examples distinguishes none of them.
-    common = {
-        message for message, count in counts.items() if message[0] == "system" and 2 * count > len(golden.records)
-    }
+    most = len(golden.records) / 2
+    common = {message for message, count in counts.items() if message[0] == "system" and count > most}
     shown = [
         _shown_example(record, {name: frame.loc[record["id"]] for name, frame in by_id.items()}, common)
         for record in golden.records

@@ -111,7 +111,7 @@ def _plots(evidence: Evidence, budgets: dict[str, pd.Series], failed: set[str]) 
 
 def _tables(evidence: Evidence, budgets: dict[str, pd.Series]) -> dict[str, Any]:
     """Return the tables by name; None for what was not measured."""
-    cached = evidence.cache is not None and len(evidence.cache)
+    speed, cache = evidence.speed, evidence.cache
     return {
         "figures": cells.figures(evidence),
         "parts": cells.parts(evidence),
@@ -119,8 +119,8 @@ def _tables(evidence: Evidence, budgets: dict[str, pd.Series]) -> dict[str, Any]
         "parity": cells.parity(evidence, CACHE_TOLERANCE),
         "budget": cells.budget(budgets) if budgets else None,
         "first_out_of_tolerance": cells.first_out_of_tolerance(evidence),
-        "speed": cells.speed(evidence.speed) if evidence.speed else None,
-        "cache": cells.cache(evidence.cache) if cached else None,
+        "speed": cells.speed(speed) if speed else None,
+        "cache": cells.cache(cache) if cache is not None and len(cache) else None,
     }
 
 
@@ -147,8 +147,7 @@ def render_page(evidence: Evidence, table: pd.DataFrame) -> str:
         for variant in ran.variants
         if variant.budget is not None and len(variant.budget)
     }
-    summary = verdict(evidence, table)
-    golden = Golden(evidence.reference)
+    summary, golden, speed = verdict(evidence, table), Golden(evidence.reference), evidence.speed or {}
     shown = examples.choose_examples(golden, {variant.name: variant.answers for variant in ran.variants})
     folders = provenance.stage_folders(evidence)
     loader = FileSystemLoader(Path(__file__).parent)
@@ -165,8 +164,8 @@ def render_page(evidence: Evidence, table: pd.DataFrame) -> str:
         plots=_plots(ran, budgets, {row["variant"] for row in summary.failed}),
         cache_tolerance=CACHE_TOLERANCE,
         machine=_machine(evidence.speed),
-        broken=(evidence.speed or {}).get("broken", {}),
-        baseline=(evidence.speed or {}).get("baseline", ""),
+        broken=speed.get("broken", {}),
+        baseline=speed.get("baseline", ""),
         differing=[example for example in shown if example.others],
         agreeing=[example for example in shown if not example.others],
         images=examples.embed_images(golden, shown),

@@ -62,9 +62,10 @@ def _log_axis(axes: Axes, which: str) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _ticks(axes: Axes, which: str, values: Iterable[float]) -> None:
-    """Set major ticks with their values as labels, and no minor ticks."""
+def _binary_axis(axes: Axes, which: str, values: Iterable[float]) -> None:
+    """Set a logarithmic axis of base 2 with ticks at `values`."""
     axis = getattr(axes, f"{which}axis")
+    getattr(axes, f"set_{which}scale")("log", base=2)
     axis.set_ticks(list(values), labels=[f"{value:g}" for value in values])
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
@@ -120,8 +121,7 @@ def _label_points(axes: Axes, labels: list[tuple[float, float, str]]) -> None:
     by_height = sorted(zip(points, labels, strict=True), key=lambda pair: (-round(pair[0][1]), -pair[0][0]))
     for (x, y), (data_x, data_y, text) in by_height:
         text = fill(text, 22)
-        lines = text.split("\n")
-        width, height = LETTER * max(map(len, lines)), 13 * len(lines)
+        width, height = LETTER * max(map(len, text.split("\n"))), 13 * (text.count("\n") + 1)
         left, middle, half = -9 - width, -width / 2, height / 2
         adjacent = [(9, 3), (left, -height - 1), (9, -half), (left, -half), (middle, 9), (middle, -height - 9)]
         offsets = adjacent + [(dx, dy + shift) for shift in SHIFTS for dx, dy in adjacent]
@@ -330,14 +330,12 @@ def percentile_plot(figures: dict[str, pd.Series], styles: dict[str, Style]) -> 
 def cache_plot(cache: pd.DataFrame, styles: dict[str, Style]) -> str:
     """Plot the speed-up by the KV cache; `cache` has the columns bundle, length and speedup."""
     figure, axes = new_figure(3.5)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
     names = list(dict.fromkeys(cache["bundle"]))
     for name in names:
         rows = cache[cache["bundle"] == name]
         axes.plot(rows["length"], rows["speedup"], **styles[name].line)
-    _ticks(axes, "x", sorted(cache["length"].unique()))
-    _ticks(axes, "y", _powers_of_two([1.0, *cache["speedup"]]))
+    _binary_axis(axes, "x", sorted(cache["length"].unique()))
+    _binary_axis(axes, "y", _powers_of_two([1.0, *cache["speedup"]]))
     axes.axhline(1, color=MUTED, linewidth=1)
     axes.set(xlabel="tokens in the cache", ylabel="speed-up")
     _legend(figure, _lines(names, styles))
@@ -360,7 +358,6 @@ def speed_plot(speed: dict, styles: dict[str, Style]) -> str:
     base = bundles[baseline]["measures"]
     measures = [figure for figure in on_page(SPEED) if base.get(figure.name, {}).get("median")]
     figure, axes = new_figure(1.2 + 0.17 * len(measures) * (len(names) + 1))
-    axes.set_xscale("log", base=2)
     height, ends = 0.86 / max(len(names), 1), [1.0]
     whisker = {"fmt": "none", "color": INK, "linewidth": 1, "capsize": 2, "capthick": 1}
     for row, measure in enumerate(measures):
@@ -374,7 +371,7 @@ def speed_plot(speed: dict, styles: dict[str, Style]) -> str:
             axes.errorbar([median], [y], xerr=[[median - low], [high - median]], **whisker)
             ends += [low, high]
     axes.axvline(1, color=MUTED, linewidth=1.2)
-    _ticks(axes, "x", _powers_of_two(ends))
+    _binary_axis(axes, "x", _powers_of_two(ends))
     _bar_axis(axes, [measure.label for measure in measures], 0.45, -0.55)
     axes.set_xlabel(f"improvement over {baseline}, factor")
     _legend(figure, [Patch(label=name, **styles[name].bar) for name in names])

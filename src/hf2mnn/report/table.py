@@ -73,29 +73,19 @@ def _figures(evidence: Evidence, variant: VariantEvidence) -> dict[str, Any]:
 def _row(evidence: Evidence, variant: VariantEvidence, spec: VariantSpec, right: float) -> dict[str, Any]:
     values = _figures(evidence, variant)
     missed = reasons(values, right, spec.gates)
-    return {
-        "model": evidence.model,
-        "variant": variant.name,
-        **{column: values.get(column) for column in TYPES},
-        "verdict": FAIL if missed else PASS,
-        "required": spec.required,
-        "reason": "; ".join(missed),
-        "cause": "; ".join(finding["message"] for finding in variant.findings),
-    }
+    row = {"model": evidence.model, "variant": variant.name, "required": spec.required}
+    row |= {"verdict": FAIL if missed else PASS, "reason": "; ".join(missed)}
+    row |= {"cause": "; ".join(finding["message"] for finding in variant.findings)}
+    return {column: values.get(column) for column in TYPES} | row
 
 
 def make_table(evidence: Evidence, specs: list[VariantSpec]) -> pd.DataFrame:
     """Return the summary with COLUMNS: PyTorch first, then the variants in their order."""
     labelled, right = (evidence.manifests[REFERENCE_FOLDER].results[key] for key in ("labelled", "right"))
     no_image = all(variant.summary.get("vision_cosine") is None for variant in evidence.variants)
-    exact = {
-        figure.name: figure.pytorch
-        for figure in shown_in(TABLE)
-        if figure.pytorch is not None and not (no_image and figure.source == IMAGES)
-    }
-    exact["task_accuracy"] = right / labelled if labelled else None
-    described = {"verdict": REFERENCE, "required": False, "reason": "", "cause": ""}
-    first = {"model": evidence.model, "variant": "pytorch", **exact, **described}
+    first = {figure.name: figure.pytorch for figure in shown_in(TABLE) if not (no_image and figure.source == IMAGES)}
+    first |= {"model": evidence.model, "variant": "pytorch", "task_accuracy": right / labelled if labelled else None}
+    first |= {"verdict": REFERENCE, "required": False, "reason": "", "cause": ""}
     rows = [_row(evidence, variant, spec, right) for variant, spec in zip(evidence.variants, specs, strict=True)]
     return pd.DataFrame([first, *rows], columns=COLUMNS).astype(TYPES)
 

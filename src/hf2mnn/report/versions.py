@@ -124,9 +124,7 @@ def first_changed_error(before: VariantEvidence, after: VariantEvidence) -> str 
     if any(variant.layers is None or variant.layers.empty for variant in (before, after)):
         return None
     errors = [variant.layers.set_index(["probe", "point"])["local_error"] for variant in (before, after)]
-    for key in errors[0].index:
-        if key not in errors[1].index:
-            continue
+    for key in errors[0].index.intersection(errors[1].index, sort=False):
         a, b = (max(side[key], LOCAL_FLOOR) for side in errors)
         if max(a, b) / min(a, b) > LOCAL_FACTOR and max(a, b) > LOCAL_MIN:
             return f"first changed local error: {key[1]}, {a:.2g} to {b:.2g}"
