@@ -22,7 +22,7 @@ from hf2mnn.report.provenance import StageFolder
     [
         ([], "(the stage quantize was called from Python)"),
         (["hf2mnn", "plan", "results/m/sensitivity"], "hf2mnn plan results/m/sensitivity"),
-        (["hf2mnn", "fetch", "--path", "/home/me/my model"], "hf2mnn fetch --path 'my model'"),
+        (["hf2mnn", "fetch", "--path", "/data/me/my model"], "hf2mnn fetch --path 'my model'"),
         (["hf2mnn", "evaluate", "--bundle=/data/int4"], "hf2mnn evaluate --bundle=int4"),
         (["hf2mnn", "benchmark", "--bundle", "a=/data/int4"], "hf2mnn benchmark --bundle a=int4"),
         (["hf2mnn", "benchmark", "--bundle=a=/data/int4"], "hf2mnn benchmark --bundle=a=int4"),
@@ -67,7 +67,7 @@ def test_origin_of_the_checkpoint(evidence: Evidence) -> None:
     assert origin(settings=hub | {"hub": "modelscope", "commit": "abc"}) == (
         "Checkpoint: some/model on ModelScope, revision main, commit abc."
     )
-    assert origin(settings={}, paths={"path": "/home/me/model"}) == "Checkpoint: local folder model."
+    assert origin(settings={}, paths={"path": "/data/me/model"}) == "Checkpoint: local folder model."
     adapted = origin(settings=hub | {"adapter": {"repository": "some/lora", "revision": "v1"}})
     assert adapted.endswith(" Merged adapter: some/lora on the Hugging Face hub, revision v1.")
     assert "unknown" in provenance.checkpoint_origin(replace(evidence, manifests={}))
