@@ -146,4 +146,4 @@ def test_image_has_the_files_that_a_run_needs(workspace: Workspace, tmp_path: Pa
         timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (workspace.folder / "results" / "shapes-vl" / "source" / "manifest.json").exists()
+    assert (workspace.folder / "results" / "shapes-vl" / "checkpoint" / "manifest.json").exists()

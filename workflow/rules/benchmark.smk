@@ -20,10 +20,11 @@ rule benchmark_variants:
         mem_mb=memory("benchmark"),
         runtime=runtime("benchmark"),
     params:
-        options=benchmark_options,
+        options=of_config(arguments.benchmark_options),
+        bundles=bundle_options,
         time_limit=CONFIG.time_limit,
         fingerprint=stage_fingerprint("benchmark"),
     shell:
-        "logged {log:q} {input.toolchain:q} hf2mnn benchmark {params.options}"
+        "logged {log:q} {input.toolchain:q} hf2mnn benchmark {params.bundles:q} {params.options:q}"
         f" --threads {CONFIG.benchmark.threads or '{threads}'}"
         " --time-limit {params.time_limit} --out {output:q}"

@@ -47,6 +47,11 @@ def of_model(function):
     return lambda wildcards: function(CONFIG.models[wildcards.model], *wildcards.get("set", "").split())
 
 
+def of_config(function):
+    """Return a function of wildcards alone: Snakemake compares no other params with those of earlier runs."""
+    return lambda wildcards: function(CONFIG, wildcards.get("variant") or wildcards.model)
+
+
 def local_files(paths):
     """Return files of the machine that runs Snakemake, whatever storage the results are in."""
     return [local(str(path)) for path in paths]
@@ -78,9 +83,9 @@ def quantize_inputs(wildcards):
     return folders | ({"plan": local(plan)} if plan else {})
 
 
-def quantize_options(wildcards, input):
+def method_options(wildcards, input):
     inputs = {name: input[name] for name in quantize_inputs(wildcards)}
-    return arguments.quantize_options(CONFIG, wildcards.variant, inputs)
+    return arguments.method_options(CONFIG, wildcards.variant, inputs)
 
 
 def bundle_of(wildcards):
@@ -96,12 +101,8 @@ def bundles(wildcards):
     return [f"results/{wildcards.model}/bundles/{name}" for name in CONFIG.variants_of(wildcards.model)]
 
 
-def benchmark_options(wildcards, input):
-    return arguments.benchmark_options(CONFIG, wildcards.model, input.bundles)
-
-
-def report_variants(wildcards):
-    return arguments.report_variants(CONFIG, wildcards.model)
+def bundle_options(wildcards, input):
+    return [f"--bundle={Path(folder).name}={folder}" for folder in input.bundles]
 
 
 def evidence(wildcards, model=None):

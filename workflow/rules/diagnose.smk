@@ -7,7 +7,7 @@ rule diagnose_variant:
     input:
         reference="results/{model}/reference/evaluation",
         onnx="results/{model}/onnx",
-        baseline="results/{model}/baseline",
+        baseline=ancient("results/{model}/baseline"),
         bundle="results/{model}/bundles/{variant}",
         toolchain=toolchain_files,
     output:

@@ -22,8 +22,9 @@ rule quantize_variant:
         mem_mb=memory("quantize"),
         runtime=runtime("quantize"),
     params:
-        options=quantize_options,
+        formats=of_config(arguments.format_options),
+        folders=method_options,
         fingerprint=stage_fingerprint("quantize"),
     shell:
-        "logged {log:q} {input.toolchain:q} hf2mnn quantize {input.onnx:q} {input.graphs:q} {params.options}"
+        "logged {log:q} {input.toolchain:q} hf2mnn quantize {input.onnx:q} {input.graphs:q} {params.formats:q} {params.folders:q}"
         " --threads {threads} --out {output:q}"

@@ -23,7 +23,7 @@ rule report_model:
         mem_mb=memory("report"),
         runtime=runtime("report"),
     params:
-        variants=report_variants,
+        variants=of_config(arguments.report_variants),
         folder=subpath(output.table, parent=True),
         fingerprint=fingerprint(stage_named("report")),
     shell:

@@ -6,7 +6,6 @@ Paths of results are relative to results/<model>; paths of user-provided files a
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 
 from hf2mnn.checkpoint.folder import ADAPTER_FILES, checkpoint_files
@@ -63,23 +62,26 @@ def quantize_inputs(config: Config, variant: str) -> dict[str, str]:
     return inputs
 
 
-def quantize_options(config: Config, variant: str, inputs: dict[str, str]) -> str:
-    """Return the options of `hf2mnn quantize` for a variant; `inputs` are the folders of its methods, by option."""
+def format_options(config: Config, variant: str) -> list[str]:
+    """Return the options of `hf2mnn quantize` for the formats and engine settings of a variant."""
     keys = {"bits", "block", "symmetric", "scale_bits", "method"}
     parts = {"decoder": config.decoder_weights(variant), "vision": config.vision_weights(variant)}
     described = {name: part.model_dump(include=keys) for name, part in parts.items()}
     described["engine"] = config.engine(variant).model_dump()
     texts = {name: json.dumps(settings, sort_keys=True) for name, settings in described.items()}
-    if config.variants[variant].auto:
-        inputs = inputs | {"plan": f"{inputs['plan']}/plan.yaml"}
-    return shlex.join(_options(texts | {"embedding": config.variants[variant].embedding} | inputs))
+    return _options(texts | {"embedding": config.variants[variant].embedding})
 
 
-def benchmark_options(config: Config, model: str, bundles: list[str]) -> str:
-    """Return the options of `hf2mnn benchmark` except its threads."""
+def method_options(config: Config, variant: str, inputs: dict[str, str]) -> list[str]:
+    """Return the options of `hf2mnn quantize` for the folders that the methods of a variant need, by option."""
+    plan = {"plan": f"{inputs['plan']}/plan.yaml"} if config.variants[variant].auto else {}
+    return _options(inputs | plan)
+
+
+def benchmark_options(config: Config, model: str) -> list[str]:
+    """Return the options of `hf2mnn benchmark` except its bundles and threads."""
     chosen = config.benchmark
-    named = [word for folder in bundles for word in ("--bundle", f"{Path(folder).name}={folder}")]
-    others = _options(
+    return _options(
         {
             "baseline": config.baseline(model),
             "repeats": chosen.repeats,
@@ -88,7 +90,6 @@ def benchmark_options(config: Config, model: str, bundles: list[str]) -> str:
             "image-side": chosen.image_side,
         }
     )
-    return shlex.join(named + others)
 
 
 def conversions(config: Config, model: str) -> list[str]:

@@ -110,9 +110,7 @@ def _cheapest(table: pd.DataFrame, names: list[str], most_bytes: int) -> pd.Data
         options={"mip_rel_gap": 1e-6},
     )
     if solution.x is None:
-        raise QuantizationError(
-            f"no plan fits into {most_bytes:,} bytes: {solution.message}; report it"
-        )
+        raise QuantizationError(f"no plan fits into {most_bytes:,} bytes: {solution.message}; report it")
     return table[solution.x > 0.5].reset_index(drop=True)
 
 
