@@ -1,4 +1,4 @@
-# The float32 bundle and its runs, made once for the diagnoses of all variants and then deleted.
+# The float32 bundle and its runs, made once for the diagnoses of all variants.
 rule run_baseline:
     """
     Input: the reference, the ONNX graphs, MNN's graphs
@@ -10,7 +10,7 @@ rule run_baseline:
         graphs="results/{model}/graphs",
         toolchain=toolchain_files,
     output:
-        temp(directory("results/{model}/baseline")),
+        directory("results/{model}/baseline"),
     log:
         "logs/run_baseline/{model}.log",
     benchmark:

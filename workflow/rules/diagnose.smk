@@ -7,7 +7,7 @@ rule diagnose_variant:
     input:
         reference="results/{model}/reference/evaluation",
         onnx="results/{model}/onnx",
-        baseline=ancient("results/{model}/baseline"),
+        baseline="results/{model}/baseline",
         bundle="results/{model}/bundles/{variant}",
         toolchain=toolchain_files,
     output:

@@ -1,7 +1,7 @@
 """baseline: the float32 bundle of a model and its runs, which the diagnoses of all variants compare with.
 
 Reads the reference, the ONNX graphs and MNN's graphs.
-Writes the bundle, which is as large as the model in float32, and its logits; the folder is temporary.
+Writes the bundle, which is as large as the model in float32, and its logits.
 """
 
 from __future__ import annotations
