@@ -116,8 +116,8 @@ def fingerprint(stage: Stage, release: Callable[[str], str | None] = lambda pack
     for module, code in sorted(_reach(stage.name)[0].items()):
         digest.update(module.encode())
         digest.update(code)
-    for pattern in filter(None, [TEMPLATES.get(stage.name)]):
-        for template in sorted(ROOT.glob(pattern)):
+    if stage.name in TEMPLATES:
+        for template in sorted(ROOT.glob(TEMPLATES[stage.name])):
             digest.update(template.read_bytes())
     for package in stage.tools:
         try:

@@ -62,5 +62,5 @@ def run_bytes(weights: float, embedding: float, bits: list[float], fetched: bool
     """
     sizes = {"checkpoint": int(2 * weights)} if fetched else {}
     sizes["bundles"] = int(2 * embedding) + sum(bundle_bytes(weights, 0, each) for each in bits)
-    sizes["float32 baseline, removed at the end"] = bundle_bytes(weights, 0, 32)
+    sizes["float32 baseline"] = bundle_bytes(weights, 0, 32)
     return sizes
