@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,53 +32,24 @@ FLOAT16 = 3
 """`quanParameter.type` of weights stored as float16."""
 DUMP_ERROR = 1e-6
 """Largest rounding error of floats in the converter's JSON, which has six decimals."""
-
-
-def operator(
-    kind: str, main_type: str, main: Any, name: str, inputs: list[int], outputs: list[int], layout: str = "NHWC"
-) -> Op:
-    """Build an operator; `inputs` and `outputs` are indices of tensors, `layout` that of its outputs."""
-    # Keys in the order of the converter's dump: the bytes of a .mnn file depend on it.
-    op = {"inputIndexes": inputs, "main_type": main_type, "main": main, "name": name, "outputIndexes": outputs}
-    return op | {"type": kind, "defaultDimentionFormat": layout}
-
-
-def reshape(name: str, dims: list[int], source: int, output: int) -> Op:
-    """Build a Reshape; -1 in `dims` stands for the rest, 0 for the size of that axis of the input."""
-    return operator("Reshape", "Reshape", {"dims": dims, "dimType": "NCHW"}, name, [source], [output])
-
-
-def convert_layout(name: str, source_layout: str, layout: str, source: int, output: int) -> Op:
-    """Build a ConvertTensor from one layout to another."""
-    main = {"source": source_layout, "dest": layout}
-    return operator("ConvertTensor", "TensorConvertInfo", main, name, [source], [output])
+MAIN_TYPES = {"Const": "Blob", "ConvertTensor": "TensorConvertInfo", "Convolution": "Convolution2D"}
+MAIN_TYPES |= {"RoPE": "RoPEParam"}
+"""Types of an operator's `main` that are not named like the operator."""
 
 
 @dataclass(frozen=True)
 class WeightInfo:
-    """Storage of the weight of one convolution.
+    """Storage of the weight of one convolution."""
 
-    Attributes:
-        name: Name of the operator.
-        inputs: Input channels times kernel size.
-        outputs: Output channels.
-        kernel: Kernel size; 1 but for the patch embedding of a vision tower.
-        bits: 32 and 16 for floats, 1 to 8 for integers.
-        block: Inputs that share a scale; 0 for one scale per output channel.
-        symmetric: Whether there are no zero points.
-        scale_bits: Size of a scale, 16 or 32.
-        size: Bytes in the weight file.
-    """
-
-    name: str
-    inputs: int
-    outputs: int
-    kernel: int
-    bits: int
-    block: int
-    symmetric: bool
-    scale_bits: int
-    size: int
+    name: str  # of the operator
+    inputs: int  # input channels times kernel size
+    outputs: int  # output channels
+    kernel: int  # kernel size; 1 but for the patch embedding of a vision tower
+    bits: int  # 32 and 16 for floats, 1 to 8 for integers
+    block: int  # inputs that share a scale; 0 for one scale per output channel
+    symmetric: bool  # whether there are no zero points
+    scale_bits: int  # size of a scale, 16 or 32
+    size: int  # bytes in the weight file
 
 
 def _is_names(value: Any) -> bool:
@@ -102,11 +74,7 @@ def _check_op(op: Any, tensors: int) -> None:
 
 
 class Graph:
-    """An MNN model without its weights.
-
-    Attributes:
-        content: JSON form of the model.
-    """
+    """An MNN model without its weights; `content` is its JSON form."""
 
     def __init__(self, content: dict[str, Any]) -> None:
         self.content = content
@@ -115,8 +83,7 @@ class Graph:
     def checked(cls, content: Any) -> Graph:
         """Check the JSON form of an untrusted file.
 
-        Raises:
-            ValueError: Operators lack names, types or tensors, or have impossible offsets into the weight file.
+        Raise ValueError if operators lack names, types or tensors, or have impossible offsets into the weight file.
         """
         if not isinstance(content, dict) or not all(
             _is_names(content.get(key)) for key in ("tensorName", "outputName")
@@ -181,11 +148,8 @@ class Graph:
         """Replace float constants by their exact values.
 
         The converter's JSON has six decimals, and its `--fp16` stores constants as float16. Rotary frequencies go down
-        to 1e-6 and are multiplied by positions, so either is too coarse.
-
-        Args:
-            values: float32 values of the ONNX graph by name.
-            rounded_only: Replace only constants that are these values, rounded by the converter's JSON.
+        to 1e-6 and are multiplied by positions, so either is too coarse. `values` are those of the ONNX graph, float32,
+        by name. `rounded_only` restricts this to constants that are these values, rounded by the converter's JSON.
         """
         for name, table, key in self._floats():
             exact = values.get(name)
@@ -222,20 +186,18 @@ class Graph:
 
         Shapes may differ from those of the ONNX graph by axes of size 1 and by merged axes.
         """
-        content, producers = copy.deepcopy(self.content), self._producers()
-        names, copies, outputs = content["tensorName"], {}, {}
-        for value in sorted(values):
+        graph, producers, copies = Graph(copy.deepcopy(self.content)), self._producers(), defaultdict(list)
+        builder, outputs = Builder(graph), {value: f"{value}/output" for value in sorted(values)}
+        for value, output in outputs.items():
             op, index = producers[value]
-            outputs[value] = output = f"{value}/output"
-            names.append(output)
             is_nc4hw4 = op["type"] == "Convolution" or op["defaultDimentionFormat"] == NC4HW4
             # RoPE gives [1, tokens, heads, head_dim] with channels last; these are copied unchanged.
             plain = "NHWC" if op["type"] == "RoPE" else "NCHW"
-            copied = convert_layout(output, NC4HW4 if is_nc4hw4 else plain, plain, index, len(names) - 1)
-            copies.setdefault(op["name"], []).append(copied)
-        content["oplists"] = [each for op in content["oplists"] for each in (op, *copies.get(op["name"], []))]
-        content["outputName"] = [*content["outputName"], *outputs.values()]
-        return Graph(content), outputs
+            builder.convert_layout(output, NC4HW4 if is_nc4hw4 else plain, plain, index)
+            copies[op["name"]].append(builder.ops[-1])
+        graph.content["oplists"] = [each for op in graph.ops for each in (op, *copies.get(op["name"], []))]
+        graph.content["outputName"] += outputs.values()
+        return graph, outputs
 
     def weights(self) -> list[WeightInfo]:
         """Return the storage of each convolution's weight, in the order of the graph."""
@@ -251,32 +213,54 @@ class Graph:
         return max(self.external_ends().values(), default=0)
 
 
+class Builder:
+    """Adds operators to a list of its own, and their output tensors to a graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.names = graph.content["tensorName"]
+        self.ops: list[Op] = []
+
+    def tensor(self, name: str) -> int:
+        """Add a tensor and return its index."""
+        self.names.append(name)
+        return len(self.names) - 1
+
+    def add(
+        self, kind: str, main: Any, name: str, inputs: list[int], outputs: list[int] | None = None, layout: str = "NHWC"
+    ) -> int:
+        """Add an operator with an output in `layout`, by default a new tensor of its name; return its last output."""
+        outputs = outputs or [self.tensor(name)]
+        # Keys in the order of the converter's dump: the bytes of a .mnn file depend on it.
+        op = {"inputIndexes": inputs, "main_type": MAIN_TYPES.get(kind, kind), "main": main, "name": name}
+        self.ops.append(op | {"outputIndexes": outputs, "type": kind, "defaultDimentionFormat": layout})
+        return outputs[-1]
+
+    def reshape(self, name: str, dims: list[int], source: int, outputs: list[int] | None = None) -> int:
+        """Add a Reshape; -1 in `dims` stands for the rest, 0 for the size of that axis of the input."""
+        return self.add("Reshape", {"dims": dims, "dimType": "NCHW"}, name, [source], outputs)
+
+    def convert_layout(self, name: str, source_layout: str, layout: str, source: int) -> int:
+        """Add a ConvertTensor from one layout to another."""
+        return self.add("ConvertTensor", {"source": source_layout, "dest": layout}, name, [source])
+
+
 def _weight_info(op: Op) -> WeightInfo:
     main = op["main"]
-    common, quantized = main["common"], main.get("quanParameter")
-    outputs = common["outputCount"]
-    kernel = common["kernelX"] * common["kernelY"]
+    common, stored, external = main["common"], main.get("quanParameter"), main.get("external", [0, 0, 0])
+    outputs, kernel, size = common["outputCount"], common["kernelX"] * common["kernelY"], sum(external[1:])
     inputs = common["inputCount"] * kernel
-    external = main.get("external", [0, 0, 0])
-    size = sum(external[1:])
-    if quantized is None:
-        return WeightInfo(op["name"], inputs, outputs, kernel, 32, 0, True, 32, size)
-    if quantized["type"] == FLOAT16:
-        return WeightInfo(op["name"], inputs, outputs, kernel, 16, 0, True, 32, size)
-    symmetric = quantized["readType"] == 0
-    scale_bits = 16 if quantized["scaleStorage"] == "FP16" else 32
-    scales = external[2] // (scale_bits // 8) // (1 if symmetric else 2)
-    blocks = scales // outputs
+    if stored is None or stored["type"] == FLOAT16:
+        bits = 16 if stored else 32
+        return WeightInfo(op["name"], inputs, outputs, kernel, bits, 0, True, 32, size)
+    symmetric = stored["readType"] == 0
+    scale_bits = 16 if stored["scaleStorage"] == "FP16" else 32
+    blocks = external[2] // (scale_bits // 8) // (1 if symmetric else 2) // outputs
     block = inputs // blocks if blocks > 1 else 0
-    return WeightInfo(op["name"], inputs, outputs, kernel, quantized["aMaxOrBits"], block, symmetric, scale_bits, size)
+    return WeightInfo(op["name"], inputs, outputs, kernel, stored["aMaxOrBits"], block, symmetric, scale_bits, size)
 
 
 def check_supported(graph: Graph, name: str) -> None:
-    """Check that the engine has every operator.
-
-    Raises:
-        ConversionError: The converter passed on an operator that it does not know.
-    """
+    """Raise ConversionError for an operator that the engine lacks, and the converter passed on."""
     unsupported = [f"{op['type']} {op['name']}" for op in graph.of_type(*UNSUPPORTED_OPERATORS)]
     if unsupported:
         raise ConversionError(f"{name} has operators that MNN does not support: {', '.join(unsupported[:3])}")
@@ -285,17 +269,13 @@ def check_supported(graph: Graph, name: str) -> None:
 def check_fused(graph: Graph, name: str, layers: int) -> None:
     """Check that every attention is MNN's own operator with `kv_cache`: the engine keeps the cache itself.
 
-    Raises:
-        ConversionError: An attention is not fused, or the graph still has the input `past_key_values`.
+    Raise ConversionError if an attention is not fused, or the graph still has the input `past_key_values`.
     """
-    fused = len(graph.fused)
-    has_past = "past_key_values" in graph.inputs
+    fused, has_past = len(graph.fused), "past_key_values" in graph.inputs
     if has_past or fused != layers:
-        cause = (
-            "it was converted without --transformerFuse"
-            if fused == 0
-            else "the operators of an attention in the ONNX graph are not the sequence that the converter fuses"
-        )
+        cause = "the operators of an attention in the ONNX graph are not the sequence that the converter fuses"
+        if not fused:
+            cause = "it was converted without --transformerFuse"
         raise ConversionError(
             f"{name} {'has the input past_key_values and ' if has_past else ''}has {fused} of {layers} attentions fused"
             f" with a KV cache: {cause}; the engine would stop with 'past_key_values tensor is input but not found' or"
@@ -305,11 +285,7 @@ def check_fused(graph: Graph, name: str, layers: int) -> None:
 
 
 def check_size(graph: Graph, file: str, size: int) -> None:
-    """Check that a weight file of `size` bytes has all data of the graph.
-
-    Raises:
-        ConversionError: It is too short; the message names the first operator without data.
-    """
+    """Raise ConversionError if a weight file of `size` bytes is too short; name the first operator without data."""
     missing = {end: operator for operator, end in graph.external_ends().items() if end > size}
     if missing:
         first = missing[min(missing)].removesuffix(LINEAR)

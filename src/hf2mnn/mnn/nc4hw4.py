@@ -1,10 +1,10 @@
 """Rewrite of a decoder to the NC4HW4 layout, in which MNN's convolutions run, from the first layer to the last.
 
 `restore_linear_layers` converts the layout before and after every linear layer. The operators in between can run in
-NC4HW4 as well: MNN has a sum with the residual and its normalization in one (LayerNorm with two inputs and outputs), a
-rotation of queries and keys with the normalization of each head (RoPE), an attention with outputs in NC4HW4, and
-silu(gate) * up (`CPULayerNorm.cpp`, `CPURoPE.cpp`, `CPUAttention.cpp`, `BinaryOpOperation_MUL_SILU` of MNN 3.6.1). A
-layer has 12 operators afterwards, instead of about 60.
+NC4HW4 as well: a sum with the residual and its normalization in one (LayerNorm with two inputs and outputs), a rotation
+with the normalization of each head (RoPE), an attention with outputs in NC4HW4, and silu(gate) * up
+(`CPULayerNorm.cpp`, `CPURoPE.cpp`, `CPUAttention.cpp`, `BinaryOpOperation_MUL_SILU` of MNN 3.6.1): 12 operators a layer
+instead of about 60.
 
 Tap points keep their names, with shape [tokens, channels, 1, 1] instead of [1, tokens, channels]. The outputs of q_norm
 and k_norm are no tensors any more.
@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hf2mnn.mnn.engine_facts import NC4HW4_SINCE
-from hf2mnn.mnn.graph import LINEAR, NC4HW4, ROTARY_NORMS, Graph, Op, convert_layout, operator, reshape
+from hf2mnn.mnn.graph import LINEAR, NC4HW4, ROTARY_NORMS, Builder, Graph, Op
 from hf2mnn.onnx.deepstack import DEEPSTACK
 
 PLAIN = "NCHW"
@@ -48,39 +48,33 @@ SUM = ("BinaryOp", "ADD")
 
 @dataclass(frozen=True)
 class Layout:
-    """Layout of a decoder.
+    """Layout of a decoder."""
 
-    Attributes:
-        name: "NC4HW4", or "NCHW" if the decoder was not rewritten, which is slower.
-        reason: Why it was not rewritten.
-    """
+    name: str  # "NC4HW4", or "NCHW" if the decoder was not rewritten, which is slower
+    reason: str = ""  # why it was not rewritten
 
-    name: str
-    reason: str = ""
+
+def _kind(op: Op) -> tuple[str, str | None]:
+    """Return the type of an operator, and the kind of an elementwise one."""
+    return op["type"], (op.get("main") or {}).get("opType")
 
 
 class _Decoder:
     """Parts of a decoder of layers with pre-norm, rotated queries and keys, and gated MLP.
 
     Queries and keys may be normalized before the rotation, and deepstack may add to the outputs of the first layers.
-
-    Attributes:
-        producers: Operator that computes a tensor, by the tensor's index.
-        consumers: Operators that read a tensor, by the tensor's index.
-        linear: Convolutions by the names of their linear layers.
-        layers: Names of the layers.
-        norms, head_norms: Normalizations of the stream, and of queries and keys, by name.
-        deepstack: Tensors that deepstack adds to the outputs of the first layers.
+    `producers` and `consumers` are operators by the index of a tensor, `linear` are convolutions by the names of their
+    linear layers, `norms` and `head_norms` are normalizations of the stream, and of queries and keys, by name.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.names = graph.content["tensorName"]
         self.ops = graph.ops
         self.producers = {index: op for op in graph.ops for index in op["outputIndexes"]}
-        self.consumers: dict[int, list[Op]] = {}
+        self.consumers: dict[int, list[Op]] = defaultdict(list)
         for op in graph.ops:
             for index in op.get("inputIndexes", []):
-                self.consumers.setdefault(index, []).append(op)
+                self.consumers[index].append(op)
         self.linear = {op["name"].removesuffix(LINEAR): op for op in graph.of_type("Convolution")}
         self.attentions = graph.fused
         matches = [LAYER.fullmatch(name) for name in self.linear]
@@ -126,7 +120,7 @@ class _Decoder:
         norm, main = self.head_norms[name], self.head_norms[name]["main"]
         projection = self.linear[f"{name.removesuffix('_norm')}_proj"]["outputIndexes"][0]
         (view,) = norm["inputIndexes"]
-        consumers = [op["type"] for op in self.consumers.get(norm["outputIndexes"][0], [])]
+        consumers = [op["type"] for op in self.consumers[norm["outputIndexes"][0]]]
         return (
             main.get("useRMSNorm", False)
             and (main["axis"], main["group"]) == ([-1], 1)
@@ -137,15 +131,15 @@ class _Decoder:
 
     def _is_added(self, layer: str, index: int) -> bool:
         """Check that the only consumer of a tensor of deepstack adds it to the output of a layer."""
-        consumers = self.consumers.get(index, [])
-        sums = [op for op in consumers if op["type"] == "BinaryOp" and op["main"]["opType"] == "ADD"]
+        consumers = self.consumers[index]
+        sums = [op for op in consumers if _kind(op) == SUM]
         terms = {self.names[term] for op in sums for term in op["inputIndexes"]}
         return len(sums) == len(consumers) == 1 and terms == {layer, self.names[index]}
 
     def _is_silu_gated(self, layer: str) -> bool:
         """Check that SiLU is computed of the output of gate_proj."""
         gate = self.linear[f"{layer}.mlp.gate_proj"]
-        activations = [op for op in self.ops if op["type"] == "UnaryOp" and op["main"]["opType"] == "SILU"]
+        activations = [op for op in self.ops if _kind(op) == ("UnaryOp", "SILU")]
         sources = [self.origin(op["inputIndexes"][0], "Reshape", "ConvertTensor") for op in activations]
         return gate["outputIndexes"][0] in sources
 
@@ -171,24 +165,8 @@ class _Decoder:
         return next(op for op in slices if self.names[op["inputIndexes"][1]] == "logits_index")
 
 
-class _Builder:
+class _Rewriter(Builder):
     """Collects the operators of the rewritten decoder."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names, self.ops = names, []
-
-    def tensor(self, name: str) -> int:
-        """Add a tensor."""
-        self.names.append(name)
-        return len(self.names) - 1
-
-    def add(
-        self, kind: str, main_type: str, main: Any, inputs: list[int], *outputs: str, layout: str = NC4HW4
-    ) -> list[int]:
-        """Add an operator; return its output tensors."""
-        tensors = [self.tensor(name) for name in outputs]
-        self.ops.append(operator(kind, main_type, main, outputs[-1], inputs, tensors, layout))
-        return tensors
 
     def take(self, op: Op, inputs: list[int], *outputs: str, **main: Any) -> list[int]:
         """Add a copy of an operator with other inputs and outputs; return its output tensors."""
@@ -201,7 +179,7 @@ class _Builder:
     def binary(self, kind: str, inputs: list[int], name: str) -> int:
         """Add an elementwise operator of two inputs; return its output tensor."""
         main = {"opType": kind, "T": "DT_FLOAT", "activationType": 0}
-        return self.add("BinaryOp", "BinaryOp", main, inputs, name)[0]
+        return self.add("BinaryOp", main, name, inputs, layout=NC4HW4)
 
     def deepstack(self, source: int) -> int:
         """Move the axes of a deepstack tensor, [1, tokens or 1, hidden or 1], to [tokens or 1, hidden or 1, 1, 1].
@@ -209,10 +187,9 @@ class _Builder:
         The result is not converted to NC4HW4: the engine's shape code treats it as NHWC, its kernels as NCHW, and the
         sum accepts both.
         """
-        permuted, flat = self.tensor(f"{self.names[source]}__turned"), self.tensor(f"{self.names[source]}__flat")
-        self.ops.append(operator("Permute", "Permute", {"dims": [1, 2, 0]}, self.names[permuted], [source], [permuted]))
-        self.ops.append(reshape(self.names[flat], [0, 0, 1, 1], permuted, flat))
-        return flat
+        name = self.names[source]
+        permuted = self.add("Permute", {"dims": [1, 2, 0]}, f"{name}__turned", [source])
+        return self.reshape(f"{name}__flat", [0, 0, 1, 1], permuted)
 
 
 def _head_norm(norm: Op, gamma: np.ndarray) -> dict[str, Any]:
@@ -222,40 +199,37 @@ def _head_norm(norm: Op, gamma: np.ndarray) -> dict[str, Any]:
     return {"axis": axis, "epsilon": epsilon, "gamma": [float(value) for value in gamma], **main}
 
 
-def _rewrite(decoder: _Decoder, vectors: dict[str, np.ndarray]) -> list[Op]:
-    new, names = _Builder(decoder.names), decoder.names
+def _rewrite(graph: Graph, decoder: _Decoder, vectors: dict[str, np.ndarray]) -> list[Op]:
+    new, names = _Rewriter(graph), decoder.names
     cosines, sines, head_dim = decoder.rotation()
     mask = decoder.attentions[0]["inputIndexes"][3]
-    embeds = names.index("inputs_embeds")
-    hidden = decoder.linear[f"{decoder.layers[0]}.self_attn.q_proj"]["main"]["common"]["inputCount"]
 
     def linear(name: str, source: int) -> int:
         return new.take(decoder.linear[name], [source], name)[0]
 
-    flat, stream = new.tensor("inputs_embeds__flat"), new.tensor("inputs_embeds__packed")
-    new.ops.append(reshape("inputs_embeds__flat", [-1, hidden, 1, 1], embeds, flat))
-    new.ops.append(convert_layout("inputs_embeds__packed", "NCHW", NC4HW4, flat, stream))
+    def size(name: str, channels: str) -> int:
+        return decoder.linear[name]["main"]["common"][channels]
+
+    hidden = size(f"{decoder.layers[0]}.self_attn.q_proj", "inputCount")
+    flat = new.reshape("inputs_embeds__flat", [-1, hidden, 1, 1], names.index("inputs_embeds"))
+    stream = new.convert_layout("inputs_embeds__packed", "NCHW", NC4HW4, flat)
     # The sum of the stream and a layer's last output, `residual`, is part of the next normalization.
     residual, sum_name, deepstack = None, "", iter(decoder.deepstack)
     for layer, attention in zip(decoder.layers, decoder.attentions, strict=True):
-        norm = f"{layer}.input_layernorm"
+        norm, attn = f"{layer}.input_layernorm", f"{layer}.self_attn"
         if residual is None:
             (x,) = new.take(decoder.norms[norm], [stream], norm)
         else:
             stream, x = new.take(decoder.norms[norm], [stream, residual], sum_name, norm)
-        query, key, value = (linear(f"{layer}.self_attn.{name}_proj", x) for name in "qkv")
-        heads = [
-            decoder.linear[f"{layer}.self_attn.{name}_proj"]["main"]["common"]["outputCount"] // head_dim
-            for name in "qk"
-        ]
+        query, key, value = (linear(f"{attn}.{name}_proj", x) for name in "qkv")
+        heads = [size(f"{attn}.{name}_proj", "outputCount") // head_dim for name in "qk"]
         main = {"rope_cut_head_dim": head_dim, "num_head": heads[0], "kv_num_head": heads[1], "head_dim": head_dim}
         for kind in ROTARY_NORMS if decoder.head_norms else ():
-            name = f"{layer}.self_attn.{kind}"
-            main[kind] = _head_norm(decoder.head_norms[name], vectors[f"{name}.weight"])
-        rotated = f"{layer}.self_attn.query", f"{layer}.self_attn.key"
-        query_key = new.add("RoPE", "RoPEParam", main, [query, key, cosines, sines], *rotated, layout="NHWC")
-        (context,) = new.take(attention, [*query_key, value, mask], f"{layer}.self_attn.context", output_c4=True)
-        projected = linear(f"{layer}.self_attn.o_proj", context)
+            main[kind] = _head_norm(decoder.head_norms[f"{attn}.{kind}"], vectors[f"{attn}.{kind}.weight"])
+        rotated = [new.tensor(f"{attn}.query"), new.tensor(f"{attn}.key")]
+        new.add("RoPE", main, f"{attn}.key", [query, key, cosines, sines], rotated)
+        (context,) = new.take(attention, [*rotated, value, mask], f"{attn}.context", output_c4=True)
+        projected = linear(f"{attn}.o_proj", context)
         norm = f"{layer}.post_attention_layernorm"
         stream, x = new.take(decoder.norms[norm], [stream, projected], f"{norm}__sum", norm)
         gate, up = linear(f"{layer}.mlp.gate_proj", x), linear(f"{layer}.mlp.up_proj", x)
@@ -269,7 +243,7 @@ def _rewrite(decoder: _Decoder, vectors: dict[str, np.ndarray]) -> list[Op]:
     if residual is not None:
         stream = new.binary("ADD", [stream, residual], sum_name)
     axis = {"dims": [1], "dataFormat": "NCHW", "dataType": "DT_INT32", "int32s": [0]}
-    (first_axis,) = new.add("Const", "Blob", axis, [], "rows_axis", layout="NHWC")
+    first_axis = new.add("Const", axis, "rows_axis", [])
     new.ops[-1].pop("inputIndexes")
     slice_op = decoder.last_rows()
     _, begin, end, _, *rest = slice_op["inputIndexes"]
@@ -277,38 +251,29 @@ def _rewrite(decoder: _Decoder, vectors: dict[str, np.ndarray]) -> list[Op]:
     (last_norm,) = set(decoder.norms) - {f"{layer}.{name}" for layer in decoder.layers for name in NORMS}
     (normed,) = new.take(decoder.norms[last_norm], [rows], last_norm)
     (logits,) = new.take(decoder.linear[HEAD], [normed], f"{HEAD}__packed")
-    outputs = decoder.linear[HEAD]["main"]["common"]["outputCount"]
-    plain = new.tensor(f"{HEAD}__unpacked")
-    new.ops.append(convert_layout(f"{HEAD}__unpacked", NC4HW4, "NCHW", logits, plain))
-    new.ops.append(reshape(HEAD, [1, -1, outputs], plain, names.index(HEAD)))
+    plain = new.convert_layout(f"{HEAD}__unpacked", NC4HW4, "NCHW", logits)
+    new.reshape(HEAD, [1, -1, size(HEAD, "outputCount")], plain, [names.index(HEAD)])
     return new.ops
 
 
 def _still_needed(ops: list[Op], new: list[Op]) -> list[Op]:
-    """Return the old operators that the new ones depend on, in order."""
-    producers = {index: op for op in ops for index in op["outputIndexes"]}
-    internal = {index for op in new for index in op["outputIndexes"]}
-    needed: set[int] = set()
-    pending = [index for op in new for index in op.get("inputIndexes", []) if index not in internal]
-    while pending:
-        op = producers[pending.pop()]
-        if id(op) not in needed:
-            needed.add(id(op))
-            pending += op.get("inputIndexes", [])
-    return [op for op in ops if id(op) in needed]
+    """Return the old operators that the new ones depend on, in the order of execution."""
+    used = {index for op in new for index in op.get("inputIndexes", [])}
+    needed = []
+    for op in reversed(ops):
+        if used.intersection(op["outputIndexes"]):
+            needed.append(op)
+            used.update(op.get("inputIndexes", []))
+    return needed[::-1]
 
 
 def _unexpected(dropped: list[Op], decoder: _Decoder) -> str:
     """Return the first kind of operator that the rewrite would drop and does not replace, "" if there is none."""
-    computing = Counter(
-        (op["type"], (op.get("main") or {}).get("opType")) for op in dropped if op["type"] not in LAYOUT_OPS
-    )
-    expected = decoder.replaced
-    differing = [kind for kind in computing | expected if computing[kind] != expected[kind]]
-    if not differing:
-        return ""
-    (kind, name) = differing[0]
-    return f"it has {computing[kind, name]} operators of type {name or kind} instead of {expected[kind, name]}"
+    computing, expected = Counter(_kind(op) for op in dropped if op["type"] not in LAYOUT_OPS), decoder.replaced
+    for kind in computing | expected:
+        if computing[kind] != expected[kind]:
+            return f"it has {computing[kind]} operators of type {kind[1] or kind[0]} instead of {expected[kind]}"
+    return ""
 
 
 def supports_nc4hw4(release: str) -> bool:
@@ -317,15 +282,10 @@ def supports_nc4hw4(release: str) -> bool:
 
 
 def to_nc4hw4(graph: Graph, vectors: dict[str, np.ndarray], release: str) -> Layout:
-    """Rewrite a decoder to the NC4HW4 layout, in place; a decoder of another structure stays unchanged.
+    """Rewrite a decoder to the NC4HW4 layout, in place, after `restore_linear_layers`; return its layout.
 
-    Args:
-        graph: The decoder after `restore_linear_layers`.
-        vectors: float32 initializers of the ONNX graph with one axis, by name: gamma of normalizations in RoPE.
-        release: Release of MNN that runs the graph.
-
-    Returns:
-        The layout of the decoder, and the reason if it was not rewritten.
+    A decoder of another structure stays unchanged. `vectors` are the float32 initializers of the ONNX graph with one
+    axis, by name: gamma of normalizations in RoPE. `release` is the release of MNN that runs the graph.
     """
     if not supports_nc4hw4(release):
         required = ".".join(map(str, NC4HW4_SINCE))
@@ -334,7 +294,7 @@ def to_nc4hw4(graph: Graph, vectors: dict[str, np.ndarray], release: str) -> Lay
     if reason := decoder.mismatch():
         return Layout(PLAIN, reason)
     old_count = len(decoder.names)
-    new = _rewrite(decoder, vectors)
+    new = _rewrite(graph, decoder, vectors)
     needed = _still_needed(graph.ops, new)
     copied = [*graph.of_type("Input", "Convolution", "Attention"), *decoder.norms.values(), decoder.last_rows()]
     kept = {id(op) for op in [*needed, *copied]}
@@ -344,14 +304,8 @@ def to_nc4hw4(graph: Graph, vectors: dict[str, np.ndarray], release: str) -> Lay
         return Layout(PLAIN, reason)
     inputs = graph.of_type("Input")
     graph.content["oplists"] = [*inputs, *(op for op in needed if op["type"] != "Input"), *new]
-    _rename_old_tensors(graph, old_count)
+    new_names = set(decoder.names[old_count:])
+    for index, name in enumerate(decoder.names[:old_count]):
+        if name in new_names:
+            decoder.names[index] = f"{name}__before"
     return Layout(NC4HW4)
-
-
-def _rename_old_tensors(graph: Graph, old_count: int) -> None:
-    """Rename old tensors whose names new tensors have."""
-    names = graph.content["tensorName"]
-    new_names = set(names[old_count:])
-    for index in range(old_count):
-        if names[index] in new_names:
-            names[index] += "__before"
