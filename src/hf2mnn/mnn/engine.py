@@ -21,7 +21,6 @@ from hf2mnn.machine.child import child_environment
 from hf2mnn.mnn.bundle import CONFIG, MODEL_CONFIG
 from hf2mnn.mnn.bundle_config import check_paths
 from hf2mnn.mnn.engine_facts import INFORMATION
-from hf2mnn.mnn.worker import Status
 
 WORKER = "hf2mnn.mnn.worker"
 
@@ -30,10 +29,8 @@ def check_bundle(bundle: Path) -> Path:
     """Verify all files of a bundle against its manifest and return its absolute path.
 
     The engine checks that three of the files exist. It loads weights that are truncated, of another model or no weights
-    at all, and then produces wrong output.
-
-    Raises:
-        BundleError: A file is missing or changed, or a path in the configuration is outside the bundle.
+    at all, and then produces wrong output. Raise BundleError if a file is missing or changed, or a path in the
+    configuration is outside the bundle.
     """
     bundle = Path(bundle).resolve()
     if not (bundle / CONFIG).is_file():
@@ -76,7 +73,10 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float, python: 
                 raise EngineStopped(
                     f"MNN's engine was stopped after {time_limit:.0f} s ({name}); see --time-limit"
                 ) from None
-        status = Status.read(status_file)
+        try:
+            status = json.loads(status_file.read_text())
+        except (FileNotFoundError, ValueError):
+            status = None
         lines = [line.strip() for line in stdout.read_text(errors="replace").splitlines()]
     lines = [line for line in lines if line and not line.startswith(INFORMATION)]
     if status is None:
@@ -87,9 +87,9 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float, python: 
         last = " / ".join(lines[-3:]) or "none"
         message = f"MNN's engine died ({ended}) during {name}; its last output: {last}"
         raise BundleFault(message, ended=ended, output=lines)
-    if status.kind == "bundle_fault":
-        raise BundleFault(status.message, status.fault, output=lines)
-    if status.kind == "machine":
-        raise MachineError(status.message)
-    if status.kind == "bug":
-        raise EngineError(f"{name} failed in MNN's engine: {status.message}; this is a bug, report it with the log")
+    if status["kind"] == "bundle_fault":
+        raise BundleFault(status["message"], status["fault"], output=lines)
+    if status["kind"] == "machine":
+        raise MachineError(status["message"])
+    if status["kind"] == "bug":
+        raise EngineError(f"{name} failed in MNN's engine: {status['message']}; this is a bug, report it with the log")

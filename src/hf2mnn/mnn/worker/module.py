@@ -23,10 +23,9 @@ class Module:
     def __init__(
         self, graph: Path, inputs: list[str], outputs: list[str], settings: dict[str, Any], threads: int = 0
     ) -> None:
-        """Load a graph (.mnn) to compute the tensors `outputs`; without `threads` with the number of `settings`.
+        """Load a graph (.mnn) to compute the tensors `outputs`, or raise BundleFault.
 
-        Raises:
-            BundleFault: MNN does not load the graph.
+        `threads`, if not 0, replaces the number of `settings`.
         """
         config = {
             "backend": 0,

@@ -27,8 +27,7 @@ def red_square() -> np.ndarray:
 def answer(session: EngineSession, prompt: str, images: list[dict[str, Any]], limit: int) -> dict[str, Any]:
     """Return `ids` of a prompt, `answer` (ids), its `text`, and `longest`, the length of its longest run of a token.
 
-    Raises:
-        BundleFault: The logits after the prompt are garbage.
+    Raise BundleFault if the logits after the prompt are garbage.
     """
     session.llm.reset()
     session.llm.generate_init()

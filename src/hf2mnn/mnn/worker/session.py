@@ -60,11 +60,7 @@ class EngineSession:
     """
 
     def __init__(self, bundle: Path, threads: int = 0, settings: dict[str, Any] | None = None) -> None:
-        """Load a bundle; `threads`, if not 0, and `settings` replace those of config.json.
-
-        Raises:
-            BundleFault: The engine does not load the bundle.
-        """
+        """Load a bundle, or raise BundleFault; `threads`, if not 0, and `settings` replace those of config.json."""
         changes = {**(settings or {}), **({"thread_num": threads} if threads else {})}
         # `set_config` does not change the settings of the vision tower.
         self.folder = overlay(bundle, changes) if changes else bundle
@@ -79,8 +75,7 @@ class EngineSession:
     def forward(self, ids: list[int]) -> np.ndarray:
         """Append `ids` to the KV cache and return logits, float32 [1, vocabulary]; with "all_logits" one row an id.
 
-        Raises:
-            BundleFault: The logits are garbage.
+        Raise BundleFault if the logits are garbage.
         """
         logits = np.array(self.llm.forward(ids).read(), np.float32)
         if not np.isfinite(logits).all() or np.abs(logits).max() > GARBAGE_LOGIT or np.ptp(logits) == 0:
@@ -174,8 +169,7 @@ class ModelSession(EngineSession):
     def prefill_images(self, ids: list[int], positions: np.ndarray, images: list[dict[str, Any]]) -> int:
         """Empty the KV cache, prefill a prompt up to the end of its last image, and return the number of its tokens.
 
-        Raises:
-            BundleFault: The engine has another number of image tokens than transformers.
+        Raise BundleFault if the engine has another number of image tokens than transformers.
         """
         self.llm.reset()
         start, remaining = 0, iter(images)

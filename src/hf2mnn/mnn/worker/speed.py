@@ -42,8 +42,7 @@ def seconds(action: Callable[[], Any]) -> float:
 def plain_tokens(session: ModelSession, count: int) -> list[int]:
     """Return ids of ordinary text, the same at every call: no special tokens, which decode to an empty text.
 
-    Raises:
-        BundleFault: The tokenizer decodes too few ids.
+    Raise BundleFault if the tokenizer decodes too few ids.
     """
     random, ids, tried = np.random.default_rng(0), [], 0
     while len(ids) < count:
