@@ -1,8 +1,7 @@
 """The fast tokenizer of a Hugging Face checkpoint: its files, as far as they can be written for MNN's engine.
 
 Supported are byte-level BPE, split by a pattern and normalized by NFC or not at all (the Qwen families, Llama 3), and
-BPE over characters with byte fallback, whose words begin with a meta space (Llama 2, Mistral). Other tokenizers are
-rejected: they would be written as tokenizers with other ids.
+BPE over characters with byte fallback, whose words begin with a meta space (Llama 2, Mistral).
 
 Ids are those of a rendered chat, `tokenizer(text, add_special_tokens=False)` in transformers. The chat template writes
 begin-of-text tokens itself, so post-processors that add them are ignored.
@@ -29,18 +28,20 @@ BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
 """Tokens of single bytes in BPE with byte fallback."""
 
 
+class UnsupportedError(Exception):
+    """A part of a tokenizer, and its kind, that cannot be written for MNN's engine."""
+
+
 @dataclass(frozen=True)
 class MetaSpaces:
     """Splitting of text into words that begin with a meta space.
 
-    Attributes:
-        prepend: Where a meta space is added: "text" before each text between added tokens, "always" before each text
-            that does not begin with one, "first" the same before a prompt only, "never" nowhere.
-        split_runs: Whether text is split before each meta space of a run, not before the run alone.
+    `prepend` is where one is added: "text" before each text between added tokens, "always" before each text that does
+    not begin with one, "first" the same before a prompt only, "never" nowhere.
     """
 
     prepend: str
-    split_runs: bool
+    split_runs: bool  # whether text is split before each meta space of a run, not before the run alone
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,8 @@ class CheckpointTokenizer:
 def read_checkpoint_tokenizer(checkpoint: Path) -> CheckpointTokenizer:
     """Read tokenizer.json, tokenizer_config.json, generation_config.json and the chat template of a checkpoint.
 
-    Raises:
-        CheckpointError: A file, the chat template or every end-of-text token is missing, or a part of the tokenizer is
-            not supported.
+    Raise CheckpointError if a file, the chat template or every end-of-text token is missing, or a part of the tokenizer
+    is not supported.
     """
     path = checkpoint / TOKENIZER_FILE
     if not path.is_file():
@@ -73,29 +73,30 @@ def read_checkpoint_tokenizer(checkpoint: Path) -> CheckpointTokenizer:
     with invalid_tokenizer(path):
         spec = _as_loaded(stored, config)
         added = sorted(spec.get("added_tokens") or [], key=lambda token: token["id"])
-        normalizer, model = spec.get("normalizer"), spec["model"]
-        if _count_nfc(normalizer) > 1:  # each is a megabyte
-            raise unsupported(path, "normalizer", "NFC more than once")
-        _check_post_processor(spec.get("post_processor"), path)
-        _check_added_tokens(added, normalizer, path)
-        meta_spaces = _meta_spaces(normalizer, spec.get("pre_tokenizer"))
-        _check_model(model, path)
-        ids = model["vocab"] | {token["content"]: token["id"] for token in added}
+        _check_options(spec, added)
+        meta_spaces = _meta_spaces(spec.get("normalizer"), spec.get("pre_tokenizer"))
+        ids = spec["model"]["vocab"] | {token["content"]: token["id"] for token in added}
         stop = _stop_ids(checkpoint, config, ids)
         eos, bos = (_token_text(config.get(key)) for key in ("eos_token", "bos_token"))
         template = chat_template(checkpoint)
         if meta_spaces and meta_spaces.prepend == "first":
-            _check_first(template, {"bos_token": bos, "eos_token": eos}, added, path)
+            _check_first(template, {"bos_token": bos, "eos_token": eos}, added)
         clean_up = config.get("clean_up_tokenization_spaces") is True
         return CheckpointTokenizer(path, spec, added, ids, meta_spaces, stop, eos, bos, clean_up, template)
 
 
 @contextmanager
-def invalid_tokenizer(path: Path) -> Iterator[None]:
-    """Raise CheckpointError in place of errors that tokenizer.json with other contents than a tokenizer causes."""
+def invalid_tokenizer(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Raise CheckpointError in place of errors, of these and other types, that a tokenizer.json causes."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
+    except UnsupportedError as error:
+        part, kind = error.args
+        raise CheckpointError(
+            f"{path}: {part} {kind or 'none'} cannot be written for MNN's tokenizer; choose a checkpoint with"
+            " byte-level BPE (as Qwen and Llama 3) or BPE with byte fallback (as Llama 2 and Mistral)"
+        ) from None
+    except (KeyError, TypeError, ValueError, AttributeError, struct.error, *errors) as error:
         raise CheckpointError(
             f"{path} is not a tokenizer of the tokenizers library: {error!r}; save it again"
         ) from error
@@ -104,8 +105,7 @@ def invalid_tokenizer(path: Path) -> Iterator[None]:
 def chat_template(checkpoint: Path) -> str:
     """Return the chat template as Jinja reads it: newlines normalized, the last one removed. The engine does neither.
 
-    Raises:
-        CheckpointError: The checkpoint has no chat template, or an invalid one.
+    Raise CheckpointError if the checkpoint has no chat template, or an invalid one.
     """
     path = checkpoint / "chat_template.jinja"
     try:
@@ -134,12 +134,11 @@ def read_object(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def unsupported(path: Path, part: str, kind: str | None) -> CheckpointError:
-    """Return the error for a part of a tokenizer that cannot be written for MNN's engine."""
-    return CheckpointError(
-        f"{path}: {part} {kind or 'none'} cannot be written for MNN's tokenizer; choose a checkpoint with byte-level"
-        " BPE (as Qwen and Llama 3) or BPE with byte fallback (as Llama 2 and Mistral)"
-    )
+def components(spec: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """Return the components of a normalizer, for example; `key` has those of a sequence, which may be nested."""
+    if spec is None or spec["type"] != "Sequence":
+        return [spec] if spec else []
+    return [component for part in spec[key] for component in components(part, key)]
 
 
 def _as_loaded(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -170,48 +169,36 @@ def _meta_spaces(normalizer: dict[str, Any] | None, splitter: dict[str, Any] | N
     return None
 
 
-def _check_first(template: str, tokens: dict[str, str], added: list[dict[str, Any]], path: Path) -> None:
+def _check_first(template: str, tokens: dict[str, str], added: list[dict[str, Any]]) -> None:
     """Check that prompts begin with an added token, because the engine does not know which text is the first."""
     tokens = {name: text for name, text in tokens.items() if text}
     prompt = render(template, [{"role": "user", "content": "a"}], tokens)
     if prompt is None or not prompt.startswith(tuple(token["content"] for token in added)):
-        raise unsupported(path, "pre-tokenizer", "Metaspace before the first text, which a chat begins with,")
+        raise UnsupportedError("pre-tokenizer", "Metaspace before the first text, which a chat begins with,")
 
 
-def _check_model(model: dict[str, Any], path: Path) -> None:
-    # Files of old releases do not name the type; only BPE has merges.
-    if model.get("type", "BPE" if "merges" in model else None) != "BPE":
-        raise unsupported(path, "model", model.get("type"))
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(option):
-            raise unsupported(path, "model", f"BPE with {option}")
-
-
-def _check_added_tokens(added: list[dict[str, Any]], normalizer: dict[str, Any] | None, path: Path) -> None:
-    """Check for options that the engine lacks: it finds added tokens in the text before normalization."""
-    normalized = normalizer and not _count_nfc(normalizer)
+def _check_options(spec: dict[str, Any], added: list[dict[str, Any]]) -> None:
+    """Check for options that the engine lacks."""
+    normalizer, model = spec.get("normalizer"), spec["model"]
+    nfc = [part for part in components(normalizer, "normalizers") if part["type"] == "NFC"]
+    if len(nfc) > 1:  # each is a megabyte
+        raise UnsupportedError("normalizer", "NFC more than once")
+    # ByteLevel only moves offsets, and transformers ignores templates for the text of a chat template.
+    for part in components(spec.get("post_processor"), "processors"):
+        if part["type"] not in ("ByteLevel", "TemplateProcessing"):
+            raise UnsupportedError("post-processor", part["type"])
+    # The engine finds added tokens in the text before normalization.
     for token in added:
         if token["single_word"]:
-            raise unsupported(path, "added token", f"{token['content']!r} with single_word")
-        if normalized and token.get("normalized"):
-            raise unsupported(path, "added token", f"{token['content']!r} with normalized")
-
-
-def _check_post_processor(spec: dict[str, Any] | None, path: Path) -> None:
-    """Check that the post-processor does not change the ids of a chat."""
-    # ByteLevel only moves offsets, and transformers ignores templates for the text of a chat template.
-    if spec is None or spec["type"] in ("ByteLevel", "TemplateProcessing"):
-        return
-    if spec["type"] != "Sequence":
-        raise unsupported(path, "post-processor", spec["type"])
-    for part in spec["processors"]:
-        _check_post_processor(part, path)
-
-
-def _count_nfc(spec: dict[str, Any] | None) -> int:
-    if spec is None or spec["type"] != "Sequence":
-        return int(spec is not None and spec["type"] == "NFC")
-    return sum(map(_count_nfc, spec["normalizers"]))
+            raise UnsupportedError("added token", f"{token['content']!r} with single_word")
+        if normalizer and not nfc and token.get("normalized"):
+            raise UnsupportedError("added token", f"{token['content']!r} with normalized")
+    # Files of old releases do not name the type; only BPE has merges.
+    if model.get("type", "BPE" if "merges" in model else None) != "BPE":
+        raise UnsupportedError("model", model.get("type"))
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise UnsupportedError("model", f"BPE with {option}")
 
 
 def _stop_ids(checkpoint: Path, config: dict[str, Any], ids: dict[str, int]) -> list[int]:

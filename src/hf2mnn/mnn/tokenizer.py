@@ -5,12 +5,6 @@ reader, `PipelineTokenizer::load_vocab_binary`. A text header (`430 4`; the numb
 ids) is followed by a little-endian body: normalizer, pre-tokenizer, model, decoder, added tokens, chat template,
 end-of-text token, flags, begin-of-text token. A string is a u16 byte count and UTF-8. There are no prefix tokens.
 
-MNN's exporter writes this file too, but its NFC is a table that the engine applies to single code points: it does not
-compose, and it replaces the joiner of emoji sequences and most control characters by spaces. Here NFC becomes a
-sequence of string replacements: canonical singletons first, then base and mark to composed character, shorter
-compositions before longer ones, conjoining Hangul jamo included. They cost the engine 0.3 ms for a short text, 2 ms for
-10 kB of English and 95 ms for 10 kB of Korean.
-
 Meta spaces stay spaces until the text is split into words. The engine's merging takes quadratic time, so it must stay
 inside a word where no merge crosses a word boundary.
 """
@@ -38,11 +32,12 @@ from hf2mnn.mnn.checkpoint_tokenizer import (
     TOKENIZER_FILE,
     CheckpointTokenizer,
     MetaSpaces,
+    UnsupportedError,
     chat_template,
+    components,
     invalid_tokenizer,
     read_checkpoint_tokenizer,
     read_object,
-    unsupported,
 )
 from hf2mnn.mnn.engine_facts import (
     CLEAN_UP_SPACES,
@@ -78,14 +73,10 @@ def write_tokenizer(checkpoint: Path, destination: Path) -> None:
 
 
 def encode_tokenizer(checkpoint: Path) -> bytes:
-    """Return the bytes of tokenizer.mtok for a checkpoint.
-
-    Raises:
-        CheckpointError: As `read_checkpoint_tokenizer`.
-    """
+    """Return the bytes of tokenizer.mtok for a checkpoint; raise CheckpointError as `read_checkpoint_tokenizer`."""
     tokenizer = read_checkpoint_tokenizer(checkpoint)
-    path, spec, added, stop = tokenizer.path, tokenizer.spec, tokenizer.added, tokenizer.stop
-    with invalid_tokenizer(path):
+    spec, added, stop = tokenizer.spec, tokenizer.added, tokenizer.stop
+    with invalid_tokenizer(tokenizer.path):
         special = [token["id"] for token in added if token["special"]]
         ids = " ".join(map(str, special + stop))
         return b"".join(
@@ -93,9 +84,9 @@ def encode_tokenizer(checkpoint: Path) -> bytes:
                 f"{TOKENIZER_MAGIC} {PIPELINE}\n{len(special)} {len(stop)} 0\n{ids}\n".encode(),
                 _meta_space_parts(tokenizer.meta_spaces, spec["model"]["merges"])
                 if tokenizer.meta_spaces
-                else _normalizer(spec.get("normalizer"), path) + _pre_tokenizer(spec.get("pre_tokenizer"), path),
+                else _normalizer(spec.get("normalizer")) + _pre_tokenizer(spec.get("pre_tokenizer")),
                 _model(tokenizer),
-                _decoder(spec.get("decoder"), path, tokenizer.meta_spaces is None),
+                _decoder(spec.get("decoder"), tokenizer.meta_spaces is None),
                 _u32(len(added)),
                 *map(_added_token, added),
                 _u32(len(tokenizer.template.encode())),
@@ -108,59 +99,26 @@ def encode_tokenizer(checkpoint: Path) -> bytes:
 
 
 def unreached_words(checkpoint: Path) -> list[str]:
-    """Return texts of tokens that only `ignore_merges` reaches.
-
-    Raises:
-        CheckpointError: tokenizer.json is not a tokenizer.
-    """
+    """Return texts of tokens that only `ignore_merges` reaches; raise CheckpointError for an invalid tokenizer.json."""
     path = checkpoint / TOKENIZER_FILE
-    stored = read_object(path)
-    try:
+    stored, unreached = read_object(path), []
+    with invalid_tokenizer(path, Exception):  # the library raises bare exceptions
         if not stored["model"].get("ignore_merges"):
             return []
         tokenizer = Tokenizer.from_str(json.dumps(stored))
         merging = Tokenizer.from_str(json.dumps(stored | {"model": stored["model"] | {"ignore_merges": False}}))
-        unreached = []
         for token, number in stored["model"]["vocab"].items():
             if [piece.id for piece in merging.model.tokenize(token)] != [number]:
                 text = tokenizer.decoder.decode([token])
                 if [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == [token]:
                     unreached.append(text)
-    except Exception as error:  # the library raises bare exceptions
-        raise CheckpointError(
-            f"{path} is not a tokenizer of the tokenizers library: {error!r}; save it again"
-        ) from error
     return unreached
 
 
 def tokenizer_differences(checkpoint: Path) -> list[str]:
     """Return a message for each difference of the engine that a checkpoint's tokenizer and chat template cause.
 
-    Measured with the engine of the 3.6.1 wheel, ids are equal to those of transformers for English, Chinese, digits,
-    punctuation, white space, emoji, special tokens in text, and composed or decomposed accents; every character of
-    Unicode 14 is split alike. They differ for
-
-    * words that `ignore_merges` (Llama 3) reads as one token although no merges produce it: the engine lacks this
-      option and reads them as several tokens of the same text;
-    * U+0001 to U+0003, which the engine's pre-tokenizer takes for a letter, a number and white space;
-    * U+0085, U+2028 and U+2029, which it does not take for white space;
-    * letters and numbers of Unicode 15.1 or later, such as U+13853, which only one of the two knows;
-    * U+017F after an apostrophe, which tokenizers takes for the `s` of a contraction;
-    * marks that NFC would only reorder, or compose across a mark between them;
-    * text after U+0000, which the Python binding drops;
-    * white space outside ASCII beside an added token with `lstrip` or `rstrip`;
-    * `<img>...</img>` and `<audio>...</audio>` in a text, which an engine with images takes for files.
-
-    Merging takes quadratic time within one piece of a split: 3,300 Chinese characters without punctuation take 4 s,
-    9,900 take 33 s. Special tokens decode to nothing, as with `skip_special_tokens=True`; the engine's option
-    `prompt_cache` counts decoded bytes and must stay off. The Python binding cannot decode a token that is a part of a
-    character.
-
-    The engine's Jinja renders the templates of Qwen2 to Qwen3-VL, Llama 2 and 3, and Mistral as transformers does,
-    except that `trim` and `strip` remove only space, tab, newline and carriage return; see `hf2mnn.mnn.template`.
-
-    Raises:
-        CheckpointError: The chat template or the tokenizer is invalid.
+    docs/bundle.md lists all known differences. Raise CheckpointError if the chat template or the tokenizer is invalid.
     """
     messages = []
     if words := unreached_words(checkpoint):
@@ -179,8 +137,12 @@ def tokenizer_differences(checkpoint: Path) -> list[str]:
 def nfc_replacements() -> tuple[tuple[str, str], ...]:
     """Return NFC as string replacements, to be applied in order, each to the whole text.
 
-    Characters come from Python's Unicode data and results from tokenizers, whose NFC is the one to match. The list is
-    complete for single characters and for marks in canonical order; see `tokenizer_differences` for others.
+    MNN's exporter writes NFC as a table of single code points, which does not compose, and replaces the joiner of emoji
+    sequences and most control characters by spaces. Here canonical singletons come first, then base and mark to
+    composed character, shorter compositions before longer ones, conjoining Hangul jamo included. They cost the engine
+    0.3 ms for a short text, 2 ms for 10 kB of English and 95 ms for 10 kB of Korean. Characters come from Python's
+    Unicode data and results from tokenizers, whose NFC is the one to match. The list is complete for single characters
+    and for marks in canonical order; see docs/bundle.md for others.
     """
     nfc = functools.cache(NFC().normalize_str)
     singletons: dict[str, str] = {}
@@ -229,7 +191,7 @@ def _crosses_words(merge: str | list[str]) -> bool:
     return META_SPACE in "".join(merge.split(" ") if isinstance(merge, str) else merge).lstrip(META_SPACE)
 
 
-def _normalizer(spec: dict[str, Any] | None, path: Path) -> bytes:
+def _normalizer(spec: dict[str, Any] | None) -> bytes:
     if spec is None:
         return _u8(Normalizer.NONE)
     match spec["type"]:
@@ -238,38 +200,38 @@ def _normalizer(spec: dict[str, Any] | None, path: Path) -> bytes:
         case "Replace" if "String" in spec["pattern"]:
             replacements = ((spec["pattern"]["String"], spec["content"]),)
         case "Sequence":
-            return _sequence(Normalizer.SEQUENCE, [_normalizer(part, path) for part in spec["normalizers"]])
+            return _sequence(Normalizer.SEQUENCE, [_normalizer(part) for part in spec["normalizers"]])
         case kind:
-            raise unsupported(path, "normalizer", kind)
+            raise UnsupportedError("normalizer", kind)
     parts = [_u8(Normalizer.REPLACE) + _string(pattern) + _string(content) for pattern, content in replacements]
     return _sequence(Normalizer.SEQUENCE, parts)
 
 
-def _pre_tokenizer(spec: dict[str, Any] | None, path: Path) -> bytes:
+def _pre_tokenizer(spec: dict[str, Any] | None) -> bytes:
     if spec is None:
         return _u8(PreTokenizer.NONE)
     match spec["type"]:
         case "ByteLevel":
             if spec["add_prefix_space"]:
-                raise unsupported(path, "pre-tokenizer", "ByteLevel with add_prefix_space")
+                raise UnsupportedError("pre-tokenizer", "ByteLevel with add_prefix_space")
             return _u8(PreTokenizer.BYTE_LEVEL) + _u8(spec.get("use_regex", True))
         case "Split":
             pattern, behavior = spec["pattern"].get("Regex"), spec["behavior"]
             if not pattern or not pattern.isascii() or not _SUPPORTED_PATTERN.fullmatch(pattern):
-                raise unsupported(path, "pre-tokenizer", f"Split by {spec['pattern']!r}")
+                raise UnsupportedError("pre-tokenizer", f"Split by {spec['pattern']!r}")
             if behavior not in SPLIT_BEHAVIORS:
-                raise unsupported(path, "pre-tokenizer", f"Split with the behavior {behavior}")
+                raise UnsupportedError("pre-tokenizer", f"Split with the behavior {behavior}")
             flags = _u8(spec["invert"]) + _u8(SPLIT_BEHAVIORS[behavior])
             return _u8(PreTokenizer.SPLIT) + _string(pattern) + flags
         case "Sequence":
-            return _sequence(PreTokenizer.SEQUENCE, [_pre_tokenizer(part, path) for part in spec["pretokenizers"]])
+            return _sequence(PreTokenizer.SEQUENCE, [_pre_tokenizer(part) for part in spec["pretokenizers"]])
         case kind:
-            raise unsupported(path, "pre-tokenizer", kind)
+            raise UnsupportedError("pre-tokenizer", kind)
 
 
-def _decoder(spec: dict[str, Any] | None, path: Path, byte_level: bool = False) -> bytes:
+def _decoder(spec: dict[str, Any] | None, byte_level: bool = False) -> bytes:
     if spec is None or byte_level != (spec["type"] == "ByteLevel"):
-        raise unsupported(path, "decoder", spec and spec["type"])
+        raise UnsupportedError("decoder", spec and spec["type"])
     match spec["type"]:
         case "ByteLevel":
             return _u8(Decoder.BYTE_LEVEL)
@@ -285,9 +247,9 @@ def _decoder(spec: dict[str, Any] | None, path: Path, byte_level: bool = False) 
             prepended = spec.get("prepend_scheme", "always") != "never"
             return _u8(Decoder.METASPACE) + _string(spec["replacement"]) + _u8(prepended)
         case "Sequence":
-            return _sequence(Decoder.SEQUENCE, [_decoder(part, path) for part in spec["decoders"]])
+            return _sequence(Decoder.SEQUENCE, [_decoder(part) for part in spec["decoders"]])
         case kind:
-            raise unsupported(path, "decoder", kind)
+            raise UnsupportedError("decoder", kind)
 
 
 def _model(tokenizer: CheckpointTokenizer) -> bytes:
@@ -327,23 +289,19 @@ def _model(tokenizer: CheckpointTokenizer) -> bytes:
 
 
 def _check_vocabulary(tokenizer: CheckpointTokenizer) -> None:
-    spec, path = tokenizer.spec, tokenizer.path
-    vocabulary = spec["model"]["vocab"].keys()
+    spec, vocabulary = tokenizer.spec, tokenizer.spec["model"]["vocab"].keys()
     if tokenizer.meta_spaces is None:
-        if not _has_byte_level(spec.get("pre_tokenizer")) or not vocabulary >= set(ByteLevel.alphabet()):
-            raise unsupported(path, "model", "BPE that is not byte-level")
+        kinds = [part["type"] for part in components(spec.get("pre_tokenizer"), "pretokenizers")]
+        if "ByteLevel" not in kinds or not vocabulary >= set(ByteLevel.alphabet()):
+            raise UnsupportedError("model", "BPE that is not byte-level")
     elif not spec["model"].get("byte_fallback") or not vocabulary >= BYTE_TOKENS:
-        raise unsupported(path, "model", "BPE without byte fallback")
+        raise UnsupportedError("model", "BPE without byte fallback")
     # The engine's table has one row for each entry, and it writes past its end for a larger id. tokenizers renumbers
     # added tokens after a gap.
     if sorted(tokenizer.ids.values()) != list(range(len(tokenizer.ids))):
-        raise CheckpointError(f"{path}: the ids of tokens and added tokens are not 0, 1, 2, ...; save it again")
-
-
-def _has_byte_level(spec: dict[str, Any] | None) -> bool:
-    if spec is None:
-        return False
-    return spec["type"] == "ByteLevel" or any(_has_byte_level(part) for part in spec.get("pretokenizers", []))
+        raise CheckpointError(
+            f"{tokenizer.path}: the ids of tokens and added tokens are not 0, 1, 2, ...; save it again"
+        )
 
 
 def _byte_alphabet(text: str) -> str:

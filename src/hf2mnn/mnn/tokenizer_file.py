@@ -1,8 +1,8 @@
 """Read tokenizer files of MNN's LLM engine from any source: `tokenizer.mtok` and `tokenizer.txt`.
 
-The engine does not check where these files end (`Tokenizer::createTokenizer` and
-`PipelineTokenizer::load_vocab_binary` of MNN 3.6.1): with a truncated or changed file it reads or writes past its
-memory. Here every count is checked against the bytes that remain, before memory is allocated.
+With a truncated or changed file the engine reads or writes past its memory (`Tokenizer::createTokenizer` and
+`PipelineTokenizer::load_vocab_binary` of MNN 3.6.1). Here every count is checked against the bytes that remain, before
+memory is allocated.
 """
 
 from __future__ import annotations
@@ -83,8 +83,15 @@ class _Cursor:
             self.fail(f"it counts {count} entries, and {self.left} bytes remain")
         return count
 
-    def string(self) -> bytes:
-        return self.raw(self.number("H"))
+    def string(self, size: str = "H") -> bytes:
+        return self.raw(self.number(size))
+
+    def text(self, size: str = "H") -> str:
+        """Read a string at the end of a file, where it is optional."""
+        try:
+            return self.string(size).decode() if self.left else ""
+        except UnicodeDecodeError:
+            self.fail("its chat template is not UTF-8")
 
 
 # Fields of a part by its code: u8 (B), u32 (I), string (s), table of u32 and string (t), flags of BERT and their table
@@ -176,13 +183,6 @@ def _model(cursor: _Cursor) -> tuple[dict[int, bytes], dict[tuple[bytes, bytes],
     return cursor.fail(f"its model has the unknown code {code}")
 
 
-def _text(cursor: _Cursor, raw: bytes) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        cursor.fail("its chat template is not UTF-8")
-
-
 def _read_binary(cursor: _Cursor, special: tuple[int, ...], stop: tuple[int, ...]) -> TokenizerFile:
     _skip_part(cursor, NORMALIZERS)
     _skip_part(cursor, PRE_TOKENIZERS)
@@ -193,12 +193,10 @@ def _read_binary(cursor: _Cursor, special: tuple[int, ...], stop: tuple[int, ...
         number = cursor.number("I")
         cursor.raw(3)
         added[number] = cursor.string()
-    # The rest is optional.
-    template = _text(cursor, cursor.raw(cursor.number("I"))) if cursor.left else ""
-    eos = _text(cursor, cursor.string()) if cursor.left else ""
+    template, eos = cursor.text("I"), cursor.text()
     if cursor.left:
         cursor.raw(1)
-    bos = _text(cursor, cursor.string()) if cursor.left else ""
+    bos = cursor.text()
     return TokenizerFile(TOKENIZER_KINDS[PIPELINE], special, stop, tokens, merges, added, template, eos, bos)
 
 
@@ -223,11 +221,7 @@ def _read_lines(cursor: _Cursor, kind: str, special: tuple[int, ...], stop: tupl
 
 
 def parse_tokenizer(content: bytes, path: Path) -> TokenizerFile:
-    """Parse the bytes of a tokenizer file; `path` is for messages.
-
-    Raises:
-        BundleError: The file is not a tokenizer, or is truncated.
-    """
+    """Parse the bytes of a tokenizer file; raise BundleError with `path` if it is not one, or is truncated."""
     cursor = _Cursor(content, 0, path)
     if content.startswith(LFS_POINTER):
         raise BundleError(f"{path} is a Git LFS pointer, not the tokenizer; run 'git lfs pull' in its folder")
@@ -249,11 +243,7 @@ def parse_tokenizer(content: bytes, path: Path) -> TokenizerFile:
 
 
 def read_tokenizer(path: Path) -> TokenizerFile:
-    """Read a tokenizer file.
-
-    Raises:
-        BundleError: The file is missing, too large, or as for `parse_tokenizer`.
-    """
+    """Read a tokenizer file; raise BundleError if it is missing, too large, or as for `parse_tokenizer`."""
     try:
         content = read_bytes(path, MAX_SIZE)
     except (OSError, ValueError) as error:
