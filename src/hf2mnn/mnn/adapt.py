@@ -21,8 +21,7 @@ FLAT = "_flat"
 def save_adapted(model: onnx.ModelProto, source: Path, folder: Path) -> Path:
     """Write an adapted graph of the ONNX file `source` to `folder`, with links to the weight files that it uses.
 
-    Raises:
-        ExportError: A weight file is missing or too short; the converter would use zeros without a message.
+    Raise ExportError if one is missing or too short; the converter would use zeros without a message.
     """
     stored = stored_initializers(source)
     used = {tensor.name for tensor in model.graph.initializer if uses_external_data(tensor)}
@@ -31,12 +30,6 @@ def save_adapted(model: onnx.ModelProto, source: Path, folder: Path) -> Path:
     adapted = folder / source.name
     onnx.save(model, adapted)
     return adapted
-
-
-def _rename(model: onnx.ModelProto, old: str, new: str) -> None:
-    for node in model.graph.node:
-        node.input[:] = [new if name == old else name for name in node.input]
-        node.output[:] = [new if name == old else name for name in node.output]
 
 
 def adapt_decoder(model: onnx.ModelProto) -> None:
@@ -62,9 +55,10 @@ def adapt_vision(model: onnx.ModelProto) -> None:
     output = model.graph.output[0]
     dims = output.type.tensor_type.shape.dim
     shape = [dims[0].dim_param, 1, dims[1].dim_value]
-    _rename(model, "image_embeds", f"image_embeds{FLAT}")
-    output.CopyFrom(helper.make_tensor_value_info("image_embeds", onnx.TensorProto.FLOAT, shape))
-    model.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "image_embeds_axis"))
-    model.graph.node.append(
-        helper.make_node("Unsqueeze", [f"image_embeds{FLAT}", "image_embeds_axis"], ["image_embeds"])
-    )
+    flat, axis = f"{output.name}{FLAT}", f"{output.name}_axis"
+    for node in model.graph.node:
+        node.input[:] = [flat if name == output.name else name for name in node.input]
+        node.output[:] = [flat if name == output.name else name for name in node.output]
+    output.CopyFrom(helper.make_tensor_value_info(output.name, onnx.TensorProto.FLOAT, shape))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), axis))
+    model.graph.node.append(helper.make_node("Unsqueeze", [flat, axis], [output.name]))

@@ -27,8 +27,7 @@ from hf2mnn.reference.examples import check_messages, image_names, read_image
 def read_conversation(path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     """Read messages from a JSON file (a list as `messages` of an evaluation set), and the paths of their images.
 
-    Raises:
-        EvaluationSetError: The file is not a conversation, or holds messages that the engine has no input for.
+    Raise EvaluationSetError if it is not a conversation, or holds messages that the engine has no input for.
     """
     try:
         messages = read_json(path)
@@ -72,10 +71,8 @@ def continue_conversation(
     With `threads` 0 the number is that of config.json. With `as_called` the engine renders the template, resizes the
     images and counts positions. By default this package does so as transformers, because the engine differs.
 
-    Raises:
-        BundleError: The bundle is incomplete, changed, or not from hf2mnn.
-        EngineError: The engine failed.
-        EvaluationSetError: An image cannot be read, or the template rejects the messages.
+    Raise BundleError if the bundle is incomplete, changed, or not from hf2mnn, EvaluationSetError if an image cannot be
+    read or the template rejects the messages, and EngineError if the engine failed.
     """
     folder = check_bundle(bundle)
     info = read_config(folder, MODEL_CONFIG).get("hf2mnn")

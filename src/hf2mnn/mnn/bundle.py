@@ -1,17 +1,8 @@
-"""Bundles: the folder that `MNN.llm` loads, and the graphs that all bundles of a model share.
+"""Bundles: the folder that `MNN.llm` loads (docs/bundle.md), and the graphs that all bundles of a model share.
 
-config.json          run time: file names, threads, precision, memory
-llm_config.json      model: sizes, token ids, mean and norm of images
-llm.mnn(.weight)     decoder with lm_head
-visual.mnn(.weight)  vision tower with projector, if the model has one
-embeddings_bf16.bin  little-endian bfloat16 [vocabulary, hidden]
-tokenizer.mtok       tokenizer and chat template
-
-Names and keys are those that `llmconfig.hpp`, `omni.cpp` and `diskembedding.cpp` of MNN 3.6.1 read.
-
-The convert stage writes embedding and tokenizer as above, and each graph as JSON (`hf2mnn.mnn.graph`) with its weight
-file: llm.json, llm.weight, visual.json, visual.weight. Linear layers have no weights yet; the quantize stage adds them
-and builds the .mnn files.
+Names and keys are those that `llmconfig.hpp`, `omni.cpp` and `diskembedding.cpp` of MNN 3.6.1 read. The convert stage
+writes embedding and tokenizer as in a bundle, and each graph as JSON (`hf2mnn.mnn.graph`) with its weight file. Linear
+layers have no weights yet; the quantize stage adds them and builds the .mnn files.
 """
 
 from __future__ import annotations
@@ -34,7 +25,7 @@ from hf2mnn.mnn.adapt import adapt_decoder, adapt_vision, save_adapted
 from hf2mnn.mnn.convert import CUSTOM_OPERATORS, FUSE, convert_onnx
 from hf2mnn.mnn.graph import Graph, check_fused, check_size, check_supported
 from hf2mnn.mnn.linear import restore_linear_layers, strip_linear_layers
-from hf2mnn.mnn.nc4hw4 import NC4HW4, Layout, to_nc4hw4
+from hf2mnn.mnn.nc4hw4 import Layout, to_nc4hw4
 from hf2mnn.mnn.tokenizer import tokenizer_differences, write_tokenizer
 from hf2mnn.onnx.initializers import initializer_values, load_graph, stored_initializers
 
@@ -56,13 +47,11 @@ def parts_in(onnx_folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Run-time settings of MNN's engine, with their names in config.json.
+    """Run-time settings of MNN's engine.
 
-    Attributes:
-        precision: "high" and "normal" compute in float32 on a CPU, "low" in float16 if the CPU has it.
-        memory: "high" dequantizes the weights at load time; "low" keeps them quantized, and quantizes activations to 8
-            bits.
-        threads: Threads of the engine.
+    With precision "high" and "normal" it computes in float32 on a CPU, with "low" in float16 if the CPU has it. With
+    memory "high" it dequantizes the weights at load time; with "low" it keeps them quantized, and quantizes activations
+    to 8 bits.
     """
 
     precision: str = "high"
@@ -92,8 +81,7 @@ def _save(graph: Graph, part: str, folder: Path) -> None:
 def convert_decoder(onnx_folder: Path, folder: Path, layers: int) -> Layout:
     """Convert the decoder to llm.json and llm.weight in `folder`, in the NC4HW4 layout if possible.
 
-    Raises:
-        ConversionError: The result does not have `layers` fused attentions with KV cache, or has unknown operators.
+    Raise ConversionError if not all of its `layers` attentions are fused with a KV cache, or an operator is unknown.
     """
     graph, vectors = _convert("decoder", onnx_folder, folder)
     layout = to_nc4hw4(graph, vectors, tool_versions("MNN")["MNN"])
@@ -103,22 +91,15 @@ def convert_decoder(onnx_folder: Path, folder: Path, layers: int) -> Layout:
 
 
 def convert_vision(onnx_folder: Path, folder: Path) -> None:
-    """Convert the vision tower to visual.json and visual.weight in `folder`.
-
-    Raises:
-        ConversionError: The result has unknown operators.
-    """
+    """Convert the vision tower to visual.json and visual.weight in `folder`, or raise ConversionError."""
     _save(_convert("vision", onnx_folder, folder)[0], "vision", folder)
 
 
 def convert_model(onnx_folder: Path, folder: Path) -> dict[str, Any]:
     """Write the graphs, the embedding and the tokenizer of a model to `folder`.
 
-    Returns:
-        `decoder_layout`: "NC4HW4", or the slower "NCHW" with `layout_reason`.
-
-    Raises:
-        ConversionError: The converter failed, or its result is not what the engine requires.
+    Return `decoder_layout`: "NC4HW4", or the slower "NCHW" with `layout_reason`. Raise ConversionError if the converter
+    failed, or its result is not what the engine requires.
     """
     model = json.loads((onnx_folder / "model.json").read_text())
     print("decoder: convert", flush=True)
@@ -130,7 +111,7 @@ def convert_model(onnx_folder: Path, folder: Path) -> dict[str, Any]:
     write_tokenizer(onnx_folder, folder / TOKENIZER)
     for difference in tokenizer_differences(onnx_folder):
         print(f"tokenizer: {difference}", flush=True)
-    if layout.name == NC4HW4:
+    if not layout.reason:
         return {"decoder_layout": layout.name}
     print(f"decoder: uses the slower layout {layout.name}: {layout.reason}", flush=True)
     return {"decoder_layout": layout.name, "layout_reason": layout.reason}
@@ -149,7 +130,7 @@ def table_blocks(table: StoredTensor) -> Iterator[np.ndarray]:
 
 
 def write_embedding(onnx_folder: Path, folder: Path) -> None:
-    """Write the embedding as bfloat16, which is exact for a bfloat16 checkpoint."""
+    """Write the embedding as little-endian bfloat16 [vocabulary, hidden], which is exact for a bfloat16 checkpoint."""
     with (folder / EMBEDDING).open("wb") as file:
         for rows in table_blocks(embedding_table(onnx_folder)):
             file.write(rows.astype(ml_dtypes.bfloat16).tobytes())
@@ -176,33 +157,26 @@ def write_configs(
 
     `tied` is the position of the embedding in the decoder's weight file (`quant.embedding.tied_settings`).
     """
-    runtime = {
+    engine = {"thread_num": settings.threads, "precision": settings.precision, "memory": settings.memory}
+    engine["backend_type"] = "cpu"
+    config = {
+        "llm_config": MODEL_CONFIG,
         "llm_model": DECODER,
         "llm_weight": f"{DECODER}.weight",
         "tokenizer_file": TOKENIZER,
-        "embedding_file": EMBEDDING,
-        "llm_config": MODEL_CONFIG,
-    }
-    if has_vision(model):
-        runtime["visual_model"] = VISION
-    engine = {
-        "backend_type": "cpu",
-        "thread_num": settings.threads,
-        "precision": settings.precision,
-        "memory": settings.memory,
-    }
-    config = {
-        **runtime,
         **engine,
         "mllm": engine,
         "sampler_type": "greedy",
         "reuse_kv": False,
         "max_new_tokens": 512,
     }
+    if has_vision(model):
+        config["visual_model"] = VISION
     # The engine ignores the key "hf2mnn"; 'hf2mnn ask' reads it.
     described = {**model_settings(model, folder), "hf2mnn": model}
     if tied:
         described["tie_embeddings"] = tied
-        del config["embedding_file"]
+    else:
+        config["embedding_file"] = EMBEDDING
     for name, content in ((CONFIG, config), (MODEL_CONFIG, described)):
         (folder / name).write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")

@@ -12,11 +12,7 @@ from hf2mnn.mnn.engine_facts import BASE_DIR, PATH_KEYS, SETTING_DEFAULTS, VISIO
 
 
 def read_config(bundle: Path, name: str) -> dict[str, Any]:
-    """Return config.json or llm_config.json of an untrusted bundle.
-
-    Raises:
-        BundleError: The file is missing or holds no JSON object.
-    """
+    """Return config.json or llm_config.json of an untrusted bundle; raise BundleError if it holds no JSON object."""
     path = bundle / name
     try:
         content = read_json(path)
@@ -44,11 +40,7 @@ def outside_paths(bundle: Path, config: dict[str, Any]) -> Iterator[tuple[str, A
 
 
 def check_paths(bundle: Path, names: tuple[str, ...]) -> None:
-    """Check that the configuration files `names` that exist name only files inside the bundle.
-
-    Raises:
-        BundleError: A path is outside the bundle.
-    """
+    """Raise BundleError if one of the configuration files `names` names a file outside the bundle."""
     for name in names:
         for key, value, reason in outside_paths(bundle, read_config(bundle, name)) if (bundle / name).exists() else ():
             raise BundleError(

@@ -1,8 +1,8 @@
 """MNN's converter: ONNX to a graph, and graphs to and from .mnn files.
 
-The converter prints "Success" and exits with 0 after any error, and writes temporary weights to its working directory.
-So it runs in a child process and in a folder of its own, and only its output files count. The console script of the
-wheel and `MNN.tools` are not used: they install packages and report usage.
+The converter exits with 0 after any error, and writes temporary weights to its working directory. So it runs in a child
+process and in a folder of its own, and only its output files count. The console script of the wheel and `MNN.tools` are
+not used: they install packages and report usage.
 """
 
 from __future__ import annotations
@@ -88,13 +88,9 @@ def _last_lines(output: str, count: int = 3) -> str:
 
 
 def read_graph(path: Path, time_limit: float = DUMP_TIME_LIMIT) -> Graph:
-    """Read a graph from a .mnn file, by the converter, or from its JSON form.
+    """Read a graph from a .mnn file, by the converter, or from its JSON form, or raise ConversionError.
 
     Floats of a .mnn file are rounded to six decimals (`Graph.restore_constants`).
-
-    Raises:
-        ConversionError: The file is missing or not an MNN model, or the converter crashed on it or exceeded
-            `time_limit` seconds.
     """
     path = Path(path).resolve()
     if not path.is_file():
@@ -123,13 +119,10 @@ def _dump(path: Path, time_limit: float) -> Any:
 
 
 def write_graph(graph: Graph, path: Path) -> None:
-    """Write a .mnn file; the weight file is not changed.
+    """Write a .mnn file, or raise ConversionError; the weight file is not changed.
 
     The converter gives each file a random id. It is replaced by a hash of the content, so that equal models have equal
     bytes.
-
-    Raises:
-        ConversionError: The converter rejected the graph.
     """
     graph.content["mnn_uuid"] = ""
     text = json.dumps(graph.content, sort_keys=True)
@@ -144,15 +137,10 @@ def write_graph(graph: Graph, path: Path) -> None:
 
 
 def convert_onnx(source: Path, weights: Path, options: Sequence[str] = (FUSE,)) -> Graph:
-    """Convert an ONNX file to a graph with exact constants, and write its weights.
+    """Convert an ONNX file to a graph with exact constants, and write its weight file `weights`.
 
-    Args:
-        source: ONNX file.
-        weights: Weight file to write.
-        options: Further options of the converter.
-
-    Raises:
-        ConversionError: The conversion failed, with the converter's reason; nothing is written.
+    `options` are further options of the converter. Raise ConversionError with its reason if it fails; nothing is
+    written.
     """
     source, weights = Path(source).resolve(), Path(weights).resolve()
     with tempfile.TemporaryDirectory(prefix="hf2mnn-", dir=weights.parent) as name:

@@ -12,15 +12,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import ClassVar
 
-from hf2mnn.families.engine_limits import (  # noqa: F401  sizes of images
-    DEEPSTACK_LAYERS,
-    IMAGE_SIZE,
-    MERGE_SIZE,
-    PATCH_SIZE,
-    QWEN3_VL_PATCH_SIZE,
-    TEMPORAL_PATCH_SIZE,
-    WINDOW,
-)
+from hf2mnn.families.engine_limits import *  # noqa: F403  sizes of images
 
 # Configuration: config.json and llm_config.json ---------------------------------------------------------------------
 

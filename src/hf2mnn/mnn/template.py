@@ -1,7 +1,7 @@
 """Chat templates: rendering as in transformers, and constructs that the Jinja of MNN's engine renders differently.
 
-The engine has its own interpreter (`tokenizer/jinja.hpp` of MNN 3.6.1). It ignores constructs that it does not know, so
-a template renders without an error to another text. tests/mnn/test_template.py renders each construct with both.
+The engine's own interpreter (`tokenizer/jinja.hpp` of MNN 3.6.1) ignores constructs that it does not know, so a
+template renders without an error to another text. tests/mnn/test_template.py renders each construct with both.
 """
 
 from __future__ import annotations
@@ -199,8 +199,7 @@ def _in_tokens(template: str) -> Iterator[tuple[int, str]]:
 def unsupported(template: str) -> list[str]:
     """Return constructs that the engine renders differently from transformers, each with its first line.
 
-    Raises:
-        BundleError: The template is not Jinja.
+    Raise BundleError if the template is not Jinja.
     """
     try:
         tree = environment().parse(template)
