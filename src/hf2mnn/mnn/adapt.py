@@ -14,8 +14,7 @@ from onnx.external_data_helper import uses_external_data
 
 from hf2mnn.onnx.initializers import stored_initializers
 
-FLAT = "_flat"
-"""Suffix of an output before it gets the shape that the engine requires."""
+FLAT = "_flat"  # suffix of an output before it gets the shape that the engine requires
 
 
 def save_adapted(model: onnx.ModelProto, source: Path, folder: Path) -> Path:

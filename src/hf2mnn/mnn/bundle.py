@@ -47,15 +47,10 @@ def parts_in(onnx_folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Run-time settings of MNN's engine.
+    """Run-time settings of MNN's engine."""
 
-    With precision "high" and "normal" it computes in float32 on a CPU, with "low" in float16 if the CPU has it. With
-    memory "high" it dequantizes the weights at load time; with "low" it keeps them quantized, and quantizes activations
-    to 8 bits.
-    """
-
-    precision: str = "high"
-    memory: str = "high"
+    precision: str = "high"  # "high", "normal": float32 on a CPU; "low": float16 if the CPU has it
+    memory: str = "high"  # "high": dequantize at load time; "low": keep weights quantized, and activations in 8 bits
     threads: int = 4
 
 

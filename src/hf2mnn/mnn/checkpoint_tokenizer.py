@@ -24,8 +24,7 @@ from hf2mnn.mnn.template import render
 
 TOKENIZER_FILE = "tokenizer.json"
 META_SPACE = "\u2581"
-BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
-"""Tokens of single bytes in BPE with byte fallback."""
+BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}  # tokens of single bytes in BPE with byte fallback
 
 
 class UnsupportedError(Exception):
@@ -103,10 +102,7 @@ def invalid_tokenizer(path: Path, *errors: type[Exception]) -> Iterator[None]:
 
 
 def chat_template(checkpoint: Path) -> str:
-    """Return the chat template as Jinja reads it: newlines normalized, the last one removed. The engine does neither.
-
-    Raise CheckpointError if the checkpoint has no chat template, or an invalid one.
-    """
+    """Return the chat template as Jinja, but not the engine, reads it: newlines normalized, the last one removed."""
     path = checkpoint / "chat_template.jinja"
     try:
         if path.is_file():

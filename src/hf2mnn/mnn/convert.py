@@ -32,25 +32,18 @@ CALL = (
     " from hf2mnn.machine.child import die_with_parent; die_with_parent(int(sys.argv[1]));"
     " _tools.mnnconvert(['mnnconvert', *sys.argv[2:]])"
 )
-TIME_LIMIT = 4 * 3600
-"""Time limit of a conversion in seconds."""
-DUMP_TIME_LIMIT = 900
-"""Time limit of reading a .mnn file in seconds."""
-MIN_FREE = 1 << 16
-"""Free bytes below which a disk counts as full."""
-FUSE = "--transformerFuse"
-"""Option that fuses attentions with their KV cache."""
-CUSTOM_OPERATORS = "--allowCustomOp"
-"""Option that passes on operators that the converter does not know."""
+TIME_LIMIT = 4 * 3600  # time limit of a conversion in seconds
+DUMP_TIME_LIMIT = 900  # time limit of reading a .mnn file in seconds
+MIN_FREE = 1 << 16  # free bytes below which a disk counts as full
+FUSE = "--transformerFuse"  # option that fuses attentions with their KV cache
+CUSTOM_OPERATORS = "--allowCustomOp"  # option that passes on operators that the converter does not know
 
 
 def run_converter(arguments: Sequence[str], folder: Path, time_limit: float = TIME_LIMIT) -> str:
-    """Run the converter in `folder`, and return its output.
+    """Run the converter in `folder`, and return its output; exit code 0 does not mean success.
 
-    Raises:
-        ConversionError: It crashed or exceeded `time_limit` seconds. Exit code 0 does not mean success.
-        MachineError: The disk is full.
-        OSError: A file exceeded the limit of file sizes.
+    Raise ConversionError after a crash or `time_limit` seconds, MachineError if the disk is full, and OSError if a file
+    exceeded the limit of file sizes.
     """
     command = [sys.executable, "-c", CALL, str(os.getpid()), *arguments]
     try:
@@ -88,10 +81,7 @@ def _last_lines(output: str, count: int = 3) -> str:
 
 
 def read_graph(path: Path, time_limit: float = DUMP_TIME_LIMIT) -> Graph:
-    """Read a graph from a .mnn file, by the converter, or from its JSON form, or raise ConversionError.
-
-    Floats of a .mnn file are rounded to six decimals (`Graph.restore_constants`).
-    """
+    """Read a graph from its JSON form or a .mnn file (floats rounded to six decimals), or raise ConversionError."""
     path = Path(path).resolve()
     if not path.is_file():
         raise ConversionError(f"{path} does not exist: give the path of an MNN model")
@@ -139,8 +129,7 @@ def write_graph(graph: Graph, path: Path) -> None:
 def convert_onnx(source: Path, weights: Path, options: Sequence[str] = (FUSE,)) -> Graph:
     """Convert an ONNX file to a graph with exact constants, and write its weight file `weights`.
 
-    `options` are further options of the converter. Raise ConversionError with its reason if it fails; nothing is
-    written.
+    Raise ConversionError with the converter's reason if it fails; nothing is written.
     """
     source, weights = Path(source).resolve(), Path(weights).resolve()
     with tempfile.TemporaryDirectory(prefix="hf2mnn-", dir=weights.parent) as name:

@@ -47,12 +47,9 @@ def run_worker(task: str, arguments: dict[str, Any], time_limit: float, python: 
     """Run a task of `hf2mnn.mnn.worker`, a module, in a child process, for at most `time_limit` seconds.
 
     `arguments` are the job, with absolute paths also of results; `python` is the interpreter of another toolchain.
-
-    Raises:
-        BundleFault: The engine rejected the bundle or crashed on it.
-        MachineError: The machine has no disk space or memory left.
-        EngineStopped: The time limit is over, or another process killed the engine (most often for lack of memory).
-        EngineError: A bug of this package.
+    Raise BundleFault if the engine rejected the bundle or crashed on it, MachineError if no disk space or memory is
+    left, EngineStopped if the time limit is over or another process killed the engine (most often for lack of memory),
+    and EngineError for a bug of this package.
     """
     name = task.rpartition(".")[2]
     with tempfile.TemporaryDirectory(prefix="hf2mnn-engine-") as folder:

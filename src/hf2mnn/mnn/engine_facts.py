@@ -40,7 +40,6 @@ SETTING_DEFAULTS = {"thread_num": 4, "precision": "low", "memory": "low", "dynam
 """Settings without the keys. Source: llmconfig.hpp, `Llm::setRuntimeHint` in llm.cpp. Used by: mnn.bundle_config."""
 VISION_SETTINGS = ("thread_num", "precision", "memory")
 """Settings that the vision tower reads below "mllm"; the others hold for both parts.
-
 Source: llmconfig.hpp, `Omni::load` in omni.cpp. Used by: mnn.bundle_config.
 """
 BACKENDS = ("cpu", "metal", "cuda", "opencl", "opengl", "vulkan", "hexagon", "npu", "auto")
@@ -61,12 +60,10 @@ IMAGE_DEFAULTS = {
 """Images without the keys. Source: omni.hpp. Used by: doctor.checks.config, doctor.checks.tokenizer."""
 TIE_EMBEDDINGS_KEYS = ("weight_offset", "alpha_offset", "alpha_size", "quant_bit", "quant_block", "half")
 """Entries of `tie_embeddings` where it is a list; the last one, scales in half floats, is optional.
-
 Source: `LlmConfig::parseTieEmbeddings` in llmconfig.hpp. Used by: quant.embedding.
 """
 QUANTIZED_EMBEDDING_BITS = (4, 8)
 """Bits of a quantized lm_head from which the engine reads the embedding. It reads 16 as bfloat16, any other as 4.
-
 Source: diskembedding.cpp. Used by: doctor.checks.embedding, quant.embedding, quant.plan.
 """
 
@@ -76,7 +73,6 @@ MEDIA_TAGS = r"<(img|audio)>.*?</\1>"
 """Text that stands for a file, with images. Source: `Omni::tokenizer_encode` in omni.cpp. Used by: mnn.ask."""
 IMAGE_TAG = "<img>image_{}</img>"
 """Text of a prompt that stands for an image in memory, by number.
-
 Source: `Omni::processImageContent` in omni.cpp. Used by: mnn.worker.probe, mnn.worker.question, mnn.worker.session,
 mnn.worker.speed.
 """
@@ -93,12 +89,10 @@ QUIRKS = {
     "E": ("Omni::qwen2VisionProcess in omni.cpp", "mnn.ask.continue_conversation"),
 }
 """Differences from transformers by the letters of the docs: function in MNN, and the code that works around it.
-
 Used by: mnn.worker.session, mnn.ask.
 """
 GARBAGE_LOGIT = 1e30
 """Bound on the absolute value of logits: missing or wrong weights give finite values of about -3.4e38.
-
 Source: measured. Used by: doctor.run, mnn.worker.session.
 """
 
@@ -108,12 +102,10 @@ UNSUPPORTED_OPERATORS = ("Extra", "Plugin")
 """Types of operators that the engine lacks. Source: schema/default/MNN.fbs. Used by: doctor.checks.files, mnn.graph."""
 NC4HW4_SINCE = (3, 6, 1)
 """First release whose operators keep a decoder in the NC4HW4 layout: RoPE, LayerNorm with two outputs, MUL_SILU.
-
 Source: source/backend/cpu/CPURoPE.cpp, CPULayerNorm.cpp, CPUAttention.cpp. Used by: mnn.nc4hw4.
 """
 BACKEND_CONFIG = {"normal": 0, "high": 1, "low": 2}
 """Precision and memory of `BackendConfig` as the integers that `MNN.nn.create_runtime_manager` takes.
-
 Source: include/MNN/MNNForwardType.h; pymnn ignores strings. Used by: mnn.worker.module.
 """
 
@@ -184,7 +176,6 @@ class Jinja:
 
 INFORMATION = ("The device supports", "Warning: module need new clone")
 """Beginnings of lines that the engine prints although nothing is wrong.
-
 Source: source/backend/cpu/CPURuntime.cpp, express/module/Module.cpp. Used by: mnn.engine.
 """
 MESSAGES = {
@@ -202,7 +193,6 @@ MESSAGES = {
     r"|Error for open",
 }
 """Lines that the engine prints before it fails, by cause; the first pattern that matches applies.
-
 Source: llm.cpp, tokenizer/tokenizer.cpp, diskembedding.cpp, express/module/PipelineModule.cpp,
 source/core/FileLoader.cpp, source/core/Pipeline.cpp. Used by: doctor.run.
 """

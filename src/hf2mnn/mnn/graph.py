@@ -19,21 +19,21 @@ import numpy as np
 from hf2mnn.core.errors import ConversionError
 from hf2mnn.mnn.engine_facts import UNSUPPORTED_OPERATORS
 
-Op = dict[str, Any]
-"""An operator in its JSON form."""
+Op = dict[str, Any]  # an operator in its JSON form
 
 LINEAR = "__matmul_converted"
 """Suffix of the convolution that the converter makes of a linear layer, after the name of the layer's output."""
-NC4HW4 = "NC4HW4"
-"""Layout of the inputs and outputs of convolutions: groups of four channels."""
+NC4HW4 = "NC4HW4"  # layout of the inputs and outputs of convolutions: groups of four channels
 ROTARY_NORMS = ("q_norm", "k_norm")
 """Normalizations that a RoPE operator computes itself; their gamma is in the graph, not in the weight file."""
-FLOAT16 = 3
-"""`quanParameter.type` of weights stored as float16."""
-DUMP_ERROR = 1e-6
-"""Largest rounding error of floats in the converter's JSON, which has six decimals."""
-MAIN_TYPES = {"Const": "Blob", "ConvertTensor": "TensorConvertInfo", "Convolution": "Convolution2D"}
-MAIN_TYPES |= {"RoPE": "RoPEParam"}
+FLOAT16 = 3  # `quanParameter.type` of weights stored as float16
+DUMP_ERROR = 1e-6  # largest rounding error of floats in the converter's JSON, which has six decimals
+MAIN_TYPES = {
+    "Const": "Blob",
+    "ConvertTensor": "TensorConvertInfo",
+    "Convolution": "Convolution2D",
+    "RoPE": "RoPEParam",
+}
 """Types of an operator's `main` that are not named like the operator."""
 
 
@@ -81,10 +81,7 @@ class Graph:
 
     @classmethod
     def checked(cls, content: Any) -> Graph:
-        """Check the JSON form of an untrusted file.
-
-        Raise ValueError if operators lack names, types or tensors, or have impossible offsets into the weight file.
-        """
+        """Check an untrusted JSON form; raise ValueError for missing names, types or tensors, or impossible offsets."""
         if not isinstance(content, dict) or not all(
             _is_names(content.get(key)) for key in ("tensorName", "outputName")
         ):
@@ -136,14 +133,6 @@ class Graph:
             attention = op["name"].rpartition(".")[0]
             yield from ((f"{attention}.{name}", main[name]) for name in ROTARY_NORMS if main.get(name))
 
-    def _floats(self) -> Iterator[tuple[str, dict[str, Any], str]]:
-        """Yield the float constants in the graph: name, JSON object, and key of the values in it."""
-        for op in self.of_type("Const"):
-            if op["main"]["dataType"] in ("DT_FLOAT", "DT_HALF"):
-                yield op["name"], op["main"], "float32s"
-        for name, norm in self.rotary_norms:
-            yield f"{name}.weight", norm, "gamma"
-
     def restore_constants(self, values: dict[str, np.ndarray], rounded_only: bool = False) -> None:
         """Replace float constants by their exact values.
 
@@ -151,7 +140,10 @@ class Graph:
         to 1e-6 and are multiplied by positions, so either is too coarse. `values` are those of the ONNX graph, float32,
         by name. `rounded_only` restricts this to constants that are these values, rounded by the converter's JSON.
         """
-        for name, table, key in self._floats():
+        constants = [op for op in self.of_type("Const") if op["main"]["dataType"] in ("DT_FLOAT", "DT_HALF")]
+        floats = [(op["name"], op["main"], "float32s") for op in constants]
+        floats += [(f"{name}.weight", norm, "gamma") for name, norm in self.rotary_norms]
+        for name, table, key in floats:
             exact = values.get(name)
             if exact is None:
                 continue

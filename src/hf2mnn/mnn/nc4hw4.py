@@ -24,15 +24,13 @@ from hf2mnn.mnn.engine_facts import NC4HW4_SINCE
 from hf2mnn.mnn.graph import LINEAR, NC4HW4, ROTARY_NORMS, Builder, Graph, Op
 from hf2mnn.onnx.deepstack import DEEPSTACK
 
-PLAIN = "NCHW"
-"""Layout of a decoder that is not rewritten."""
+PLAIN = "NCHW"  # layout of a decoder that is not rewritten
 LAYER = re.compile(r"(?P<layer>.+\.layers\.\d+)\.self_attn\.q_proj")
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD = "logits"
-LAYOUT_OPS = ("Reshape", "Permute", "ConvertTensor", "Const")
-"""Operators that change shape or layout, and no value."""
+LAYOUT_OPS = ("Reshape", "Permute", "ConvertTensor", "Const")  # operators that change shape or layout, and no value
 REPLACED_PER_LAYER = {
     ("BinaryOp", "ADD"): 4,
     ("BinaryOp", "MUL"): 5,
@@ -99,8 +97,11 @@ class _Decoder:
             return f"it has {len(self.norms)} normalizations of the stream instead of {len(norms) + 1}"
         if len(self.attentions) != count:
             return f"{len(self.attentions)} of its {count} attentions are fused"
-        if ungated := [layer for layer in self.layers if not self._is_silu_gated(layer)]:
-            return f"the activation of {ungated[0]}.mlp.gate_proj is not SiLU"
+        activations = [op for op in self.ops if _kind(op) == ("UnaryOp", "SILU")]
+        gated = {self.origin(op["inputIndexes"][0], "Reshape", "ConvertTensor") for op in activations}
+        for name in (f"{layer}.mlp.gate_proj" for layer in self.layers):
+            if self.linear[name]["outputIndexes"][0] not in gated:
+                return f"the activation of {name} is not SiLU"
         if len(self.head_norms) not in (0, len(ROTARY_NORMS) * count):
             return "not all queries and keys are normalized"
         if others := [name for name in self.head_norms if not self._is_rotated_next(name)]:
@@ -135,13 +136,6 @@ class _Decoder:
         sums = [op for op in consumers if _kind(op) == SUM]
         terms = {self.names[term] for op in sums for term in op["inputIndexes"]}
         return len(sums) == len(consumers) == 1 and terms == {layer, self.names[index]}
-
-    def _is_silu_gated(self, layer: str) -> bool:
-        """Check that SiLU is computed of the output of gate_proj."""
-        gate = self.linear[f"{layer}.mlp.gate_proj"]
-        activations = [op for op in self.ops if _kind(op) == ("UnaryOp", "SILU")]
-        sources = [self.origin(op["inputIndexes"][0], "Reshape", "ConvertTensor") for op in activations]
-        return gate["outputIndexes"][0] in sources
 
     def origin(self, index: int, *types: str) -> int:
         """Return the tensor before a chain of operators of these types that ends in a tensor."""

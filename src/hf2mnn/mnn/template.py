@@ -22,7 +22,7 @@ from hf2mnn.core.errors import BundleError
 from hf2mnn.core.untrusted import TEMPLATE_SECONDS, time_limited
 from hf2mnn.mnn.engine_facts import Jinja
 
-STATEMENTS = {
+UNSUPPORTED = {
     nodes.AssignBlock: "{% set %} with a block",
     nodes.Break: "{% break %}",
     nodes.CallBlock: "{% call %}",
@@ -35,10 +35,14 @@ STATEMENTS = {
     nodes.Import: "{% import %}",
     nodes.FromImport: "{% from %}",
     nodes.ScopedEvalContextModifier: "{% autoescape %}",
+    nodes.Tuple: "a tuple",
+    nodes.Mul: "the operator *",
+    nodes.Div: "the operator /",
+    nodes.FloorDiv: "the operator //",
+    nodes.Mod: "the operator %",
+    nodes.Pow: "the operator **",
 }
-"""Names of statements that the engine does not run."""
-OPERATORS = {nodes.Mul: "*", nodes.Div: "/", nodes.FloorDiv: "//", nodes.Mod: "%", nodes.Pow: "**"}
-"""Operators that the engine does not run."""
+"""Names of nodes that the engine does not run."""
 CHAIN = (nodes.Getattr, nodes.Getitem, nodes.Call)
 
 
@@ -112,10 +116,7 @@ def _filter(node: nodes.Filter) -> str | None:
 
 
 def _construct(node: nodes.Node, condition: bool, macros: set[str]) -> str | None:
-    """Return the name of a construct that the engine renders differently, else None.
-
-    `condition` tells that only the truth of its value matters.
-    """
+    """Return the name of a construct that the engine renders differently; with `condition` only its truth matters."""
     match node:
         case nodes.Call():
             name = _call(node, macros)
@@ -135,8 +136,6 @@ def _construct(node: nodes.Node, condition: bool, macros: set[str]) -> str | Non
         case nodes.And() | nodes.Or():
             # The engine returns true or false, Jinja one of the two operands.
             name = None if condition else f"the value of '{type(node).__name__.lower()}'"
-        case nodes.Tuple():
-            name = "a tuple"
         case nodes.Const():
             name = "a number with a fraction" if isinstance(node.value, float) else None
         case nodes.Compare():
@@ -144,9 +143,7 @@ def _construct(node: nodes.Node, condition: bool, macros: set[str]) -> str | Non
         case nodes.Getattr(node=nodes.Name(name="loop")) if node.attr not in Jinja.LOOP:
             name = f"loop.{node.attr}"
         case _:
-            name = STATEMENTS.get(type(node))
-            if type(node) in OPERATORS:
-                name = f"the operator {OPERATORS[type(node)]}"
+            name = UNSUPPORTED.get(type(node))
     if name is None and isinstance(node, CHAIN) and not isinstance(node.node, (nodes.Name, *CHAIN)):
         return "what follows a literal, parentheses or a filter (an attribute, an index or a method)"
     return name
@@ -168,12 +165,10 @@ def _in_tree(node: nodes.Node, condition: bool, macros: set[str]) -> Iterator[tu
         return
     if name := _construct(node, condition, macros):
         yield node.lineno, name
-    for field, value in node.iter_fields():
-        tested = field == "test" and isinstance(node, (nodes.If, nodes.CondExpr, nodes.For))
-        for child in value if isinstance(value, list) else [value]:
-            # The targets of a loop are a tuple that the engine does read.
-            if isinstance(child, nodes.Node) and not (isinstance(node, nodes.For) and field == "target"):
-                yield from _in_tree(child, tested or isinstance(node, (nodes.And, nodes.Or, nodes.Not)), macros)
+    # The targets of a loop are a tuple that the engine does read.
+    for child in node.iter_child_nodes(exclude=["target"] if isinstance(node, nodes.For) else []):
+        tested = isinstance(node, (nodes.And, nodes.Or, nodes.Not)) or child is getattr(node, "test", None)
+        yield from _in_tree(child, tested, macros)
 
 
 def _in_tokens(template: str) -> Iterator[tuple[int, str]]:
@@ -197,10 +192,7 @@ def _in_tokens(template: str) -> Iterator[tuple[int, str]]:
 
 
 def unsupported(template: str) -> list[str]:
-    """Return constructs that the engine renders differently from transformers, each with its first line.
-
-    Raise BundleError if the template is not Jinja.
-    """
+    """Return constructs that the engine renders differently, with first lines; raise BundleError if it is no Jinja."""
     try:
         tree = environment().parse(template)
         macros = {macro.name for macro in tree.find_all(nodes.Macro)}

@@ -179,16 +179,13 @@ def _meta_space_parts(words: MetaSpaces, merges: list[Any]) -> bytes:
     splits = []
     if words.prepend == "always":
         splits.append(_u8(PreTokenizer.METASPACE) + _string(" ") + _u8(True))
-    if words.split_runs or not any(map(_crosses_words, merges)):
+    # A merge that crosses words joins the end of one and the beginning of the next.
+    texts = ("".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges)
+    if words.split_runs or not any(META_SPACE in text.lstrip(META_SPACE) for text in texts):
         pattern = SPLIT_EACH if words.split_runs else SPLIT_RUNS
         splits.append(_u8(PreTokenizer.SPLIT) + _string(pattern) + _u8(False) + _u8(SPLIT_BEHAVIORS["Isolated"]))
     splits.append(_u8(PreTokenizer.METASPACE) + _string(META_SPACE) + _u8(False))
     return _sequence(Normalizer.SEQUENCE, steps) + _sequence(PreTokenizer.SEQUENCE, splits)
-
-
-def _crosses_words(merge: str | list[str]) -> bool:
-    """Return whether a merge joins the end of a word and the beginning of the next."""
-    return META_SPACE in "".join(merge.split(" ") if isinstance(merge, str) else merge).lstrip(META_SPACE)
 
 
 def _normalizer(spec: dict[str, Any] | None) -> bytes:
@@ -257,10 +254,13 @@ def _model(tokenizer: CheckpointTokenizer) -> bytes:
     vocab: dict[str, int] = tokenizer.spec["model"]["vocab"]
     _check_vocabulary(tokenizer)
     texts = {number: text for text, number in vocab.items()}
+    alphabet = ByteLevel(add_prefix_space=False, use_regex=False)
     for token in tokenizer.added:
         # The engine matches added tokens before the model gets the text. These entries are for decoding, which maps the
         # byte alphabet back; no text contains the empty string as a token.
-        encoded = _byte_alphabet(token["content"]) if tokenizer.meta_spaces is None else token["content"]
+        encoded = token["content"]
+        if tokenizer.meta_spaces is None:
+            encoded = "".join(piece for piece, _ in alphabet.pre_tokenize_str(encoded))
         unambiguous = vocab.get(encoded, token["id"]) == token["id"]
         texts[token["id"]] = encoded if unambiguous and not token["special"] else ""
 
@@ -273,7 +273,7 @@ def _model(tokenizer: CheckpointTokenizer) -> bytes:
             )
         merges[vocab[left], vocab[right]] = rank
 
-    entries = sorted((text.encode(), number) for number, text in texts.items())
+    entries = sorted(texts.items(), key=lambda entry: (entry[1].encode(), entry[0]))
     row = struct.Struct("<III")
     return b"".join(
         [
@@ -282,7 +282,7 @@ def _model(tokenizer: CheckpointTokenizer) -> bytes:
             _u8(bool(tokenizer.spec["model"].get("byte_fallback"))),
             _u8(False),  # the pre-tokenizer maps bytes; with True the engine would map them again
             _u32(len(merges)),
-            *(_string(text) + _u32(number) for text, number in entries),
+            *(_string(text) + _u32(number) for number, text in entries),
             *(row.pack(left, right, rank) for (left, right), rank in sorted(merges.items())),
         ]
     )
@@ -304,11 +304,6 @@ def _check_vocabulary(tokenizer: CheckpointTokenizer) -> None:
         )
 
 
-def _byte_alphabet(text: str) -> str:
-    splitter = ByteLevel(add_prefix_space=False, use_regex=False)
-    return "".join(piece for piece, _ in splitter.pre_tokenize_str(text))
-
-
 def _added_token(token: dict[str, Any]) -> bytes:
     flags = bytes([token["special"], token["lstrip"], token["rstrip"]])
     return _u32(token["id"]) + flags + _string(token["content"])
@@ -318,8 +313,8 @@ def _sequence(code: int, parts: list[bytes]) -> bytes:
     return _u8(code) + _u32(len(parts)) + b"".join(parts)
 
 
-def _string(value: str | bytes) -> bytes:
-    encoded = value.encode() if isinstance(value, str) else value
+def _string(value: str) -> bytes:
+    encoded = value.encode()
     if len(encoded) > 0xFFFF:
         raise CheckpointError(
             f"a string of {len(encoded)} bytes ({encoded[:20]!r}...) exceeds the 65535 bytes of MNN's tokenizer file;"

@@ -54,8 +54,8 @@ class TokenizerFile:
 class _Cursor:
     """Position in the binary part of a file."""
 
-    def __init__(self, content: bytes, position: int, path: Path) -> None:
-        self.content, self.position, self.path = content, position, path
+    def __init__(self, content: bytes, path: Path) -> None:
+        self.content, self.position, self.path = content, 0, path
 
     def fail(self, reason: str) -> NoReturn:
         raise BundleError(
@@ -222,7 +222,7 @@ def _read_lines(cursor: _Cursor, kind: str, special: tuple[int, ...], stop: tupl
 
 def parse_tokenizer(content: bytes, path: Path) -> TokenizerFile:
     """Parse the bytes of a tokenizer file; raise BundleError with `path` if it is not one, or is truncated."""
-    cursor = _Cursor(content, 0, path)
+    cursor = _Cursor(content, path)
     if content.startswith(LFS_POINTER):
         raise BundleError(f"{path} is a Git LFS pointer, not the tokenizer; run 'git lfs pull' in its folder")
     header = content.split(b"\n", 3)[:3]

@@ -49,9 +49,8 @@ def _cache_logits(session: ModelSession, golden: Golden, probe: GoldenProbe) -> 
 def _as_called(session: ModelSession, example: GoldenExample, images: list[np.ndarray], limit: int) -> dict[str, Any]:
     """Run an example as an application does, on its original images: the engine's template, resizing and positions.
 
-    Returns:
-        `written`, the prompt by the engine's template; `answer`, ids of the answer to it; `prompt`, ids by the engine's
-        tokenizer of the reference prompt.
+    Return `written`, the prompt by the engine's template; `answer`, ids of the answer to it; `prompt`, ids by the
+    engine's tokenizer of the reference prompt.
     """
     written = session.native.apply_chat_template(engine_messages(example.messages))
     placeholder = session.family.image_placeholder

@@ -23,10 +23,7 @@ class Module:
     def __init__(
         self, graph: Path, inputs: list[str], outputs: list[str], settings: dict[str, Any], threads: int = 0
     ) -> None:
-        """Load a graph (.mnn) to compute the tensors `outputs`, or raise BundleFault.
-
-        `threads`, if not 0, replaces the number of `settings`.
-        """
+        """Load a graph (.mnn), or raise BundleFault; `threads`, if not 0, replaces the number of `settings`."""
         config = {
             "backend": 0,
             "numThread": threads or settings.get("thread_num", 4),

@@ -25,10 +25,7 @@ def red_square() -> np.ndarray:
 
 
 def answer(session: EngineSession, prompt: str, images: list[dict[str, Any]], limit: int) -> dict[str, Any]:
-    """Return `ids` of a prompt, `answer` (ids), its `text`, and `longest`, the length of its longest run of a token.
-
-    Raise BundleFault if the logits after the prompt are garbage.
-    """
+    """Return `ids` of a prompt, `answer` (ids), its `text`, and the length of the `longest` run of one token in it."""
     session.llm.reset()
     session.llm.generate_init()
     session.logits(session.encode(prompt, images))

@@ -51,16 +51,14 @@ def image_grid(rgb: np.ndarray, info: dict[str, Any]) -> np.ndarray:
 
 
 class EngineSession:
-    """Any bundle, loaded.
+    """Any bundle, loaded; methods raise BundleFault where the engine fails on it.
 
-    Attributes:
-        folder: Folder that the engine reads: the bundle, or an overlay with other settings.
-        llm: Python wrapper of the engine.
-        native: Its C++ object, which has functions and results that the wrapper hides.
+    `folder` is that of the bundle, or an overlay with other settings; `native` is the C++ object behind the Python
+    wrapper `llm`, which hides some of its functions and results.
     """
 
     def __init__(self, bundle: Path, threads: int = 0, settings: dict[str, Any] | None = None) -> None:
-        """Load a bundle, or raise BundleFault; `threads`, if not 0, and `settings` replace those of config.json."""
+        """Load a bundle; `threads`, if not 0, and `settings` replace those of config.json."""
         changes = {**(settings or {}), **({"thread_num": threads} if threads else {})}
         # `set_config` does not change the settings of the vision tower.
         self.folder = overlay(bundle, changes) if changes else bundle
@@ -73,10 +71,7 @@ class EngineSession:
             )
 
     def forward(self, ids: list[int]) -> np.ndarray:
-        """Append `ids` to the KV cache and return logits, float32 [1, vocabulary]; with "all_logits" one row an id.
-
-        Raise BundleFault if the logits are garbage.
-        """
+        """Append `ids` to the KV cache and return logits, float32 [1, vocabulary]; with "all_logits" one row an id."""
         logits = np.array(self.llm.forward(ids).read(), np.float32)
         if not np.isfinite(logits).all() or np.abs(logits).max() > GARBAGE_LOGIT or np.ptp(logits) == 0:
             raise BundleFault(
@@ -95,10 +90,7 @@ class EngineSession:
         return [int(token) for token in self.llm.tokenizer_encode({"text": prompt, "images": images})]
 
     def generate(self, prompt: str, images: list[dict[str, Any]], limit: int) -> tuple[list[int], list[int]]:
-        """Return the ids of a prompt and of its greedy answer, by the engine's own image processing and positions.
-
-        This is the result of `response`, which applications call.
-        """
+        """Return the ids of a prompt and its greedy answer by the engine's images and positions, as `response` does."""
         self.llm.reset()
         self.llm.generate_init()
         ids = self.encode(prompt, images)
@@ -167,10 +159,7 @@ class ModelSession(EngineSession):
         return self.prefill_text(ids[start:], int(positions[0, start]))[-1]
 
     def prefill_images(self, ids: list[int], positions: np.ndarray, images: list[dict[str, Any]]) -> int:
-        """Empty the KV cache, prefill a prompt up to the end of its last image, and return the number of its tokens.
-
-        Raise BundleFault if the engine has another number of image tokens than transformers.
-        """
+        """Empty the KV cache, prefill a prompt up to the end of its last image, and return the number of its tokens."""
         self.llm.reset()
         start, remaining = 0, iter(images)
         is_image = np.array(ids) == self.info.get("image_token_id")

@@ -40,10 +40,7 @@ def seconds(action: Callable[[], Any]) -> float:
 
 
 def plain_tokens(session: ModelSession, count: int) -> list[int]:
-    """Return ids of ordinary text, the same at every call: no special tokens, which decode to an empty text.
-
-    Raise BundleFault if the tokenizer decodes too few ids.
-    """
+    """Return ids of ordinary text, the same at every call: no special tokens, which decode to an empty text."""
     random, ids, tried = np.random.default_rng(0), [], 0
     while len(ids) < count:
         if tried > 20 * count + 1000:
