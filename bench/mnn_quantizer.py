@@ -6,11 +6,11 @@ bits and blocks than requested, and rounds constants to float16.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
+import onnx
+
 from hf2mnn.core.errors import ConversionError
-from hf2mnn.mnn.adapt import save_adapted
 from hf2mnn.mnn.bundle import ADAPT, DECODER, PARTS
 from hf2mnn.mnn.convert import FUSE, convert_onnx, write_graph
 from hf2mnn.mnn.graph import Graph, check_fused, check_size, check_supported
@@ -34,10 +34,16 @@ def options(form: WeightFormat) -> list[str]:
     ]
 
 
-def convert(source: Path, destination: Path, form: WeightFormat | None = None, fuse: bool = True) -> Graph:
+def convert(
+    source: Path,
+    destination: Path,
+    form: WeightFormat | None = None,
+    fuse: bool = True,
+    adapted: onnx.ModelProto | None = None,
+) -> Graph:
     """Convert an ONNX file to `destination` (.mnn) and its weight file, float32 by default; return the graph."""
     weights = destination.with_name(f"{destination.name}.weight")
-    graph = convert_onnx(source, weights, [*([FUSE] if fuse else []), *options(form or WeightFormat())])
+    graph = convert_onnx(source, weights, [*([FUSE] if fuse else []), *options(form or WeightFormat())], adapted)
     write_graph(graph, destination)
     return graph
 
@@ -46,9 +52,7 @@ def _convert_part(part: str, onnx_folder: Path, folder: Path, form: WeightFormat
     name, source = PARTS[part]
     model = load_graph(onnx_folder / source)
     ADAPT[part](model)
-    with tempfile.TemporaryDirectory(prefix="hf2mnn-", dir=folder) as scratch:
-        adapted = save_adapted(model, onnx_folder / source, Path(scratch))
-        graph = convert(adapted, folder / name, form, fuse)
+    graph = convert(onnx_folder / source, folder / name, form, fuse, model)
     check_supported(graph, name)
     check_size(graph, f"{name}.weight", (folder / f"{name}.weight").stat().st_size)
     check_weights(graph, name, form)

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from hf2mnn.doctor.artifacts import Bundle, MnnModel, OnnxFile
 from hf2mnn.doctor.checks import CHECKS, Check
 from hf2mnn.doctor.examine import examine, run_check
 from hf2mnn.doctor.findings import Finding, Severity
-from hf2mnn.mnn.adapt import save_adapted
 from hf2mnn.mnn.bundle import ADAPT, CONFIG, DECODER, MODEL_CONFIG, PARTS
 from hf2mnn.mnn.convert import FUSE, convert_onnx, read_graph, write_graph
 from hf2mnn.mnn.graph import Graph
@@ -76,9 +74,7 @@ def convert_part(
     for path in (bundle / name, bundle / f"{name}.weight"):
         path.unlink(missing_ok=True)
     ADAPT[part](model)
-    with tempfile.TemporaryDirectory(dir=bundle) as scratch:
-        adapted = save_adapted(model, onnx_folder / source, Path(scratch))
-        write_graph(convert_onnx(adapted, bundle / f"{name}.weight", options), bundle / name)
+    write_graph(convert_onnx(onnx_folder / source, bundle / f"{name}.weight", options, model), bundle / name)
 
 
 def file_findings(path: Path, *severities: Severity, checkpoint: Path | None = None) -> dict[str, Finding]:

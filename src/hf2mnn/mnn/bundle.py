@@ -8,7 +8,6 @@ layers have no weights yet; the quantize stage adds them and builds the .mnn fil
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,9 @@ from hf2mnn.checkpoint.model_info import has_vision
 from hf2mnn.checkpoint.tensors import StoredTensor
 from hf2mnn.core.manifest import tool_versions
 from hf2mnn.families import get_family
-from hf2mnn.mnn.adapt import adapt_decoder, adapt_vision, save_adapted
+from hf2mnn.mnn.adapt import adapt_decoder, adapt_vision, restore_linear_layers, strip_linear_layers
 from hf2mnn.mnn.convert import CUSTOM_OPERATORS, FUSE, convert_onnx
 from hf2mnn.mnn.graph import Graph, check_fused, check_size, check_supported
-from hf2mnn.mnn.linear import restore_linear_layers, strip_linear_layers
 from hf2mnn.mnn.nc4hw4 import Layout, to_nc4hw4
 from hf2mnn.mnn.tokenizer import tokenizer_differences, write_tokenizer
 from hf2mnn.onnx.initializers import initializer_values, load_graph, stored_initializers
@@ -60,8 +58,7 @@ def _convert(part: str, onnx_folder: Path, folder: Path) -> tuple[Graph, dict[st
     model, vectors = load_graph(source), initializer_values(source, 1)
     ADAPT[part](model)
     strip_linear_layers(model)
-    with tempfile.TemporaryDirectory(prefix="hf2mnn-", dir=folder) as scratch:
-        graph = convert_onnx(save_adapted(model, source, Path(scratch)), weights, (FUSE, CUSTOM_OPERATORS))
+    graph = convert_onnx(source, weights, (FUSE, CUSTOM_OPERATORS), model)
     restore_linear_layers(graph, weights, vectors)
     return graph, vectors
 

@@ -20,11 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
+from onnx.external_data_helper import uses_external_data
+
 from hf2mnn.core.errors import ConversionError, MachineError
 from hf2mnn.core.machine_errors import disk_full_message, explain_kill
 from hf2mnn.machine.child import child_environment
 from hf2mnn.mnn.graph import Graph
-from hf2mnn.onnx.initializers import float_values
+from hf2mnn.onnx.initializers import float_values, stored_initializers
 
 # Python ignores SIGXFSZ, and the converter does not check whether its writes succeed.
 CALL = (
@@ -126,14 +129,31 @@ def write_graph(graph: Graph, path: Path) -> None:
         built.replace(path)
 
 
-def convert_onnx(source: Path, weights: Path, options: Sequence[str] = (FUSE,)) -> Graph:
-    """Convert an ONNX file to a graph with exact constants, and write its weight file `weights`.
+def _save_adapted(model: onnx.ModelProto, source: Path, folder: Path) -> Path:
+    """Write a changed graph of the ONNX file `source` to `folder`, with links to the weight files that it uses.
+
+    Raise ExportError if one is missing or too short; the converter would use zeros without a message.
+    """
+    stored = stored_initializers(source)
+    used = {tensor.name for tensor in model.graph.initializer if uses_external_data(tensor)}
+    for path in {stored[name].path for name in used}:
+        (folder / path.name).symlink_to(path.resolve())
+    onnx.save(model, folder / source.name)
+    return folder / source.name
+
+
+def convert_onnx(
+    source: Path, weights: Path, options: Sequence[str] = (FUSE,), adapted: onnx.ModelProto | None = None
+) -> Graph:
+    """Convert an ONNX file, or its graph `adapted`, to a graph with exact constants, and write its weight file.
 
     Raise ConversionError with the converter's reason if it fails; nothing is written.
     """
     source, weights = Path(source).resolve(), Path(weights).resolve()
     with tempfile.TemporaryDirectory(prefix="hf2mnn-", dir=weights.parent) as name:
         folder = Path(name)
+        if adapted is not None:
+            source = _save_adapted(adapted, source, folder)
         arguments = ["-f", "ONNX", "--modelFile", str(source), "--MNNModel", "model.mnn", "--bizCode", "hf2mnn"]
         output = run_converter([*arguments, "--saveExternalData=1", *options], folder)
         model, data = folder / "model.mnn", folder / "model.mnn.weight"

@@ -25,7 +25,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from hf2mnn.core.errors import BundleError, CheckpointError
 from hf2mnn.core.files import atomic_file
-from hf2mnn.mnn import template
+from hf2mnn.mnn import engine_facts, template
 from hf2mnn.mnn.checkpoint_tokenizer import (
     BYTE_TOKENS,
     META_SPACE,
@@ -39,16 +39,7 @@ from hf2mnn.mnn.checkpoint_tokenizer import (
     read_checkpoint_tokenizer,
     read_object,
 )
-from hf2mnn.mnn.engine_facts import (
-    CLEAN_UP_SPACES,
-    PIPELINE,
-    SPLIT_BEHAVIORS,
-    TOKENIZER_MAGIC,
-    Decoder,
-    Model,
-    Normalizer,
-    PreTokenizer,
-)
+from hf2mnn.mnn.engine_facts import SPLIT_BEHAVIORS, Decoder, Model, Normalizer, PreTokenizer
 
 _u8, _u32 = struct.Struct("<B").pack, struct.Struct("<I").pack
 
@@ -78,10 +69,10 @@ def encode_tokenizer(checkpoint: Path) -> bytes:
     spec, added, stop = tokenizer.spec, tokenizer.added, tokenizer.stop
     with invalid_tokenizer(tokenizer.path):
         special = [token["id"] for token in added if token["special"]]
-        ids = " ".join(map(str, special + stop))
+        kind, ids = f"{engine_facts.TOKENIZER_MAGIC} {engine_facts.PIPELINE}", " ".join(map(str, special + stop))
         return b"".join(
             [
-                f"{TOKENIZER_MAGIC} {PIPELINE}\n{len(special)} {len(stop)} 0\n{ids}\n".encode(),
+                f"{kind}\n{len(special)} {len(stop)} 0\n{ids}\n".encode(),
                 _meta_space_parts(tokenizer.meta_spaces, spec["model"]["merges"])
                 if tokenizer.meta_spaces
                 else _normalizer(spec.get("normalizer")) + _pre_tokenizer(spec.get("pre_tokenizer")),
@@ -92,7 +83,7 @@ def encode_tokenizer(checkpoint: Path) -> bytes:
                 _u32(len(tokenizer.template.encode())),
                 tokenizer.template.encode(),
                 _string(tokenizer.eos),
-                _u8(CLEAN_UP_SPACES if tokenizer.clean_up_spaces else 0),
+                _u8(engine_facts.CLEAN_UP_SPACES if tokenizer.clean_up_spaces else 0),
                 _string(tokenizer.bos),
             ]
         )

@@ -96,9 +96,7 @@ class _Cursor:
 
 # Fields of a part by its code: u8 (B), u32 (I), string (s), table of u32 and string (t), flags of BERT and their table
 # (b), sequence of parts (*).
-NORMALIZERS = {
-    Normalizer.NONE: "",
-    Normalizer.NFKC_WITHOUT_TABLE: "",
+NORMALIZERS = dict.fromkeys(Normalizer, "") | {
     Normalizer.PREPEND: "s",
     Normalizer.REPLACE: "ss",
     Normalizer.SEQUENCE: "*",
@@ -107,21 +105,16 @@ NORMALIZERS = {
     Normalizer.BERT: "b",
     Normalizer.STRIP: "BB",
 }
-PRE_TOKENIZERS = {
-    PreTokenizer.NONE: "",
+PRE_TOKENIZERS = dict.fromkeys(PreTokenizer, "") | {
     PreTokenizer.BYTE_LEVEL: "B",
     PreTokenizer.DIGITS: "B",
     PreTokenizer.METASPACE: "sB",
     PreTokenizer.SPLIT: "sBB",
-    PreTokenizer.BERT: "",
     PreTokenizer.SEQUENCE: "*",
 }
-DECODERS = {
-    Decoder.BYTE_LEVEL: "",
-    Decoder.BYTE_FALLBACK: "",
+DECODERS = dict.fromkeys(Decoder, "") | {
     Decoder.METASPACE: "sB",
     Decoder.WORDPIECE: "sB",
-    Decoder.FUSE: "",
     Decoder.REPLACE: "ss",
     Decoder.STRIP: "sII",
     Decoder.SEQUENCE: "*",
