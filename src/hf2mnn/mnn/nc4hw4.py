@@ -75,8 +75,7 @@ class _Decoder:
                 self.consumers[index].append(op)
         self.linear = {op["name"].removesuffix(LINEAR): op for op in graph.of_type("Convolution")}
         self.attentions = graph.fused
-        matches = [LAYER.fullmatch(name) for name in self.linear]
-        self.layers = [match["layer"] for match in matches if match]
+        self.layers = [match["layer"] for name in self.linear if (match := LAYER.fullmatch(name))]
         norms = {op["name"]: op for op in graph.of_type("LayerNorm")}
         of_heads = {f"{layer}.self_attn.{name}" for layer in self.layers for name in ROTARY_NORMS}
         self.head_norms = {name: op for name, op in norms.items() if name in of_heads}

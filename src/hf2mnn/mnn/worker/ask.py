@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hf2mnn.mnn.template import engine_messages
-from hf2mnn.mnn.worker.session import ModelSession, engine_image, image_grid, insert_image_tags
+from hf2mnn.mnn.worker.session import ModelSession, engine_image
 
 
 def run(job: dict[str, Any]) -> None:
@@ -19,11 +19,8 @@ def run(job: dict[str, Any]) -> None:
     images = [engine_image(rgb) for rgb in arrays]
     if job["as_called"]:
         prompt = session.native.apply_chat_template(engine_messages(job["messages"]))
-        _, answer = session.generate(insert_image_tags(prompt, session.family.image_placeholder), images, limit)
+        _, answer = session.generate(session.tagged(prompt), images, limit)
     else:
-        prompt = insert_image_tags(job["prompt"], session.family.image_placeholder)
-        ids = session.encode(prompt, images)
-        grids = [image_grid(rgb, session.info) for rgb in arrays]
-        positions = session.family.position_ids(np.array(ids), grids, session.info)
-        answer = session.greedy(session.prefill(ids, positions, images), limit)
+        ids = session.encode(session.tagged(job["prompt"]), images)
+        answer = session.greedy(session.prefill(ids, session.positions(ids, arrays), images), limit)
     Path(job["result"]).write_text(json.dumps({"text": session.decode(answer)}))

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from hf2mnn.core.progress import steps
 from hf2mnn.mnn.template import engine_messages
 from hf2mnn.mnn.worker.module import Module, runtime_settings
-from hf2mnn.mnn.worker.session import ModelSession, engine_image, insert_image_tags
+from hf2mnn.mnn.worker.session import ModelSession, engine_image
 from hf2mnn.reference.cache_fill import logits_by_fill
 from hf2mnn.reference.golden import Golden, GoldenExample, GoldenProbe
 
@@ -53,8 +53,7 @@ def _as_called(session: ModelSession, example: GoldenExample, images: list[np.nd
     engine's tokenizer of the reference prompt.
     """
     written = session.native.apply_chat_template(engine_messages(example.messages))
-    placeholder = session.family.image_placeholder
-    tagged, reference = (insert_image_tags(prompt, placeholder) for prompt in (written, example.prompt))
+    tagged, reference = session.tagged(written), session.tagged(example.prompt)
     inputs = [engine_image(rgb) for rgb in images]
     # The engine has no answer to an empty prompt.
     ids, answer = session.generate(tagged, inputs, limit) if written.strip() else ([], [])

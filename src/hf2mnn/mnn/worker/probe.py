@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hf2mnn.mnn.engine_facts import IMAGE_TAG
-from hf2mnn.mnn.worker.session import ModelSession, engine_image, image_grid
+from hf2mnn.mnn.worker.session import ModelSession, engine_image
 
 
 def colored_fields(session: ModelSession, side: int) -> np.ndarray:
@@ -28,19 +28,15 @@ def run(job: dict[str, Any]) -> None:
     job: bundle, settings, prompts (a text, and whether an image precedes it), image_side, limit (tokens of an answer),
     answers, logits.
     """
-    bundle, path = Path(job["bundle"]), Path(job["answers"])
-    session = ModelSession(bundle, settings=job["settings"])
+    session = ModelSession(Path(job["bundle"]), settings=job["settings"])
+    path, rows = Path(job["answers"]), []
     answers = json.loads(path.read_text()) if path.exists() else []
-    stored, rows = bool(answers), []
-    prompts = [(text, with_image and session.family.has_vision) for text, with_image in job["prompts"]]
-    if session.family.has_vision:
-        rgb = colored_fields(session, job["image_side"])
-        image, grid = engine_image(rgb), image_grid(rgb, session.info)
-    for index, (text, with_image) in enumerate(prompts):
-        images = [image] if with_image else []
-        prompt = session.native.apply_chat_template(IMAGE_TAG.format(0) * len(images) + text)
-        ids = session.encode(prompt, images)
-        positions = session.family.position_ids(np.array(ids), [grid] * len(images), session.info)
+    stored = bool(answers)
+    for index, (text, with_image) in enumerate(job["prompts"]):
+        arrays = [colored_fields(session, job["image_side"])] if with_image and session.family.has_vision else []
+        images = [engine_image(rgb) for rgb in arrays]
+        ids = session.encode(session.native.apply_chat_template(IMAGE_TAG.format(0) * len(images) + text), images)
+        positions = session.positions(ids, arrays)
         if not stored:
             answers.append(session.greedy(session.prefill(ids, positions, images), job["limit"]))
         rows.append(session.forced(ids, positions, images, answers[index]))

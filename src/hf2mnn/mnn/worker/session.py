@@ -45,11 +45,6 @@ def engine_image(rgb: np.ndarray, size: tuple[int, int] | None = None) -> dict[s
     return {"data": data, "height": height, "width": width}
 
 
-def image_grid(rgb: np.ndarray, info: dict[str, Any]) -> np.ndarray:
-    """Return grid_thw int64 [3] of an image of the right size; `info` is model.json."""
-    return np.array([1, *(side // info["patch_size"] for side in rgb.shape[:2])])
-
-
 class EngineSession:
     """Any bundle, loaded; methods raise BundleFault where the engine fails on it.
 
@@ -114,6 +109,17 @@ class ModelSession(EngineSession):
         super().__init__(bundle, threads, settings)
         self.info = json.loads((bundle / "llm_config.json").read_text())["hf2mnn"]
         self.family = get_family(self.info["model_type"], bundle)
+
+    def tagged(self, prompt: str) -> str:
+        """Replace the template's placeholders of images by the engine's tags, numbered in order."""
+        placeholder = self.family.image_placeholder
+        first, *rest = prompt.split(placeholder) if placeholder else [prompt]
+        return first + "".join(IMAGE_TAG.format(number) + part for number, part in enumerate(rest))
+
+    def positions(self, ids: list[int], images: list[np.ndarray]) -> np.ndarray:
+        """Return the positions of transformers for a prompt with uint8 RGB images of the right sizes."""
+        grids = [np.array([1, *(side // self.info["patch_size"] for side in rgb.shape[:2])]) for rgb in images]
+        return self.family.position_ids(np.array(ids), grids, self.info)
 
     def all_logits(self, ids: list[int], position: int) -> np.ndarray:
         """Append text to the KV cache at `position` and return the logits after each id, float32 [ids, vocabulary]."""
@@ -210,9 +216,3 @@ class ModelSession(EngineSession):
         self.truncate(len(example.input_ids) + common)
         self.native.set_context({"all_seq_len": int(example.position_ids.max()) + 1 + common})
         return rows, best[:common].tolist() + self.greedy(rows[common], limit - common)
-
-
-def insert_image_tags(prompt: str, placeholder: str) -> str:
-    """Replace the template's placeholders of images (start, pad, end) by the engine's tags, numbered in order."""
-    parts = prompt.split(placeholder) if placeholder else [prompt]
-    return parts[0] + "".join(IMAGE_TAG.format(number) + part for number, part in enumerate(parts[1:]))
