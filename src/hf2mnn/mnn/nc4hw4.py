@@ -31,8 +31,9 @@ LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD = "logits"
 LAYOUT_OPS = ("Reshape", "Permute", "ConvertTensor", "Const")  # operators that change shape or layout, and no value
+SUM = ("BinaryOp", "ADD")
 REPLACED_PER_LAYER = {
-    ("BinaryOp", "ADD"): 4,
+    SUM: 4,
     ("BinaryOp", "MUL"): 5,
     ("UnaryOp", "NEG"): 2,
     ("UnaryOp", "SILU"): 1,
@@ -40,8 +41,6 @@ REPLACED_PER_LAYER = {
     ("StridedSlice", None): 4,
 }
 """Operators of a layer that the rewrite replaces: residual sums, rotation of queries and keys, gate."""
-NORM = ("LayerNorm", None)
-SUM = ("BinaryOp", "ADD")
 
 
 @dataclass(frozen=True)
@@ -108,12 +107,6 @@ class _Decoder:
         if len(self.deepstack) > count or not all(map(self._is_added, self.layers, self.deepstack)):
             return "deepstack is not added to the outputs of the first layers"
         return ""
-
-    @property
-    def replaced(self) -> Counter[tuple[str, str | None]]:
-        """Operators that the rewrite replaces, counted by type and kind."""
-        counts = Counter({kind: each * len(self.layers) for kind, each in REPLACED_PER_LAYER.items()})
-        return counts + Counter({NORM: len(self.head_norms), SUM: len(self.deepstack)})
 
     def _is_rotated_next(self, name: str) -> bool:
         """Check that a normalization is of each head of a projection, and that only the rotation reads its output."""
@@ -262,7 +255,9 @@ def _still_needed(ops: list[Op], new: list[Op]) -> list[Op]:
 
 def _unexpected(dropped: list[Op], decoder: _Decoder) -> str:
     """Return the first kind of operator that the rewrite would drop and does not replace, "" if there is none."""
-    computing, expected = Counter(_kind(op) for op in dropped if op["type"] not in LAYOUT_OPS), decoder.replaced
+    computing = Counter(_kind(op) for op in dropped if op["type"] not in LAYOUT_OPS)
+    expected = Counter({kind: count * len(decoder.layers) for kind, count in REPLACED_PER_LAYER.items()})
+    expected += Counter({("LayerNorm", None): len(decoder.head_norms), SUM: len(decoder.deepstack)})
     for kind in computing | expected:
         if computing[kind] != expected[kind]:
             return f"it has {computing[kind]} operators of type {kind[1] or kind[0]} instead of {expected[kind]}"

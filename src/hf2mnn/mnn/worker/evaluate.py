@@ -22,26 +22,23 @@ def _cache_logits(session: ModelSession, golden: Golden, probe: GoldenProbe) -> 
     """Return logits of a probe's text after its images, by the way in which the KV cache is filled."""
     before, ids = probe.split_after_images(session.info.get("image_token_id"))
     images = [engine_image(golden.image(name).resized) for name in probe.images]
-    first, length = int(probe.position_ids[0, len(before)]), 0
-    # `truncate` takes effect with the next forward, so the length of the text in the cache is counted here.
+    first = int(probe.position_ids[0, len(before)])
+    cached: list[int] = []  # `truncate` takes effect with the next forward, so the text in the cache is recorded here
 
     def start() -> None:
-        nonlocal length
-        length = 0
+        cached.clear()
         session.prefill_images(probe.ids.tolist(), probe.position_ids, images)
 
     def feed(tokens: list[int]) -> np.ndarray:
-        nonlocal length
         # A single token after others is a decoding step; the rest is prefill, one position a token.
-        decoding = len(tokens) == 1 and length > 0
-        rows = session.forward(tokens) if decoding else session.all_logits(tokens, first + length)
-        length += len(tokens)
+        decoding = len(tokens) == 1 and cached
+        rows = session.forward(tokens) if decoding else session.all_logits(tokens, first + len(cached))
+        cached.extend(tokens)
         return rows
 
     def forget(count: int) -> None:
-        nonlocal length
-        length -= count
-        session.truncate(len(before) + length)
+        del cached[len(cached) - count :]
+        session.truncate(len(before) + len(cached))
 
     return logits_by_fill(ids, start, feed, forget)
 

@@ -147,12 +147,12 @@ def run(job: dict[str, Any]) -> None:
     ids = plain_tokens(session, max([request, *(length + 1 for length in job["lengths"])]))
     measures |= session.text_measures(ids[:prompt], ids[prompt:request])
     cache = [session.cache_gain(ids[: length + 1]) for length in job["lengths"]]
-    image, has_vision = None, session.family.has_vision
-    if has_vision:
+    image = None
+    if session.family.has_vision:
         image = session.family.image_size(job["image_side"], job["image_side"], session.info)
         measures["image_s"] = image_seconds(session, *image)
     peak = own_peak_mb()
-    if has_vision:
+    if image:
         measures["vision_s"] = tower_seconds(session, *image)
     if peak is not None:
         measures |= {"base_mb": base, "peak_mb": peak, "bundle_mb": peak - base}
