@@ -1,7 +1,8 @@
 """The fast tokenizer of a Hugging Face checkpoint: its files, as far as they can be written for MNN's engine.
 
 Supported are byte-level BPE, split by a pattern and normalized by NFC or not at all (the Qwen families, Llama 3), and
-BPE over characters with byte fallback, whose words begin with a meta space (Llama 2, Mistral).
+BPE over characters with byte fallback, whose words begin with a meta space (Llama 2, Mistral). Other tokenizers are
+rejected: they would be written as tokenizers with other ids.
 
 Ids are those of a rendered chat, `tokenizer(text, add_special_tokens=False)` in transformers. The chat template writes
 begin-of-text tokens itself, so post-processors that add them are ignored.

@@ -11,7 +11,7 @@ import numpy as np
 
 from hf2mnn.mnn.engine_facts import IMAGE_TAG
 from hf2mnn.mnn.template import render
-from hf2mnn.mnn.worker.session import EngineSession, engine_image
+from hf2mnn.mnn.worker.session import EngineSession, Images, engine_image
 
 SIDE = 84  # pixels of an image that no Qwen-VL family resizes (patches of 14, merged by two)
 SETTINGS = {"sampler_type": "greedy", "thread_num": 2}
@@ -24,7 +24,7 @@ def red_square() -> np.ndarray:
     return pixels
 
 
-def answer(session: EngineSession, prompt: str, images: list[dict[str, Any]], limit: int) -> dict[str, Any]:
+def answer(session: EngineSession, prompt: str, images: Images, limit: int) -> dict[str, Any]:
     """Return `ids` of a prompt, `answer` (ids), its `text`, and the length of the `longest` run of one token in it."""
     session.llm.reset()
     session.llm.generate_init()

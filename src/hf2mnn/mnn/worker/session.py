@@ -22,6 +22,8 @@ from hf2mnn.mnn.bundle_config import with_settings
 from hf2mnn.mnn.engine_facts import GARBAGE_LOGIT, IMAGE_TAG
 from hf2mnn.reference.golden import GoldenExample
 
+Images = list[dict[str, Any]]  # as `engine_image` returns them
+
 
 def overlay(bundle: Path, settings: dict[str, Any]) -> Path:
     """Return a folder in the working directory with links to the bundle's files, and config.json with `settings`.
@@ -80,11 +82,11 @@ class EngineSession:
         """Append `ids` to the KV cache and return the logits after them, float32 [vocabulary]."""
         return self.forward(ids)[-1]
 
-    def encode(self, prompt: str, images: list[dict[str, Any]]) -> list[int]:
+    def encode(self, prompt: str, images: Images) -> list[int]:
         """Return the ids of a prompt with the engine's own image processing."""
         return [int(token) for token in self.llm.tokenizer_encode({"text": prompt, "images": images})]
 
-    def generate(self, prompt: str, images: list[dict[str, Any]], limit: int) -> tuple[list[int], list[int]]:
+    def generate(self, prompt: str, images: Images, limit: int) -> tuple[list[int], list[int]]:
         """Return the ids of a prompt and its greedy answer by the engine's images and positions, as `response` does."""
         self.llm.reset()
         self.llm.generate_init()
@@ -156,15 +158,15 @@ class ModelSession(EngineSession):
                 rows.append(self.forward(part))
         return np.concatenate(rows)
 
-    def prefill(self, ids: list[int], positions: np.ndarray, images: list[dict[str, Any]]) -> np.ndarray:
+    def prefill(self, ids: list[int], positions: np.ndarray, images: Images) -> np.ndarray:
         """Prefill a prompt in an empty KV cache and return the logits after it, float32 [vocabulary].
 
-        `positions` are those of transformers, int [rows, tokens], and `images` those of `engine_image`.
+        `positions` are those of transformers, int [rows, tokens].
         """
         start = self.prefill_images(ids, positions, images)
         return self.prefill_text(ids[start:], int(positions[0, start]))[-1]
 
-    def prefill_images(self, ids: list[int], positions: np.ndarray, images: list[dict[str, Any]]) -> int:
+    def prefill_images(self, ids: list[int], positions: np.ndarray, images: Images) -> int:
         """Empty the KV cache, prefill a prompt up to the end of its last image, and return the number of its tokens."""
         self.llm.reset()
         start, remaining = 0, iter(images)
@@ -195,16 +197,12 @@ class ModelSession(EngineSession):
             answer.append(int(self.logits(answer[-1:]).argmax()))
         return answer
 
-    def forced(
-        self, ids: list[int], positions: np.ndarray, images: list[dict[str, Any]], answer: list[int]
-    ) -> np.ndarray:
+    def forced(self, ids: list[int], positions: np.ndarray, images: Images, answer: list[int]) -> np.ndarray:
         """Return the logits after a prompt and each token of `answer` but the last, float32 [answer, vocabulary]."""
         row = self.prefill(ids, positions, images)
         return np.stack([row, *(self.logits([token]) for token in answer[:-1])])
 
-    def evaluate(
-        self, example: GoldenExample, images: list[dict[str, Any]], limit: int
-    ) -> tuple[np.ndarray, list[int]]:
+    def evaluate(self, example: GoldenExample, images: Images, limit: int) -> tuple[np.ndarray, list[int]]:
         """Return teacher-forced logits and the ids of the greedy answer of an example, by cached decoding."""
         rows = self.forced(example.input_ids.tolist(), example.position_ids, images, example.answer_ids.tolist())
         best = rows.argmax(axis=1)
