@@ -159,10 +159,7 @@ class ModelSession(EngineSession):
         return np.concatenate(rows)
 
     def prefill(self, ids: list[int], positions: np.ndarray, images: Images) -> np.ndarray:
-        """Prefill a prompt in an empty KV cache and return the logits after it, float32 [vocabulary].
-
-        `positions` are those of transformers, int [rows, tokens].
-        """
+        """Empty the KV cache, prefill a prompt at `positions`, int [rows, tokens], and return the logits after it."""
         start = self.prefill_images(ids, positions, images)
         return self.prefill_text(ids[start:], int(positions[0, start]))[-1]
 
