@@ -141,8 +141,8 @@ def cases(data: str, full: bool) -> list[Case]:
 def load_kernels() -> None:
     """Compile the kernels or load them from the cache, which is not a part of quantization."""
     rows, Hinv = np.ones((8, 16), np.float32), np.eye(16, dtype=np.float32)
-    gptq_rows(rows, 4, 16, False, 16, Hinv)
-    unpack(pack(round_rows(rows, 4, 16, False, 16, "mse").q, 4), rows.size, 4)
+    gptq_rows(rows, WeightFormat(4, 16), Hinv)
+    unpack(pack(round_rows(rows, WeightFormat(4, 16, method="mse")).q, 4), rows.size, 4)
 
 
 def _peak_kb(status: str) -> int:

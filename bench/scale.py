@@ -86,11 +86,12 @@ LOCK = Path(tempfile.gettempdir()) / f"hf2mnn-bench-{os.getuid()}.lock"
 WARM_UP_HF2MNN = """
 import numpy, onnxscript, torch, transformers, MNN
 from hf2mnn.quant.blob import pack
+from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.rounding import round_rows
 rows = numpy.ones((8, 16), numpy.float32)
 for bits in (4, 8):
     for method in ("rtn", "mse"):
-        pack(round_rows(rows, bits, 16, False, 16, method).q, bits)
+        pack(round_rows(rows, WeightFormat(bits, 16, method=method)).q, bits)
 """
 WARM_UP_LLMEXPORT = "import onnx, torch, transformers, MNN"
 

@@ -16,6 +16,7 @@ from hf2mnn.mnn.bundle import DECODER, VISION
 from hf2mnn.mnn.convert import read_graph
 from hf2mnn.mnn.graph import LINEAR, Graph
 from hf2mnn.quant.blob import pack, scale_bytes
+from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.gptq import gptq_rows, inverse_cholesky
 from hf2mnn.quant.rounding import round_rows
 from hf2mnn.quant.weights import Operator
@@ -155,7 +156,7 @@ def test_requantized(results: Path, tmp_path: Path) -> None:
     four, eight = model_of(results / "bundles" / "int4"), model_of(bundle)
     content = bytearray(unlink_copy(bundle / f"{DECODER}.weight").read_bytes())
     for old, new in zip(four.operators, eight.operators, strict=True):
-        quantized = round_rows(four.weight_file.rows(old), 8, 64, False, 16, "mse")
+        quantized = round_rows(four.weight_file.rows(old), WeightFormat(8, 64, method="mse"))
         (offset, size), (scales, count), _ = new.parts
         begin = offset + eight.weight_file.header(new).size
         content[begin : offset + size] = pack(quantized.q, 8)
@@ -166,20 +167,20 @@ def test_requantized(results: Path, tmp_path: Path) -> None:
 
 
 def rtn(rows: np.ndarray, bits: int, block: int, symmetric: bool) -> np.ndarray:
-    return round_rows(rows, bits, block, symmetric, 16, "rtn").q
+    return round_rows(rows, WeightFormat(bits, block, symmetric, 16, "rtn")).q
 
 
 def mse(rows: np.ndarray, bits: int, block: int, symmetric: bool) -> np.ndarray:
-    return round_rows(rows, bits, block, symmetric, 16, "mse").q
+    return round_rows(rows, WeightFormat(bits, block, symmetric, 16, "mse")).q
 
 
 def hqq(rows: np.ndarray, bits: int, block: int, symmetric: bool) -> np.ndarray:
-    return round_rows(rows, bits, block, symmetric, 16, "hqq").q
+    return round_rows(rows, WeightFormat(bits, block, symmetric, 16, "hqq")).q
 
 
 def gptq(rows: np.ndarray, bits: int, block: int, symmetric: bool) -> np.ndarray:
     inputs = np.random.default_rng(1).normal(size=(512, rows.shape[1])).astype(np.float32)
-    return gptq_rows(rows, bits, block, symmetric, 16, inverse_cholesky(inputs.T @ inputs, "layer")).q
+    return gptq_rows(rows, WeightFormat(bits, block, symmetric, 16), inverse_cholesky(inputs.T @ inputs, "layer")).q
 
 
 @pytest.mark.parametrize("method", [rtn, mse, hqq, gptq])
@@ -194,7 +195,7 @@ def test_on_a_grid(method: Callable) -> None:
     scaled = rows * np.where(np.arange(512) % 97 == 0, 8, 1).astype(np.float32)
     giant = rows.copy()
     giant[:, 5] = 3.0
-    twice = round_rows(rows, 4, 64, False, 16, "mse").dequantize()
+    twice = round_rows(rows, WeightFormat(4, 64, method="mse")).dequantize()
     for bits, block, symmetric in ((8, 0, False), (8, 64, True), (6, 64, False)):
         for weights in (rows, scaled, giant):
             assert not on_a_grid(method(weights, bits, block, symmetric))

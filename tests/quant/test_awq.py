@@ -211,8 +211,8 @@ def test_large_inputs_have_smaller_output_errors(tmp_path: Path, bits: int, bloc
         restored = methods.prepare(operator, form)(0, weight * scales).dequantize() / scales
         shape = (bits, block, symmetric, 16)
         squares = np.square(activations.rows("a")).mean(axis=0)
-        plain = round_rows(weight, *shape, "mse").dequantize()
-        weighted = round_rows(weight, *shape, "mse", squares).dequantize()
+        plain = round_rows(weight, WeightFormat(*shape, "mse")).dequantize()
+        weighted = round_rows(weight, WeightFormat(*shape, "mse"), squares).dequantize()
         error = output_error(weight, restored, rows)
         assert error < 0.8 * output_error(weight, plain, rows)
         assert error < output_error(weight, weighted, rows)

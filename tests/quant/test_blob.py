@@ -88,7 +88,7 @@ def test_a_weight_has_the_bytes_that_the_converter_writes(bits: int, tmp_path: P
         head, wide = header(13, 64, operator.blocks(block), bits)
         assert stored == head + pack(weights.q, bits)
         assert wide == operator.stored["shapeInt32"]
-        assert len(stored) + len(alpha) == size(13, 64, bits, block, symmetric, scale_bits)
+        assert len(stored) + len(alpha) == size(13, 64, WeightFormat(bits, block, symmetric, scale_bits))
         # The converter stores the weight at the lowest q, hf2mnn that at q = 0.
         minima = None if symmetric else np.frombuffer(alpha, f"f{scale_bits // 8}")[::2].reshape(weights.scales.shape)
         assert scale_bytes(Quantized(weights.q, weights.scales, minima), scale_bits) == alpha
@@ -114,12 +114,12 @@ def test_size_is_that_of_the_bytes(
     scales = np.ones((rows, blocks), np.float32)
     weights = Quantized(np.zeros((rows, inputs), np.int8), scales, None if symmetric else scales)
     written = header(rows, inputs, blocks, bits)[0] + pack(weights.q, bits) + scale_bytes(weights, scale_bits)
-    assert size(rows, inputs, bits, block, symmetric, scale_bits) == len(written)
+    assert size(rows, inputs, WeightFormat(bits, block, symmetric, scale_bits)) == len(written)
 
 
 def test_size_of_floats() -> None:
-    assert size(3, 5, 16, 0, False, 16) == 30
-    assert size(3, 5, 32, 0, False, 16) == 60
+    assert size(3, 5, WeightFormat(16)) == 30
+    assert size(3, 5, WeightFormat(32)) == 60
 
 
 def test_pairs_are_stored_zero_point_first_row_by_row() -> None:

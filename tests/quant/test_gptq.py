@@ -7,6 +7,7 @@ import pytest
 
 from hf2mnn.core.errors import QuantizationError
 from hf2mnn.quant.blob import Quantized
+from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.gptq import DAMPING, gptq_rows, inverse_cholesky
 from hf2mnn.quant.rounding import LANES, round_rows
 
@@ -64,23 +65,23 @@ def test_unused_inputs(weight: np.ndarray, H: np.ndarray) -> None:
     """Dead channels give no NaN, and the others have the usual gain."""
     dead = H.copy()
     dead[::5], dead[:, ::5] = 0, 0
-    quantized = gptq_rows(weight, 4, 32, False, 16, inverse_cholesky(dead, "layer"))
-    plain = round_rows(weight, 4, 32, False, 16, "mse")
+    quantized = gptq_rows(weight, WeightFormat(4, 32), inverse_cholesky(dead, "layer"))
+    plain = round_rows(weight, WeightFormat(4, 32, method="mse"))
     assert np.isfinite(quantized.dequantize()).all()
     assert output_error(weight, quantized, dead) < 0.5 * output_error(weight, plain, dead)
 
 
 def test_inputs_of_zeros_give_the_result_of_mse(weight: np.ndarray, H: np.ndarray) -> None:
-    quantized = gptq_rows(weight, 4, 32, False, 16, inverse_cholesky(np.zeros_like(H), "layer"))
-    assert np.array_equal(quantized.q, round_rows(weight, 4, 32, False, 16, "mse").q)
+    quantized = gptq_rows(weight, WeightFormat(4, 32), inverse_cholesky(np.zeros_like(H), "layer"))
+    assert np.array_equal(quantized.q, round_rows(weight, WeightFormat(4, 32, method="mse")).q)
 
 
 def test_few_inputs_reduce_the_error_too(weight: np.ndarray) -> None:
     """With fewer rows than channels, H has no inverse without damping."""
     rows = np.random.default_rng(2).standard_normal((7, INPUTS)).astype(np.float32)
     H = rows.T @ rows / len(rows)
-    quantized = gptq_rows(weight, 4, 32, False, 16, inverse_cholesky(H, "layer"))
-    plain = round_rows(weight, 4, 32, False, 16, "mse")
+    quantized = gptq_rows(weight, WeightFormat(4, 32), inverse_cholesky(H, "layer"))
+    plain = round_rows(weight, WeightFormat(4, 32, method="mse"))
     assert output_error(weight, quantized, H) < 0.5 * output_error(weight, plain, H)
 
 
@@ -94,15 +95,17 @@ def test_outputs_have_smaller_errors_than_with_mse(
     weight: np.ndarray, H: np.ndarray, bits: int, block: int, symmetric: bool
 ) -> None:
     shape = (bits, block, symmetric, 16)
-    plain = round_rows(weight, *shape, "mse")
-    quantized = gptq_rows(weight, *shape, inverse_cholesky(H, "layer"))
+    plain = round_rows(weight, WeightFormat(*shape, "mse"))
+    quantized = gptq_rows(weight, WeightFormat(*shape), inverse_cholesky(H, "layer"))
     assert output_error(weight, quantized, H) < 0.7 * output_error(weight, plain, H)
 
 
 def test_uncorrelated_equal_inputs_give_the_result_of_mse(weight: np.ndarray) -> None:
     for bits in (2, 4):
-        quantized = gptq_rows(weight, bits, 32, False, 16, inverse_cholesky(np.eye(INPUTS, dtype=np.float32), "layer"))
-        plain = round_rows(weight, bits, 32, False, 16, "mse")
+        quantized = gptq_rows(
+            weight, WeightFormat(bits, 32), inverse_cholesky(np.eye(INPUTS, dtype=np.float32), "layer")
+        )
+        plain = round_rows(weight, WeightFormat(bits, 32, method="mse"))
         # Damping multiplies all costs by 1.01, with which a search may end in another optimum.
         assert (quantized.q == plain.q).mean() > 0.995
         errors = [np.square(weight - each.dequantize()).sum() for each in (quantized, plain)]
@@ -129,7 +132,7 @@ def test_each_q_is_the_nearest_to_the_compensated_weight(
     weight: np.ndarray, H: np.ndarray, bits: int, block: int, symmetric: bool
 ) -> None:
     """Within the precision of float32, a thousandth of a step."""
-    quantized = gptq_rows(weight, bits, block, symmetric, 16, inverse_cholesky(H, "layer"))
+    quantized = gptq_rows(weight, WeightFormat(bits, block, symmetric, 16), inverse_cholesky(H, "layer"))
     before = compensated(weight, quantized, H)
     each = INPUTS // quantized.scales.shape[1]
     s = np.repeat(quantized.scales.astype(np.float64), each, axis=1)
@@ -144,14 +147,14 @@ def test_each_q_is_the_nearest_to_the_compensated_weight(
 def test_a_blocks_scale_is_searched_when_the_block_begins(weight: np.ndarray, H: np.ndarray, symmetric: bool) -> None:
     """For the compensated weights, each weighted by the cost of its error."""
     block = 32
-    quantized = gptq_rows(weight, 3, block, symmetric, 16, inverse_cholesky(H, "layer"))
+    quantized = gptq_rows(weight, WeightFormat(3, block, symmetric, 16), inverse_cholesky(H, "layer"))
     Hinv = np.linalg.cholesky(np.linalg.inv(damped(H))).T
     costs = 1 / np.square(np.diag(Hinv))
     W, restored = weight.astype(np.float64), quantized.dequantize().astype(np.float64)
     for index, begin in enumerate(range(0, INPUTS, block)):
         span = slice(begin, begin + block)
         rows, importance = W[:, span].astype(np.float32), costs[span].astype(np.float32)
-        searched = round_rows(rows, 3, block, symmetric, 16, "mse", importance)
+        searched = round_rows(rows, WeightFormat(3, block, symmetric, 16, "mse"), importance)
         close = np.isclose(searched.scales[:, 0], quantized.scales[:, index], rtol=2e-3)
         assert close.mean() > 0.95, index
         for channel in range(begin, begin + block):
@@ -165,8 +168,8 @@ def test_a_blocks_scale_is_searched_when_the_block_begins(weight: np.ndarray, H:
 @pytest.mark.parametrize("cut", [1, 13, LANES])
 def test_rows_are_independent(weight: np.ndarray, H: np.ndarray, cut: int) -> None:
     Hinv = inverse_cholesky(H, "layer")
-    whole = gptq_rows(weight, 4, 32, False, 16, Hinv)
-    parts = [gptq_rows(weight[at : at + cut], 4, 32, False, 16, Hinv) for at in range(0, OUTPUTS, cut)]
+    whole = gptq_rows(weight, WeightFormat(4, 32), Hinv)
+    parts = [gptq_rows(weight[at : at + cut], WeightFormat(4, 32), Hinv) for at in range(0, OUTPUTS, cut)]
     for name in ("q", "scales", "zero_points"):
         assert np.array_equal(getattr(whole, name), np.concatenate([getattr(part, name) for part in parts]))
 
@@ -176,7 +179,7 @@ def test_rows_are_independent(weight: np.ndarray, H: np.ndarray, cut: int) -> No
 def test_results_can_be_stored(weight: np.ndarray, H: np.ndarray, scale_bits: int, symmetric: bool) -> None:
     Hinv = inverse_cholesky(H, "layer")
     for bits in (2, 5, 8):
-        quantized = gptq_rows(weight, bits, 64, symmetric, scale_bits, Hinv)
+        quantized = gptq_rows(weight, WeightFormat(bits, 64, symmetric, scale_bits), Hinv)
         assert quantized.q.min() >= -(1 << bits - 1) and quantized.q.max() < 1 << bits - 1
         assert (quantized.zero_points is None) == symmetric
         for part in (quantized.scales, *([] if symmetric else [quantized.zero_points])):
@@ -187,5 +190,5 @@ def test_results_can_be_stored(weight: np.ndarray, H: np.ndarray, scale_bits: in
 
 def test_the_argument_is_not_changed(weight: np.ndarray, H: np.ndarray) -> None:
     before = weight.copy()
-    gptq_rows(weight, 4, 32, False, 16, inverse_cholesky(H, "layer"))
+    gptq_rows(weight, WeightFormat(4, 32), inverse_cholesky(H, "layer"))
     assert np.array_equal(weight, before)

@@ -66,8 +66,8 @@ def test_rtn_is_that_of_the_converter(weight: np.ndarray, tmp_path: Path, bits: 
     for block in (32 * (bits % 2),):
         theirs = from_converter(tmp_path / f"{block}", weight, WeightFormat(bits, block, symmetric, 32))
         truncated = from_converter(tmp_path / f"{block}-half", weight, WeightFormat(bits, block, symmetric, 16))
-        ours = round_rows(weight, bits, block, symmetric, 32, "rtn")
-        halves = round_rows(weight, bits, block, symmetric, 16, "rtn")
+        ours = round_rows(weight, WeightFormat(bits, block, symmetric, 32, "rtn"))
+        halves = round_rows(weight, WeightFormat(bits, block, symmetric, 16, "rtn"))
         assert np.array_equal(ours.scales, theirs.scales)
         assert np.array_equal(truncated.scales, toward_zero(theirs.scales))
         assert np.array_equal(halves.scales, ours.scales.astype(np.float16).astype(np.float32))
@@ -92,7 +92,7 @@ def test_hqq_is_that_of_the_converter(weight: np.ndarray, tmp_path: Path, bits: 
         for scale_bits, tolerance in ((32, 0.002), (16, 0.02)):
             form = WeightFormat(bits, block, False, scale_bits, "hqq")
             theirs = from_converter(tmp_path / f"{block}-{scale_bits}", weight, form)
-            ours = round_rows(weight, bits, block, False, scale_bits, "hqq")
+            ours = round_rows(weight, form)
             assert error(weight, ours) == pytest.approx(error(weight, theirs), rel=tolerance)
             assert (ours.q == theirs.q).mean() > 0.99
             np.testing.assert_allclose(ours.scales, theirs.scales, rtol=1e-6 if scale_bits == 32 else 1e-3)
@@ -109,7 +109,7 @@ def test_every_layer_of_a_model_has_the_converters_error(onnx_folder: Path, bund
     for operator, stored in zip(layers, operators(theirs, names), strict=True):
         assert operator.name == stored.name
         rows = weights.rows(operator)
-        ours = round_rows(rows, form.bits, form.block, form.symmetric, form.scale_bits, "rtn")
+        ours = round_rows(rows, form)
         assert error(rows, ours) == pytest.approx(error(rows, file.quantized(stored)), rel=1e-3), operator.name
 
 
@@ -124,7 +124,7 @@ def heavy() -> np.ndarray:
 
 @pytest.mark.parametrize(("bits", "bound"), [(4, 0.0975), (3, 0.197), (2, 0.375)])
 def test_mse_has_smaller_errors_than_rtn_and_hqq(heavy: np.ndarray, bits: int, bound: float) -> None:
-    results = {method: round_rows(heavy, bits, 64, False, 16, method) for method in METHODS}
+    results = {method: round_rows(heavy, WeightFormat(bits, 64, method=method)) for method in METHODS}
     errors = {method: error(heavy, quantized) for method, quantized in results.items()}
     assert errors["mse"] <= bound
     assert errors["mse"] < errors["hqq"] < errors["rtn"]
@@ -139,7 +139,9 @@ def test_the_short_search_is_as_good_for_uniform_importance(heavy: np.ndarray, b
     """It has a third of the steps; a nearly uniform importance uses the full search."""
     rows, nearly = heavy[:256], np.ones(1536, np.float32)
     nearly[0] = np.nextafter(np.float32(1), np.float32(2))
-    short, whole = (round_rows(rows, bits, block, False, 16, "mse", importance) for importance in (None, nearly))
+    short, whole = (
+        round_rows(rows, WeightFormat(bits, block, method="mse"), importance) for importance in (None, nearly)
+    )
     assert error(rows, whole) < error(rows, short) < 1.01 * error(rows, whole)
 
 
@@ -182,7 +184,8 @@ def test_no_block_has_a_larger_error_than_with_rtn(
     weight: np.ndarray, bits: int, symmetric: bool, scale_bits: int
 ) -> None:
     rtn, mse = (
-        block_errors(weight, round_rows(weight, bits, 16, symmetric, scale_bits, method)) for method in ("rtn", "mse")
+        block_errors(weight, round_rows(weight, WeightFormat(bits, 16, symmetric, scale_bits, method)))
+        for method in ("rtn", "mse")
     )
     # Errors are summed in float32, and small float16 scales are multiples of 2^-24.
     slack = 1e-5 * rtn + 1e-12 * np.square(weight.astype(np.float64)).reshape(3, 2, -1).sum(axis=2)
@@ -202,7 +205,8 @@ def test_no_block_has_a_larger_error_than_with_rtn(
 def test_results_can_be_stored(weight: np.ndarray, bits: int, symmetric: bool, scale_bits: int, method: str) -> None:
     """Scales beyond the range of float16, 65504, are refused."""
     symmetric = symmetric and method != "hqq"
-    quantized = round_rows(weight, bits, 16, symmetric, scale_bits, method)
+    form = WeightFormat(bits, 16, symmetric, scale_bits, method)
+    quantized = round_rows(weight, form)
     assert quantized.q.dtype == np.int8 and quantized.q.shape == weight.shape
     assert quantized.q.min() >= -(1 << bits - 1) and quantized.q.max() < 1 << bits - 1
     assert (quantized.zero_points is None) == symmetric
@@ -212,9 +216,8 @@ def test_results_can_be_stored(weight: np.ndarray, bits: int, symmetric: bool, s
         assert np.isfinite(part).all()
     assert np.isfinite(quantized.dequantize()).all()
     if scale_bits == 16 and max(np.abs(part).max() for part in parts) > 65504:
-        form = WeightFormat(bits, 16, symmetric, scale_bits, method)
         with pytest.raises(QuantizationError, match="layer: its scales exceed the range of float16"):
-            write._encode_quantized(weight, quantized, Operator("layer", 3, 32, 1, (), None), form, 1.0)
+            write._encode_quantized(weight, quantized, Operator("layer", 3, 32, 1, (), None), form)
     elif scale_bits == 16:
         assert all(np.array_equal(part, part.astype(np.float16).astype(np.float32)) for part in parts)
 
@@ -228,13 +231,13 @@ def test_a_constant_block_keeps_its_value(method: str, value: float) -> None:
     """
     weight = np.full((5, 32), value, np.float32)
     for bits in (2, 4, 8):
-        restored = round_rows(weight, bits, 16, False, 16, method).dequantize()
+        restored = round_rows(weight, WeightFormat(bits, 16, method=method)).dequantize()
         if method == "hqq":
             np.testing.assert_allclose(restored, weight, rtol=1e-3, atol=2.0**-24)
         else:
             assert np.array_equal(restored, weight)
             # If symmetric, q times a float16 with 11 bits; a scale as small as 2^-27 is 0.
-            restored = round_rows(weight, bits, 16, True, 16, method).dequantize()
+            restored = round_rows(weight, WeightFormat(bits, 16, True, 16, method)).dequantize()
             np.testing.assert_allclose(restored, weight, rtol=2.0**-11, atol=2.0**-20)
 
 
@@ -247,7 +250,7 @@ def test_quantized_values_are_recovered() -> None:
         q.reshape(40, 2, 32)[:, :, :2] = [-half, half - 1]
         scales = random.uniform(0.01, 0.02, (40, 2)).astype(np.float16).astype(np.float32)
         weight = Quantized(q, scales, np.zeros((40, 2), np.float32)).dequantize()
-        quantized = round_rows(weight, bits, 32, False, 16, "mse")
+        quantized = round_rows(weight, WeightFormat(bits, 32, method="mse"))
         assert np.array_equal(quantized.q, q)
         np.testing.assert_allclose(quantized.dequantize(), weight, rtol=0, atol=1e-3 * 0.02)
 
@@ -257,15 +260,15 @@ def test_importance_moves_errors_to_unimportant_channels() -> None:
     weight = random.standard_normal((64, 64)).astype(np.float32)
     importance = np.where(np.arange(64) % 8 == 0, 100, 1).astype(np.float32)
     squares = [
-        np.square(weight - round_rows(weight, 3, 64, False, 16, "mse", h).dequantize()).astype(np.float64)
+        np.square(weight - round_rows(weight, WeightFormat(3, 64, method="mse"), h).dequantize()).astype(np.float64)
         for h in (None, importance)
     ]
     plain, weighted = ((errors * importance).sum() for errors in squares)
     assert weighted < 0.9 * plain
     assert squares[1].sum() > squares[0].sum()
     # Only ratios of importance matter.
-    same = round_rows(weight, 3, 64, False, 16, "mse", np.full(64, 4, np.float32))
-    assert np.array_equal(same.q, round_rows(weight, 3, 64, False, 16, "mse").q)
+    same = round_rows(weight, WeightFormat(3, 64, method="mse"), np.full(64, 4, np.float32))
+    assert np.array_equal(same.q, round_rows(weight, WeightFormat(3, 64, method="mse")).q)
 
 
 def test_channels_without_importance_are_ignored() -> None:
@@ -273,7 +276,7 @@ def test_channels_without_importance_are_ignored() -> None:
     importance = np.zeros(64, np.float32)
     for count in (0, 1, 32):
         importance[:count] = 1
-        quantized = round_rows(weight, 4, 32, False, 16, "mse", importance)
+        quantized = round_rows(weight, WeightFormat(4, 32, method="mse"), importance)
         assert np.isfinite(quantized.scales).all() and np.isfinite(quantized.zero_points).all()
         assert np.abs(quantized.dequantize() - weight)[:, :count].max(initial=0) < 0.5
 
@@ -283,7 +286,7 @@ def test_weights_of_any_magnitude_are_quantized(size: float) -> None:
     """Even if their squares exceed the range of float32."""
     weight = (np.random.default_rng(9).standard_normal((64, 64)) * size).astype(np.float32)
     for symmetric in (False, True):
-        quantized = round_rows(weight, 4, 32, symmetric, 32, "mse")
+        quantized = round_rows(weight, WeightFormat(4, 32, symmetric, 32, "mse"))
         assert error(weight / np.float32(size), rescaled(quantized, size)) < 0.15
 
 
@@ -297,8 +300,8 @@ def rescaled(quantized: Quantized, size: float) -> Quantized:
 def test_rows_are_independent(method: str, cut: int) -> None:
     """So any thread may quantize any of them."""
     weight = np.random.default_rng(8).standard_t(4, (3 * LANES + 5, 64)).astype(np.float32)
-    whole = round_rows(weight, 3, 32, False, 16, method)
-    parts = [round_rows(weight[at : at + cut], 3, 32, False, 16, method) for at in range(0, len(weight), cut)]
+    whole = round_rows(weight, WeightFormat(3, 32, method=method))
+    parts = [round_rows(weight[at : at + cut], WeightFormat(3, 32, method=method)) for at in range(0, len(weight), cut)]
     for name in ("q", "scales", "zero_points"):
         assert np.array_equal(getattr(whole, name), np.concatenate([getattr(part, name) for part in parts]))
 

@@ -17,7 +17,7 @@ from hf2mnn.core.manifest import Manifest
 from hf2mnn.metrics import kl_divergence
 from hf2mnn.mnn.bundle import EngineSettings
 from hf2mnn.quant.formats import CANDIDATES, MEASURED, WeightFormat
-from hf2mnn.quant.sensitivity import SensitivityMeter
+from hf2mnn.quant.sensitivity import SensitivityMeter, requantize
 from hf2mnn.quant.variant import Choice
 from hf2mnn.stages.convert import run as convert_graphs
 from hf2mnn.stages.export import run as export_onnx
@@ -81,7 +81,7 @@ def test_a_divergence_is_that_of_the_answers_with_this_weight_quantized(meter: S
     """Computed here from the whole model with the weight replaced."""
     (layer,) = [layer for layer in meter.layers if layer.name.endswith("layers.2.mlp.down_proj")]
     divergence, error = meter.divergence(layer, 3)
-    quantized = layer.quantize(layer.rows, 3, 64)
+    quantized = requantize(layer.rows, 3, 64)
     assert error == pytest.approx(np.linalg.norm(quantized - layer.rows) / np.linalg.norm(layer.rows))
     layer.module.weight.data, original = torch.from_numpy(quantized), layer.module.weight.data
     predictions = [meter.predict(index, whole=True) for index in range(len(meter.examples))]

@@ -195,4 +195,4 @@ def test_chunks_of_rows_meet_in_whole_bytes(folder: Path, bits: int, monkeypatch
     assert whole.weights.path.read_bytes() == cut.weights.path.read_bytes()
     outputs = engine_outputs({"cut": cut}, folder / f"odd{bits}")["cut"]["layer"]
     assert np.array_equal(outputs, cut.rows()["layer"])
-    assert np.array_equal(outputs, round_rows(weight, bits, 0, False, 16, "mse").dequantize())
+    assert np.array_equal(outputs, round_rows(weight, WeightFormat(bits, 0, method="mse")).dequantize())

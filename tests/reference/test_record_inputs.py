@@ -259,8 +259,8 @@ def test_a_layer_without_rows_is_named(source: Path, answer: Callable[..., Path]
         source, answer({"text": EXAMPLES["text"]}), None, tmp_path / "activations", 8, threads=1
     )
     activations = Activations(folder)
-    assert activations.has("lm_head")
-    assert not activations.has(f"{BLOCK}.attn.qkv")
+    assert "lm_head" in activations.modules
+    assert f"{BLOCK}.attn.qkv" not in activations.modules
     for read in (activations.rows, activations.second_moment):
         with pytest.raises(QuantizationError, match=rf"no activations of {BLOCK}\.attn\.qkv"):
             read(f"{BLOCK}.attn.qkv")

@@ -7,6 +7,8 @@ H = E[x x^T], the sum over rows of D H D^T.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from hf2mnn.families.base import Fold
@@ -24,22 +26,10 @@ SMALLEST = 1e-4
 """Smallest magnitude of a channel, as a share of the largest one: unused channels get no smaller scale."""
 
 
-def _candidates(magnitudes: np.ndarray) -> list[np.ndarray]:
-    """Return scales float32 [channels] for each power but 0, with a geometric mean of their extremes of 1."""
-    magnitudes = np.maximum(magnitudes, SMALLEST * magnitudes.max(initial=0)).astype(np.float64)
-    if not magnitudes.any():
-        return []
-    candidates = [magnitudes**power for power in POWERS[1:]]
-    return [(scales / np.sqrt(scales.max() * scales.min())).astype(np.float32) for scales in candidates]
-
-
-def _output_error(W: np.ndarray, H: np.ndarray, form: WeightFormat, s: np.ndarray | None) -> float:
-    """Return the error of the outputs of rows W that are quantized after scaling by s; None for no scaling."""
-    scaled = W if s is None else W * s
-    importance = np.diag(H) if s is None else np.diag(H) / np.square(s)
-    quantized = round_rows(scaled, form.bits, form.block, form.symmetric, form.scale_bits, "mse", importance)
-    restored = quantized.dequantize() if s is None else quantized.dequantize() / s
-    D = (restored - W).astype(np.float64)
+def _output_error(W: np.ndarray, H: np.ndarray, form: WeightFormat, s: np.ndarray) -> float:
+    """Return the error of the outputs of rows W that are quantized after scaling by s."""
+    quantized = round_rows(W * s, replace(form, method="mse"), np.diag(H) / np.square(s))
+    D = (quantized.dequantize() / s - W).astype(np.float64)
     return float(np.einsum("ri,ri->", D @ H, D))
 
 
@@ -52,27 +42,19 @@ def search_fold(
     """
     name = layers[0][0].name
     magnitudes = fold.reduce(np.abs(activations.rows(name)).mean(axis=0))
+    magnitudes = np.maximum(magnitudes, SMALLEST * magnitudes.max(initial=0)).astype(np.float64)
     H = activations.second_moment(name).astype(np.float64)
-
-    def error_with(s: np.ndarray | None) -> float:
-        return sum(_output_error(W, H, form, s) for _, W, form in layers)
-
-    best, least = None, error_with(None)
-    for scales in _candidates(magnitudes):
-        error = error_with(fold.expand(scales))
-        if error < least:
-            best, least = scales, error
-    return best
+    if not magnitudes.any():
+        return None
+    powers = [magnitudes**power for power in POWERS]
+    # The geometric mean of a candidate's extremes is 1; the first one, of power 0, does not scale.
+    candidates = [(scales / np.sqrt(scales.max() * scales.min())).astype(np.float32) for scales in powers]
+    best = min(candidates, key=lambda s: sum(_output_error(W, H, form, fold.expand(s)) for _, W, form in layers))
+    return None if best is candidates[0] else best
 
 
 class Awq(Calibrated):
-    """AWQ as a method of `hf2mnn.quant.methods`.
-
-    Attributes:
-        scales: Scales of the part that is being quantized.
-    """
-
-    method = "awq"
+    """AWQ; `scales` are those of the part that is being quantized."""
 
     def __init__(self, activations: Activations | None) -> None:
         super().__init__(activations)
@@ -81,28 +63,18 @@ class Awq(Calibrated):
     def search(
         self, folds: list[Fold], layers: list[Operator], weights: WeightFile, formats: dict[str, WeightFormat]
     ) -> Scales:
-        """Set `scales` for every fold whose balance layers in `layers` are all quantized by awq, and return them.
-
-        Raises:
-            QuantizationError: No inputs of a layer were recorded.
-        """
+        """Set `scales` for every fold whose balance layers in `layers` are all quantized by awq, and return them."""
         by_name, self.scales = {operator.name: operator for operator in layers}, Scales()
         for fold in folds:
             balance = [by_name[name] for name in fold.balance_layers if name in by_name]
-            if not balance or not all(self._quantizes(formats[operator.name]) for operator in balance):
+            forms = [formats[operator.name] for operator in balance]
+            if not balance or not all(form.method == "awq" and form.bits < 16 for form in forms):
                 continue
-            sampled = [(operator, self._sample(weights, operator), formats[operator.name]) for operator in balance]
-            scales = search_fold(fold, sampled, self.activations)
+            rows = [weights.rows(layer)[evenly_spaced(layer.outputs, SAMPLED_ROWS)] for layer in balance]
+            scales = search_fold(fold, list(zip(balance, rows, forms, strict=True)), self.activations)
             if scales is not None:
                 self.scales.add(fold, scales)
         return self.scales
-
-    def _quantizes(self, form: WeightFormat) -> bool:
-        return form.method == self.method and form.bits < 16
-
-    @staticmethod
-    def _sample(weights: WeightFile, operator: Operator) -> np.ndarray:
-        return weights.rows(operator)[evenly_spaced(operator.outputs, SAMPLED_ROWS)]
 
     def prepare(self, operator: Operator, form: WeightFormat) -> RoundRows:
         """Return the function that quantizes rows of an operator: mse, weighted by the mean squares of the inputs."""
@@ -110,5 +82,4 @@ class Awq(Calibrated):
         check_finite(mean_squares, operator.name)
         s = self.scales.columns.get(operator.name, np.ones(operator.inputs, np.float32))
         importance = (mean_squares / np.square(s, dtype=np.float64)).astype(np.float32)
-        shape = (form.bits, form.block, form.symmetric, form.scale_bits)
-        return lambda _, rows: round_rows(rows, *shape, "mse", importance)
+        return lambda _, rows: round_rows(rows, replace(form, method="mse"), importance)

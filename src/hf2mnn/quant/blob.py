@@ -42,6 +42,7 @@ import numpy as np
 from numba import njit
 
 from hf2mnn.core.errors import QuantizationError
+from hf2mnn.quant.formats import WeightFormat
 
 MAX_HEADER = 1 + 2 * 4 + 1 + 256
 """Largest header of a dense weight in bytes."""
@@ -52,17 +53,17 @@ SCALE_TYPES = {16: np.float16, 32: np.float32}
 
 @dataclass(frozen=True)
 class Quantized:
-    """Rows of a quantized weight, w = q * s + z.
+    """Rows of a quantized weight, w = q * s + z."""
 
-    Attributes:
-        q: int8 [rows, inputs].
-        scales: float32 [rows, blocks], with values that the stored float type holds exactly.
-        zero_points: float32 [rows, blocks], likewise; None for a symmetric weight.
-    """
+    q: np.ndarray  # int8 [rows, inputs]
+    scales: np.ndarray  # float32 [rows, blocks], with values that the stored float type holds exactly
+    zero_points: np.ndarray | None  # float32 [rows, blocks], likewise; None for a symmetric weight
 
-    q: np.ndarray
-    scales: np.ndarray
-    zero_points: np.ndarray | None
+    @property
+    def alpha(self) -> np.ndarray:
+        """Scales as they are stored: float32 [rows, blocks, 1], or [rows, blocks, 2] with zero points first."""
+        parts = [self.scales] if self.zero_points is None else [self.zero_points, self.scales]
+        return np.stack(parts, axis=-1)
 
     def dequantize(self) -> np.ndarray:
         """Return float32 [rows, inputs], rounded after the product and after the sum as in the engine."""
@@ -86,19 +87,18 @@ def header(rows: int, inputs: int, blocks: int, bits: int) -> tuple[bytes, bool]
     return b"\x02" + encoded + bytes([len(values) % 256]) + values.tobytes(), wide
 
 
-def size(rows: int, inputs: int, bits: int, block: int, symmetric: bool, scale_bits: int) -> int:
-    """Return the bytes of a dense weight with its scales; `block` 0 is one block a row, 16 and 32 bits are floats."""
-    if bits >= 16:
-        return rows * inputs * bits // 8
-    blocks = inputs // block if block else 1
-    weight = len(header(rows, inputs, blocks, bits)[0]) + (rows * inputs * bits + 7) // 8
-    return weight + rows * blocks * (1 if symmetric else 2) * scale_bits // 8
+def size(rows: int, inputs: int, form: WeightFormat) -> int:
+    """Return the bytes of a float or dense weight [rows, inputs] with its scales."""
+    if form.bits >= 16:
+        return rows * inputs * form.bits // 8
+    blocks = inputs // form.block if form.block else 1
+    weight = len(header(rows, inputs, blocks, form.bits)[0]) + (rows * inputs * form.bits + 7) // 8
+    return weight + rows * blocks * (1 if form.symmetric else 2) * form.scale_bits // 8
 
 
 def scale_bytes(weight: Quantized, scale_bits: int) -> bytes:
     """Encode scales, or pairs of zero point and scale."""
-    parts = [weight.scales] if weight.zero_points is None else [weight.zero_points, weight.scales]
-    return np.stack(parts, axis=-1).astype(SCALE_TYPES[scale_bits]).tobytes()
+    return weight.alpha.astype(SCALE_TYPES[scale_bits]).tobytes()
 
 
 @njit(nogil=True, cache=True)
@@ -217,23 +217,16 @@ def _dimensions(blob: bytes, wide: bool) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Header:
-    """Header of a dense weight.
+    """Header of a dense weight."""
 
-    Attributes:
-        size: Bytes of the header.
-        bits: Bits of q.
-        table: int8, values by index, ascending; None if they are [-2^(bits-1), 2^(bits-1)).
-    """
-
-    size: int
-    bits: int
-    table: np.ndarray | None
+    size: int  # in bytes
+    bits: int  # of q
+    table: np.ndarray | None  # int8, values by index, ascending; None if they are [-2^(bits-1), 2^(bits-1))
 
     def decode(self, packed: bytes, count: int, name: str) -> np.ndarray:
         """Decode int8 [count] from bytes that begin with a whole value.
 
-        Raises:
-            QuantizationError: A value is not in the table of the operator `name`.
+        Raise QuantizationError if a value is not in the table of the operator `name`.
         """
         q = unpack(packed, count, self.bits)
         if self.table is None:
@@ -247,27 +240,20 @@ class Header:
 
 
 def parse_header(blob: bytes, size: int, count: int, wide: bool, name: str) -> Header:
-    """Parse the header of a dense weight.
+    """Parse the header of `count` dense weights in `size` bytes, of which `blob` has the first `MAX_HEADER`, or all.
 
-    Args:
-        blob: The first `MAX_HEADER` bytes of the weight, or all.
-        size: Bytes of the weight.
-        count: Number of weights.
-        wide: Whether dimensions are int32.
-        name: Name of the operator, for error messages.
-
-    Raises:
-        QuantizationError: The bytes are not a weight, or not one of `count` weights.
+    `wide` means int32 dimensions. Raise QuantizationError if the bytes are not these weights of the operator `name`.
     """
     start, rows, inputs = _dimensions(blob, wide)
     values = (blob[start] or 256) if len(blob) > start else 0
     bits = max(values - 1, 1).bit_length()
-    table = np.frombuffer(blob[start + 1 : start + 1 + values], np.int8)
-    packed = size - (start + 1 + values)
-    if blob[:1] != b"\x02" or rows * inputs != count or len(table) < values or packed != (count * bits + 7) // 8:
+    end = start + 1 + values
+    table = np.frombuffer(blob[start + 1 : end], np.int8)
+    fitting = blob[:1] == b"\x02" and rows * inputs == count and size - end == (count * bits + 7) // 8
+    if not fitting or len(table) < values:
         raise damaged(size, count, name)
     complete = (table == np.arange(values) - (1 << bits - 1)).all()
-    return Header(start + 1 + values, bits, None if complete else np.sort(table))
+    return Header(end, bits, None if complete else np.sort(table))
 
 
 def _zero_values(alpha: np.ndarray, bits: int) -> np.ndarray:
@@ -285,18 +271,11 @@ def _zero_values(alpha: np.ndarray, bits: int) -> np.ndarray:
 
 
 def parse_sparse(blob: bytes, alpha: np.ndarray, count: int, wide: bool, name: str) -> np.ndarray:
-    """Decode int8 [count] from a sparse weight.
+    """Decode int8 [count] from the bytes of a sparse weight; `wide` means int32 dimensions.
 
-    Args:
-        blob: The bytes of the weight.
-        alpha: Its stored scales as float32; if they are pairs, they determine the q of zero. As float16 they may give
-            another q than the converter used; the engine decodes the same.
-        count: Number of weights.
-        wide: Whether dimensions are int32.
-        name: Name of the operator, for error messages.
-
-    Raises:
-        QuantizationError: The bytes are not a weight, or not one of `count` weights.
+    `alpha` are its stored scales as float32. If they are pairs, they determine the q of zero; as float16 they may give
+    another q than the converter used, but the engine decodes the same. Raise QuantizationError if the bytes are not
+    `count` weights of the operator `name`.
     """
     start, blocks, inputs = _dimensions(blob, wide)
     stored = int.from_bytes(blob[start : start + 4], "little")

@@ -17,7 +17,7 @@ from hf2mnn.core.errors import BundleError, QuantizationError
 from hf2mnn.mnn.bundle import DECODER, EMBEDDING, MODEL_CONFIG, ROWS_AT_ONCE, embedding_table, table_blocks
 from hf2mnn.mnn.bundle_config import read_config
 from hf2mnn.mnn.engine_facts import QUANTIZED_EMBEDDING_BITS, TIE_EMBEDDINGS_KEYS
-from hf2mnn.quant.blob import SCALE_TYPES, header, unpack
+from hf2mnn.quant.blob import SCALE_TYPES, Quantized, header, unpack
 from hf2mnn.quant.formats import LM_HEAD, WeightFormat
 from hf2mnn.quant.weights import Operator
 
@@ -26,10 +26,9 @@ TIED = "tie_embeddings"
 
 
 def check_tied(model: dict[str, Any], form: WeightFormat) -> None:
-    """Check that the engine can read the embedding from an lm_head of format `form`; `model` is model.json.
+    """Raise QuantizationError if the engine cannot read the embedding from an lm_head of format `form`.
 
-    Raises:
-        QuantizationError: The model is not tied, or the format has other bits than 4 or 8.
+    `model` is model.json.
     """
     if not model["tie_word_embeddings"]:
         raise QuantizationError(f"{LM_HEAD}: the model's embedding is another weight; use embedding: file")
@@ -43,25 +42,23 @@ def check_tied(model: dict[str, Any], form: WeightFormat) -> None:
 def tied_settings(operator: Operator) -> dict[str, Any]:
     """Return the value of `tie_embeddings` in llm_config.json for an embedding in `operator` of the written file."""
     (offset, _), (scales, size), _ = operator.parts
-    stored = operator.stored
-    blocks = size // (operator.outputs * (1 if stored["readType"] == 0 else 2))
-    blocks //= 2 if stored["scaleStorage"] == "FP16" else 4
-    head, _ = header(operator.outputs, operator.inputs, blocks, stored["aMaxOrBits"])
+    bits, pairs = operator.stored["aMaxOrBits"], 2 if operator.stored["readType"] else 1
+    blocks = size // (operator.outputs * pairs * operator.scale_type.itemsize)
+    head, _ = header(operator.outputs, operator.inputs, blocks, bits)
     return {
         "weight_offset": offset + len(head),
         "alpha_offset": scales,
         "alpha_size": size,
-        "quant_bit": stored["aMaxOrBits"],
+        "quant_bit": bits,
         "quant_block": operator.inputs // blocks if blocks > 1 else 0,
-        "alpha_dtype": "fp16" if stored["scaleStorage"] == "FP16" else "fp32",
+        "alpha_dtype": "fp16" if operator.scale_type == np.float16 else "fp32",
     }
 
 
 def parse_tied(stored: Any) -> dict[str, Any] | None:
     """Parse `tie_embeddings` of llm_config.json, which llmexport writes as a list; None if the key is missing.
 
-    Raises:
-        BundleError: It is neither a list nor an object of valid numbers.
+    Raise BundleError if it is neither a list nor an object of valid numbers.
     """
     if stored is None:
         return None
@@ -104,21 +101,6 @@ def _read(path: Path, offset: int, size: int) -> bytes:
     return content
 
 
-def _tied_rows(path: Path, tied: dict[str, Any], shape: tuple[int, int]) -> Iterator[np.ndarray]:
-    (rows, hidden), bits = shape, tied["quant_bit"]
-    block = tied["quant_block"] or hidden
-    dtype = SCALE_TYPES[16 if tied["alpha_dtype"] == "fp16" else 32]
-    stored = np.frombuffer(_read(path, tied["alpha_offset"], tied["alpha_size"]), dtype).astype(np.float32)
-    alpha = stored.reshape(rows, hidden // block, -1)
-    for start in range(0, rows, ROWS_AT_ONCE):
-        count = min(ROWS_AT_ONCE, rows - start)
-        packed = _read(path, tied["weight_offset"] + start * hidden * bits // 8, count * hidden * bits // 8)
-        q = unpack(packed, count * hidden, bits).reshape(count, -1, block).astype(np.float32)
-        pairs = alpha[start : start + count]
-        values = q * pairs[:, :, -1:]
-        yield (values + pairs[:, :, :1] if pairs.shape[2] == 2 else values).reshape(count, hidden)
-
-
 def embedding_rows(path: Path, tied: dict[str, Any] | None, shape: tuple[int, int]) -> Iterator[np.ndarray]:
     """Yield the rows of an embedding as the engine reads them, float32 [rows, hidden], some at a time.
 
@@ -126,17 +108,22 @@ def embedding_rows(path: Path, tied: dict[str, Any] | None, shape: tuple[int, in
         path: File of the embedding, or weight file of the decoder.
         tied: Position in the weight file (`tied_settings`); None for a bfloat16 file.
         shape: Vocabulary and hidden size.
-
-    Raises:
-        BundleError: The file is truncated.
     """
+    (vocabulary, hidden), offset, bits = shape, 0, 16
     if tied is not None:
-        yield from _tied_rows(path, tied, shape)
-        return
-    vocabulary, hidden = shape
+        offset, bits = tied["weight_offset"], tied["quant_bit"]
+        dtype = SCALE_TYPES[16 if tied["alpha_dtype"] == "fp16" else 32]
+        stored = np.frombuffer(_read(path, tied["alpha_offset"], tied["alpha_size"]), dtype).astype(np.float32)
+        alpha = stored.reshape(vocabulary, hidden // (tied["quant_block"] or hidden), -1)
     for start in range(0, vocabulary, ROWS_AT_ONCE):
-        content = _read(path, 2 * start * hidden, 2 * hidden * min(ROWS_AT_ONCE, vocabulary - start))
-        yield np.frombuffer(content, ml_dtypes.bfloat16).reshape(-1, hidden).astype(np.float32)
+        count = min(ROWS_AT_ONCE, vocabulary - start)
+        content = _read(path, offset + start * hidden * bits // 8, count * hidden * bits // 8)
+        if tied is None:
+            yield np.frombuffer(content, ml_dtypes.bfloat16).reshape(count, hidden).astype(np.float32)
+        else:
+            q, pairs = unpack(content, count * hidden, bits), alpha[start : start + count]
+            zero_points = pairs[:, :, 0] if pairs.shape[2] == 2 else None
+            yield Quantized(q.reshape(count, hidden), pairs[:, :, -1], zero_points).dequantize()
 
 
 def pair_with_checkpoint(rows: Iterator[np.ndarray], table: StoredTensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -23,15 +23,12 @@ FOLDED = "folded.safetensors"
 
 @dataclass
 class Scales:
-    """Scales of folds, float32 vectors by module.
-
-    Attributes:
-        columns: Factors of the columns of a balance layer's weight.
-        rows: Divisors of the rows of a smooth layer's weight, or of a normalization's gamma and beta.
-    """
+    """Scales of folds, float32 vectors by module."""
 
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+    """Factors of the columns of a balance layer's weight."""
     rows: dict[str, np.ndarray] = field(default_factory=dict)
+    """Divisors of the rows of a smooth layer's weight, or of a normalization's gamma and beta."""
 
     def add(self, fold: Fold, scales: np.ndarray) -> None:
         """Add the scales of a fold, float32 [output channels of `fold.smooth_layer`]."""
@@ -43,9 +40,8 @@ class Scales:
         """Return the factors by which values of scaled tap points become those of the checkpoint."""
         factors = {}
         for fold in folds:
-            if fold.smooth_layer in self.rows:
-                factors[fold.smooth_layer] = self.rows[fold.smooth_layer]
-                factors |= {point: fold.expand(self.rows[fold.smooth_layer]) for point in fold.tap_points}
+            if (scales := self.rows.get(fold.smooth_layer)) is not None:
+                factors |= {fold.smooth_layer: scales, **dict.fromkeys(fold.tap_points, fold.expand(scales))}
         return factors
 
 
@@ -63,7 +59,6 @@ class FoldedWeights(WeightFile):
 
     def rows(self, operator: Operator, begin: int = 0, end: int | None = None) -> np.ndarray:
         """Return scaled rows as `WeightFile.rows` does."""
-        end = operator.outputs if end is None else end
         rows = self.weights.rows(operator, begin, end)
         if operator.name in self.scales.columns:
             rows = rows * self.scales.columns[operator.name]

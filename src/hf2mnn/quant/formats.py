@@ -20,28 +20,19 @@ MEASURED, CANDIDATES = "measured.csv", "candidates.csv"
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Storage of the weight of a linear layer.
+    """Storage of the weight of a linear layer."""
 
-    Attributes:
-        bits: 32 and 16 for floats, 2 to 8 for integers with a scale per block.
-        block: Inputs that share a scale, which others call group size; 0 for one scale per output channel.
-        symmetric: Whether there are no zero points.
-        scale_bits: 16 or 32, size of the scales and zero points, which are floats.
-        method: Method of quantization: "rtn", "hqq", "mse", "awq", "gptq" or "checkpoint".
-    """
-
-    bits: int = 32
-    block: int = 0
-    symmetric: bool = False
-    scale_bits: int = 16
-    method: str = "rtn"
+    bits: int = 32  # 32 and 16 for floats, 2 to 8 for integers with a scale per block
+    block: int = 0  # inputs that share a scale, which others call group size; 0 for one scale per output channel
+    symmetric: bool = False  # whether there are no zero points
+    scale_bits: int = 16  # 16 or 32, size of the scales and zero points, which are floats
+    method: str = "rtn"  # "rtn", "hqq", "mse", "awq", "gptq" or "checkpoint"
 
 
 def check_format(operator: Operator, form: WeightFormat) -> WeightFormat:
     """Return the format in which MNN stores an operator: one scale per channel for a convolution, which has no blocks.
 
-    Raises:
-        QuantizationError: The block does not divide the inputs, or the method is hqq without zero points.
+    Raise QuantizationError if the block does not divide the inputs, or if the method is hqq without zero points.
     """
     if form.bits >= 16:
         return form
@@ -65,15 +56,12 @@ def choose_formats(
 ) -> dict[str, WeightFormat]:
     """Return the format of every operator of a part: `base`, with a plan's `overrides` by operator.
 
-    Raises:
-        QuantizationError: The plan has an unknown operator, or an operator cannot have its format.
+    Raise QuantizationError if the plan has an unknown operator, or if an operator cannot have its format.
     """
     known = {operator.name: operator for operator in operators}
-    unknown = sorted(set(overrides) - set(known))
-    if unknown:
+    if unknown := sorted(set(overrides) - set(known)):
         raise QuantizationError(
             f"{unknown[0]}: the plan names this operator, but the {part} does not have it; it has"
             f" {', '.join(list(known)[:3])}, ..."
         )
-    formats = {name: replace(base, **overrides.get(name, {})) for name in known}
-    return {name: check_format(operator, formats[name]) for name, operator in known.items()}
+    return {name: check_format(known[name], replace(base, **overrides.get(name, {}))) for name in known}

@@ -15,8 +15,8 @@ from threadpoolctl import threadpool_limits
 
 from hf2mnn.quant.blob import Quantized
 from hf2mnn.quant.formats import WeightFormat
-from hf2mnn.quant.layer_inputs import Activations, Calibrated, check_finite
-from hf2mnn.quant.rounding import LANES, ONE, ZERO, F, RoundRows, q_range, search_scales, search_steps
+from hf2mnn.quant.layer_inputs import Calibrated, check_finite
+from hf2mnn.quant.rounding import LANES, ONE, ZERO, F, RoundRows, run_kernel, search_scales
 from hf2mnn.quant.weights import Operator
 
 DAMPING = 0.01
@@ -24,11 +24,7 @@ DAMPING = 0.01
 
 
 def inverse_cholesky(H: np.ndarray, name: str) -> np.ndarray:
-    """Return Hinv of H with damping, both float32 [inputs, inputs].
-
-    Raises:
-        QuantizationError: H of the operator `name` is not finite.
-    """
+    """Return Hinv of H with damping, both float32 [inputs, inputs]; `name` is the operator's, for error messages."""
     H = H.astype(np.float64)
     check_finite(H, name)
     mean = float(np.diag(H).mean())
@@ -88,37 +84,21 @@ def _gptq(rows, block, low, high, symmetric, half, Hinv, steps, shares, q, scale
                     W[k, lane] -= change[lane]
 
 
-def gptq_rows(rows: np.ndarray, bits: int, block: int, symmetric: bool, scale_bits: int, Hinv: np.ndarray) -> Quantized:
+def gptq_rows(rows: np.ndarray, form: WeightFormat, Hinv: np.ndarray) -> Quantized:
     """Quantize rows of a weight as `round_rows` does, with Hinv from `inverse_cholesky`."""
-    count, inputs = rows.shape
-    block = block or inputs
-    shape = (count, inputs // block)
-    q, scales, zero_points = np.empty((count, inputs), np.int8), np.empty(shape, F), np.empty(shape, F)
-    low, high = q_range(bits)
-    steps, shares = search_steps(bits, symmetric, uniform=bool(np.ptp(np.diag(Hinv)) == 0))
-    rows = np.ascontiguousarray(rows, F)
-    _gptq(rows, block, low, high, symmetric, scale_bits == 16, Hinv, steps, shares, q, scales, zero_points)
-    return Quantized(q, scales, None if symmetric else zero_points)
+    return run_kernel(_gptq, rows, form, np.diag(Hinv), Hinv)
 
 
 class Gptq(Calibrated):
-    """GPTQ as a method of `hf2mnn.quant.methods`."""
+    """GPTQ; the last Hinv is kept, because layers with the same input follow each other."""
 
-    method = "gptq"
-
-    def __init__(self, activations: Activations | None) -> None:
-        super().__init__(activations)
-        self._last: tuple[str, np.ndarray] | None = None
+    _last: tuple[str, np.ndarray] | None = None
 
     def prepare(self, operator: Operator, form: WeightFormat) -> RoundRows:
         """Return the function that quantizes rows of an operator."""
-        Hinv = self._inverse_cholesky(operator.name)
-        return lambda _, rows: gptq_rows(rows, form.bits, form.block, form.symmetric, form.scale_bits, Hinv)
-
-    def _inverse_cholesky(self, module: str) -> np.ndarray:
-        """Return Hinv of a layer; the last one is kept, because layers with the same input follow each other."""
-        tensor = self.activations.tensor(module)
+        tensor = self.activations.tensor(operator.name)
         if self._last is None or self._last[0] != tensor:
-            self._last = None
-            self._last = (tensor, inverse_cholesky(self.activations.second_moment(module), module))
-        return self._last[1]
+            self._last = None  # frees its memory
+            self._last = tensor, inverse_cholesky(self.activations.second_moment(operator.name), operator.name)
+        Hinv = self._last[1]
+        return lambda _, rows: gptq_rows(rows, form, Hinv)

@@ -1,14 +1,10 @@
-"""Inputs of linear layers on the calibration set, from the calibrate stage, and the base class of calibrated methods.
-
-It needs NumPy alone, no PyTorch.
-"""
+"""Inputs of linear layers on the calibration set, read without PyTorch, and the base class of calibrated methods."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
@@ -16,6 +12,7 @@ from safetensors import safe_open
 
 from hf2mnn.core.errors import QuantizationError
 from hf2mnn.quant.formats import WeightFormat
+from hf2mnn.quant.rounding import Method
 from hf2mnn.quant.weights import Operator
 from hf2mnn.reference.golden import ACTIVATIONS
 
@@ -33,17 +30,12 @@ class Activations:
         """Names of the recorded layers."""
         return sorted(self._tensors)
 
-    def has(self, module: str) -> bool:
-        """Return whether inputs of a layer were recorded."""
-        return module in self._tensors
-
     def tensor(self, module: str) -> str:
         """Return the name of a layer's input, which is the same for layers with the same input.
 
-        Raises:
-            QuantizationError: No inputs of this layer were recorded.
+        Raise QuantizationError if no inputs of this layer were recorded.
         """
-        if not self.has(module):
+        if module not in self._tensors:
             raise QuantizationError(
                 f"{self.folder} holds no activations of {module}: no example of the calibration set runs it, or the"
                 " model has no such linear layer; a vision tower needs examples with images"
@@ -51,7 +43,7 @@ class Activations:
         return self._tensors[module]
 
     def rows(self, module: str) -> np.ndarray:
-        """Return inputs, bfloat16 values as float32 [rows, in_features]. Raise QuantizationError as `tensor` does."""
+        """Return the inputs of a layer, bfloat16 values as float32 [rows, in_features]."""
         return self._file.get_tensor(self.tensor(module)).astype(np.float32)
 
     def second_moment(self, module: str) -> np.ndarray:
@@ -60,9 +52,6 @@ class Activations:
         The bytes are the same for any BLAS and any number of threads: each column is rounded to whole multiples of a
         power of two (for 4096 rows, its largest value is at least 2^19 of them), so that float64 holds every partial
         sum exactly and their order does not matter.
-
-        Raises:
-            QuantizationError: No inputs of this layer were recorded.
         """
         rows = self.rows(module).astype(np.float64)
         bits = (np.finfo(np.float64).nmant + 1 - len(rows).bit_length()) // 2
@@ -80,23 +69,17 @@ def check_finite(values: np.ndarray, name: str) -> None:
         )
 
 
-class Calibrated:
+class Calibrated(Method):
     """A method that needs the inputs of layers."""
-
-    method: ClassVar[str]
 
     def __init__(self, activations: Activations | None) -> None:
         self.activations = activations
 
     def resolve(self, operator: Operator, form: WeightFormat) -> WeightFormat:
-        """Return the format with mse for the patch embedding, a convolution whose inputs are not recorded.
-
-        Raises:
-            QuantizationError: There are no recorded inputs.
-        """
+        """Return the format with mse for the patch embedding, a convolution whose inputs are not recorded."""
         if self.activations is None:
             raise QuantizationError(
-                f"{operator.name}: {self.method} needs recorded inputs of layers; give the folder of 'hf2mnn calibrate'"
+                f"{operator.name}: {form.method} needs recorded inputs of layers; give the folder of 'hf2mnn calibrate'"
                 " by --calibration"
             )
         return replace(form, method="mse") if operator.kernel > 1 else form

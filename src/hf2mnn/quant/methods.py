@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.quant.awq import Awq
@@ -11,27 +10,13 @@ from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.gptq import Gptq
 from hf2mnn.quant.layer_inputs import Activations
 from hf2mnn.quant.prequantized import Prequantized
-from hf2mnn.quant.rounding import DATA_FREE, DataFree, RoundRows
+from hf2mnn.quant.rounding import DATA_FREE, Method, RoundRows
 from hf2mnn.quant.weights import Operator
 
-CALIBRATED = (Awq.method, Gptq.method)
+CALIBRATED = ("awq", "gptq")
 
 
-class Method(Protocol):
-    """A method of quantization."""
-
-    def resolve(self, operator: Operator, form: WeightFormat) -> WeightFormat:
-        """Return the format in which this method stores an operator.
-
-        Raises:
-            QuantizationError: The method lacks an input.
-        """
-
-    def prepare(self, operator: Operator, form: WeightFormat) -> RoundRows:
-        """Return the function that quantizes rows of an operator."""
-
-
-class Methods:
+class Methods(Method):
     """Quantizes each operator by the method of its format.
 
     Attributes:
@@ -42,12 +27,12 @@ class Methods:
         """Open the folder of the calibrate stage for awq and gptq, and that of the fetch stage for checkpoint."""
         activations = Activations(calibration) if calibration else None
         self.awq = Awq(activations)
-        self._methods: dict[str, Method] = {name: DataFree(name) for name in DATA_FREE}
-        self._methods |= {Awq.method: self.awq, Gptq.method: Gptq(activations)}
-        self._methods[Prequantized.method] = Prequantized(Checkpoint(checkpoint) if checkpoint else None)
+        self._methods: dict[str, Method] = dict.fromkeys(DATA_FREE, Method())
+        self._methods |= {"awq": self.awq, "gptq": Gptq(activations)}
+        self._methods["checkpoint"] = Prequantized(Checkpoint(checkpoint) if checkpoint else None)
 
     def resolve(self, operator: Operator, form: WeightFormat) -> WeightFormat:
-        """Return the format in which an operator is stored; see `Method.resolve`."""
+        """Return the format in which an operator is stored, by the method of `form`."""
         return form if form.bits >= 16 else self._methods[form.method].resolve(operator, form)
 
     def prepare(self, operator: Operator, form: WeightFormat) -> RoundRows:

@@ -7,6 +7,7 @@ smallest sum of divergences whose sum of bytes is within the budget: a multiple-
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -59,23 +60,21 @@ def options(measured: pd.DataFrame, candidates: pd.DataFrame, tied: bool) -> pd.
     """
     groups = []
     for name, group in candidates.groupby("operator", sort=False):
+        sources = [name]
         if tied and name == LM_HEAD:
+            sources.append(EMBEDDING)
             group = group[group["bits"].isin(QUANTIZED_EMBEDDING_BITS)]
         errors = group["weight_error"].to_numpy()
-        cost = expected_divergence(measured[measured["operator"] == name], errors)
-        if tied and name == LM_HEAD:
-            cost = cost + expected_divergence(measured[measured["operator"] == EMBEDDING], errors)
-        groups.append(group.assign(kld=cost))
+        kld = sum(expected_divergence(measured[measured["operator"] == source], errors) for source in sources)
+        groups.append(group.assign(kld=kld))
     return pd.concat(groups, ignore_index=True)
 
 
 def solve(table: pd.DataFrame, most_bytes: int) -> pd.DataFrame:
     """Choose one row of `table` per operator with the smallest sum of kld; of equal sums, the one with fewer bytes.
 
-    Raises:
-        QuantizationError: The smallest formats are larger than `most_bytes`.
+    Raise QuantizationError if the smallest formats are larger than `most_bytes`.
     """
-    names = list(dict.fromkeys(table["operator"]))
     smallest = int(table.groupby("operator")["bytes"].min().sum())
     if smallest > most_bytes:
         weights = int(table.drop_duplicates("operator")["weights"].sum())
@@ -83,24 +82,18 @@ def solve(table: pd.DataFrame, most_bytes: int) -> pd.DataFrame:
             f"the budget leaves {most_bytes:,} bytes for weights, but their smallest formats take {smallest:,}: give at"
             f" least {math.ceil(8000 * smallest / weights) / 1000} bits a weight, {smallest - most_bytes:,} bytes more"
         )
-    table = _undominated(table)
-    limit = most_bytes
-    while (chosen := _cheapest(table, names, limit))["bytes"].sum() > most_bytes:
+    # Drop formats that are neither smaller nor better than another one of the same operator.
+    ordered = table.sort_values(["bytes", "kld"], kind="stable")
+    before = ordered.groupby("operator")["kld"].transform(lambda kld: kld.cummin().shift(fill_value=np.inf))
+    table, limit = table.loc[sorted(ordered.index[ordered["kld"] < before])], most_bytes
+    while (chosen := _cheapest(table, limit))["bytes"].sum() > most_bytes:
         limit -= int(chosen["bytes"].sum()) - most_bytes  # the solver has a tolerance
     return chosen
 
 
-def _undominated(table: pd.DataFrame) -> pd.DataFrame:
-    """Drop formats that are neither smaller nor better than another one of the same operator."""
-    ordered = table.sort_values(["bytes", "kld"], kind="stable")
-    before = ordered.groupby("operator")["kld"].transform(lambda kld: kld.cummin().shift(fill_value=np.inf))
-    return table.loc[sorted(ordered.index[ordered["kld"] < before])]
-
-
-def _cheapest(table: pd.DataFrame, names: list[str], most_bytes: int) -> pd.DataFrame:
-    index = {name: row for row, name in enumerate(names)}
-    rows, columns = table["operator"].map(index).to_numpy(), np.arange(len(table))
-    one_each = coo_array((np.ones(len(table)), (rows, columns)), shape=(len(names), len(table)))
+def _cheapest(table: pd.DataFrame, most_bytes: int) -> pd.DataFrame:
+    rows, columns = pd.factorize(table["operator"])[0], np.arange(len(table))
+    one_each = coo_array((np.ones(len(table)), (rows, columns)))
     sizes, cost = table["bytes"].to_numpy(float), table["kld"].to_numpy(float)
     solution = milp(
         cost / max(cost.max(), SMALLEST_KLD),
@@ -125,28 +118,24 @@ def write_plan(chosen: pd.DataFrame, head: list[str], path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def stored_size(operator: Operator, form: WeightFormat) -> int:
-    """Return the bytes of an operator's weight with its scales in the weight file."""
-    return size(operator.outputs, operator.inputs, form.bits, form.block, form.symmetric, form.scale_bits)
-
-
 def with_bytes(candidates: pd.DataFrame, layers: list[Operator]) -> pd.DataFrame:
     """Return `candidates` with their `bytes` in the bundle and number of `weights`; `layers` are those of all parts.
 
-    Raises:
-        QuantizationError: An operator has no candidates.
+    Raise QuantizationError if an operator has no candidates.
     """
-    by_name: dict[str, list[Operator]] = {}
+    by_name: dict[str, list[Operator]] = defaultdict(list)
     for operator in layers:
-        by_name.setdefault(operator.name, []).append(operator)
-    unknown = sorted(set(by_name) - set(candidates["operator"]))
-    if unknown:
+        by_name[operator.name].append(operator)
+    if unknown := sorted(set(by_name) - set(candidates["operator"])):
         raise QuantizationError(f"{unknown[0]}: its sensitivity was not measured; run 'hf2mnn sensitivity' again")
+
+    def stored_bytes(row: Any) -> int:
+        form = WeightFormat(row.bits, row.block)
+        return sum(size(operator.outputs, operator.inputs, form) for operator in by_name[row.operator])
+
     rows = candidates[candidates["operator"].isin(by_name)].copy()
-    formats = [WeightFormat(bits, block) for bits, block in zip(rows["bits"], rows["block"], strict=True)]
-    pairs = list(zip(rows["operator"], formats, strict=True))
-    rows["bytes"] = [sum(stored_size(operator, form) for operator in by_name[name]) for name, form in pairs]
-    rows["weights"] = [sum(operator.size for operator in by_name[name]) for name, _ in pairs]
+    rows["bytes"] = list(map(stored_bytes, rows.itertuples()))
+    rows["weights"] = [sum(operator.size for operator in by_name[name]) for name in rows["operator"]]
     return rows
 
 
@@ -155,15 +144,12 @@ def make_plan(
 ) -> dict[str, Any]:
     """Write plan.yaml to `folder`; `graphs` is the verified manifest of the convert stage.
 
-    Returns:
-        bits_per_weight, weight_bytes, and expected_kld in nats.
-
-    Raises:
-        QuantizationError: The budget cannot be met; the message has the smallest that can.
+    Return bits_per_weight, weight_bytes, and expected_kld in nats. Raise QuantizationError if the budget cannot be met;
+    the message has the smallest that can.
     """
-    layers = [
-        operator for name in parts_in(onnx_folder) for operator in Part(name, onnx_folder, graphs.folder).operators
-    ]
+    layers = []
+    for name in parts_in(onnx_folder):
+        layers += Part(name, onnx_folder, graphs.folder).operators
     tied = embedding == LM_HEAD
     measured, candidates = (pd.read_csv(sensitivity / name) for name in (MEASURED, CANDIDATES))
     table = options(measured, with_bytes(candidates, layers), tied)

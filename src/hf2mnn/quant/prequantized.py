@@ -16,7 +16,7 @@ from hf2mnn.checkpoint.prequantized import PrequantizedLinear
 from hf2mnn.core.errors import QuantizationError
 from hf2mnn.quant.blob import Quantized
 from hf2mnn.quant.formats import WeightFormat
-from hf2mnn.quant.rounding import RoundRows
+from hf2mnn.quant.rounding import Method, RoundRows
 from hf2mnn.quant.weights import Operator
 
 
@@ -28,10 +28,8 @@ def _to_mnn(layer: PrequantizedLinear) -> Quantized:
     return Quantized(q, scales, zero_points)
 
 
-class Prequantized:
-    """Values of a checkpoint as the method "checkpoint" of `hf2mnn.quant.methods`."""
-
-    method = "checkpoint"
+class Prequantized(Method):
+    """The method "checkpoint": quantized values of an AWQ or GPTQ checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint | None) -> None:
         self.checkpoint = checkpoint
@@ -39,9 +37,8 @@ class Prequantized:
     def resolve(self, operator: Operator, form: WeightFormat) -> WeightFormat:
         """Return the format that holds the weight exactly; float16 for one that the checkpoint does not quantize.
 
-        Raises:
-            QuantizationError: There is no AWQ or GPTQ checkpoint, or `form` has other bits or another block.
-            CheckpointError: The layer cannot be converted.
+        Raise QuantizationError if there is no AWQ or GPTQ checkpoint, or if `form` has other bits or another block;
+        CheckpointError if the layer cannot be converted.
         """
         if self.checkpoint is None:
             raise QuantizationError(
@@ -64,9 +61,7 @@ class Prequantized:
             )
         zero_points = _to_mnn(layer).zero_points
         with np.errstate(over="ignore"):
-            exact = zero_points is None or np.array_equal(
-                zero_points.astype(np.float16).astype(np.float32), zero_points
-            )
+            exact = zero_points is None or (zero_points.astype(np.float16) == zero_points).all()
         return replace(form, block=group, symmetric=zero_points is None, scale_bits=16 if exact else 32)
 
     def prepare(self, operator: Operator, form: WeightFormat) -> RoundRows:

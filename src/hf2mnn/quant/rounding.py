@@ -13,6 +13,7 @@ their stored float type before errors are computed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -240,78 +241,51 @@ def _round(rows, block, low, high, symmetric, half, method, importance, steps, s
                 zero_points[row, index] = stored(z[lane], half)
 
 
-def q_range(bits: int) -> tuple[np.float32, np.float32]:
-    """Return the lowest and highest q."""
-    return F(-(1 << bits - 1)), F((1 << bits - 1) - 1)
-
-
 def search_steps(bits: int, symmetric: bool, uniform: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps of the search of mse, int64 [steps], and their shares, float32 [steps].
 
     The full search refits each range and each change of the best scale twice. With uniform importance, a third of the
     steps comes within 1 % of its error; with 8 bits, errors are so small that fewer steps suffice.
     """
-    nudges = [nudge / (2 << bits) for nudge in NUDGES]
+    cuts, nudges, refits = (2, NUDGES[:2], 1) if uniform and bits == 8 else (4 if uniform else 8, NUDGES, 2)
     ends = [KEEP_LOW] if symmetric else [KEEP_LOW, KEEP_HIGH]
-    if not uniform:
-        ranges = [(RANGE, cut) for cut in np.linspace(0, LARGEST_CUT[bits], 8)]
-        candidates = [*ranges, *((end, nudge) for end in ends for nudge in nudges)]
-        steps = [step for candidate in candidates for step in (candidate, (REFIT, 0), (REFIT, 0))]
-    else:
-        count, nudges, refits = (2, nudges[:2], 1) if bits == 8 else (4, nudges, 2)
-        ranges = [(RANGE, cut) for cut in np.linspace(0, LARGEST_CUT[bits], count)]
-        changes = [(end, nudge) for end in ends for nudge in nudges]
+    ranges = [(RANGE, cut) for cut in np.linspace(0, LARGEST_CUT[bits], cuts)]
+    changes = [(end, nudge / (2 << bits)) for end in ends for nudge in nudges]
+    if uniform:
         steps = [*ranges, (REFIT_BEST, 0), *changes, *[(REFIT_BEST, 0)] * refits]
+    else:
+        steps = [step for change in [*ranges, *changes] for step in (change, *[(REFIT, 0)] * refits)]
     codes, shares = zip(*steps, strict=True)
     return np.array(codes), np.array(shares, F)
 
 
-def round_rows(
-    rows: np.ndarray,
-    bits: int,
-    block: int,
-    symmetric: bool,
-    scale_bits: int,
-    method: str,
-    importance: np.ndarray | None = None,
-) -> Quantized:
-    """Quantize rows of a weight independently of each other.
+def run_kernel(kernel: Callable, rows: np.ndarray, form: WeightFormat, h: np.ndarray, *inputs: Any) -> Quantized:
+    """Quantize float32 [rows, inputs] by a kernel with `inputs` of its own; h [inputs] weights the errors of mse."""
+    rows, block = np.ascontiguousarray(rows, F), form.block or rows.shape[1]
+    q, half = np.empty(rows.shape, np.int8), form.scale_bits == 16
+    scales, zero_points = np.empty((2, len(rows), rows.shape[1] // block), F)
+    low, high = F(-(1 << form.bits - 1)), F((1 << form.bits - 1) - 1)
+    steps, shares = search_steps(form.bits, form.symmetric, uniform=bool(np.ptp(h) == 0))
+    kernel(rows, block, low, high, form.symmetric, half, *inputs, steps, shares, q, scales, zero_points)
+    return Quantized(q, scales, None if form.symmetric else zero_points)
 
-    Args:
-        rows: float32 [rows, inputs].
-        bits: 2 to 8.
-        block: A divisor of the inputs; 0 for one block a row.
-        symmetric: Whether there are no zero points; not for hqq.
-        scale_bits: 16 or 32.
-        method: "rtn", "hqq" or "mse".
-        importance: float32 [inputs], not negative: weights of the squared errors of mse.
+
+def round_rows(rows: np.ndarray, form: WeightFormat, importance: np.ndarray | None = None) -> Quantized:
+    """Quantize rows of a weight, float32 [rows, inputs], independently of each other by rtn, hqq or mse.
+
+    `importance`, float32 [inputs] and not negative, weights the squared errors of mse.
     """
-    count, inputs = rows.shape
-    block = block or inputs
-    blocks = inputs // block
-    q, scales, zero_points = (
-        np.empty((count, inputs), np.int8),
-        np.empty((count, blocks), F),
-        np.empty((count, blocks), F),
-    )
-    h = np.ones(inputs, F) if importance is None else np.ascontiguousarray(importance, F)
-    low, high = q_range(bits)
-    steps, shares = search_steps(bits, symmetric, uniform=bool(np.ptp(h) == 0))
-    rows, half, code = np.ascontiguousarray(rows, F), scale_bits == 16, DATA_FREE[method]
-    _round(rows, block, low, high, symmetric, half, code, h, steps, shares, q, scales, zero_points)
-    return Quantized(q, scales, None if symmetric else zero_points)
+    h = np.ones(rows.shape[1], F) if importance is None else np.ascontiguousarray(importance, F)
+    return run_kernel(_round, rows, form, h, DATA_FREE[form.method], h)
 
 
-class DataFree:
-    """rtn, hqq or mse as a method of `hf2mnn.quant.methods`."""
-
-    def __init__(self, method: str) -> None:
-        self.method = method
+class Method:
+    """A method of quantization; this base class is that of rtn, hqq and mse, which need no data."""
 
     def resolve(self, operator: Operator, form: WeightFormat) -> WeightFormat:
-        """Return the format unchanged."""
+        """Return the format in which an operator is stored. Raise QuantizationError if the method lacks an input."""
         return form
 
     def prepare(self, operator: Operator, form: WeightFormat) -> RoundRows:
         """Return the function that quantizes rows of an operator."""
-        return lambda _, rows: round_rows(rows, form.bits, form.block, form.symmetric, form.scale_bits, self.method)
+        return lambda _, rows: round_rows(rows, form)

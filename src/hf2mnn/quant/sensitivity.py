@@ -8,6 +8,7 @@ computed for every format that an operator could have.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ import pandas as pd
 import torch
 
 from hf2mnn.checkpoint.folder import Checkpoint
-from hf2mnn.core.progress import progress, steps
+from hf2mnn.core.progress import steps
 from hf2mnn.metrics import kl_divergence
-from hf2mnn.quant.formats import CANDIDATES, EMBEDDING, LM_HEAD, MEASURED
+from hf2mnn.quant.formats import CANDIDATES, EMBEDDING, LM_HEAD, MEASURED, WeightFormat
 from hf2mnn.quant.rounding import round_rows
 from hf2mnn.reference.golden import Golden, GoldenExample, evenly_spaced, sample_examples
 from hf2mnn.reference.model import override_weight
@@ -48,9 +49,10 @@ class Layer:
         weight = self.module.weight.detach().numpy()
         return weight.reshape(len(weight), -1)
 
-    def quantize(self, rows: np.ndarray, bits: int, block: int) -> np.ndarray:
-        """Return float32 rows after quantization."""
-        return round_rows(rows, bits, block, False, 16, "mse").dequantize()
+
+def requantize(rows: np.ndarray, bits: int, block: int) -> np.ndarray:
+    """Return float32 rows after quantization."""
+    return round_rows(rows, WeightFormat(bits, block, method="mse")).dequantize()
 
 
 def layers_of(model: torch.nn.Module, decoder: torch.nn.Module, tied: bool) -> list[Layer]:
@@ -111,7 +113,7 @@ class SensitivityMeter:
         """Return mean KL divergence in nats and relative weight error with this layer alone quantized to `bits`."""
         block = MEASURED_BLOCK if MEASURED_BLOCK in layer.blocks or layer.name == EMBEDDING else 0
         rows = layer.rows
-        quantized = layer.quantize(rows, bits, block)
+        quantized = requantize(rows, bits, block)
         error = float(np.linalg.norm(quantized - rows) / np.linalg.norm(rows))
         whole = layer.part == "vision" or layer.name == EMBEDDING
         with override_weight(layer.module, torch.from_numpy(quantized)):
@@ -123,13 +125,12 @@ class SensitivityMeter:
 def candidates(layer: Layer) -> list[dict[str, Any]]:
     """Return a row for every format that the layer can have, with its error on some rows of the weight."""
     rows, table = layer.rows, []
-    sampled = rows[evenly_spaced(len(rows), SAMPLED_ROWS)]
-    norm = np.linalg.norm(sampled)
-    for bits in BITS:
-        for block in layer.blocks:
-            error = float(np.linalg.norm(layer.quantize(sampled, bits, block) - sampled) / norm) if norm else 0.0
-            row = {"part": layer.part, "operator": layer.name, "bits": bits, "block": block}
-            table.append(row | {"weight_error": error})
+    rows = rows[evenly_spaced(len(rows), SAMPLED_ROWS)]
+    norm = np.linalg.norm(rows)
+    for bits, block in product(BITS, layer.blocks):
+        error = float(np.linalg.norm(requantize(rows, bits, block) - rows) / norm) if norm else 0.0
+        row = {"part": layer.part, "operator": layer.name, "bits": bits, "block": block}
+        table.append(row | {"weight_error": error})
     return table
 
 
@@ -139,24 +140,16 @@ def measure_sensitivity(
     """Write the tables of the sensitivity stage.
 
     measured.csv has columns part, operator, bits, weight_error, mean_kld; candidates.csv has part, operator, bits,
-    block, weight_error.
-
-    Returns:
-        Numbers of `operators` and of `positions`, and where the `weights` were.
+    block, weight_error. Return numbers of `operators` and of `positions`, and where the `weights` were.
     """
-    meter, rows = SensitivityMeter(checkpoint, calibration, examples, weights), []
-    with progress("sensitivity", len(meter.layers) * len(bits), "runs") as bar:
-        for layer in meter.layers:
-            for width in bits:
-                kld, error = meter.divergence(layer, width)
-                row = {"part": layer.part, "operator": layer.name, "bits": width}
-                rows.append(row | {"weight_error": error, "mean_kld": kld})
-                bar.update()
-    pd.DataFrame(rows).to_csv(folder / MEASURED, index=False, float_format="%.6g")
-    table = [row for layer in steps("formats", meter.layers, "layers") for row in candidates(layer)]
-    pd.DataFrame(table).to_csv(folder / CANDIDATES, index=False, float_format="%.6g")
-    return {
-        "operators": len(meter.layers),
-        "positions": sum(map(len, meter.predictions)),
-        "weights": meter.reference.weights,
-    }
+    meter, measured, formats = SensitivityMeter(checkpoint, calibration, examples, weights), [], []
+    for layer, width in steps("sensitivity", list(product(meter.layers, bits)), "runs"):
+        kld, error = meter.divergence(layer, width)
+        row = {"part": layer.part, "operator": layer.name, "bits": width}
+        measured.append(row | {"weight_error": error, "mean_kld": kld})
+    for layer in steps("formats", meter.layers, "layers"):
+        formats += candidates(layer)
+    for name, rows in ((MEASURED, measured), (CANDIDATES, formats)):
+        pd.DataFrame(rows).to_csv(folder / name, index=False, float_format="%.6g")
+    positions = sum(map(len, meter.predictions))
+    return {"operators": len(meter.layers), "positions": positions, "weights": meter.reference.weights}

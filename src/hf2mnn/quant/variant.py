@@ -15,11 +15,11 @@ from hf2mnn.core.files import link_or_copy
 from hf2mnn.families import get_family
 from hf2mnn.mnn.bundle import EMBEDDING, GRAPHS, PARTS, TOKENIZER, EngineSettings, parts_in, write_configs
 from hf2mnn.mnn.convert import read_graph, write_graph
-from hf2mnn.mnn.graph import Graph, check_size
+from hf2mnn.mnn.graph import check_size
 from hf2mnn.onnx.initializers import stored_initializers
 from hf2mnn.quant.embedding import check_tied, tied_settings
 from hf2mnn.quant.folding import FOLDED, FoldedWeights, folded_tap_points
-from hf2mnn.quant.formats import LM_HEAD, WeightFormat, check_format, choose_formats
+from hf2mnn.quant.formats import LM_HEAD, WeightFormat, choose_formats
 from hf2mnn.quant.methods import Methods
 from hf2mnn.quant.weights import ModelWeights, Operator, module_names, operators
 from hf2mnn.quant.write import write_weights
@@ -30,36 +30,24 @@ TABLE = "weights.csv"
 
 @dataclass(frozen=True)
 class Choice:
-    """Settings of a bundle.
-
-    Attributes:
-        decoder, vision: Formats of the weights of each part.
-        engine: Settings of the engine.
-        plan: Settings of operators that differ from their part's, by part and operator.
-        embedding: "file", or "lm_head" if the engine reads the embedding from the decoder's last layer.
-    """
+    """Settings of a bundle."""
 
     decoder: WeightFormat
     vision: WeightFormat
     engine: EngineSettings
     plan: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    embedding: str = "file"
-
-    def base(self, part: str) -> WeightFormat:
-        """Return the format of a part."""
-        return {"decoder": self.decoder, "vision": self.vision}[part]
+    """Settings of operators that differ from their part's, by part and operator."""
+    embedding: str = "file"  # or "lm_head" if the engine reads the embedding from the decoder's last layer
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that a manifest records; the plan is an input of its own."""
-        parts = {"decoder": asdict(self.decoder), "vision": asdict(self.vision), "engine": asdict(self.engine)}
-        return parts | {"embedding": self.embedding}
+        return {name: value for name, value in asdict(self).items() if name != "plan"}
 
 
 class Part:
-    """A graph of a model with its operators and float weights.
+    """A graph of a model, "decoder" or "vision", with its operators and float weights.
 
     Attributes:
-        name: "decoder" or "vision".
         file: Name of the .mnn file.
         modules: Modules by output of the ONNX graph.
     """
@@ -75,20 +63,14 @@ class Part:
         self.weights = ModelWeights(self.graph, graphs / weight_file, stored_initializers(onnx_folder / source))
 
     def formats(self, choice: Choice, methods: Methods) -> dict[str, WeightFormat]:
-        """Return the format of each operator by name.
-
-        Raises:
-            QuantizationError: An operator cannot be stored in its format.
-        """
-        formats = choose_formats(self.operators, choice.base(self.name), choice.plan.get(self.name, {}), self.name)
-        by_name = {operator.name: operator for operator in self.operators}
-        return {
-            name: check_format(by_name[name], methods.resolve(by_name[name], form)) for name, form in formats.items()
-        }
+        """Return the format of each operator by name. Raise QuantizationError if one cannot be stored in its format."""
+        base, plan = getattr(choice, self.name), choice.plan.get(self.name, {})
+        formats = choose_formats(self.operators, base, plan, self.name)
+        return {layer.name: methods.resolve(layer, formats[layer.name]) for layer in self.operators}
 
     def write(
         self, folder: Path, formats: dict[str, WeightFormat], methods: Methods, model: dict[str, Any], threads: int
-    ) -> tuple[pd.DataFrame, list[Operator]]:
+    ) -> tuple[list[dict[str, Any]], list[Operator]]:
         """Write the .mnn file and its weight file; `model` is model.json.
 
         Returns:
@@ -100,25 +82,16 @@ class Part:
             save_file(folded_tap_points(folder) | factors, folder / FOLDED)
         weights = FoldedWeights(self.weights, scales)
         path = folder / f"{self.file}.weight"
-        written, table = write_weights(self.graph, self.operators, weights, path, formats, methods, threads, self.name)
+        written, rows = write_weights(self.graph, self.operators, weights, path, formats, methods, threads, self.name)
         write_graph(written, folder / self.file)
-        return table.assign(part=self.name), self._check(folder / self.file, written)
-
-    def _check(self, path: Path, expected: Graph) -> list[Operator]:
-        """Read the .mnn file back and return its operators.
-
-        Raises:
-            ConversionError: Its weights are not those of `expected`.
-        """
-        graph = read_graph(path)
-        layers = operators(graph, self.modules)
-        if layers != operators(expected, self.modules) or len(graph.fused) != len(expected.fused):
+        built = read_graph(folder / self.file)
+        layers = operators(built, self.modules)
+        if layers != operators(written, self.modules) or len(built.fused) != len(written.fused):
             raise ConversionError(
-                f"MNN's converter built {path.name} with other weights than its input has; this is a bug, report it"
+                f"MNN's converter built {self.file} with other weights than its input has; this is a bug, report it"
             )
-        weights = path.with_name(f"{path.name}.weight")
-        check_size(graph, weights.name, weights.stat().st_size)
-        return layers
+        check_size(built, path.name, path.stat().st_size)
+        return rows, layers
 
 
 def make_variant(
@@ -134,29 +107,22 @@ def make_variant(
         ConversionError: The written file is not what was intended.
     """
     model = json.loads((onnx_folder / "model.json").read_text())
-    shared, tables, tied = [TOKENIZER], [], None
+    rows, tied = [], None
     for name in parts_in(onnx_folder):
         part = Part(name, onnx_folder, graphs)
         formats = part.formats(choice, methods)
-        if name == "decoder" and choice.embedding == LM_HEAD:
+        is_embedding = name == "decoder" and choice.embedding == LM_HEAD
+        if is_embedding:
             check_tied(model, formats[LM_HEAD])
-        table, layers = part.write(folder, formats, methods, model, threads)
-        tables.append(table)
-        if name == "decoder" and choice.embedding == LM_HEAD:
+        part_rows, layers = part.write(folder, formats, methods, model, threads)
+        rows += part_rows
+        if is_embedding:
             tied = tied_settings(next(operator for operator in layers if operator.name == LM_HEAD))
-    if tied is None:
-        shared.append(EMBEDDING)
-    for name in shared:
+    for name in (TOKENIZER,) if tied else (TOKENIZER, EMBEDDING):
         link_or_copy(graphs / name, folder / name)
     write_configs(folder, model, choice.engine, tied)
-    return _summarize(tables, folder, 0 if tied else (graphs / EMBEDDING).stat().st_size)
-
-
-def _summarize(tables: list[pd.DataFrame], folder: Path, embedding_bytes: int) -> dict[str, Any]:
-    """Write weights.csv; return sums over all operators."""
-    table = pd.concat(tables, ignore_index=True)
-    table.insert(0, "part", table.pop("part"))
+    table = pd.DataFrame(rows)
     table.to_csv(folder / TABLE, index=False, float_format="%.6g")
     weights, size = int((table["outputs"] * table["inputs"]).sum()), int(table["bytes"].sum())
     results = {"weights": weights, "weight_bytes": size, "bits_per_weight": round(8 * size / weights, 4)}
-    return results | {"embedding_bytes": embedding_bytes}
+    return results | {"embedding_bytes": 0 if tied else (graphs / EMBEDDING).stat().st_size}

@@ -37,29 +37,31 @@ FLOAT_MAX = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Operator:
-    """A linear layer, or the patch embedding of a vision tower.
+    """A linear layer, or the patch embedding of a vision tower."""
 
-    Attributes:
-        name: Its module in the transformers model if known, else its name in the graph.
-        outputs: Output channels.
-        inputs: Input channels times kernel size.
-        kernel: Kernel size; 1 for a linear layer.
-        parts: Offset and bytes of weight, scales and bias in the weight file; of a sparse float weight the scales are
-            its numbers, and a fourth part their indices. A weight of 0 bytes is not in this file.
-        stored: `quanParameter` of the graph; None for a float32 weight.
-    """
-
-    name: str
-    outputs: int
-    inputs: int
-    kernel: int
+    name: str  # its module in the transformers model if known, else its name in the graph
+    outputs: int  # output channels
+    inputs: int  # input channels times kernel size
+    kernel: int  # kernel size; 1 for a linear layer
     parts: tuple[tuple[int, int], ...]
-    stored: dict[str, Any] | None
+    """Offset and bytes of weight, scales and bias in the weight file; of a sparse float weight the scales are its
+    numbers, and a fourth part their indices. A weight of 0 bytes is not in this file."""
+    stored: dict[str, Any] | None  # `quanParameter` of the graph; None for a float32 weight
 
     @property
     def size(self) -> int:
         """Number of weights."""
         return self.outputs * self.inputs
+
+    @property
+    def scale_type(self) -> np.dtype:
+        """Type of the stored scales of a quantized weight."""
+        return np.dtype(SCALE_TYPES[16 if self.stored["scaleStorage"] == "FP16" else 32])
+
+    @property
+    def is_legacy(self) -> bool:
+        """Whether a quantized weight is int8 of an old converter, with other meanings of its parameters."""
+        return self.stored["type"] == INT8 and self.stored["aMin"] == 0 and abs(self.stored["quantScale"]) < 1e-6
 
     def blocks(self, block: int) -> int:
         """Return the number of blocks in a row; `block` 0 is one."""
@@ -72,15 +74,10 @@ def module_names(graph: Path) -> dict[str, str]:
     return modules | {f"{output}{FLAT}": module for output, module in modules.items()}
 
 
-def _module_of(operator: str, modules: dict[str, str]) -> str:
-    value = FRAME.sub("", operator.removesuffix(LINEAR))
-    return modules.get(value, value)
-
-
 def _parse(op: Op, modules: dict[str, str]) -> Operator:
-    main = op["main"]
+    main, value = op["main"], FRAME.sub("", op["name"].removesuffix(LINEAR))
     common, external, stored = main["common"], main.get("external"), main.get("quanParameter")
-    name = _module_of(op["name"], modules)
+    name = modules.get(value, value)
     if not external:
         raise QuantizationError(f"{name}: its weight is inside the graph; convert with --saveExternalData")
     kernel = common["kernelX"] * common["kernelY"]
@@ -93,11 +90,7 @@ def _parse(op: Op, modules: dict[str, str]) -> Operator:
 
 
 def _operator(op: Op, modules: dict[str, str]) -> Operator:
-    """Parse an operator of an untrusted graph.
-
-    Raises:
-        QuantizationError: Keys are missing, or numbers are impossible.
-    """
+    """Parse an operator of an untrusted graph: keys may be missing, and numbers impossible."""
     try:
         operator = _parse(op, modules)
         stored = operator.stored
@@ -109,24 +102,20 @@ def _operator(op: Op, modules: dict[str, str]) -> Operator:
             valid &= type(stored["quantScale"]) in (int, float) and abs(stored["quantScale"]) < FLOAT_MAX
             valid &= all(isinstance(stored[key], bool) for key in ("shapeInt32", "has_scaleInt"))
             valid &= isinstance(stored["scaleStorage"], str)
+        reason = None if valid else f"{operator.outputs} x {operator.inputs} weights"
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
-        raise _invalid(op, f"{type(error).__name__}: {error}") from None
-    if not valid:
-        raise _invalid(op, f"{operator.outputs} x {operator.inputs} weights")
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        raise QuantizationError(
+            f"{op['name']}: its description in the graph is not that of a layer ({reason}); convert the model again"
+        )
     return operator
-
-
-def _invalid(op: Op, reason: str) -> QuantizationError:
-    return QuantizationError(
-        f"{op['name']}: its description in the graph is not that of a layer ({reason}); convert the model again"
-    )
 
 
 def operators(graph: Graph, modules: dict[str, str] | None = None) -> list[Operator]:
     """Return every operator with a weight, in the order of the graph; `modules` are from `module_names`.
 
-    Raises:
-        QuantizationError: A weight is inside the graph, or the description of an operator is invalid.
+    Raise QuantizationError if a weight is inside the graph, or if the description of an operator is invalid.
     """
     return [_operator(op, modules or {}) for op in graph.of_type("Convolution")]
 
@@ -161,8 +150,7 @@ class WeightFile:
     def rows(self, operator: Operator, begin: int = 0, end: int | None = None) -> np.ndarray:
         """Return rows `begin` to `end` as float32 [rows, inputs], with the bits that the engine computes.
 
-        Raises:
-            QuantizationError: The bytes are not the weights of this operator, or their type is not supported.
+        Raise QuantizationError if the bytes are not the weights of this operator, or if their type is not supported.
         """
         end = operator.outputs if end is None else end
         kind = operator.stored["type"] if operator.stored else None
@@ -211,12 +199,10 @@ class WeightFile:
     def alpha(self, operator: Operator, begin: int = 0, end: int | None = None) -> np.ndarray:
         """Return the stored scales of rows as float32 [rows, blocks, 1], or [rows, blocks, 2] with zero points first.
 
-        Raises:
-            QuantizationError: Their number does not fit the weight.
+        Raise QuantizationError if their number does not fit the weight.
         """
-        stored, (offset, size), rows = operator.stored, operator.parts[1], operator.outputs
-        dtype = np.dtype(SCALE_TYPES[16 if stored["scaleStorage"] == "FP16" else 32])
-        pairs, count = 2 if stored["readType"] or _is_legacy(stored) else 1, size // dtype.itemsize
+        (offset, size), rows, dtype = operator.parts[1], operator.outputs, operator.scale_type
+        pairs, count = 2 if operator.stored["readType"] or operator.is_legacy else 1, size // dtype.itemsize
         if not count or count % (pairs * rows) or operator.size % (count // pairs):
             raise QuantizationError(f"{operator.name}: {count} scales do not fit {rows} rows; convert the model again")
         end, row = rows if end is None else end, count // rows
@@ -224,37 +210,28 @@ class WeightFile:
         return self._numbers(part, dtype).astype(np.float32).reshape(end - begin, row // pairs, pairs)
 
     def quantized(self, operator: Operator, begin: int = 0, end: int | None = None) -> Quantized:
-        """Return rows of a quantized weight. Of a dense weight, only these rows are read.
-
-        Raises:
-            QuantizationError: The bytes are not the weights of this operator.
-        """
-        stored, weight, name, count = operator.stored, operator.parts[0], operator.name, operator.size
+        """Return rows of a quantized weight; of a dense weight, only these rows are read."""
+        stored, count, inputs = operator.stored, operator.size, operator.inputs
         end = operator.outputs if end is None else end
         if stored["type"] == DENSE:
             q = self._dense(operator, begin, end)
         else:
-            raw = self.raw(*weight)
+            raw = self.raw(*operator.parts[0])
             if stored["type"] == SPARSE:
-                q = parse_sparse(raw, self.alpha(operator).reshape(-1), count, stored["shapeInt32"], name)
-            else:
+                q = parse_sparse(raw, self.alpha(operator).reshape(-1), count, stored["shapeInt32"], operator.name)
+            elif len(raw) == count:
                 q = np.frombuffer(raw, np.int8)
-                if q.size != count:
-                    raise damaged(len(raw), count, name)
-            q = q[begin * operator.inputs : end * operator.inputs]
-        q, alpha = q.reshape(end - begin, operator.inputs), self.alpha(operator, begin, end)
+            else:
+                raise damaged(len(raw), count, operator.name)
+            q = q[begin * inputs : end * inputs]
+        q, alpha = q.reshape(end - begin, inputs), self.alpha(operator, begin, end)
         scales = alpha[:, :, -1]
-        factor = np.float32(1 if stored["has_scaleInt"] or _is_legacy(stored) else stored["quantScale"])
+        factor = np.float32(1 if stored["has_scaleInt"] or operator.is_legacy else stored["quantScale"])
         if alpha.shape[2] == 1:
             return Quantized(q, scales * factor, None)
         # With a negative aMin, the stored number is the weight at q = aMin; the engine converts it to that at q = 0.
         lowest = np.float32(min(stored["aMin"] or -128, 0))
         return Quantized(q, scales * factor, (alpha[:, :, 0] - lowest * scales) * factor)
-
-
-def _is_legacy(stored: dict[str, Any]) -> bool:
-    """Return whether a weight is int8 of an old converter, with other meanings of its parameters."""
-    return stored["type"] == INT8 and stored["aMin"] == 0 and abs(stored["quantScale"]) < 1e-6
 
 
 class ModelWeights(WeightFile):
