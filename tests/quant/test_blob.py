@@ -85,7 +85,7 @@ def test_a_weight_has_the_bytes_that_the_converter_writes(bits: int, tmp_path: P
         (operator,) = model.layers
         stored, alpha = (model.weights.raw(*part) for part in operator.parts[:2])
         weights = model.weights.quantized(operator)
-        head, wide = header(13, 64, operator.blocks(block), bits)
+        head, wide = header(13, 64, WeightFormat(bits, block).blocks(64), bits)
         assert stored == head + pack(weights.q, bits)
         assert wide == operator.stored["shapeInt32"]
         assert len(stored) + len(alpha) == size(13, 64, WeightFormat(bits, block, symmetric, scale_bits))

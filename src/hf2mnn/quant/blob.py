@@ -75,9 +75,6 @@ class Quantized:
         return weights.reshape(self.q.shape)
 
 
-# Sizes and writing
-
-
 def header(rows: int, inputs: int, blocks: int, bits: int) -> tuple[bytes, bool]:
     """Return the header of a dense weight, and whether its dimensions are int32."""
     dimensions = np.array([rows * blocks, inputs // blocks])
@@ -91,7 +88,7 @@ def size(rows: int, inputs: int, form: WeightFormat) -> int:
     """Return the bytes of a float or dense weight [rows, inputs] with its scales."""
     if form.bits >= 16:
         return rows * inputs * form.bits // 8
-    blocks = inputs // form.block if form.block else 1
+    blocks = form.blocks(inputs)
     weight = len(header(rows, inputs, blocks, form.bits)[0]) + (rows * inputs * form.bits + 7) // 8
     return weight + rows * blocks * (1 if form.symmetric else 2) * form.scale_bits // 8
 
@@ -151,9 +148,6 @@ def unpack(packed: bytes, count: int, bits: int) -> np.ndarray:
     q = np.empty(count, np.int8)
     _unpack(np.frombuffer(packed, np.uint8), bits, q)
     return q
-
-
-# Errors of quantization
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc"})
@@ -224,10 +218,7 @@ class Header:
     table: np.ndarray | None  # int8, values by index, ascending; None if they are [-2^(bits-1), 2^(bits-1))
 
     def decode(self, packed: bytes, count: int, name: str) -> np.ndarray:
-        """Decode int8 [count] from bytes that begin with a whole value.
-
-        Raise QuantizationError if a value is not in the table of the operator `name`.
-        """
+        """Decode int8 [count] of the operator `name` from bytes that begin with a whole value."""
         q = unpack(packed, count, self.bits)
         if self.table is None:
             return q

@@ -14,7 +14,7 @@ import numpy as np
 
 from hf2mnn.checkpoint.tensors import StoredTensor
 from hf2mnn.core.errors import BundleError, QuantizationError
-from hf2mnn.mnn.bundle import DECODER, EMBEDDING, MODEL_CONFIG, ROWS_AT_ONCE, embedding_table, table_blocks
+from hf2mnn.mnn.bundle import DECODER, EMBEDDING, MODEL_CONFIG, embedding_table, table_blocks
 from hf2mnn.mnn.bundle_config import read_config
 from hf2mnn.mnn.engine_facts import QUANTIZED_EMBEDDING_BITS, TIE_EMBEDDINGS_KEYS
 from hf2mnn.quant.blob import SCALE_TYPES, Quantized, header, unpack
@@ -26,10 +26,7 @@ TIED = "tie_embeddings"
 
 
 def check_tied(model: dict[str, Any], form: WeightFormat) -> None:
-    """Raise QuantizationError if the engine cannot read the embedding from an lm_head of format `form`.
-
-    `model` is model.json.
-    """
+    """Raise QuantizationError if the engine cannot read the embedding of model.json from an lm_head of this format."""
     if not model["tie_word_embeddings"]:
         raise QuantizationError(f"{LM_HEAD}: the model's embedding is another weight; use embedding: file")
     if form.bits not in QUANTIZED_EMBEDDING_BITS:
@@ -56,10 +53,7 @@ def tied_settings(operator: Operator) -> dict[str, Any]:
 
 
 def parse_tied(stored: Any) -> dict[str, Any] | None:
-    """Parse `tie_embeddings` of llm_config.json, which llmexport writes as a list; None if the key is missing.
-
-    Raise BundleError if it is neither a list nor an object of valid numbers.
-    """
+    """Parse `tie_embeddings` of llm_config.json, a list if by llmexport; None if missing. BundleError if invalid."""
     if stored is None:
         return None
     *required, half = TIE_EMBEDDINGS_KEYS
@@ -75,12 +69,9 @@ def parse_tied(stored: Any) -> dict[str, Any] | None:
     return {"alpha_dtype": "fp32", **stored}
 
 
-def embedding_in_weights(model: dict[str, Any]) -> bool:
-    """Return whether the engine reads the embedding from the decoder's weight file; `model` is llm_config.json.
-
-    An embedding at offset 0 is quantized, but in a file of its own. Raises BundleError if `tie_embeddings` is invalid.
-    """
-    tied = parse_tied(model.get(TIED))
+def embedding_in_weights(llm_config: dict[str, Any]) -> bool:
+    """Return whether the embedding is in the decoder's weight file; at offset 0, it is quantized in its own file."""
+    tied = parse_tied(llm_config.get(TIED))
     return tied is not None and tied["weight_offset"] != 0
 
 
@@ -101,39 +92,35 @@ def _read(path: Path, offset: int, size: int) -> bytes:
     return content
 
 
-def embedding_rows(path: Path, tied: dict[str, Any] | None, shape: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Yield the rows of an embedding as the engine reads them, float32 [rows, hidden], some at a time.
+def embedding_rows(
+    path: Path, tied: dict[str, Any] | None, table: StoredTensor
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield rows of an embedding as the engine reads them, with those of the checkpoint's `table` in bfloat16.
 
-    Args:
-        path: File of the embedding, or weight file of the decoder.
-        tied: Position in the weight file (`tied_settings`); None for a bfloat16 file.
-        shape: Vocabulary and hidden size.
+    Both are float32 [rows, hidden], some rows at a time. `path` is the file of the embedding, or the weight file of the
+    decoder with the position `tied` (`tied_settings`). Raise BundleError if the file is truncated.
     """
-    (vocabulary, hidden), offset, bits = shape, 0, 16
+    (vocabulary, hidden), offset, bits = table.shape, 0, 16
     if tied is not None:
         offset, bits = tied["weight_offset"], tied["quant_bit"]
         dtype = SCALE_TYPES[16 if tied["alpha_dtype"] == "fp16" else 32]
         stored = np.frombuffer(_read(path, tied["alpha_offset"], tied["alpha_size"]), dtype).astype(np.float32)
         alpha = stored.reshape(vocabulary, hidden // (tied["quant_block"] or hidden), -1)
-    for start in range(0, vocabulary, ROWS_AT_ONCE):
-        count = min(ROWS_AT_ONCE, vocabulary - start)
-        content = _read(path, offset + start * hidden * bits // 8, count * hidden * bits // 8)
+    start = 0
+    for exact in table_blocks(table):
+        end = start + len(exact)
+        content = _read(path, offset + start * hidden * bits // 8, len(exact) * hidden * bits // 8)
         if tied is None:
-            yield np.frombuffer(content, ml_dtypes.bfloat16).reshape(count, hidden).astype(np.float32)
+            rows = np.frombuffer(content, ml_dtypes.bfloat16).reshape(exact.shape).astype(np.float32)
         else:
-            q, pairs = unpack(content, count * hidden, bits), alpha[start : start + count]
-            zero_points = pairs[:, :, 0] if pairs.shape[2] == 2 else None
-            yield Quantized(q.reshape(count, hidden), pairs[:, :, -1], zero_points).dequantize()
-
-
-def pair_with_checkpoint(rows: Iterator[np.ndarray], table: StoredTensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield rows of an embedding with those of the checkpoint in bfloat16, both float32 [rows, hidden]."""
-    for block, exact in zip(rows, table_blocks(table), strict=True):
-        yield block, exact.astype(ml_dtypes.bfloat16).astype(np.float32)
+            q, pairs = unpack(content, exact.size, bits).reshape(exact.shape), alpha[start:end]
+            rows = Quantized(q, pairs[:, :, -1], pairs[:, :, 0] if pairs.shape[2] == 2 else None).dequantize()
+        yield rows, exact.astype(ml_dtypes.bfloat16).astype(np.float32)
+        start = end
 
 
 def embedding_blocks(bundle: Path, onnx_folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield rows of a bundle's embedding and of the checkpoint's, as `pair_with_checkpoint` does."""
-    table, tied = embedding_table(onnx_folder), read_tied(bundle)
+    """Yield rows of a bundle's embedding and of the checkpoint's, as `embedding_rows` does."""
+    tied = read_tied(bundle)
     path = bundle / (f"{DECODER}.weight" if tied else EMBEDDING)
-    return pair_with_checkpoint(embedding_rows(path, tied, table.shape), table)
+    return embedding_rows(path, tied, embedding_table(onnx_folder))

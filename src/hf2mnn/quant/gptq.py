@@ -43,14 +43,10 @@ def _gptq(rows, block, low, high, symmetric, half, Hinv, steps, shares, q, scale
     W, errors = np.empty((inputs, LANES), F), np.empty((block, LANES), F)
     w_min, w_max, best = np.empty(LANES, F), np.empty(LANES, F), np.empty((4, LANES), F)
     s, z, change = np.empty(LANES, F), np.empty(LANES, F), np.empty(LANES, F)
-    costs = np.empty(inputs, F)
-    for i in range(inputs):
-        costs[i] = ONE / (Hinv[i, i] * Hinv[i, i])
+    costs = ONE / np.square(np.diag(Hinv))
     for start in range(0, count, LANES):
         for lane in range(LANES):
-            row = min(start + lane, count - 1)
-            for i in range(inputs):
-                W[i, lane] = rows[row, i]
+            W[:, lane] = rows[min(start + lane, count - 1)]
         for index in range(inputs // block):
             begin, end = index * block, (index + 1) * block
             for lane in range(LANES):
@@ -75,13 +71,11 @@ def _gptq(rows, block, low, high, symmetric, half, Hinv, steps, shares, q, scale
                 scales[start + lane, index], zero_points[start + lane, index] = s[lane], z[lane]
             # Channels after the block are changed once, by the errors of the whole block.
             for k in range(end, inputs):
-                for lane in range(LANES):
-                    change[lane] = ZERO
+                change[:] = ZERO
                 for i in range(begin, end):
                     for lane in range(LANES):
                         change[lane] += errors[i - begin, lane] * Hinv[i, k]
-                for lane in range(LANES):
-                    W[k, lane] -= change[lane]
+                W[k] -= change
 
 
 def gptq_rows(rows: np.ndarray, form: WeightFormat, Hinv: np.ndarray) -> Quantized:

@@ -31,10 +31,7 @@ class Activations:
         return sorted(self._tensors)
 
     def tensor(self, module: str) -> str:
-        """Return the name of a layer's input, which is the same for layers with the same input.
-
-        Raise QuantizationError if no inputs of this layer were recorded.
-        """
+        """Return the name of a layer's input, which layers may share. Raise QuantizationError if it is not recorded."""
         if module not in self._tensors:
             raise QuantizationError(
                 f"{self.folder} holds no activations of {module}: no example of the calibration set runs it, or the"

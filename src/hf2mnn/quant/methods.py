@@ -17,16 +17,12 @@ CALIBRATED = ("awq", "gptq")
 
 
 class Methods(Method):
-    """Quantizes each operator by the method of its format.
-
-    Attributes:
-        awq: The method awq; its search comes before the operators of a part are quantized.
-    """
+    """Quantizes each operator by the method of its format."""
 
     def __init__(self, calibration: Path | None = None, checkpoint: Path | None = None) -> None:
         """Open the folder of the calibrate stage for awq and gptq, and that of the fetch stage for checkpoint."""
         activations = Activations(calibration) if calibration else None
-        self.awq = Awq(activations)
+        self.awq = Awq(activations)  # its search comes before the operators of a part are quantized
         self._methods: dict[str, Method] = dict.fromkeys(DATA_FREE, Method())
         self._methods |= {"awq": self.awq, "gptq": Gptq(activations)}
         self._methods["checkpoint"] = Prequantized(Checkpoint(checkpoint) if checkpoint else None)

@@ -119,10 +119,7 @@ def write_plan(chosen: pd.DataFrame, head: list[str], path: Path) -> None:
 
 
 def with_bytes(candidates: pd.DataFrame, layers: list[Operator]) -> pd.DataFrame:
-    """Return `candidates` with their `bytes` in the bundle and number of `weights`; `layers` are those of all parts.
-
-    Raise QuantizationError if an operator has no candidates.
-    """
+    """Return `candidates` with their `bytes` in the bundle and number of `weights`; `layers` are those of all parts."""
     by_name: dict[str, list[Operator]] = defaultdict(list)
     for operator in layers:
         by_name[operator.name].append(operator)
@@ -144,8 +141,7 @@ def make_plan(
 ) -> dict[str, Any]:
     """Write plan.yaml to `folder`; `graphs` is the verified manifest of the convert stage.
 
-    Return bits_per_weight, weight_bytes, and expected_kld in nats. Raise QuantizationError if the budget cannot be met;
-    the message has the smallest that can.
+    Return bits_per_weight, weight_bytes, and expected_kld in nats. Raise QuantizationError for too small a budget.
     """
     layers = []
     for name in parts_in(onnx_folder):
@@ -157,7 +153,10 @@ def make_plan(
     if budget.bits_per_weight:
         most = int(budget.bits_per_weight * weights / 8)
     else:
-        most = budget.bundle_bytes - _other_bytes(graphs, layers, tied)
+        # Others are at most those of the convert stage: the JSON form of a graph is longer than its .mnn file.
+        others = sum(entry["size"] for name, entry in graphs.outputs.items() if name != EMBEDDING_FILE or not tied)
+        others += FORMAT_BYTES * len(layers) - sum(operator.parts[0][1] for operator in layers)
+        most = budget.bundle_bytes - others
     chosen = solve(table, most)
     total, kld = int(chosen["bytes"].sum()), float(chosen["kld"].sum())
     head = [
@@ -168,14 +167,3 @@ def make_plan(
     write_plan(chosen, head, folder / PLAN)
     print("\n".join(head[:2]), flush=True)
     return {"bits_per_weight": 8 * total / weights, "weight_bytes": total, "expected_kld": kld}
-
-
-def _other_bytes(graphs: Manifest, layers: list[Operator], tied: bool) -> int:
-    """Return an upper bound on the bytes of a bundle without the weights of its operators.
-
-    The JSON form of a graph is longer than its .mnn file. If the model is `tied`, the embedding has no file.
-    """
-    sizes = {name: entry["size"] for name, entry in graphs.outputs.items()}
-    embedding = sizes[EMBEDDING_FILE] if tied else 0
-    weights = sum(operator.parts[0][1] for operator in layers)
-    return sum(sizes.values()) - weights - embedding + FORMAT_BYTES * len(layers)

@@ -20,11 +20,11 @@ from hf2mnn.quant.rounding import Method, RoundRows
 from hf2mnn.quant.weights import Operator
 
 
-def _to_mnn(layer: PrequantizedLinear) -> Quantized:
+def _to_mnn(layer: PrequantizedLinear, rows: slice = slice(None)) -> Quantized:
     middle = 1 << layer.bits - 1
-    q = (layer.q.astype(np.int16) - middle).astype(np.int8)
-    scales = layer.scales.astype(np.float32)
-    zero_points = None if layer.symmetric else (middle - layer.zero_points.astype(np.float32)) * scales
+    q = (layer.q[rows].astype(np.int16) - middle).astype(np.int8)
+    scales = layer.scales[rows].astype(np.float32)
+    zero_points = None if layer.symmetric else (middle - layer.zero_points[rows].astype(np.float32)) * scales
     return Quantized(q, scales, zero_points)
 
 
@@ -37,8 +37,7 @@ class Prequantized(Method):
     def resolve(self, operator: Operator, form: WeightFormat) -> WeightFormat:
         """Return the format that holds the weight exactly; float16 for one that the checkpoint does not quantize.
 
-        Raise QuantizationError if there is no AWQ or GPTQ checkpoint, or if `form` has other bits or another block;
-        CheckpointError if the layer cannot be converted.
+        Raise QuantizationError if `form` or the checkpoint does not fit, CheckpointError if a layer has no exact form.
         """
         if self.checkpoint is None:
             raise QuantizationError(
@@ -65,16 +64,11 @@ class Prequantized(Method):
         return replace(form, block=group, symmetric=zero_points is None, scale_bits=16 if exact else 32)
 
     def prepare(self, operator: Operator, form: WeightFormat) -> RoundRows:
-        """Return the function that takes rows of an operator from the checkpoint.
-
-        It raises QuantizationError if they are not the rows of the float model, to the last bit.
-        """
-        layer = _to_mnn(self.checkpoint.prequantized(f"{operator.name}.weight"))
+        """Return the function that takes rows of an operator from the checkpoint, with the float model's values."""
+        layer = self.checkpoint.prequantized(f"{operator.name}.weight")
 
         def take(first: int, rows: np.ndarray) -> Quantized:
-            span = slice(first, first + len(rows))
-            zero_points = None if layer.zero_points is None else layer.zero_points[span]
-            quantized = Quantized(layer.q[span], layer.scales[span], zero_points)
+            quantized = _to_mnn(layer, slice(first, first + len(rows)))
             if not np.array_equal(quantized.dequantize(), rows):
                 raise QuantizationError(
                     f"{operator.name}: the quantized weight of the checkpoint is not that of the float model; run"

@@ -63,15 +63,11 @@ def stored(x, half):
 
 @njit(nogil=True, cache=True, inline="always")
 def _errors(W, h, s, z, low, high, sums):
-    """Quantize a tile with scales s and zero points z.
-
-    Fills `sums`: [0] squared errors; [1] q, [2] q^2 and [3] w * q, all weighted by h.
-    """
+    """Set `sums` of a tile quantized with s and z: squared errors, q, q^2 and w * q, all weighted by h."""
     inverse = np.empty(LANES, F)
+    sums[:] = ZERO
     for lane in range(LANES):
         inverse[lane] = ONE / s[lane] if s[lane] > ZERO else ZERO
-        for k in range(4):
-            sums[k, lane] = ZERO
     for i in range(W.shape[0]):
         weight = h[i]
         for lane in range(LANES):
@@ -86,10 +82,7 @@ def _errors(W, h, s, z, low, high, sums):
 
 @njit(nogil=True, cache=True, inline="always")
 def _refit(sums, total, weighted, symmetric, half, s, z):
-    """Set s and z by linear regression of w on q, from `sums` of `_errors`; leave them unchanged if it has no solution.
-
-    `total` is the sum of h, `weighted` that of h * w.
-    """
+    """Set s and z by regression of w on q, if it has a solution; `total` is the sum of h, `weighted` that of h * w."""
     for lane in range(LANES):
         if symmetric:
             if sums[2, lane] > ZERO:
@@ -219,8 +212,7 @@ def _round(rows, block, low, high, symmetric, half, method, importance, steps, s
                 w = rows[min(start + lane, count - 1), begin:end]
                 w_min[lane], w_max[lane] = _extremes(w)
                 if method != 0:
-                    for i in range(block):
-                        W[i, lane] = w[i]
+                    W[:, lane] = w
             if method == 0:
                 # As in the converter: q is computed with the exact scale, and its nearest float16 is stored.
                 for lane in range(LANES):

@@ -72,12 +72,7 @@ def layers_of(model: torch.nn.Module, decoder: torch.nn.Module, tied: bool) -> l
 
 
 class SensitivityMeter:
-    """The model, some examples of the calibration set, and its predictions of their answers.
-
-    Attributes:
-        layers: Weights that can be quantized.
-        predictions: Logits of each example's answer, float32 [answer tokens, vocabulary].
-    """
+    """The model, some examples of the calibration set, and its predictions of their answers."""
 
     def __init__(self, checkpoint_folder: Path, calibration: Path, examples: int, weights: str = "auto") -> None:
         checkpoint = Checkpoint(checkpoint_folder)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from safetensors.numpy import save_file
 
-from hf2mnn.core.errors import ConversionError
+from hf2mnn.core.errors import ConversionError, QuantizationError
 from hf2mnn.core.files import link_or_copy
 from hf2mnn.families import get_family
 from hf2mnn.mnn.bundle import EMBEDDING, GRAPHS, PARTS, TOKENIZER, EngineSettings, parts_in, write_configs
 from hf2mnn.mnn.convert import read_graph, write_graph
 from hf2mnn.mnn.graph import check_size
 from hf2mnn.onnx.initializers import stored_initializers
+from hf2mnn.quant.awq import FOLDED, FoldedWeights, folded_tap_points
 from hf2mnn.quant.embedding import check_tied, tied_settings
-from hf2mnn.quant.folding import FOLDED, FoldedWeights, folded_tap_points
-from hf2mnn.quant.formats import LM_HEAD, WeightFormat, choose_formats
+from hf2mnn.quant.formats import LM_HEAD, WeightFormat
 from hf2mnn.quant.methods import Methods
 from hf2mnn.quant.weights import ModelWeights, Operator, module_names, operators
 from hf2mnn.quant.write import write_weights
@@ -44,20 +45,47 @@ class Choice:
         return {name: value for name, value in asdict(self).items() if name != "plan"}
 
 
-class Part:
-    """A graph of a model, "decoder" or "vision", with its operators and float weights.
+def check_format(operator: Operator, form: WeightFormat) -> WeightFormat:
+    """Return the format in which MNN stores an operator: a convolution has no blocks, but one scale per channel."""
+    if form.bits >= 16:
+        return form
+    if form.method == "hqq" and form.symmetric:
+        raise QuantizationError(
+            f"{operator.name}: hqq searches a zero point, and a symmetric format has none; use method: mse"
+        )
+    if operator.kernel > 1 or form.block == operator.inputs:
+        return replace(form, block=0)
+    if form.block and operator.inputs % form.block:
+        fitting = [str(block) for block in (128, 64, 32, 16) if operator.inputs % block == 0]
+        raise QuantizationError(
+            f"{operator.name}: block {form.block} does not divide its {operator.inputs} inputs; use"
+            f" {', '.join(fitting) + ' or ' if fitting else ''}0 (one scale per channel)"
+        )
+    return form
 
-    Attributes:
-        file: Name of the .mnn file.
-        modules: Modules by output of the ONNX graph.
-    """
+
+def choose_formats(
+    layers: Iterable[Operator], base: WeightFormat, overrides: dict[str, dict[str, Any]], part: str
+) -> dict[str, WeightFormat]:
+    """Return the format of every operator of a part: `base`, with a plan's `overrides` by operator."""
+    known = {operator.name: operator for operator in layers}
+    if unknown := sorted(set(overrides) - set(known)):
+        raise QuantizationError(
+            f"{unknown[0]}: the plan names this operator, but the {part} does not have it; it has"
+            f" {', '.join(list(known)[:3])}, ..."
+        )
+    return {name: check_format(known[name], replace(base, **overrides.get(name, {}))) for name in known}
+
+
+class Part:
+    """A graph of a model, "decoder" or "vision", with its operators and float weights."""
 
     def __init__(self, name: str, onnx_folder: Path, graphs: Path) -> None:
         """Read a graph from the folders of the export and convert stages."""
         self.name = name
         self.file, source = PARTS[name]
         graph_file, weight_file = GRAPHS[name]
-        self.modules = module_names(onnx_folder / source)
+        self.modules = module_names(onnx_folder / source)  # by output of the ONNX graph
         self.graph = read_graph(graphs / graph_file)
         self.operators = operators(self.graph, self.modules)
         self.weights = ModelWeights(self.graph, graphs / weight_file, stored_initializers(onnx_folder / source))
@@ -71,11 +99,7 @@ class Part:
     def write(
         self, folder: Path, formats: dict[str, WeightFormat], methods: Methods, model: dict[str, Any], threads: int
     ) -> tuple[list[dict[str, Any]], list[Operator]]:
-        """Write the .mnn file and its weight file; `model` is model.json.
-
-        Returns:
-            A row for each operator, and the operators of the written file.
-        """
+        """Write the .mnn file and its weight file; return a row for each operator, and the operators of the file."""
         folds = get_family(model["model_type"], folder).folds(model)
         scales = methods.awq.search(folds, self.operators, self.weights, formats)
         if factors := scales.tap_points(folds):
@@ -99,12 +123,8 @@ def make_variant(
 ) -> dict[str, Any]:
     """Write a bundle to `folder`; its bytes do not depend on the number of threads.
 
-    Returns:
-        `weights`, `weight_bytes` and `bits_per_weight` of all operators, and `embedding_bytes` beside lm_head.
-
-    Raises:
-        QuantizationError: An operator cannot be stored in its format.
-        ConversionError: The written file is not what was intended.
+    Return `weights`, `weight_bytes` and `bits_per_weight` of all operators, and `embedding_bytes` beside lm_head. Raise
+    QuantizationError if an operator cannot be stored in its format, ConversionError if MNN's converter wrote another.
     """
     model = json.loads((onnx_folder / "model.json").read_text())
     rows, tied = [], None

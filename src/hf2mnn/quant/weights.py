@@ -15,16 +15,7 @@ from hf2mnn.mnn.adapt import FLAT
 from hf2mnn.mnn.graph import FLOAT16, LINEAR, Graph, Op, check_size
 from hf2mnn.onnx.initializers import load_graph
 from hf2mnn.onnx.tap_points import outputs_by_module
-from hf2mnn.quant.blob import (
-    MAX_HEADER,
-    SCALE_TYPES,
-    Header,
-    Quantized,
-    damaged,
-    is_decompression_bomb,
-    parse_header,
-    parse_sparse,
-)
+from hf2mnn.quant import blob
 
 DENSE, SPARSE, INT8 = 1, 2, 4
 """`quanParameter.type` of quantized weights: see `hf2mnn.quant.blob`, or an int8 for each weight."""
@@ -56,16 +47,12 @@ class Operator:
     @property
     def scale_type(self) -> np.dtype:
         """Type of the stored scales of a quantized weight."""
-        return np.dtype(SCALE_TYPES[16 if self.stored["scaleStorage"] == "FP16" else 32])
+        return np.dtype(blob.SCALE_TYPES[16 if self.stored["scaleStorage"] == "FP16" else 32])
 
     @property
     def is_legacy(self) -> bool:
         """Whether a quantized weight is int8 of an old converter, with other meanings of its parameters."""
         return self.stored["type"] == INT8 and self.stored["aMin"] == 0 and abs(self.stored["quantScale"]) < 1e-6
-
-    def blocks(self, block: int) -> int:
-        """Return the number of blocks in a row; `block` 0 is one."""
-        return self.inputs // block if block else 1
 
 
 def module_names(graph: Path) -> dict[str, str]:
@@ -74,42 +61,36 @@ def module_names(graph: Path) -> dict[str, str]:
     return modules | {f"{output}{FLAT}": module for output, module in modules.items()}
 
 
-def _parse(op: Op, modules: dict[str, str]) -> Operator:
-    main, value = op["main"], FRAME.sub("", op["name"].removesuffix(LINEAR))
-    common, external, stored = main["common"], main.get("external"), main.get("quanParameter")
-    name = modules.get(value, value)
-    if not external:
-        raise QuantizationError(f"{name}: its weight is inside the graph; convert with --saveExternalData")
-    kernel = common["kernelX"] * common["kernelY"]
-    inputs = common["inputCount"] * kernel // max(common.get("group", 1), 1)
-    indices = [size for size in external[4:] if size]
-    sizes = [*external[1:4], *indices] if stored else [external[1], 0, external[2]]
-    starts = np.cumsum([external[0], *sizes]).tolist()
-    parts = tuple(zip(starts, sizes, strict=False))
-    return Operator(name, common["outputCount"], inputs, kernel, parts, stored)
-
-
 def _operator(op: Op, modules: dict[str, str]) -> Operator:
     """Parse an operator of an untrusted graph: keys may be missing, and numbers impossible."""
+    value = FRAME.sub("", op["name"].removesuffix(LINEAR))
+    name = modules.get(value, value)
     try:
-        operator = _parse(op, modules)
-        stored = operator.stored
-        numbers = (operator.outputs, operator.inputs, operator.kernel)
-        valid = all(type(number) is int and number > 0 for number in numbers) and operator.size <= MAX_WEIGHTS
+        main = op["main"]
+        common, external, stored = main["common"], main.get("external"), main.get("quanParameter")
+        if not external:
+            raise QuantizationError(f"{name}: its weight is inside the graph; convert with --saveExternalData")
+        outputs, kernel = common["outputCount"], common["kernelX"] * common["kernelY"]
+        inputs = common["inputCount"] * kernel // max(common.get("group", 1), 1)
+        indices = [size for size in external[4:] if size]
+        sizes = [*external[1:4], *indices] if stored else [external[1], 0, external[2]]
+        starts = np.cumsum([external[0], *sizes]).tolist()
+        valid = all(type(number) is int and number > 0 for number in (outputs, inputs, kernel))
+        valid = valid and outputs * inputs <= MAX_WEIGHTS
         if stored:
             integers = [stored[key] for key in ("type", "readType", "aMin", "aMaxOrBits")]
             valid &= all(type(number) is int and abs(number) <= MAX_WEIGHTS for number in integers)
             valid &= type(stored["quantScale"]) in (int, float) and abs(stored["quantScale"]) < FLOAT_MAX
             valid &= all(isinstance(stored[key], bool) for key in ("shapeInt32", "has_scaleInt"))
             valid &= isinstance(stored["scaleStorage"], str)
-        reason = None if valid else f"{operator.outputs} x {operator.inputs} weights"
+        reason = None if valid else f"{outputs} x {inputs} weights"
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
     if reason:
         raise QuantizationError(
             f"{op['name']}: its description in the graph is not that of a layer ({reason}); convert the model again"
         )
-    return operator
+    return Operator(name, outputs, inputs, kernel, tuple(zip(starts, sizes, strict=False)), stored)
 
 
 def operators(graph: Graph, modules: dict[str, str] | None = None) -> list[Operator]:
@@ -153,19 +134,17 @@ class WeightFile:
         Raise QuantizationError if the bytes are not the weights of this operator, or if their type is not supported.
         """
         end = operator.outputs if end is None else end
-        kind = operator.stored["type"] if operator.stored else None
+        name, kind = operator.name, operator.stored["type"] if operator.stored else None
         if len(operator.parts) > 3:
             return self._sparse_floats(operator)[begin:end]
         if kind in (DENSE, SPARSE, INT8):
             return self.quantized(operator, begin, end).dequantize()
         if kind not in (None, FLOAT16):
-            raise QuantizationError(
-                f"{operator.name}: weights of type {kind} are not supported; convert the model again"
-            )
+            raise QuantizationError(f"{name}: weights of type {kind} are not supported; convert the model again")
         dtype = np.dtype(np.float32 if kind is None else np.float16)
         (offset, size), row = operator.parts[0], operator.inputs * dtype.itemsize
         if size != operator.outputs * row:
-            raise QuantizationError(f"{operator.name}: {size} bytes are not {operator.size} weights; convert it again")
+            raise QuantizationError(f"{name}: {size} bytes are not {operator.size} weights; convert it again")
         values = np.frombuffer(self.raw(offset + begin * row, (end - begin) * row), dtype)
         return values.astype(np.float32).reshape(end - begin, operator.inputs)
 
@@ -173,7 +152,7 @@ class WeightFile:
         (_, values, _, positions), count = operator.parts, operator.size
         numbers, indices = self._numbers(values, np.float32), self._numbers(positions, np.uint32)
         inside = numbers.size == indices.size and indices.max(initial=0) < count
-        if not inside or is_decompression_bomb(count, numbers.size):
+        if not inside or blob.is_decompression_bomb(count, numbers.size):
             raise QuantizationError(
                 f"{operator.name}: {numbers.size} numbers do not fit into {count} weights; convert the model again"
             )
@@ -181,11 +160,11 @@ class WeightFile:
         weights[indices] = numbers
         return weights.reshape(operator.outputs, operator.inputs)
 
-    def header(self, operator: Operator) -> Header:
+    def header(self, operator: Operator) -> blob.Header:
         """Return the header of a dense quantized weight. Raise QuantizationError if it has none."""
         offset, size = operator.parts[0]
-        raw = self.raw(offset, min(size, MAX_HEADER))
-        return parse_header(raw, size, operator.size, operator.stored["shapeInt32"], operator.name)
+        raw = self.raw(offset, min(size, blob.MAX_HEADER))
+        return blob.parse_header(raw, size, operator.size, operator.stored["shapeInt32"], operator.name)
 
     def _dense(self, operator: Operator, begin: int, end: int) -> np.ndarray:
         """Return q of these rows, int8 [rows * inputs]; only their bytes are read."""
@@ -209,7 +188,7 @@ class WeightFile:
         part = offset + begin * row * dtype.itemsize, (end - begin) * row * dtype.itemsize
         return self._numbers(part, dtype).astype(np.float32).reshape(end - begin, row // pairs, pairs)
 
-    def quantized(self, operator: Operator, begin: int = 0, end: int | None = None) -> Quantized:
+    def quantized(self, operator: Operator, begin: int = 0, end: int | None = None) -> blob.Quantized:
         """Return rows of a quantized weight; of a dense weight, only these rows are read."""
         stored, count, inputs = operator.stored, operator.size, operator.inputs
         end = operator.outputs if end is None else end
@@ -218,20 +197,20 @@ class WeightFile:
         else:
             raw = self.raw(*operator.parts[0])
             if stored["type"] == SPARSE:
-                q = parse_sparse(raw, self.alpha(operator).reshape(-1), count, stored["shapeInt32"], operator.name)
+                q = blob.parse_sparse(raw, self.alpha(operator).reshape(-1), count, stored["shapeInt32"], operator.name)
             elif len(raw) == count:
                 q = np.frombuffer(raw, np.int8)
             else:
-                raise damaged(len(raw), count, operator.name)
+                raise blob.damaged(len(raw), count, operator.name)
             q = q[begin * inputs : end * inputs]
         q, alpha = q.reshape(end - begin, inputs), self.alpha(operator, begin, end)
         scales = alpha[:, :, -1]
         factor = np.float32(1 if stored["has_scaleInt"] or operator.is_legacy else stored["quantScale"])
         if alpha.shape[2] == 1:
-            return Quantized(q, scales * factor, None)
+            return blob.Quantized(q, scales * factor, None)
         # With a negative aMin, the stored number is the weight at q = aMin; the engine converts it to that at q = 0.
         lowest = np.float32(min(stored["aMin"] or -128, 0))
-        return Quantized(q, scales * factor, (alpha[:, :, 0] - lowest * scales) * factor)
+        return blob.Quantized(q, scales * factor, (alpha[:, :, 0] - lowest * scales) * factor)
 
 
 class ModelWeights(WeightFile):

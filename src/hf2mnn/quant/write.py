@@ -96,7 +96,7 @@ def _settings(operator: Operator, form: WeightFormat, wide: bool) -> dict[str, A
     if not form.symmetric:
         # aMin 1: the stored zero point is the weight at q = 0. It is smaller than the weight at the lowest q, so its
         # float16 is closer, and the engine reads embeddings from no other form.
-        settings |= {"aMin": 1, "readType": operator.outputs * operator.blocks(form.block)}
+        settings |= {"aMin": 1, "readType": operator.outputs * form.blocks(operator.inputs)}
     return settings
 
 
@@ -106,7 +106,7 @@ def _append(
     """Write the chunks of an operator, update its part of the graph, and return its row of the table."""
     start, wide = out.tell(), False
     if form.bits < 16:
-        head, wide = header(operator.outputs, operator.inputs, operator.blocks(form.block), form.bits)
+        head, wide = header(operator.outputs, operator.inputs, form.blocks(operator.inputs), form.bits)
         out.write(head)
     scales, error, norm = bytearray(), 0.0, 0.0
     for weights, chunk_scales, chunk_error, chunk_norm in chunks:
@@ -136,12 +136,9 @@ def write_weights(
 ) -> tuple[Graph, list[dict[str, Any]]]:
     """Write the weights of a float graph, `layers` from `source`, to the .mnn.weight file `destination`.
 
-    Returns:
-        The graph of the new weight file, and a row for each operator: the `label` of its part, its shape, its format,
-        its bytes, and the relative error of its weight (norm of the error over norm of the weight).
-
-    Raises:
-        QuantizationError: A weight has NaN, exceeds the range of its format, or is quantized already.
+    Return the graph of the new weight file, and a row for each operator: the `label` of its part, its shape, format and
+    bytes, and the relative error of its weight (norm of the error over norm of the weight). Raise QuantizationError if
+    a weight has NaN, exceeds the range of its format, or is quantized already.
     """
     for operator in layers:
         if operator.stored and operator.stored["type"] != FLOAT16:

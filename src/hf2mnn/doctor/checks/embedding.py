@@ -17,14 +17,7 @@ from hf2mnn.doctor.findings import Finding
 from hf2mnn.evaluation.causes import differing, wrong_rows
 from hf2mnn.mnn.engine_facts import QUANTIZED_EMBEDDING_BITS
 from hf2mnn.mnn.graph import FLOAT16
-from hf2mnn.quant.embedding import (
-    TIED,
-    embedding_in_weights,
-    embedding_rows,
-    pair_with_checkpoint,
-    parse_tied,
-    tied_settings,
-)
+from hf2mnn.quant.embedding import TIED, embedding_in_weights, embedding_rows, parse_tied, tied_settings
 from hf2mnn.quant.weights import Operator, operators
 
 SAMPLE = 256  # number of evenly spaced rows that are read
@@ -189,7 +182,7 @@ def embedding_differs(bundle: Bundle) -> Iterator[Finding]:
         evidence = f"it is {list(stored.shape)}, the decoder's is {list(shape)}"
     else:
         message = "the embedding differs from the checkpoint's"
-        evidence = wrong_rows(pair_with_checkpoint(embedding_rows(path, tied, stored.shape), stored), tied)
+        evidence = wrong_rows(embedding_rows(path, tied, stored), tied)
     if evidence:
         effect = "tokens have the embeddings of others: wrong output"
         cure = "convert this checkpoint again, or pass the checkpoint of this bundle as --checkpoint"
