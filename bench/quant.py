@@ -406,9 +406,9 @@ def prepare_scale(root: Path) -> str:
     Raises:
         Hf2mnnError: The disk has too little free space.
     """
-    from hf2mnn.checkpoint.synth import make_checkpoint_like
     from hf2mnn.stages.export import run as export_onnx
     from hf2mnn.stages.fetch import run as fetch_checkpoint
+    from synth import make_checkpoint_like
 
     root.mkdir(parents=True, exist_ok=True)
     complete = (root / "graphs" / GRAPHS["decoder"][0]).is_file()

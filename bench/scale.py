@@ -1,6 +1,6 @@
 """Convert a model of Qwen2-VL-2B's shape end to end with hf2mnn and with MNN's llmexport, and compare both.
 
-The checkpoint has the model's shape, names and layout, and random weights (`hf2mnn synth`); it is kept.
+The checkpoint has the model's shape, names and layout, and random weights (`bench/synth.py`); it is kept.
 
     hf2mnn       fetch, export, convert, and quantize for each bundle: one process each, from and to the disk
     llmexport    one process, which converts and quantizes, and the converter that it starts
@@ -346,9 +346,9 @@ def bench(args: argparse.Namespace) -> None:
     llmexport = describe_llmexport(args.llmexport_python) if LLMEXPORT in tools else {"versions": {}}
     checkpoint = args.checkpoint.resolve() if args.checkpoint else root / "checkpoint"
     if not args.checkpoint and not (checkpoint / "manifest.json").is_file():
-        program = [Path(sys.executable).parent / "hf2mnn", "synth", "--like", shape, "--tokenizer", MODEL]
+        program = [sys.executable, REPOSITORY / "bench" / "synth.py", "--like", shape, "--tokenizer", MODEL]
         if subprocess.run([*program, "--out", checkpoint]).returncode != 0:
-            raise Hf2mnnError(f"hf2mnn synth failed to write {checkpoint}")
+            raise Hf2mnnError(f"bench/synth.py failed to write {checkpoint}")
     machine = describe_machine() | tool_versions("MNN")
     base = f"{hashlib.sha256((checkpoint / 'config.json').read_bytes()).hexdigest()[:16]} {checkpoint_size(checkpoint)}"
     circumstances = {name: machine[name] for name in ("cpu", "cores", "MNN")} | {"base": base}

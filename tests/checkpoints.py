@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf2mnn.checkpoint.synth import Shape
 from support import SHAPES_VL
+from synth import Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hf2mnn.checkpoint.synth import Shape, make_checkpoint_like
 from hub_server import Served, serving
 from support import SHAPES_VL, TEXT, VISION
+from synth import Shape, make_checkpoint_like
 
 SMALL = Shape(
     "qwen2_vl",

@@ -25,13 +25,13 @@ from hf2mnn.checkpoint.fetch import AdapterSource
 from hf2mnn.checkpoint.hub import download
 from hf2mnn.checkpoint.hub.base import TransientError, retry
 from hf2mnn.checkpoint.hub.download import pin_repository
-from hf2mnn.checkpoint.synth import Shape, make_checkpoint_like
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.core.manifest import MARKER, Manifest
 from hf2mnn.core.progress import Progress
 from hf2mnn.stages.fetch import run as fetch_checkpoint
 from hub_server import COMMIT, Served
 from support import BIN, SHAPES_VL, run_cli
+from synth import Shape, make_checkpoint_like
 
 UNUSED = {"modeling_x.py", "pytorch_model.bin", "README.md"}
 FIRST = "model-00001-of-00002.safetensors"

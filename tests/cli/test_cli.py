@@ -49,7 +49,7 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_commands_are_the_stages_and_the_tools() -> None:
-    tools = {"ask", "doctor", "gates", "pin", "resources", "schema", "summarize", "synth", "table", "toolchain"}
+    tools = {"ask", "doctor", "gates", "pin", "resources", "schema", "summarize", "table", "toolchain"}
     assert {*ORDER, *tools, "tune", "verify"} == set(COMMANDS)
 
 

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints: hubs, files, tensors, checks before conversion, LoRA adapters, synthetic weights."""
+"""Hugging Face checkpoints: hubs, files, tensors, checks before conversion, LoRA adapters."""

@@ -213,27 +213,6 @@ def tune(
     print_tuned(tuned, written=not dry_run)
 
 
-@app.command(epilog=example("hf2mnn synth --like qwen2-vl-2b --tokenizer models/shapes-vl --out /data/synthetic-2b"))
-def synth(
-    out: Out,
-    like: Annotated[
-        str,
-        typer.Option(
-            help="Shape of a real model: qwen2-vl-2b, qwen2.5-vl-3b, qwen3-vl-2b, qwen3-0.6b, llama-3.2-1b, ..."
-        ),
-    ],
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder to take tokenizer, template and processor settings from.")
-    ] = None,
-    shards: Annotated[int, typer.Option(help="Number of safetensors files.", min=1)] = 2,
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
-) -> None:
-    """Make a checkpoint of a real model's shape with random weights, to test the scale without a download."""
-    from hf2mnn.checkpoint.synth import make_checkpoint_like
-
-    make_checkpoint_like(like, out, seed, shards, tokenizer)
-
-
 @app.command(epilog=example("hf2mnn schema > workflow/schemas/config.schema.yaml"))
 def schema() -> None:
     """Print the JSON schema of config.yaml, as YAML."""

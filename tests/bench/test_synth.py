@@ -16,9 +16,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hf2mnn.checkpoint import synth
+import synth
 from hf2mnn.checkpoint.folder import Checkpoint
-from hf2mnn.checkpoint.synth import (
+from hf2mnn.core.errors import CheckpointError, Hf2mnnError
+from hf2mnn.core.manifest import Manifest
+from hf2mnn.reference.model import load_model
+from hf2mnn.stages.fetch import run as fetch_checkpoint
+from support import SHAPES_VL
+from synth import (
     OUTLIER_FACTOR,
     SHAPES,
     Shape,
@@ -29,11 +34,6 @@ from hf2mnn.checkpoint.synth import (
     split,
     tensor_shapes,
 )
-from hf2mnn.core.errors import CheckpointError, Hf2mnnError
-from hf2mnn.core.manifest import Manifest
-from hf2mnn.reference.model import load_model
-from hf2mnn.stages.fetch import run as fetch_checkpoint
-from support import SHAPES_VL
 
 TINY = Shape(
     "qwen2_vl",
@@ -256,3 +256,16 @@ def test_outliers_are_exact_multiples() -> None:
     assert drawn.dtype == ml_dtypes.bfloat16
     values = np.unique(drawn[:, outlier_channels(MATRIX, 0)].astype(np.float32) / OUTLIER_FACTOR)
     assert set(values) <= set(synth.quantiles(MATRIX).astype(np.float32))
+
+
+def test_script_has_its_options_and_one_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exited:
+        synth.main(["--help"])
+    printed = capsys.readouterr().out
+    assert exited.value.code == 0
+    assert all(part in printed for part in ("--like", "--tokenizer", "--out", "--shards", "--seed", *SHAPES))
+    with pytest.raises(SystemExit, match=r"^bench/synth\.py: unknown shape 'qwen2-vl-1b'; choose one of: qwen2-vl-2b"):
+        synth.main(["--like", "qwen2-vl-1b", "--out", str(tmp_path / "synthetic")])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="is a file; give the name of a folder"):
+        synth.main(["--like", "qwen3-0.6b", "--out", str(tmp_path / "file")])

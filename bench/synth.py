@@ -6,10 +6,12 @@ to quantize as trained ones: heavier tails than a normal distribution, and some 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,7 +26,7 @@ import numpy as np
 from hf2mnn.checkpoint.folder import FILES, INDEX, Checkpoint
 from hf2mnn.checkpoint.size import check_disk
 from hf2mnn.checkpoint.tensors import file_header
-from hf2mnn.core.errors import CheckpointError
+from hf2mnn.core.errors import CheckpointError, Hf2mnnError
 from hf2mnn.core.files import sha256
 from hf2mnn.core.manifest import Manifest, stage_folder, tool_versions
 from hf2mnn.core.progress import BYTES, progress
@@ -295,3 +297,29 @@ def make_checkpoint_like(
                 for size in write_shard(folder / name, file, seed):
                     bar.update(size)
     return Path(destination)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""example:
+  python bench/synth.py --like qwen2-vl-2b --tokenizer models/shapes-vl --out /data/synthetic-2b""",
+    )
+    parser.add_argument("--like", required=True, metavar="SHAPE", help=f"shape of a real model: {', '.join(SHAPES)}")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="output folder; replaced as a whole when the checkpoint is complete"
+    )
+    parser.add_argument("--tokenizer", type=Path, help="folder to take tokenizer, template and processor settings from")
+    parser.add_argument("--shards", type=int, default=2, help="number of safetensors files; default: 2")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights; default: 0")
+    args = parser.parse_args(arguments)
+    try:
+        make_checkpoint_like(args.like, args.out, args.seed, args.shards, args.tokenizer)
+    except (Hf2mnnError, OSError) as error:
+        sys.exit(f"bench/synth.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
