@@ -24,15 +24,10 @@ UNSUPPORTED_KINDS = {"moe": "a mixture of experts", "next": "linear attention", 
 
 
 def get_family(model_type: str | None, path: Path) -> Family:
-    """Return the family of a `model_type`; `path` is the file that it was read from.
-
-    Raises:
-        CheckpointError: No family has this type.
-    """
+    """Return the family of a `model_type`, or raise CheckpointError; `path` is the file that it was read from."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         parts = str(model_type).split("_")
-        kinds = [kind for part, kind in UNSUPPORTED_KINDS.items() if part in parts]
-        kind = f" ({kinds[0]})" if kinds else ""
+        kind = next((f" ({kind})" for part, kind in UNSUPPORTED_KINDS.items() if part in parts), "")
         raise CheckpointError(
             f"{path} has model_type {model_type!r}{kind}, which is not supported; choose a model of one of these types:"
             f" {', '.join(sorted(FAMILIES))}"

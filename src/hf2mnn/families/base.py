@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Fold:
     """Layers between which channel scales can be moved without changing the model's output, as AWQ does.
 
-    With grouped-query attention, each run of `head_dim` output channels of `smooth_layer` occurs `repeats` times in the
-    input of `balance_layers`: once for each query head of a key-value head.
+    With grouped-query attention, each run of `head_dim` output channels of `smooth_layer` occurs in the input of
+    `balance_layers` once for each query head of a key-value head: `repeats` times.
     """
 
     smooth_layer: str  # normalization, or linear layer whose output only passes through linear operators
@@ -59,6 +59,7 @@ class Family:
     legacy_prefixes: ClassVar[tuple[tuple[str, str], ...]] = ()  # of parameter names, with those in old checkpoints
     position_rows = 1  # rows of the position ids: 3 with M-RoPE
     deepstack_layers = 0  # decoder layers after which features of the vision tower are added (Qwen3-VL)
+    window_by_default = False  # a sliding window has no switch (Mistral); else it may be off and still have a size
     # Types whose frequencies do not depend on the sequence length.
     rope_types: ClassVar[frozenset[str]] = frozenset({"default", "linear", "llama3", "yarn"})
 
@@ -71,7 +72,8 @@ class Family:
         """Raise CheckpointError if config.json is invalid or has a feature that would be converted wrongly."""
         if experts := [key for key in EXPERT_KEYS if text_config.get(key)]:
             raise self._unsupported(f"a mixture of experts ({experts[0]})")
-        if self._uses_sliding_window(text_config):
+        window = text_config.get("use_sliding_window")
+        if window or (self.window_by_default and text_config.get("sliding_window", 4096) is not None):
             raise self._unsupported("sliding window attention")
         types = text_config.get("layer_types") or []
         others = sorted({str(name) for name in types} - {"full_attention"}) if isinstance(types, list) else [types]
@@ -97,10 +99,6 @@ class Family:
             f"config.json of this {self.model_type} checkpoint has an invalid {key}: {value!r}; download it again"
         )
 
-    def _uses_sliding_window(self, text_config: dict[str, Any]) -> bool:
-        """Return whether the window is on; one that is off may still have a size."""
-        return bool(text_config.get("use_sliding_window"))
-
     def tensor_names(self, parameter: str, tied: bool) -> list[str]:
         """Return the names of a parameter in checkpoints, newest first; `tied` if lm_head is the embedding."""
         if parameter == "lm_head.weight":
@@ -120,7 +118,7 @@ class Family:
     def position_ids(self, input_ids: np.ndarray, grids: list[np.ndarray], info: dict[str, Any]) -> np.ndarray:
         """Return position ids, int64 [position_rows, tokens], of a prompt that starts at position 0.
 
-        `input_ids` are int64 [tokens], `grids` the grid_thw int64 [3] of each image, and `info` is model.json.
+        `input_ids` are int64 [tokens]; `grids` has the grid_thw, int64 [3], of each image; `info` is model.json.
         """
         return np.arange(len(input_ids), dtype=np.int64)[None]
 

@@ -1,9 +1,5 @@
 """Llama, and Mistral without a sliding window."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from hf2mnn.families.base import Family
 
 
@@ -19,6 +15,4 @@ class Mistral(Family):
 
     model_type = "mistral"
     architecture = "MistralForCausalLM"
-
-    def _uses_sliding_window(self, text_config: dict[str, Any]) -> bool:
-        return super()._uses_sliding_window(text_config) or text_config.get("sliding_window", 4096) is not None
+    window_by_default = True

@@ -28,6 +28,8 @@ class Qwen3VL(VisionFamily):
     identical_blocks = False
     mlp_input_layers: ClassVar = ("linear_fc1",)
     deepstack_layers = DEEPSTACK_LAYERS
+    vision_outputs: ClassVar = ["image_embeds", "deepstack_feature"]
+    vision_axes: ClassVar = VisionFamily.vision_axes | {"idx_tensor": {1: "patches"}, "weight_tensor": {1: "patches"}}
 
     def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:
         """Check that all features are supported, and that deepstack has the engine's number of layers."""
@@ -59,17 +61,15 @@ class Qwen3VL(VisionFamily):
         axes = torch.zeros(half, dtype=torch.long)
         for axis in (1, 2):
             axes[axis : section[axis] * 3 : 3] = axis
-        order = axes * half + torch.arange(half)
-        order = torch.cat([order, order])
+        order = (axes * half + torch.arange(half)).repeat(2)
         # freq [3, 1, tokens, half] to [1, tokens, head_dim]
         rotary.recomposition_frequencies = lambda freq: torch.cat(freq.unbind(0), dim=-1)[..., order]
 
     def vision_inputs(self, pixel_values: np.ndarray, grid_thw: np.ndarray, info: dict[str, Any]) -> dict[str, Any]:
-        """Return the inputs of the vision graph for one image.
+        """Return the inputs as `VisionFamily`, with the interpolation of learned positions.
 
-        Returns:
-            As `VisionFamily`, with idx_tensor int32 and weight_tensor float32 [4, n]: the four learned positions around
-            each patch and their weights in bilinear interpolation with aligned corners.
+        idx_tensor is int32 and weight_tensor float32 [4, n]: the four learned positions around each patch, and their
+        weights in bilinear interpolation with aligned corners.
         """
         frames, height, width = (int(size) for size in grid_thw)
         side = info["num_grid_per_side"]
@@ -93,10 +93,6 @@ class Qwen3VL(VisionFamily):
             "idx_tensor": per_patch(indices, np.int32),
             "weight_tensor": per_patch(weights, np.float32),
         }
-
-    def vision_axes(self) -> dict[str, dict[int, str]]:
-        """Return the dynamic axes of the vision graph's inputs."""
-        return {**super().vision_axes(), "idx_tensor": {1: "patches"}, "weight_tensor": {1: "patches"}}
 
     def tower_arguments(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Return the arguments of the tower's forward, with the interpolation of learned positions."""

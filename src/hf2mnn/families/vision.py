@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 # Defaults of transformers' Qwen2VLImageProcessor for keys that preprocessor_config.json lacks.
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-MASKED = np.finfo(np.float32).min
-"""Value of an attention mask where a query must not attend to a key."""
+MASKED = np.finfo(np.float32).min  # value of an attention mask where a query must not attend to a key
 BUILT_IN = {"temporal_patch_size": TEMPORAL_PATCH_SIZE, "merge_size": MERGE_SIZE}
 """Constants of MNN's engine that no configuration changes; `VisionFamily.patch_size` is one too."""
 MAX_ASPECT_RATIO = 200  # of an image's sides; transformers refuses a larger one
@@ -38,7 +37,7 @@ class VisionFamily(Family):
         "vision_start_token_id": "<|vision_start|>",
         "vision_end_token_id": "<|vision_end|>",
     }
-    decoder, vision = "model.language_model", "model.visual"
+    decoder, vision = "model.language_model", "model.visual"  # modules; the second with its projector
     # transformers 4.52 moved these modules into `model`; published checkpoints are older.
     legacy_prefixes = (("model.language_model.", "model."), ("model.visual.", "visual."))
     position_rows = 3
@@ -47,16 +46,21 @@ class VisionFamily(Family):
     width_key = "hidden_size"  # in vision_config
     mlp_input_layers: ClassVar[tuple[str, ...]] = ("fc1",)  # they consume the second normalization of a block
     identical_blocks = True  # but for weights and attention masks
+    vision_outputs: ClassVar = ["image_embeds"]
+    vision_axes: ClassVar[dict[str, dict[int, str]]] = {  # dynamic axes of the vision graph's inputs
+        "patches": {0: "patches"},
+        "position_ids": {1: "patches"},
+        "attention_mask": {1: "patches", 2: "patches"},
+    }
     full_attention_blocks: str | None = None  # attribute of the tower: indices of blocks with full attention; None: all
 
     def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:
         """Check that all features are supported, and that the keys of image input are there."""
         super().check(config, text_config)
-        for key in (*self.special_tokens, "vision_config"):
-            if key not in config:
-                raise CheckpointError(
-                    f"config.json of this {self.model_type} checkpoint has no {key}; download it again"
-                )
+        if missing := [key for key in (*self.special_tokens, "vision_config") if key not in config]:
+            raise CheckpointError(
+                f"config.json of this {self.model_type} checkpoint has no {missing[0]}; download it again"
+            )
         if not isinstance(config["vision_config"], dict):
             raise self._invalid("vision_config", config["vision_config"])
 
@@ -75,10 +79,6 @@ class VisionFamily(Family):
             "max_pixels": processor.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"),
         }
 
-    def tower(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Return the vision tower with its projector."""
-        return model.get_submodule(self.vision)
-
     def tower_arguments(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Map the inputs of the vision graph to the arguments of the tower's forward in transformers.
 
@@ -96,18 +96,13 @@ class VisionFamily(Family):
     def vision_inputs(self, pixel_values: np.ndarray, grid_thw: np.ndarray, info: dict[str, Any]) -> dict[str, Any]:
         """Return the inputs of the vision graph for one image, in the order in which MNN's engine feeds them.
 
-        Args:
-            pixel_values: float32 [n, channels * temporal_patch_size * patch_size * patch_size].
-            grid_thw: int64 [3]: frames, and rows and columns of patches.
-            info: Contents of model.json.
-
-        Returns:
-            patches, as pixel_values; position_ids int32 [2, n]: row and column of each patch, in the order of the
-            patches, which is by merged patch; attention_mask float32 [1, n, n], added to the scores.
+        `pixel_values` are float32 [n, channels * temporal_patch_size * patch_size * patch_size], `grid_thw` is int64
+        [3]: frames, and rows and columns of patches. Returned are patches, as pixel_values; position_ids int32 [2, n]:
+        row and column of each patch, in the order of the patches, which is by merged patch; attention_mask float32
+        [1, n, n], added to the scores.
         """
         frames, height, width = (int(size) for size in grid_thw)
-        rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-        positions = np.stack([self.patch_order(axis, info["merge_size"]) for axis in (rows, columns)])
+        positions = np.stack([self.patch_order(axis, info["merge_size"]) for axis in np.indices((height, width))])
         # Attention is within a frame; an image is one frame.
         frame = np.repeat(np.arange(frames), height * width)
         mask = np.where(frame[:, None] == frame[None, :], np.float32(0), MASKED)
@@ -124,23 +119,10 @@ class VisionFamily(Family):
         merged = (height // merge_size, merge_size, width // merge_size, merge_size)
         return values.reshape(merged).transpose(0, 2, 1, 3).reshape(-1)
 
-    @property
-    def vision_outputs(self) -> list[str]:
-        """Names of the vision graph's outputs."""
-        return ["image_embeds", "deepstack_feature"] if self.deepstack_layers else ["image_embeds"]
-
     @staticmethod
     def concat_outputs(outputs: list[np.ndarray]) -> np.ndarray:
         """Concatenate the outputs of the vision graph to float32 [tokens * (1 + deepstack_layers), hidden]."""
         return np.concatenate([output.reshape(-1, output.shape[-1]) for output in outputs])
-
-    def vision_axes(self) -> dict[str, dict[int, str]]:
-        """Return the dynamic axes of the vision graph's inputs."""
-        return {
-            "patches": {0: "patches"},
-            "position_ids": {1: "patches"},
-            "attention_mask": {1: "patches", 2: "patches"},
-        }
 
     def position_ids(self, input_ids: np.ndarray, grids: list[np.ndarray], info: dict[str, Any]) -> np.ndarray:
         """Return M-RoPE position ids (Qwen2-VL, arXiv:2409.12191) of a prompt that starts at position 0.
@@ -156,10 +138,8 @@ class VisionFamily(Family):
                 columns.append(np.full((3, 1), next_position))
                 next_position, token = next_position + 1, token + 1
                 continue
-            frames, height, width = (int(size) for size in grid)
-            height, width = height // merge, width // merge
-            cells = np.stack(np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij"))
-            columns.append(cells.reshape(3, -1) + next_position)
+            frames, height, width = int(grid[0]), int(grid[1]) // merge, int(grid[2]) // merge
+            columns.append(np.indices((frames, height, width)).reshape(3, -1) + next_position)
             next_position, token = next_position + max(height, width), token + frames * height * width
         return np.concatenate(columns, axis=1).astype(np.int64)
 
@@ -167,10 +147,7 @@ class VisionFamily(Family):
         """Return the (width, height) of an image for the vision tower: `smart_resize` of transformers.
 
         Both are multiples of a merged patch, their product is within the bounds of model.json (`info`), and the aspect
-        ratio is kept as far as possible.
-
-        Raises:
-            EvaluationSetError: The aspect ratio is over 200.
+        ratio is kept as far as possible. EvaluationSetError if it is over 200.
         """
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise EvaluationSetError(
@@ -179,11 +156,10 @@ class VisionFamily(Family):
         unit = info["patch_size"] * info["merge_size"]
         low, high = info["min_pixels"] or 0, info["max_pixels"] or float("inf")
         sides = [round(side / unit) * unit for side in (width, height)]
-        area = sides[0] * sides[1]
-        if area > high:
+        if math.prod(sides) > high:
             scale = math.sqrt(width * height / high)
             sides = [max(unit, math.floor(side / scale / unit) * unit) for side in (width, height)]
-        elif area < low:
+        elif math.prod(sides) < low:
             scale = math.sqrt(low / (width * height))
             sides = [math.ceil(side * scale / unit) * unit for side in (width, height)]
         return sides[0], sides[1]

@@ -263,7 +263,7 @@ def trace_vision(
 ) -> ir.Model:
     """Return the vision graph; `sample` has arrays with the shapes and dtypes of its inputs; `repeat` copies blocks."""
     model, mode = build_fake(config, family)
-    visual = family.tower(model)
+    visual = model.get_submodule(family.vision)
     identical = identical_layers(visual) if repeat and family.identical_blocks else None
     full_blocks = getattr(visual, family.full_attention_blocks) if family.full_attention_blocks else None
     if identical:
@@ -273,7 +273,7 @@ def trace_vision(
             setattr(visual, family.full_attention_blocks, [0])  # so that the graph uses both masks
     inputs = {name: (array.shape, getattr(torch, array.dtype.name)) for name, array in sample.items()}
     tower, prefixes = Tower(visual, family, list(sample)), ("visual.", f"{family.vision}.")
-    graph = _trace(tower, mode, {"inputs": inputs}, family.vision_outputs, family.vision_axes(), prefixes)
+    graph = _trace(tower, mode, {"inputs": inputs}, family.vision_outputs, family.vision_axes, prefixes)
     if identical and not repeat_layers(graph, f"{family.vision}.{name}.", len(blocks)):
         return trace_vision(config, family, sample, repeat=False)
     if identical and full_blocks is not None:
