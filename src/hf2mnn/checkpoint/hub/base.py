@@ -8,21 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from hf2mnn.checkpoint.folder import FILES
 from hf2mnn.checkpoint.hub.pin import Pin
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.core.progress import Progress
 
-WAITS = (2.0, 8.0)
-"""Seconds before the second and the third attempt."""
-MAX_WAIT = 60.0
-"""Longest wait in seconds that a hub may request; a longer one is reported at once."""
+WAITS = (2.0, 8.0)  # seconds before the second and the third attempt
+MAX_WAIT = 60.0  # longest wait in seconds that a hub may request; a longer one is reported at once
 RESUME = "run the same command again to resume"
 USE_FILES = "or provide the files in a folder (--files)"
-
-Result = TypeVar("Result")
 
 
 class TransientError(CheckpointError):
@@ -49,20 +44,16 @@ class Hub(ABC):
     part_suffix = ".incomplete"  # of incomplete downloads
 
     @abstractmethod
-    def find(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin:
+    def find(self, repository: str, revision: str, patterns: Sequence[str]) -> Pin:
         """Return the current commit of a revision, with its files that match a pattern."""
 
-    def find_offline(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin | None:
+    def find_offline(self, repository: str, revision: str, patterns: Sequence[str]) -> Pin | None:
         """Return the commit of the last download of a revision; None if unknown, or if the cache has no hashes."""
         return None
 
     @abstractmethod
     def paths(self, pin: Pin, name: str) -> list[Path]:
         """Return the paths of a file in the cache, beginning with that of a download."""
-
-    def cached(self, pin: Pin, name: str) -> Path | None:
-        """Return an earlier download of a file, unchecked."""
-        return next((path for path in self.paths(pin, name) if path.exists()), None)
 
     def part(self, pin: Pin, name: str) -> Path:
         """Return the path of an incomplete download."""
@@ -129,7 +120,7 @@ def warn(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def retry(act: Callable[[], Result]) -> Result:
+def retry(act: Callable[[], Any]) -> Any:
     """Call `act` until it raises no TransientError, at most three times, and wait before each new attempt.
 
     Not `http_backoff` of huggingface_hub: it retries requests of its own client only.

@@ -66,14 +66,13 @@ def _user_provided(folder: Path, pin: Pin) -> dict[str, Path]:
 
 def _cached(hub: Hub, pin: Pin, name: str) -> Path | None:
     """Return a file of the cache; remove it there if it does not match the pin."""
-    path = hub.cached(pin, name)
-    mismatch = pin.files[name].mismatch(path, name) if path else None
-    if mismatch is None:
-        return path
-    warn(f"removing {path} from the cache: {mismatch}")
-    path.resolve().unlink()
-    path.unlink(missing_ok=True)
-    return None
+    path = next((path for path in hub.paths(pin, name) if path.exists()), None)
+    if path and (mismatch := pin.files[name].mismatch(path, name)):
+        warn(f"removing {path} from the cache: {mismatch}")
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        return None
+    return path
 
 
 def _download(hub: Hub, pin: Pin, name: str, again: bool = False) -> Path:
@@ -107,9 +106,7 @@ def gather(hub: Hub, pin: Pin, files: Path | None = None) -> dict[str, Path]:
             paths[name] = path
     # Small files first: config.json in the cache shows early what is downloaded.
     missing = sorted((name for name in pin.files if name not in paths), key=lambda name: pin.files[name].size)
-    remaining = 0
-    for name in missing:
-        part = hub.part(pin, name)
-        remaining += pin.files[name].size - (part.stat().st_size if part.exists() else 0)
+    parts = [part.stat().st_size for name in missing if (part := hub.part(pin, name)).exists()]
+    remaining = sum(pin.files[name].size for name in missing) - sum(parts)
     check_disk(hub.cache, max(remaining, 0), f"the rest of the download of {pin.repository}")
     return paths | {name: _download(hub, pin, name) for name in missing}

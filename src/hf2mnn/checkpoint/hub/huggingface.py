@@ -12,22 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi, constants, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, errors, hf_hub_url
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from hf2mnn.checkpoint.folder import FILES, INDEX, read_json
 from hf2mnn.checkpoint.hub.base import RESUME, USE_FILES, CorruptedError, Hub, Position, TransientError, status_error
-from hf2mnn.checkpoint.hub.pin import COMMIT, SHA256, Digest, Pin, matches
+from hf2mnn.checkpoint.hub.pin import COMMIT, HASHES, Digest, Pin, matches
 from hf2mnn.core.errors import CheckpointError
 
 REQUIRED = ("config.json", "preprocessor_config.json", "tokenizer.json")
@@ -43,28 +34,24 @@ def _reason(error: Exception) -> str:
 def _client_errors(repository: str, revision: str, name: str | None = None) -> Iterator[None]:
     """Turn the client's exceptions into CheckpointError."""
     file = f"{name} of {repository}" if name else repository
+    messages = {
+        errors.GatedRepoError: f"{repository} is gated: accept its terms on its page of the hub, and {LOG_IN};"
+        f" {RESUME}",
+        errors.RevisionNotFoundError: f"{repository} has no revision {revision!r}: give a branch, a tag or a commit",
+        errors.RemoteEntryNotFoundError: f"{repository} no longer has {name} at {revision}: pin it again",
+        errors.RepositoryNotFoundError: f"the hub has no repository {repository}, or it is private and you are not"
+        f" logged in: check the name, or {LOG_IN}",
+        errors.HFValidationError: f"{repository!r} is not a hub repository: write it as owner/name",
+    }  # subclasses before their bases
     try:
         yield
-    except GatedRepoError:
-        raise CheckpointError(
-            f"{repository} is gated: accept its terms on its page of the hub, and {LOG_IN}; {RESUME}"
-        ) from None
-    except RevisionNotFoundError:
-        raise CheckpointError(f"{repository} has no revision {revision!r}: give a branch, a tag or a commit") from None
-    except RemoteEntryNotFoundError:
-        raise CheckpointError(f"{repository} no longer has {name} at {revision}: pin it again") from None
-    except RepositoryNotFoundError:
-        raise CheckpointError(
-            f"the hub has no repository {repository}, or it is private and you are not logged in: check the name, or"
-            f" {LOG_IN}"
-        ) from None
-    except HFValidationError:
-        raise CheckpointError(f"{repository!r} is not a hub repository: write it as owner/name") from None
-    except HfHubHTTPError as error:
+    except tuple(messages) as error:
+        raise CheckpointError(next(text for kind, text in messages.items() if isinstance(error, kind))) from None
+    except errors.HfHubHTTPError as error:
         wait = error.response.headers.get("Retry-After", "")
         wait = float(wait) if wait.isdigit() else 0.0
         raise status_error("the hub", LOG_IN, file, error.response.status_code, _reason(error), wait) from None
-    except OfflineModeIsEnabled:
+    except errors.OfflineModeIsEnabled:
         raise TransientError(
             f"{file} is not in the cache and HF_HUB_OFFLINE disables downloads: unset it, {USE_FILES}", report_now=True
         ) from None
@@ -85,7 +72,6 @@ class HuggingFace(Hub):
 
     default = "main"
     package = "huggingface_hub"
-
     part_suffix = ".part.incomplete"
 
     def __init__(self) -> None:
@@ -94,7 +80,7 @@ class HuggingFace(Hub):
     def _folder(self, repository: str) -> Path:
         return self.cache / repo_folder_name(repo_id=repository, repo_type="model")
 
-    def find(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin:
+    def find(self, repository: str, revision: str, patterns: Sequence[str]) -> Pin:
         """See `Hub`."""
         with _client_errors(repository, revision):
             info = HfApi().model_info(
@@ -109,24 +95,25 @@ class HuggingFace(Hub):
                     f"{constants.ENDPOINT} lists {entry.rfilename} of {repository} without size and hash, so it cannot"
                     " be checked; set HF_ENDPOINT to another mirror, or give --pin"
                 )
-            digest = {"sha256": entry.lfs.sha256} if entry.lfs else {"blob_id": entry.blob_id}
-            files[entry.rfilename] = Digest(entry.lfs.size if entry.lfs else entry.size, **digest)
+            if entry.lfs:
+                files[entry.rfilename] = Digest(entry.lfs.size, "sha256", entry.lfs.sha256)
+            else:
+                files[entry.rfilename] = Digest(entry.size, "blob_id", entry.blob_id)
         return Pin("huggingface", repository, info.sha, revision, files)
 
-    def find_offline(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin | None:
+    def find_offline(self, repository: str, revision: str, patterns: Sequence[str]) -> Pin | None:
         """Return the pin from the client's cache, which names files by their hashes and has a folder per commit."""
-        folder, commit = self._folder(repository), revision
+        folder, commit, files = self._folder(repository), revision, {}
         if not COMMIT.fullmatch(revision):
             ref = folder / "refs" / revision
-            commit = ref.read_text().strip() if ref.is_file() else ""
-        files = {}
-        for link in (folder / "snapshots" / commit).glob("*") if commit else []:
+            commit = ref.read_text().strip() if ref.is_file() else "unknown"
+        for link in (folder / "snapshots" / commit).glob("*"):
             if matches(link.name, patterns) and link.exists():
                 blob = link.resolve().name
-                kind = "sha256" if SHA256.fullmatch(blob) else "blob_id" if COMMIT.fullmatch(blob) else None
+                kind = next((kind for kind, pattern in HASHES.items() if pattern.fullmatch(blob)), None)
                 if kind is None:
                     return None
-                files[link.name] = Digest(link.stat().st_size, **{kind: blob})
+                files[link.name] = Digest(link.stat().st_size, kind, blob)
         required = set(REQUIRED if patterns is FILES else patterns)
         if INDEX in files:
             required |= set(read_json(folder / "snapshots" / commit / INDEX).get("weight_map", {}).values())
@@ -167,7 +154,7 @@ class HuggingFace(Hub):
         with part.open("ab") as file:
             if file.tell() > size:
                 file.truncate(0)
-            start = file.tell() if part.stat().st_size else 0
+            start = part.stat().st_size
             position.begin(start)
             try:
                 with _client_errors(pin.repository, pin.revision, name):

@@ -11,25 +11,14 @@ from functools import partial
 from pathlib import Path
 
 import modelscope_hub._download
-from modelscope_hub import HubApi, HubConfig
-from modelscope_hub.errors import (
-    APIError,
-    AuthenticationError,
-    FileIntegrityError,
-    HubError,
-    NetworkError,
-    NotExistError,
-    PermissionDeniedError,
-    RateLimitError,
-)
+from modelscope_hub import HubApi, HubConfig, errors
 from tqdm import tqdm
 
-from hf2mnn.checkpoint.folder import FILES
 from hf2mnn.checkpoint.hub.base import RESUME, USE_FILES, CorruptedError, Hub, Position, TransientError, status_error
-from hf2mnn.checkpoint.hub.pin import SHA256, Digest, Pin, matches
+from hf2mnn.checkpoint.hub.pin import HASHES, Digest, Pin, matches
 from hf2mnn.core.errors import CheckpointError
 
-STATUS = {AuthenticationError: 401, PermissionDeniedError: 403, RateLimitError: 429}
+STATUS = {errors.AuthenticationError: 401, errors.PermissionDeniedError: 403, errors.RateLimitError: 429}
 """HTTP statuses of errors that the client also raises for other statuses."""
 LOG_IN = "log in with 'ms login' (or set MODELSCOPE_API_TOKEN)"
 
@@ -37,7 +26,7 @@ LOG_IN = "log in with 'ms login' (or set MODELSCOPE_API_TOKEN)"
 modelscope_hub._download.tqdm = partial(tqdm, disable=True)
 
 
-def _reason(error: HubError) -> str:
+def _reason(error: errors.HubError) -> str:
     return " ".join(error.message.split())
 
 
@@ -50,26 +39,26 @@ def _client_errors(endpoint: str, repository: str, revision: str, name: str | No
     file = f"{name} of {repository}" if name else repository
     try:
         yield
-    except NotExistError:
+    except errors.NotExistError:
         missing = f"{name} in {repository}" if name else f"repository {repository}"
         raise CheckpointError(
             f"ModelScope has no {missing} at revision {revision!r} (404), or it is private: check both names, or"
             f" {LOG_IN}"
         ) from None
-    except FileIntegrityError as error:
+    except errors.FileIntegrityError as error:
         raise CorruptedError(f"{file} is corrupted ({_reason(error)})") from None
-    except NetworkError as error:
+    except errors.NetworkError as error:
         raise TransientError(
             f"{file} could not be downloaded: {endpoint} cannot be reached or the connection was interrupted"
             f" ({type(error.__cause__ or error).__name__}); check the network and {RESUME}, set MODELSCOPE_ENDPOINT to"
             f" a mirror, {USE_FILES}",
             report_now=error.retryable,
         ) from None
-    except APIError as error:
+    except errors.APIError as error:
         status = STATUS.get(type(error)) or error.status_code or (500 if error.retryable else 400)
         wait = float(getattr(error, "retry_after", None) or 0)
         raise status_error("ModelScope", LOG_IN, file, status, _reason(error), wait, report_now=True) from None
-    except HubError as error:
+    except errors.HubError as error:
         raise CheckpointError(f"{file} could not be downloaded ({_reason(error)}): {RESUME}") from None
 
 
@@ -84,7 +73,7 @@ class ModelScope(Hub):
         self._api = HubApi(HubConfig())
         self._endpoint = self._api.legacy.endpoint
 
-    def find(self, repository: str, revision: str, patterns: Sequence[str] = FILES) -> Pin:
+    def find(self, repository: str, revision: str, patterns: Sequence[str]) -> Pin:
         """See `Hub`."""
         with _client_errors(self._endpoint, repository, revision):
             # The client's typed listing omits the commits.
@@ -93,12 +82,12 @@ class ModelScope(Hub):
         for entry in entries:
             name, sha256 = entry.get("Path", ""), str(entry.get("Sha256", "")).lower()
             if matches(name, patterns):
-                if not SHA256.fullmatch(sha256):
+                if not HASHES["sha256"].fullmatch(sha256):
                     raise CheckpointError(
                         f"ModelScope lists {name} of {repository} without sha256, so it cannot be checked; take the"
                         " repository from another hub"
                     )
-                files[name] = Digest(int(entry["Size"]), sha256=sha256)
+                files[name] = Digest(int(entry["Size"]), "sha256", sha256)
         newest = max(entries, key=lambda entry: entry.get("CommittedDate") or 0, default={})
         return Pin("modelscope", repository, newest.get("Revision") or revision, revision, files)
 

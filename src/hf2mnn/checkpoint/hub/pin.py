@@ -17,17 +17,16 @@ from typing import Any
 
 from hf2mnn.checkpoint.folder import FILES
 from hf2mnn.core.errors import CheckpointError
-from hf2mnn.core.files import atomic_file
+from hf2mnn.core.files import CHUNK, atomic_file
 from hf2mnn.core.progress import BYTES, progress
 from hf2mnn.core.untrusted import read_json
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
+HASHES = {"sha256": re.compile(r"[0-9a-f]{64}"), "blob_id": COMMIT}
+"""Hashes that hubs list, by kind; a blob id is git's sha1 of a file."""
 FILE_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f\ud800-\udfff]+")
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-REVISION = re.compile(r"(?!.*\.\.)[\w][\w./+-]*")
-"""Branches and tags become paths in caches."""
-BLOCK = 1 << 20
+REVISION = re.compile(r"(?!.*\.\.)[\w][\w./+-]*")  # branches and tags become paths in caches
 
 
 def matches(name: str, patterns: Sequence[str] = FILES) -> bool:
@@ -46,30 +45,28 @@ def check_names(repository: str, *revisions: str) -> None:
 
 @dataclass(frozen=True)
 class Digest:
-    """Size of a file in bytes and one hash in hex: sha256 of its bytes, or its blob id in git."""
+    """Size of a file in bytes, and one of its hashes in hex."""
 
     size: int
-    sha256: str | None = None
-    blob_id: str | None = None
-
-    @property
-    def expected(self) -> str:
-        """The hash, of either kind."""
-        return self.sha256 or self.blob_id
+    kind: str  # key of `HASHES`
+    expected: str
 
     def mismatch(self, path: Path, name: str) -> str | None:
         """Return how a file differs from this digest, as text; None if it matches. `name` labels the progress bar."""
         size = path.stat().st_size
         if size != self.size:
             return f"{size} bytes instead of {self.size}"
-        digest = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        digest = hashlib.sha256()
+        if self.kind == "blob_id":
+            digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
         with path.open("rb") as file, progress(f"checking {name}", size, BYTES) as bar:
-            while block := file.read(BLOCK):
+            while block := file.read(CHUNK):
                 digest.update(block)
                 bar.update(len(block))
         if digest.hexdigest() == self.expected:
             return None
-        return f"{'sha256' if self.sha256 else 'git blob id'} {digest.hexdigest()} instead of {self.expected}"
+        kind = self.kind.replace("blob_id", "git blob id")
+        return f"{kind} {digest.hexdigest()} instead of {self.expected}"
 
 
 @dataclass(frozen=True)
@@ -87,20 +84,19 @@ class Pin:
 
     def save(self, path: Path) -> None:
         """Write the pin as JSON."""
-        stored = asdict(self)
-        for digest in stored["files"].values():
-            del digest["blob_id" if digest["sha256"] else "sha256"]
+        files = {name: {"size": digest.size, digest.kind: digest.expected} for name, digest in self.files.items()}
+        stored = asdict(self) | {"files": files}
         with atomic_file(path) as partial:
             partial.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
 
 
 def _parse_digest(name: str, stored: Any) -> Digest:
     """Raise ValueError for a name that leads out of the folder, or an invalid size or hash."""
-    digest = Digest(**stored)
-    hashed = SHA256.fullmatch(digest.sha256 or "") or COMMIT.fullmatch(digest.blob_id or "")
-    if not matches(name) or not hashed or type(digest.size) is not int or digest.size < 0:
+    kind, size = "sha256" if "sha256" in stored else "blob_id", stored["size"]
+    hashed = stored.keys() == {"size", kind} and HASHES[kind].fullmatch(stored[kind])
+    if not matches(name) or not hashed or type(size) is not int or size < 0:
         raise ValueError(f"{name!r} has no valid size and hash")
-    return digest
+    return Digest(size, kind, stored[kind])
 
 
 def load_pin(path: Path) -> Pin:
