@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from hf2mnn.checkpoint.architecture import load_config
 from hf2mnn.checkpoint.folder import INDEX, Checkpoint
-from hf2mnn.checkpoint.prequantized import PrequantizedLayers, parse_quantization
+from hf2mnn.checkpoint.prequantized import PrequantizedLayers, Quantization
 from hf2mnn.checkpoint.size import model_size
 from hf2mnn.checkpoint.tensors import layout
 from hf2mnn.core.errors import CheckpointError
@@ -203,7 +203,7 @@ def layers(draw: st.DrawFn) -> tuple[str, int, Quantized]:
 @hypothesis_settings(max_examples=30, deadline=None)
 def test_any_layer_is_read_exactly(drawn: tuple[str, int, Quantized]) -> None:
     kind, group, layer = drawn
-    quantization = parse_quantization(settings(kind, layer.bits, group, False), Path("config.json"))
+    quantization = Quantization.parse(settings(kind, layer.bits, group, False), Path("config.json"))
     with tempfile.TemporaryDirectory() as folder:
         stored = {}
         # The tensors of a layer may be in several files.

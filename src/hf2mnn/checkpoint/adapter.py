@@ -17,10 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf2mnn.checkpoint.folder import ADAPTER_FILES, PICKLED, Checkpoint, check_no_pointer, read_json
+from hf2mnn.checkpoint.folder import ADAPTER_FILES, PICKLED, Checkpoint, check_no_pointer, path_in, read_json
 from hf2mnn.checkpoint.tensors import StoredTensor, layout
 from hf2mnn.core.errors import CheckpointError
-from hf2mnn.core.untrusted import path_inside, time_limited
+from hf2mnn.core.untrusted import time_limited
 
 if TYPE_CHECKING:
     import torch
@@ -33,10 +33,8 @@ MAGNITUDE = "lora_magnitude_vector"
 FACTOR = re.compile(rf"(?P<module>.+)\.(?P<kind>{'|'.join(map(re.escape, (*LINEAR, *EMBEDDING, MAGNITUDE)))})")
 MERGE_WITH_PEFT = "merge it with PEFT (merge_and_unload) and convert the result"
 OTHER_MODEL = "give the adapter's base model"
-MAX_NUMBER = 1e9
-"""Largest rank or alpha."""
-PATTERN_SECONDS = 5.0
-"""Time limit for the patterns of an adapter, which are untrusted regular expressions."""
+MAX_NUMBER = 1e9  # largest rank or alpha
+PATTERN_SECONDS = 5.0  # time limit for the patterns of an adapter, which are untrusted regular expressions
 
 
 def _is_number(value: Any) -> bool:
@@ -47,25 +45,21 @@ def _is_rank(value: Any) -> bool:
     return type(value) is int and _is_number(value)
 
 
-def _are_patterns(value: Any, is_valid: Callable[[Any], bool]) -> bool:
-    """Return whether a setting maps regular expressions for module names to valid numbers, or is empty."""
-    return not value or (isinstance(value, dict) and all(map(is_valid, value.values())))
-
-
-USED_SETTINGS: dict[str, Callable[[Any], bool]] = {
+REQUIRED_SETTINGS: dict[str, Callable[[Any], bool]] = {
     "r": _is_rank,
     "lora_alpha": _is_number,
-    "rank_pattern": lambda ranks: _are_patterns(ranks, _is_rank),
-    "alpha_pattern": lambda alphas: _are_patterns(alphas, _is_number),
-    "use_rslora": lambda switch: not switch or switch is True,
-    "use_dora": lambda switch: not switch or switch is True,
-    "modules_to_save": lambda names: (
-        not names or (isinstance(names, list) and all(isinstance(name, str) for name in names))
-    ),
     "base_model_name_or_path": lambda name: isinstance(name, str | None),
     "bias": lambda bias: bias in ("none", "all", "lora_only"),
 }
-"""Settings that change the merged model, and their checks."""
+OPTIONAL_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    # By regular expressions for the names of modules.
+    "rank_pattern": lambda ranks: isinstance(ranks, dict) and all(map(_is_rank, ranks.values())),
+    "alpha_pattern": lambda alphas: isinstance(alphas, dict) and all(map(_is_number, alphas.values())),
+    "use_rslora": lambda switch: switch is True,
+    "use_dora": lambda switch: switch is True,
+    "modules_to_save": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
+}
+"""Settings that change the merged model, and their checks; an optional one may be missing or empty."""
 TRAINING_SETTINGS = {
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "target_modules"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "runtime_config", "loftq_config"),
@@ -95,14 +89,6 @@ class Change:
     lora: Lora | None = None
 
 
-@dataclass(frozen=True)
-class _Factors:
-    """Low-rank tensors of a module by the end of their names, and the module's name in the adapter."""
-
-    module: str
-    tensors: dict[str, StoredTensor]
-
-
 class Adapter:
     """Folder of a LoRA adapter; `name` is its name in errors."""
 
@@ -111,10 +97,7 @@ class Adapter:
 
     def _path(self, name: str) -> Path:
         """Raise CheckpointError where a file is missing or outside the folder."""
-        try:
-            path = path_inside(self.folder, name)
-        except ValueError as error:
-            raise CheckpointError(f"{self.name} is not read: {error}; copy the file itself there") from None
+        path = path_in(self.folder, name, self.name)
         if not path.is_file():
             pickled = sorted(other.name for other in self.folder.glob("adapter_model*") if other.suffix in PICKLED)
             if name == WEIGHTS and pickled:
@@ -135,8 +118,8 @@ class Adapter:
         settings = {"bias": "none", "init_lora_weights": True, **read_json(self._path(CONFIG))}
         if settings.get("peft_type") != "LORA":
             raise self._error(f"has peft_type {settings.get('peft_type')!r}, and only LORA is supported")
-        known = USED_SETTINGS.keys() | TRAINING_SETTINGS | {"peft_type", "init_lora_weights"}
-        for key in sorted(settings.keys() - known):
+        checks = REQUIRED_SETTINGS | OPTIONAL_SETTINGS
+        for key in sorted(settings.keys() - checks.keys() - TRAINING_SETTINGS - {"peft_type", "init_lora_weights"}):
             if settings[key]:
                 raise self._error(f"has {key} {settings[key]!r}, which is not supported")
         if settings["init_lora_weights"] not in BASE_UNCHANGED:
@@ -144,9 +127,10 @@ class Adapter:
                 f"has init_lora_weights {settings['init_lora_weights']!r}, which changes the base model as well",
                 "convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion",
             )
-        for key, is_valid in USED_SETTINGS.items():
-            if not is_valid(settings.get(key)):
-                raise self._error(f"has an invalid {key}: {settings.get(key)!r}", "download it again")
+        for key, is_valid in checks.items():
+            value = settings.get(key)
+            if (value or key in REQUIRED_SETTINGS) and not is_valid(value):
+                raise self._error(f"has an invalid {key}: {value!r}", "download it again")
         return settings
 
     @cached_property
@@ -169,10 +153,8 @@ class Adapter:
     def changes(self, checkpoint: Checkpoint) -> dict[str, Change]:
         """Return the changes of the parameters of the transformers model, by name.
 
-        Where the embedding of a tied model changes, lm_head is included: the two are no longer the same tensor.
-
-        Raises:
-            CheckpointError: The checkpoint is prequantized, or a tensor or a setting does not match its model.
+        Where the embedding of a tied model changes, lm_head is included: the two are no longer the same tensor. Raise
+        CheckpointError if the checkpoint is prequantized, or a tensor or a setting does not match its model.
         """
         if checkpoint.quantization:
             raise CheckpointError(
@@ -183,7 +165,6 @@ class Adapter:
         from hf2mnn.checkpoint.architecture import meta_model  # loads torch, which takes seconds
 
         model = meta_model(checkpoint)
-        modules = dict(model.named_modules())
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         parameters = {old: name for name in shapes for old in reversed(checkpoint.family.tensor_names(name, False))}
         factors, replacements = self._by_parameter(parameters | {name: name for name in shapes}, checkpoint.folder)
@@ -201,7 +182,9 @@ class Adapter:
         try:
             with time_limited(PATTERN_SECONDS):
                 loras = {
-                    parameter: self._lora(group, modules[parameter.removesuffix(".weight")], shapes[parameter])
+                    parameter: self._lora(
+                        *group, model.get_submodule(parameter.removesuffix(".weight")), shapes[parameter]
+                    )
                     for parameter, group in factors.items()
                 }
         except (re.error, TimeoutError, RecursionError, OverflowError) as error:
@@ -209,30 +192,24 @@ class Adapter:
         changed = replacements.keys() | loras.keys()
         if tied & changed:
             changed |= {HEAD}
-        return {
-            parameter: Change(replacements.get(parameter, ("", None))[1], loras.get(parameter))
-            for parameter in shapes
-            if parameter in changed
-        }
+        tensors = {parameter: tensor for parameter, (_, tensor) in replacements.items()}
+        return {name: Change(tensors.get(name), loras.get(name)) for name in shapes if name in changed}
 
-    def _by_parameter(
-        self, parameters: dict[str, str], base: Path
-    ) -> tuple[dict[str, _Factors], dict[str, tuple[str, StoredTensor]]]:
-        """Return low-rank factors and replacements (name in the adapter, tensor) by parameter.
+    def _by_parameter(self, parameters: dict[str, str], base: Path) -> tuple[dict[str, tuple], dict[str, tuple]]:
+        """Return low-rank factors (module, tensors by kind) and replacements (name, tensor) by parameter.
 
-        `parameters` maps the names of all transformers releases to current ones.
+        `parameters` maps the names of all transformers releases to current ones; modules and names are the adapter's.
         """
-        factors: dict[str, _Factors] = {}
-        replacements: dict[str, tuple[str, StoredTensor]] = {}
+        factors, replacements = {}, {}
         for name, tensor in self._tensors.items():
             match = FACTOR.fullmatch(name)
             parameter = parameters.get(f"{match['module']}.weight" if match else name.replace(BASE, "."))
             if parameter is None:
                 raise self._error(f"holds {name}, which {base} has no parameter for", OTHER_MODEL)
             if match:
-                group = factors.setdefault(parameter, _Factors(match["module"], {}))
-                duplicate = group.module != match["module"] or match["kind"] in group.tensors
-                group.tensors[match["kind"]] = tensor
+                module, tensors = factors.setdefault(parameter, (match["module"], {}))
+                duplicate = module != match["module"] or match["kind"] in tensors
+                tensors[match["kind"]] = tensor
             else:
                 duplicate = replacements.setdefault(parameter, (name, tensor)) != (name, tensor)
             if duplicate:
@@ -245,30 +222,32 @@ class Adapter:
                 f"holds {name} of shape {list(tensor.shape)}, but the model requires {list(expected)}", OTHER_MODEL
             )
 
-    def _lora(self, group: _Factors, module: torch.nn.Module, shape: tuple[int, ...]) -> Lora:
-        """Raise CheckpointError where the factors do not match the module's weight."""
+    def _lora(
+        self, name: str, tensors: dict[str, StoredTensor], module: torch.nn.Module, shape: tuple[int, ...]
+    ) -> Lora:
+        """Return the change of a module by its factors; CheckpointError where they do not match its weight."""
         from torch.nn import Embedding, Linear
 
         embedding, dora = isinstance(module, Embedding), self.settings.get("use_dora")
         if not embedding and not isinstance(module, Linear):
             raise self._error(
-                f"changes {group.module}, a {type(module).__name__}; only linear layers and embeddings are supported"
+                f"changes {name}, a {type(module).__name__}; only linear layers and embeddings are supported"
             )
         a, b = EMBEDDING if embedding else LINEAR
         expected = {a, b, MAGNITUDE} if dora else {a, b}
-        if group.tensors.keys() != expected:
+        if tensors.keys() != expected:
             raise self._error(
-                f"holds {', '.join(sorted(group.tensors))} of {group.module} instead of {', '.join(sorted(expected))}",
+                f"holds {', '.join(sorted(tensors))} of {name} instead of {', '.join(sorted(expected))}",
                 "save it again with PEFT",
             )
         if embedding and dora:
-            raise self._error(f"changes {group.module}, an embedding, with use_dora, which is not supported")
-        rank, scaling = self._scaling(group.module, group.tensors[a])
+            raise self._error(f"changes {name}, an embedding, with use_dora, which is not supported")
+        rank, scaling = self._scaling(name, tensors[a])
         inputs, outputs = shape if embedding else reversed(shape)
-        for name, factor_shape in ((a, (rank, inputs)), (b, (outputs, rank)), (MAGNITUDE, (outputs,))):
-            if name in group.tensors:
-                self._check_shape(f"{group.module}.{name}", group.tensors[name], factor_shape)
-        return Lora(group.tensors[a], group.tensors[b], scaling, embedding, group.tensors.get(MAGNITUDE))
+        for kind, factor_shape in ((a, (rank, inputs)), (b, (outputs, rank)), (MAGNITUDE, (outputs,))):
+            if kind in tensors:
+                self._check_shape(f"{name}.{kind}", tensors[kind], factor_shape)
+        return Lora(tensors[a], tensors[b], scaling, embedding, tensors.get(MAGNITUDE))
 
     def _pattern_values(self, patterns: str, default: str, module: str) -> set[Any]:
         """Return the values of all patterns that match the end of a module's name, or else the default.

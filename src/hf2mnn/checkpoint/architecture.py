@@ -14,10 +14,8 @@ from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.core.machine_errors import machine_errno
 
-CONFIG_ERRORS = (
-    *(StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError),
-    *(RuntimeError, ImportError, OSError),
-)
+CONFIG_ERRORS = (StrictDataclassError, ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
+CONFIG_ERRORS += (TypeError, ValueError)
 """Exceptions of transformers for an invalid config.json: it uses values before it validates them."""
 
 

@@ -35,7 +35,7 @@ def rename_in_errors(folder: Path, name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """Location of a LoRA adapter: either a local folder, or a repository (owner/name) of a hub."""
+    """Local folder of a LoRA adapter, or its repository (owner/name) on a hub."""
 
     path: Path | None = None
     repository: str | None = None
@@ -43,10 +43,7 @@ class AdapterSource:
     hub: str = "huggingface"
 
     def open(self, scratch: Path) -> tuple[Adapter, dict[str, Any]]:
-        """Return the adapter and its origin on a hub, empty for a local folder.
-
-        Downloaded files are linked into `scratch`. CheckpointError: the adapter is missing or cannot be downloaded.
-        """
+        """Return the adapter, and its origin on a hub or {}; downloaded files are linked into `scratch`."""
         if (self.path is None) == (self.repository is None):
             raise CheckpointError("give exactly one of a local folder and a hub repository as the adapter")
         if self.path is not None:

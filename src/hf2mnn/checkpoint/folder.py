@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from hf2mnn.checkpoint.prequantized import (
-    QWEIGHT,
-    WEIGHT,
-    PrequantizedLayers,
-    PrequantizedLinear,
-    Quantization,
-    parse_quantization,
-)
+from hf2mnn.checkpoint.prequantized import QWEIGHT, WEIGHT, PrequantizedLayers, PrequantizedLinear, Quantization
 from hf2mnn.checkpoint.tensors import Layout, StoredTensor, layout
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.core.untrusted import path_inside
@@ -35,8 +28,7 @@ FILES = (
 """The only files that stages read. Nothing else is downloaded or linked, so no code of a repository arrives."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files of a LoRA adapter, in a folder of its own."""
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-"""Suffixes of pickled weights: loading them runs code."""
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # suffixes of pickled weights: loading them runs code
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -53,6 +45,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object; download it again")
     return value
+
+
+def path_in(folder: Path, name: str, label: str) -> Path:
+    """Return the path of a file; CheckpointError, with `label` for the folder, for a link that leads out of it."""
+    try:
+        return path_inside(folder, name)
+    except ValueError as error:
+        raise CheckpointError(f"{label} is not read: {error}; copy the file itself there") from None
 
 
 def is_lfs_pointer(path: Path) -> bool:
@@ -192,7 +192,7 @@ class Checkpoint:
     def quantization(self) -> Quantization | None:
         """Format of the prequantized layers; None for a floating-point checkpoint."""
         key = "quantization_config"
-        return parse_quantization(self.config.get(key) or self.text_config.get(key), self.folder / "config.json")
+        return Quantization.parse(self.config.get(key) or self.text_config.get(key), self.folder / "config.json")
 
     @cached_property
     def prequantized_layers(self) -> PrequantizedLayers:

@@ -26,10 +26,8 @@ from hf2mnn.core.errors import CheckpointError
 from hf2mnn.core.files import atomic_file
 from hf2mnn.core.progress import BYTES, progress
 
-MERGE_VALUES = 1 << 21
-"""Weights merged at a time: 8 MB, and twice that for their float64 sums."""
-COPY_BLOCK = 1 << 23
-"""Bytes copied at a time."""
+MERGE_VALUES = 1 << 21  # weights merged at a time: 8 MB, and twice that for their float64 sums
+COPY_BLOCK = 1 << 23  # bytes copied at a time
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -87,25 +85,22 @@ def _stored_bytes(tensor: Layout) -> Iterator[bytes]:
     """Yield the bytes of an unchanged tensor."""
     with tensor.path.open("rb") as file:
         file.seek(tensor.offset)
-        remaining = tensor.size
-        while remaining:
-            block = file.read(min(COPY_BLOCK, remaining))
-            if not block:
+        for begin in range(0, tensor.size, COPY_BLOCK):
+            length = min(COPY_BLOCK, tensor.size - begin)
+            block = file.read(length)
+            if len(block) < length:
                 raise CheckpointError(f"{tensor.path} was truncated while it was read; run the same command again")
-            remaining -= len(block)
             yield block
 
 
 class _Output(NamedTuple):
-    """A tensor to write: its entry of the header (name, dtype, shape, bytes), and its bytes."""
+    """A tensor to write; the dtype has its name in safetensors, the size is in bytes."""
 
-    entry: tuple[str, str, tuple[int, ...], int]
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
     content: Iterator[bytes]
-
-    def item_size(self) -> float:
-        """Bytes of a value."""
-        _, _, shape, size = self.entry
-        return size / max(prod(shape), 1)
 
 
 def _changed_tensors(checkpoint: Checkpoint, changes: dict[str, Change]) -> dict[str, dict[str, _Output]]:
@@ -123,8 +118,8 @@ def _changed_tensors(checkpoint: Checkpoint, changes: dict[str, Change]) -> dict
             name, shard = HEAD, checkpoint.shards.get(HEAD, shard)
         # Resolve now: links are replaced while tensors are read, and lm_head may come from the embedding's shard.
         base = replace(base, path=base.path.resolve())
-        entry = name, "F32", base.shape, 4 * prod(base.shape)
-        shards.setdefault(shard.name, {})[name] = _Output(entry, _merged_bytes(name, base, change.lora))
+        content = _merged_bytes(name, base, change.lora)
+        shards.setdefault(shard.name, {})[name] = _Output(name, "F32", base.shape, 4 * prod(base.shape), content)
     return shards
 
 
@@ -149,31 +144,30 @@ def _untie(folder: Path, shard: str) -> None:
 def merge(checkpoint: Checkpoint, changes: dict[str, Change], folder: Path) -> dict[str, Path]:
     """Write the changed shards of `checkpoint` into `folder`, in place of links; return the original files by name.
 
-    If a tied lm_head becomes a tensor of its own, config.json and the index change as well.
-
-    Raises:
-        CheckpointError: The disk is too small, or a merged weight is not finite.
+    If a tied lm_head becomes a tensor of its own, config.json and the index change as well. Raise CheckpointError if
+    the disk is too small, or a merged weight is not finite.
     """
     old = {path.name: path.resolve() for path in checkpoint.shards.values()}
     shards = {}
     for shard, changed in _changed_tensors(checkpoint, changes).items():
         unchanged = {
-            name: _Output((name, tensor.dtype, tensor.shape, tensor.size), _stored_bytes(tensor))
+            name: _Output(name, tensor.dtype, tensor.shape, tensor.size, _stored_bytes(tensor))
             for name, tensor in layout(old[shard]).items()
         }
         # The order of the safetensors library: wide dtypes first, so that all tensors are aligned.
-        shards[shard] = sorted((unchanged | changed).values(), key=_Output.item_size, reverse=True)
-    total = sum(tensor.entry[3] for tensors in shards.values() for tensor in tensors)
+        tensors = (unchanged | changed).values()
+        shards[shard] = sorted(tensors, key=lambda tensor: tensor.size / max(prod(tensor.shape), 1), reverse=True)
+    total = sum(tensor.size for tensors in shards.values() for tensor in tensors)
     check_disk(folder, total, "the merged weights")
     with progress("merging the adapter", total, BYTES) as bar:
         for shard, tensors in sorted(shards.items()):
             with atomic_file(folder / shard) as partial, partial.open("wb") as file:
-                file.write(file_header(tensor.entry for tensor in tensors))
+                file.write(file_header(tensor[:4] for tensor in tensors))
                 for block in chain.from_iterable(tensor.content for tensor in tensors):
                     file.write(block)
                     bar.update(len(block))
     originals = {shard: old[shard] for shard in sorted(shards)}
     if checkpoint.tied and HEAD in changes:
         originals["config.json"] = (checkpoint.folder / "config.json").resolve()
-        _untie(folder, next(shard for shard, tensors in shards.items() if any(t.entry[0] == HEAD for t in tensors)))
+        _untie(folder, next(shard for shard, tensors in shards.items() if any(t.name == HEAD for t in tensors)))
     return originals

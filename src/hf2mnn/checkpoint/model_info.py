@@ -51,10 +51,7 @@ def model_info(checkpoint: Checkpoint) -> dict[str, Any]:
     divisible = type(heads) is int and type(hidden) is int and heads > 0
     info = {
         "model_type": config["model_type"],
-        "vocab_size": text.get("vocab_size"),
-        "hidden_size": hidden,
-        "num_hidden_layers": text.get("num_hidden_layers"),
-        "num_attention_heads": heads,
+        **{key: text.get(key) for key in COUNTS},
         "num_key_value_heads": text.get("num_key_value_heads") or heads,
         "head_dim": text.get("head_dim") or (hidden // heads if divisible else None),
         "tie_word_embeddings": checkpoint.tied,

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf2mnn.checkpoint.folder import INDEX, Checkpoint, check_no_pointer, checkpoint_files, read_json
+from hf2mnn.checkpoint.folder import INDEX, Checkpoint, check_no_pointer, checkpoint_files, path_in, read_json
 from hf2mnn.checkpoint.model_info import COUNTS, model_info
 from hf2mnn.checkpoint.prequantized import QWEIGHT, WEIGHT
 from hf2mnn.core.errors import CheckpointError
-from hf2mnn.core.untrusted import path_inside
 from hf2mnn.families.vision import BUILT_IN, VisionFamily
 
 if TYPE_CHECKING:
@@ -31,10 +30,7 @@ def check_files(checkpoint: Checkpoint) -> None:
     A link could make any file of the machine part of a bundle. A clone without LFS has pointers in place of weights.
     """
     for path in map(Path, checkpoint_files(checkpoint.folder)):
-        try:
-            path_inside(checkpoint.folder, path.name)
-        except ValueError as error:
-            raise CheckpointError(f"{checkpoint.folder} is not read: {error}; copy the file itself there") from None
+        path_in(checkpoint.folder, path.name, str(checkpoint.folder))
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is not a regular file; replace it by the checkpoint's file")
         check_no_pointer(path)
@@ -44,7 +40,8 @@ def _json_objects(value: Any) -> Iterator[dict[str, Any]]:
     """Yield a JSON object and all objects within it."""
     if isinstance(value, dict):
         yield value
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        value = list(value.values())
+    for part in value if isinstance(value, list) else ():
         yield from _json_objects(part)
 
 
@@ -199,11 +196,6 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
 
 def check_checkpoint(checkpoint: Checkpoint) -> None:
     """Check everything that does not need the weights; CheckpointError for the first fault."""
-    check_files(checkpoint)
-    checkpoint.check()
-    check_code(checkpoint)
-    check_depth(checkpoint)
-    check_images(checkpoint)
-    check_index(checkpoint)
-    check_tokenizer(checkpoint)
-    check_weights(checkpoint)
+    cheap_checks = (check_files, Checkpoint.check, check_code, check_depth, check_images, check_index, check_tokenizer)
+    for check in (*cheap_checks, check_weights):  # the last one builds the model, without its weights
+        check(checkpoint)

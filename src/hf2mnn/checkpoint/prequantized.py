@@ -27,14 +27,12 @@ from hf2mnn.core.errors import CheckpointError
 
 BITS = {"awq": (4,), "gptq": (4, 8)}
 FORMATS = {"awq": ("gemm",), "gptq": ("gptq", "gptq_v2")}
-GROUP_UNIT = 16
-"""MNN's blocks are multiples of this many inputs."""
+GROUP_UNIT = 16  # MNN's blocks are multiples of this many inputs
 WEIGHT, QWEIGHT = ".weight", ".qweight"
 REQUIRED = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16")}
 """Tensors of every prequantized layer, and their supported dtypes in safetensors."""
 TENSORS = (*REQUIRED, "g_idx")
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Position in a word, from the lowest bits, of each of AWQ's 8 outputs."""
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # position in a word, from the lowest bits, of each of AWQ's 8 outputs
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,40 @@ class Quantization:
     bits: int
     group: int  # inputs per group; -1 for one group per row
     act_order: bool  # claim of the file; g_idx decides where it is stored
+
+    @classmethod
+    def parse(cls, stored: Any, path: Path) -> Quantization | None:
+        """Parse a `quantization_config`; return None for an empty one. `path` is the file that holds it."""
+        if not stored:
+            return None
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        if not isinstance(method, str) or method not in BITS:
+            raise CheckpointError(
+                f"{path} has the unsupported quant_method {method!r}; supported are: {', '.join(BITS)}; or give the"
+                " model in float16 or bfloat16"
+            )
+        prefix = f"{path} has {method} weights"
+        if not isinstance(stored, dict):
+            raise CheckpointError(f"{prefix} without bits and group_size; download it again")
+        keys = ("version", "format", "checkpoint_format") if method == "awq" else ("checkpoint_format", "format")
+        names = [stored[key] for key in keys if stored.get(key)] or FORMATS[method]
+        # llm-awq: transformers' name for MIT's own order.
+        layout = "llm-awq" if stored.get("backend") == "llm-awq" else str(names[0]).lower()
+        if layout not in FORMATS[method]:
+            raise CheckpointError(
+                f"{prefix} of the unsupported format {layout!r}; supported are: {', '.join(FORMATS[method])}"
+            )
+        bits, group = stored.get("bits"), stored.get("group_size")
+        if type(bits) is not int or bits not in BITS[method]:
+            raise CheckpointError(
+                f"{prefix} of unsupported {bits!r} bits; supported are: {', '.join(map(str, BITS[method]))}"
+            )
+        if type(group) is not int or (group != -1 and (group <= 0 or group % GROUP_UNIT)):
+            raise CheckpointError(
+                f"{prefix} with group_size {group!r}, which MNN's format cannot hold; supported are multiples of"
+                f" {GROUP_UNIT}, and -1 for one group per row"
+            )
+        return cls(method, layout, bits, group, bool(stored.get("desc_act")))
 
 
 @dataclass(frozen=True)
@@ -73,41 +105,6 @@ class PrequantizedLinear:
         weights -= self.zero_points[:, :, None]
         weights *= self.scales[:, :, None]
         return weights.reshape(self.q.shape)
-
-
-def parse_quantization(stored: Any, path: Path) -> Quantization | None:
-    """Parse a `quantization_config`; return None for an empty one. `path` is the file that holds it."""
-    if not stored:
-        return None
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored
-    if not isinstance(method, str) or method not in BITS:
-        raise CheckpointError(
-            f"{path} has the unsupported quant_method {method!r}; supported are: {', '.join(BITS)}; or give the model"
-            " in float16 or bfloat16"
-        )
-    prefix = f"{path} has {method} weights"
-    if not isinstance(stored, dict):
-        raise CheckpointError(f"{prefix} without bits and group_size; download it again")
-    keys = ("version", "format", "checkpoint_format") if method == "awq" else ("checkpoint_format", "format")
-    names = [stored[key] for key in keys if stored.get(key)]
-    if stored.get("backend") == "llm-awq":  # transformers' name for MIT's own order
-        names = ["llm-awq"]
-    layout = str(names[0]).lower() if names else FORMATS[method][0]
-    if layout not in FORMATS[method]:
-        raise CheckpointError(
-            f"{prefix} of the unsupported format {layout!r}; supported are: {', '.join(FORMATS[method])}"
-        )
-    bits, group = stored.get("bits"), stored.get("group_size")
-    if type(bits) is not int or bits not in BITS[method]:
-        raise CheckpointError(
-            f"{prefix} of unsupported {bits!r} bits; supported are: {', '.join(map(str, BITS[method]))}"
-        )
-    if type(group) is not int or (group != -1 and (group <= 0 or group % GROUP_UNIT)):
-        raise CheckpointError(
-            f"{prefix} with group_size {group!r}, which MNN's format cannot hold; supported are multiples of"
-            f" {GROUP_UNIT}, and -1 for one group per row"
-        )
-    return Quantization(method, layout, bits, group, bool(stored.get("desc_act")))
 
 
 def unpack(words: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> np.ndarray:
@@ -184,17 +181,6 @@ class PrequantizedLayers:
                 )
         return outputs, inputs
 
-    def _check_order(self, layer: str, inputs: int) -> None:
-        consecutive = not self.quantization.act_order
-        if f"{layer}.g_idx" in self.tensors:
-            expected = np.arange(inputs) // self._group(inputs)
-            consecutive = np.array_equal(self._tensor(f"{layer}.g_idx"), expected)
-        if not consecutive:
-            raise self._error(
-                f"{layer} is quantized in activation order (act-order, desc_act), but MNN's blocks are consecutive"
-                " inputs; take a checkpoint with desc_act false"
-            )
-
     def _scales(self, layer: str) -> np.ndarray:
         """Return float16 [outputs, groups]; bfloat16 is accepted where float16 holds the same values."""
         stored = self._tensor(f"{layer}.scales").astype(np.float32).T
@@ -226,8 +212,15 @@ class PrequantizedLayers:
     def _checked(self, layer: str) -> tuple[np.ndarray, np.ndarray, int]:
         """Return scales, zero points and group of a layer, of which everything but the qweight is checked."""
         _, inputs = self.shape(layer)
-        self._check_order(layer, inputs)
-        return self._scales(layer), self._zero_points(layer), self._group(inputs)
+        group, consecutive = self._group(inputs), not self.quantization.act_order
+        if f"{layer}.g_idx" in self.tensors:
+            consecutive = np.array_equal(self._tensor(f"{layer}.g_idx"), np.arange(inputs) // group)
+        if not consecutive:
+            raise self._error(
+                f"{layer} is quantized in activation order (act-order, desc_act), but MNN's blocks are consecutive"
+                " inputs; take a checkpoint with desc_act false"
+            )
+        return self._scales(layer), self._zero_points(layer), group
 
     def read(self, layer: str) -> PrequantizedLinear:
         """Read and unpack a layer."""

@@ -15,10 +15,8 @@ from hf2mnn.core.errors import CheckpointError
 from hf2mnn.machine.footprint import TYPICAL_WEIGHTS, bundle_bytes
 from hf2mnn.machine.hardware import available_memory
 
-DISK_MARGIN = 1.01
-"""File systems need slightly more than the bytes of the files."""
-SMALLEST_BUNDLE_BITS = 4.5
-"""Bits per weight of the smallest common bundle: 4-bit weights and their scales."""
+DISK_MARGIN = 1.01  # file systems need slightly more than the bytes of the files
+SMALLEST_BUNDLE_BITS = 4.5  # bits per weight of the smallest common bundle: 4-bit weights and their scales
 
 
 @dataclass(frozen=True)
