@@ -182,9 +182,7 @@ class Adapter:
         try:
             with time_limited(PATTERN_SECONDS):
                 loras = {
-                    parameter: self._lora(
-                        *group, model.get_submodule(parameter.removesuffix(".weight")), shapes[parameter]
-                    )
+                    parameter: self._lora(*group, model.get_submodule(parameter.removesuffix(".weight")))
                     for parameter, group in factors.items()
                 }
         except (re.error, TimeoutError, RecursionError, OverflowError) as error:
@@ -222,9 +220,7 @@ class Adapter:
                 f"holds {name} of shape {list(tensor.shape)}, but the model requires {list(expected)}", OTHER_MODEL
             )
 
-    def _lora(
-        self, name: str, tensors: dict[str, StoredTensor], module: torch.nn.Module, shape: tuple[int, ...]
-    ) -> Lora:
+    def _lora(self, name: str, tensors: dict[str, StoredTensor], module: torch.nn.Module) -> Lora:
         """Return the change of a module by its factors; CheckpointError where they do not match its weight."""
         from torch.nn import Embedding, Linear
 
@@ -243,7 +239,7 @@ class Adapter:
         if embedding and dora:
             raise self._error(f"changes {name}, an embedding, with use_dora, which is not supported")
         rank, scaling = self._scaling(name, tensors[a])
-        inputs, outputs = shape if embedding else reversed(shape)
+        inputs, outputs = module.weight.shape if embedding else reversed(module.weight.shape)
         for kind, factor_shape in ((a, (rank, inputs)), (b, (outputs, rank)), (MAGNITUDE, (outputs,))):
             if kind in tensors:
                 self._check_shape(f"{name}.{kind}", tensors[kind], factor_shape)

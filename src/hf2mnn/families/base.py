@@ -81,12 +81,11 @@ class Family:
             raise self._unsupported(f"layers of type {others[0]!r}")
         rope = text_config.get("rope_parameters") or text_config.get("rope_scaling") or {}
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-            raise self._invalid("rope_parameters", rope)
+            raise self._faulty_config(f"an invalid rope_parameters: {rope!r}")
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
         if rope_type not in self.rope_types:
             raise self._unsupported(f"rope_type {rope_type!r}")
-        rotated = rope.get("partial_rotary_factor") or text_config.get("partial_rotary_factor") or 1
-        if rotated != 1:
+        if (rotated := rope.get("partial_rotary_factor") or text_config.get("partial_rotary_factor") or 1) != 1:
             raise self._unsupported(f"partial_rotary_factor {rotated}")
 
     def _unsupported(self, feature: str) -> CheckpointError:
@@ -94,10 +93,8 @@ class Family:
             f"this {self.model_type} checkpoint has {feature}, which is not supported; choose another checkpoint"
         )
 
-    def _invalid(self, key: str, value: object) -> CheckpointError:
-        return CheckpointError(
-            f"config.json of this {self.model_type} checkpoint has an invalid {key}: {value!r}; download it again"
-        )
+    def _faulty_config(self, fault: str) -> CheckpointError:
+        return CheckpointError(f"config.json of this {self.model_type} checkpoint has {fault}; download it again")
 
     def tensor_names(self, parameter: str, tied: bool) -> list[str]:
         """Return the names of a parameter in checkpoints, newest first; `tied` if lm_head is the embedding."""

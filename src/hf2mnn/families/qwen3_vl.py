@@ -46,7 +46,7 @@ class Qwen3VL(VisionFamily):
         positions = (config.get("vision_config") or {}).get("num_position_embeddings", 2304)
         side = round(positions**0.5) if isinstance(positions, int) and positions > 0 else 0
         if side**2 != positions:
-            raise self._invalid("vision_config.num_position_embeddings (not a square)", positions)
+            raise self._faulty_config(f"an invalid vision_config.num_position_embeddings (not a square): {positions!r}")
         return {**super().model_info(config, processor), "num_grid_per_side": side}
 
     def prepare(self, model: torch.nn.Module) -> None:

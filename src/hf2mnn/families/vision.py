@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from hf2mnn.core.errors import CheckpointError, EvaluationSetError
+from hf2mnn.core.errors import EvaluationSetError
 from hf2mnn.families.base import Family, Fold
 from hf2mnn.families.engine_limits import IMAGE_SIZE, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 
@@ -58,11 +58,9 @@ class VisionFamily(Family):
         """Check that all features are supported, and that the keys of image input are there."""
         super().check(config, text_config)
         if missing := [key for key in (*self.special_tokens, "vision_config") if key not in config]:
-            raise CheckpointError(
-                f"config.json of this {self.model_type} checkpoint has no {missing[0]}; download it again"
-            )
+            raise self._faulty_config(f"no {missing[0]}")
         if not isinstance(config["vision_config"], dict):
-            raise self._invalid("vision_config", config["vision_config"])
+            raise self._faulty_config(f"an invalid vision_config: {config['vision_config']!r}")
 
     def model_info(self, config: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
         """Return the family's entries of model.json: token ids, and the settings of the image processor."""

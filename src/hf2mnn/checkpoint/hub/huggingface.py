@@ -106,7 +106,9 @@ class HuggingFace(Hub):
         folder, commit, files = self._folder(repository), revision, {}
         if not COMMIT.fullmatch(revision):
             ref = folder / "refs" / revision
-            commit = ref.read_text().strip() if ref.is_file() else "unknown"
+            if not ref.is_file():
+                return None
+            commit = ref.read_text().strip()
         for link in (folder / "snapshots" / commit).glob("*"):
             if matches(link.name, patterns) and link.exists():
                 blob = link.resolve().name

@@ -90,20 +90,19 @@ class Pin:
             partial.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
 
 
-def _parse_digest(name: str, stored: Any) -> Digest:
+def _parse_digest(name: str, size: Any, sha256: str | None = None, blob_id: str | None = None) -> Digest:
     """Raise ValueError for a name that leads out of the folder, or an invalid size or hash."""
-    kind, size = "sha256" if "sha256" in stored else "blob_id", stored["size"]
-    hashed = stored.keys() == {"size", kind} and HASHES[kind].fullmatch(stored[kind])
-    if not matches(name) or not hashed or type(size) is not int or size < 0:
+    kind, expected = ("sha256", sha256) if sha256 else ("blob_id", blob_id or "")
+    if not matches(name) or not HASHES[kind].fullmatch(expected) or type(size) is not int or size < 0:
         raise ValueError(f"{name!r} has no valid size and hash")
-    return Digest(size, kind, stored[kind])
+    return Digest(size, kind, expected)
 
 
 def load_pin(path: Path) -> Pin:
     """Read a pin that `hf2mnn pin --out` has written."""
     try:
         stored = read_json(Path(path))
-        files = {name: _parse_digest(name, digest) for name, digest in stored.pop("files").items()}
+        files = {name: _parse_digest(name, **digest) for name, digest in stored.pop("files").items()}
         return Pin(**stored, files=files)
     except FileNotFoundError:
         raise CheckpointError(f"no pin {path}: write it with 'hf2mnn pin owner/name --out {path}'") from None
