@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -44,15 +45,12 @@ def model_size(path: str | None, pin: str | None) -> Size:
 
     An invalid checkpoint has the size `UNKNOWN`; the fetch stage reports what is wrong with it.
     """
-    try:
+    with suppress(CheckpointError, OSError, ValueError, KeyError, TypeError):
         if path and Path(path).is_dir():
             return _size_of_folder(Path(path))
-        if pin:
-            files = load_pin(Path(pin)).files
-            shards = [digest.size for name, digest in files.items() if name.endswith(".safetensors")]
-            return Size(sum(shards) / 2, 0.0) if shards else UNKNOWN
-    except (CheckpointError, OSError, ValueError, KeyError, TypeError):
-        pass
+        files = load_pin(Path(pin)).files if pin else {}
+        if shards := [digest.size for name, digest in files.items() if name.endswith(".safetensors")]:
+            return Size(sum(shards) / 2, 0.0)
     return UNKNOWN
 
 
