@@ -25,7 +25,7 @@ NUMBERS = st.one_of(st.floats(0, 10), st.sampled_from([0.0, 1.0, 2.0, float("nan
 
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=12))
 def test_pareto_front_is_not_dominated_and_dominates_all_other_points(points: list[tuple[float, float]]) -> None:
-    front = plots.pareto_front(points)
+    front = plots.pareto_front(np.array(points).reshape(-1, 2))
     known = [index for index, point in enumerate(points) if not np.isnan(point).any()]
 
     def dominates(one: int, other: int) -> bool:

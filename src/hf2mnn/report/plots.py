@@ -9,11 +9,14 @@ from textwrap import fill
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator
+from matplotlib.transforms import Bbox
 
 from hf2mnn.evaluation.findings import PREPROCESSING, TOTAL
 from hf2mnn.figures import FIGURES, HIGHER, POSITIONS, SPEED, measured_on, on_page, short
@@ -33,17 +36,11 @@ SHIFTS = [sign * 13 * step for step in range(1, 11) for sign in (1, -1)]
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of the Pareto front, sorted by the first coordinate; smaller is better in both.
-
-    Points with a NaN are never on the front.
-    """
-    known = [(point, index) for index, point in enumerate(points) if not any(map(math.isnan, point))]
-    return [
-        index
-        for point, index in sorted(known)
-        if not any(other != point and other[0] <= point[0] and other[1] <= point[1] for other, _ in known)
-    ]
+def pareto_front(points: np.ndarray) -> np.ndarray:
+    """Return the indices of the Pareto front of `points`, [n, 2], by x; smaller is better, and a NaN is never on it."""
+    dominated = (points[:, None] >= points).all(axis=2) & (points[:, None] > points).any(axis=2)
+    front = np.flatnonzero(~dominated.any(axis=1) & ~np.isnan(points).any(axis=1))
+    return front[np.argsort(points[front, 0], kind="stable")]
 
 
 def _decade(value: float, _: object = None) -> str:
@@ -54,21 +51,18 @@ def _decade(value: float, _: object = None) -> str:
     return "10" + str(exponent).translate(SUPERSCRIPTS)
 
 
-def _log_axis(axes: Axes, which: str) -> None:
-    axis = getattr(axes, f"{which}axis")
-    getattr(axes, f"set_{which}scale")("log")
-    axis.set_major_locator(LogLocator(numticks=9))
-    axis.set_major_formatter(FuncFormatter(_decade))
-    axis.set_minor_locator(NullLocator())
+def _log_axis(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(numticks=9))
+    axes.yaxis.set_major_formatter(_decade)
+    axes.minorticks_off()
 
 
-def _binary_axis(axes: Axes, which: str, values: Iterable[float]) -> None:
+def _binary_axis(axes: Axes, which: str, values: Sequence[float]) -> None:
     """Set a logarithmic axis of base 2 with ticks at `values`."""
-    axis = getattr(axes, f"{which}axis")
     getattr(axes, f"set_{which}scale")("log", base=2)
-    axis.set_ticks(list(values), labels=[f"{value:g}" for value in values])
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
+    getattr(axes, f"set_{which}ticks")(values, [f"{value:g}" for value in values])
+    axes.minorticks_off()
 
 
 def _powers_of_two(values: Iterable[float]) -> list[float]:
@@ -79,14 +73,14 @@ def _powers_of_two(values: Iterable[float]) -> list[float]:
 
 def _bar_axis(axes: Axes, labels: list[str], bottom: float, top: float) -> None:
     """Label the rows of a plot of horizontal bars, the first at the top."""
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - bottom, top))
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
-    axes.set_ylim(len(labels) - bottom, top)
 
 
-def _legend(figure: Figure, handles: list) -> None:
-    """Add a legend below the axes in as many columns as fit; more than two rows make the figure taller."""
+def _legend(figure: Figure, axes: Axes, handles: Sequence[Artist] = ()) -> None:
+    """Add a legend of the labelled lines and `handles` below the axes; more than two rows make the figure taller."""
+    handles = [*axes.get_legend_handles_labels()[0], *handles]
     lengths = [len(handle.get_label()) for handle in handles]
 
     def width(columns: int) -> float:
@@ -97,101 +91,81 @@ def _legend(figure: Figure, handles: list) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.2, columnspacing=1.4)
 
 
-def _lines(names: Iterable[str], styles: dict[str, Style]) -> list[Line2D]:
-    """Return entries of the legend for the lines of `names`."""
-    return [Line2D([], [], label=name, **styles[name].line) for name in names]
-
-
 # Not adjustText: 1.4.0 puts labels on markers and on each other where points are close or lie on an axis.
-def _overlaps(box: tuple[float, ...], room: tuple[float, ...], occupied: list[tuple[float, ...]]) -> int:
-    """Return the cost of a label's box (left, bottom, right, top): boxes that it covers, and 3 outside of `room`."""
-    outside = box[0] < room[0] or box[1] < room[1] or box[2] > room[2] or box[3] > room[3]
-    covered = sum(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in occupied)
-    return covered + 3 * outside
-
-
 def _label_points(axes: Axes, labels: list[tuple[float, float, str]]) -> None:
     """Write labels, given as (x, y, text), near their points where they cover the fewest labels and points."""
     axes.figure.draw_without_rendering()
     pixel = axes.figure.dpi / 72
     points = [axes.transData.transform((x, y)) / pixel for x, y, _ in labels]
-    room = tuple(axes.get_window_extent().extents / pixel)
-    occupied = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    room = Bbox(axes.get_window_extent().get_points() / pixel)
+    occupied = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
     # From the top and from the right, where labels have the least room.
     by_height = sorted(zip(points, labels, strict=True), key=lambda pair: (-round(pair[0][1]), -pair[0][0]))
-    for (x, y), (data_x, data_y, text) in by_height:
+    for (x, y), (*point, text) in by_height:
         text = fill(text, 22)
         width, height = LETTER * max(map(len, text.split("\n"))), 13 * (text.count("\n") + 1)
         left, middle, half = -9 - width, -width / 2, height / 2
         adjacent = [(9, 3), (left, -height - 1), (9, -half), (left, -half), (middle, 9), (middle, -height - 9)]
         offsets = adjacent + [(dx, dy + shift) for shift in SHIFTS for dx, dy in adjacent]
-        boxes = [(x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in offsets]
-        costs = [_overlaps(box, room, occupied) for box in boxes]
-        best = costs.index(min(costs))
+        boxes = [Bbox.from_bounds(x + dx, y + dy, width, height) for dx, dy in offsets]
+        covered = [box.count_overlaps(occupied) for box in boxes]
+        outside = [(box.min < room.min).any() or (box.max > room.max).any() for box in boxes]
+        best = np.argmin(np.array(covered) + 3 * np.array(outside))  # leaving the axes is as bad as covering three
         occupied.append(boxes[best])
         leader = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.8, "shrinkB": 4} if best >= len(adjacent) else None
-        label = axes.annotate(
-            text, (data_x, data_y), offsets[best], textcoords="offset points", arrowprops=leader, zorder=5
-        )
+        label = axes.annotate(text, point, offsets[best], textcoords="offset points", arrowprops=leader, zorder=5)
         label.set_in_layout(False)  # the axes must not shrink for a label
 
 
 @plot
-def size_plot(table: pd.DataFrame, styles: dict[str, Style]) -> str:
+def size_plot(table: pd.DataFrame, styles: dict[str, Style]) -> Markup:
     """Plot size against mean KL divergence.
 
-    `table` has the columns name, megabytes, mean_kld, low, high, failed (misses a gate) and candidate (may be on the
-    Pareto front).
+    `table` has name, megabytes, mean_kld, low, high, failed (misses a gate) and candidate (for the Pareto front).
     """
     figure, axes = new_figure(4.1)
-    _log_axis(axes, "y")
+    _log_axis(axes)
     known = table[table["mean_kld"].notna() & table["megabytes"].notna()]
     choice = known[known["candidate"]]
-    front = choice.iloc[pareto_front(list(zip(choice["megabytes"], choice["mean_kld"], strict=True)))]
+    front = choice.iloc[pareto_front(choice[["megabytes", "mean_kld"]].to_numpy(float))]
     shown = front["mean_kld"].clip(lower=FLOOR)
     axes.step(front["megabytes"], shown, where="post", color=MUTED, linestyle="--", linewidth=1.2, zorder=1)
     labels, open_marker = [], {"markerfacecolor": PAPER, "markeredgecolor": BAD, "markeredgewidth": 1.8}
     for row in known.itertuples():
-        colour, height = styles[row.name].colour, max(row.mean_kld, FLOOR)
+        line, height = styles[row.name].line, max(row.mean_kld, FLOOR)
         if row.high > FLOOR:
             ends = [[max(height - max(row.low, FLOOR), 0)], [max(row.high - height, 0)]]
-            axes.errorbar([row.megabytes], [height], ends, color=colour, capsize=3, linewidth=1.3)
-        shape = {"color": colour, "marker": styles[row.name].marker if row.mean_kld >= FLOOR else "v"}
+            axes.errorbar([row.megabytes], [height], ends, color=line["color"], capsize=3, linewidth=1.3)
+        shape = {"color": line["color"], "marker": line["marker"] if row.mean_kld >= FLOOR else "v"}
         shape |= open_marker if row.failed else {"markeredgewidth": 1.8}
         axes.plot([row.megabytes], [height], markersize=8.5, clip_on=False, zorder=4, **shape)
         value = f" ({short(row.mean_kld)})" if row.mean_kld < FLOOR else ""
         labels.append((row.megabytes, height, f"{row.name}{value}"))
     top = known[["mean_kld", "high"]].max().max() if len(known) else 1.0
     right = 1.12 * known["megabytes"].max() if len(known) else 1
-    axes.set(ylim=(FLOOR, max(10 * FLOOR, 3 * top)), xlim=(0, right))
     axes.set(xlabel="size, MB", ylabel="mean KL divergence, nats")
+    axes.set(xlim=(0, right), ylim=(FLOOR, max(10 * FLOOR, 3 * top)))
     handles = [Line2D([], [], color=MUTED, linestyle="--", linewidth=1.2, label="Pareto front")]
     if known["failed"].any():
         handles.append(Line2D([], [], marker="o", linestyle="", label="misses a gate", **open_marker))
     if (known["mean_kld"] < FLOOR).any():
         handles.append(Line2D([], [], marker="v", color=MUTED, linestyle="", label=f"below {_decade(FLOOR)}"))
-    _legend(figure, handles)
+    _legend(figure, axes, handles)
     _label_points(axes, labels)
     best = ", ".join(front["name"])
     return to_svg(figure, "size", f"Size against mean KL divergence of {len(known)} variants. Pareto front: {best}.")
 
 
 def _shares(budget: pd.Series) -> tuple[pd.Series, float, float, float]:
-    """Normalize an error budget by the larger of its total and the sum of its sources.
-
-    Returns the shares of the sources, of the total, of the remainder (total - sum), and of image preprocessing, which
-    is no part of the total.
-    """
+    """Return shares of sources, total, remainder (total - sum) and preprocessing; 1 is the larger of total and sum."""
     sources = budget.drop([TOTAL, PREPROCESSING], errors="ignore")
     total, added = float(budget.get(TOTAL, 0.0)), float(sources.sum())
-    scale = max(total, added)
-    if not scale:
-        return sources, 0.0, 0.0, 0.0
+    scale = max(total, added) or math.inf  # the shares of nothing are 0
     return sources / scale, total / scale, max(total - added, 0.0) / scale, budget.get(PREPROCESSING, 0.0) / scale
 
 
 @plot
-def budget_plot(budgets: dict[str, pd.Series]) -> str:
+def budget_plot(budgets: dict[str, pd.Series]) -> Markup:
     """Plot the error budget as one bar for each variant; `budgets` holds its mean KL divergence by source."""
     names = list(budgets)
     figure, axes = new_figure(1.3 + 0.62 * len(names))
@@ -218,18 +192,14 @@ def budget_plot(budgets: dict[str, pd.Series]) -> str:
     axes.text(1.04, -0.62, "total, nats", va="center", ha="left", color=MUTED, fontsize=10.5)
     _bar_axis(axes, [fill(name, 16) for name in names], 0.4, -0.8)
     axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
-    handles = [
-        Patch(label=source, **style.bar)
-        for source, style in styles.items()
-        if any(budget.get(source, 0.0) > 0 for budget in budgets.values())
-    ]
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    drawn = [source for source in styles if any(budget.get(source, 0.0) > 0 for budget in budgets.values())]
+    handles = [Patch(label=source, **styles[source].bar) for source in drawn]
     handles.append(Line2D([], [], marker="D", color=INK, linestyle="", markersize=5.5, label="total"))
     handles += [Patch(label="interaction", **dotted), Patch(label="image preprocessing", **hatched)]
-    _legend(figure, handles)
-    return to_svg(
-        figure, "budget", f"Error budget of {', '.join(names)}: share of each source; the table below has the numbers."
-    )
+    _legend(figure, axes, handles)
+    label = f"Error budget of {', '.join(names)}: share of each source; the table below has the numbers."
+    return to_svg(figure, "budget", label)
 
 
 def blocks_of(points: pd.Series) -> pd.Series:
@@ -239,31 +209,19 @@ def blocks_of(points: pd.Series) -> pd.Series:
     """
     numbered = {name for name in points if re.search(r"\.\d+$", name)}
     blocks = {name for name in numbered if any(other.startswith(f"{name}.") for other in points)}
-
-    def block(point: str) -> str:
-        parts = point.split(".")
-        prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-        return next((name for name in prefixes if name in blocks), "")
-
-    return points.map(block)
+    return points.map(lambda point: max((b for b in blocks if f"{point}.".startswith(f"{b}.")), key=len, default=""))
 
 
 def depth_table(layers: pd.DataFrame, column: str) -> pd.DataFrame:
     """Return the largest error of each block, from one part of a table of layers (`hf2mnn.evaluation.layers.COLUMNS`).
 
-    Args:
-        layers: The layers.
-        column: "local_error" of every tap point, or an accumulated error, of block outputs and the last tap point only.
-
-    Returns:
-        Columns depth (0 before the first block), label, value, and over: a tap point exceeds its tolerance.
+    `column` is "local_error", of every tap point, or an accumulated error, of block outputs and the last tap point.
+    The columns are depth (0 before the first block), value, over (a tap point exceeds its tolerance) and label.
     """
     table = layers.assign(block=blocks_of(layers["point"])).sort_values("order")
-    blocks = [name for name in dict.fromkeys(table["block"]) if name]
-    depths = {name: depth for depth, name in enumerate(blocks, 1)}
-    inside = table[table["block"] != ""]["order"]
-    outside = np.where(table["order"] < (inside.min() if len(inside) else math.inf), 0, len(blocks) + 1)
-    table["depth"] = table["block"].map(depths).fillna(pd.Series(outside, index=table.index)).astype(int)
+    codes, blocks = pd.factorize(table["block"].mask(table["block"] == ""))
+    after = table["order"] >= table["order"][codes >= 0].min()  # false without blocks, whose minimum is NaN
+    table["depth"] = np.where(codes >= 0, codes + 1, np.where(after, len(blocks) + 1, 0))
     if column != "local_error":
         last = table["order"] == table.groupby("probe")["order"].transform("max")
         table = table[(table["point"] == table["block"]) | last]
@@ -271,87 +229,76 @@ def depth_table(layers: pd.DataFrame, column: str) -> pd.DataFrame:
     table["over"] = table["local_error"] > table["tolerance"]
     table = table.groupby("depth").agg(value=(column, "max"), over=("over", "any")).reset_index()
     labels = {0: "in", len(blocks) + 1: "out"}
-    table.insert(1, "label", [labels.get(depth, str(depth - 1)) for depth in table["depth"]])
-    return table
+    return table.assign(label=[labels.get(depth, str(depth - 1)) for depth in table["depth"]])
 
 
 @plot
-def layer_plot(curves: dict[str, pd.DataFrame], styles: dict[str, Style], name: str, title: str, label: str) -> str:
+def layer_plot(curves: dict[str, pd.DataFrame], styles: dict[str, Style], name: str, title: str, label: str) -> Markup:
     """Plot a `depth_table` for each variant; the name of a plot of local errors begins with "local"."""
     figure, axes = new_figure(3.8)
-    _log_axis(axes, "y")
-    labels: dict[int, str] = {}
-    smallest = min((t["value"][t["value"] > 0].min() for t in curves.values() if (t["value"] > 0).any()), default=1e-8)
-    floor = max(smallest / 3, 1e-9)
+    _log_axis(axes)
+    points = pd.concat(curves.values())
+    positive = points["value"][points["value"] > 0]
+    floor = max(positive.min() / 3, 1e-9) if len(positive) else 1e-8 / 3
     ring = {"marker": "o", "linestyle": "", "markerfacecolor": "none", "markeredgecolor": BAD, "markeredgewidth": 1.8}
-    ringed = False
+    rings = []
     for variant, table in curves.items():
         values = table["value"].clip(lower=floor)
-        labels |= dict(zip(table["depth"], table["label"], strict=True))
         step = max(1, len(table) // 8)
-        axes.plot(table["depth"], values, markevery=step, **styles[variant].line)
-        over = table["over"] & name.startswith("local")
-        if over.any():
-            ringed = True
-            axes.plot(table["depth"][over], values[over], markersize=12, **ring)
-    depths = sorted(labels)
-    step = max(1, math.ceil(len(depths) / 8))
-    ticks = [depth for depth in depths if labels[depth] in ("in", "out") or (depth - 1) % step == 0]
+        axes.plot(table["depth"], values, label=variant, markevery=step, **styles[variant].line)
+        if name.startswith("local") and table["over"].any():
+            axes.plot(table["depth"][table["over"]], values[table["over"]], markersize=12, **ring)
+            rings = [Line2D([], [], label="exceeds tolerance", markersize=11, **ring)]
+    labels = dict(zip(points["depth"], points["label"], strict=True))
+    step = max(1, math.ceil(len(labels) / 8))
+    ticks = [depth for depth in sorted(labels) if labels[depth] in ("in", "out") or (depth - 1) % step == 0]
     if len(ticks) > 2 and labels[ticks[-1]] == "out" and ticks[-1] - ticks[-2] < step:
         ticks.pop(-2)
     axes.set_xticks(ticks, [labels[depth] for depth in ticks])
-    axes.set(xlabel="block", ylabel=label)
-    axes.set_title(title, loc="left")
-    handles = _lines(curves, styles)
-    if ringed:
-        handles.append(Line2D([], [], label="exceeds tolerance", markersize=11, **ring))
-    _legend(figure, handles)
+    axes.set(xlabel="block", ylabel=label, title=title)
+    _legend(figure, axes, rings)
     return to_svg(figure, name, f"{title}: {label} by block, for {', '.join(curves)}.")
 
 
 @plot
-def percentile_plot(figures: dict[str, pd.Series], styles: dict[str, Style]) -> str:
+def percentile_plot(figures: dict[str, pd.Series], styles: dict[str, Style]) -> Markup:
     """Plot percentiles of KL divergence over positions; `figures` holds those of PERCENTILES for each variant."""
     figure, axes = new_figure(3.7)
-    _log_axis(axes, "y")
-    values = {name: percentiles.reindex(list(PERCENTILES)) for name, percentiles in figures.items()}
+    _log_axis(axes)
+    values = pd.DataFrame(figures).reindex(list(PERCENTILES))
     for name, curve in values.items():
-        axes.plot(range(len(curve)), curve.clip(lower=FLOOR), clip_on=False, zorder=3, **styles[name].line)
-    axes.set_ylim(bottom=FLOOR)
+        axes.plot(range(len(curve)), curve.clip(lower=FLOOR), label=name, clip_on=False, zorder=3, **styles[name].line)
     axes.set_xticks(range(len(PERCENTILES)), list(PERCENTILES.values()))
-    axes.set(xlabel="percentile of positions", ylabel="KL divergence, nats")
-    if any((curve < FLOOR).any() for curve in values.values()):
+    axes.set(xlabel="percentile of positions", ylabel="KL divergence, nats", ylim=(FLOOR, None))
+    if (values < FLOOR).any(axis=None):
         axes.text(0, 1.02, f"values on the axis are below {_decade(FLOOR)}", transform=axes.transAxes, color=MUTED)
-    _legend(figure, _lines(figures, styles))
+    _legend(figure, axes)
     return to_svg(figure, "percentiles", f"Percentiles of KL divergence for {', '.join(figures)}.")
 
 
 @plot
-def cache_plot(cache: pd.DataFrame, styles: dict[str, Style]) -> str:
+def cache_plot(cache: pd.DataFrame, styles: dict[str, Style]) -> Markup:
     """Plot the speed-up by the KV cache; `cache` has the columns bundle, length and speedup."""
     figure, axes = new_figure(3.5)
-    names = list(dict.fromkeys(cache["bundle"]))
-    for name in names:
-        rows = cache[cache["bundle"] == name]
-        axes.plot(rows["length"], rows["speedup"], **styles[name].line)
+    for name, rows in cache.groupby("bundle", sort=False):
+        axes.plot(rows["length"], rows["speedup"], label=name, **styles[name].line)
     _binary_axis(axes, "x", sorted(cache["length"].unique()))
     _binary_axis(axes, "y", _powers_of_two([1.0, *cache["speedup"]]))
     axes.axhline(1, color=MUTED, linewidth=1)
     axes.set(xlabel="tokens in the cache", ylabel="speed-up")
-    _legend(figure, _lines(names, styles))
-    return to_svg(figure, "cache", f"Speed-up by the KV cache by length, for {', '.join(names)}.")
+    _legend(figure, axes)
+    return to_svg(figure, "cache", f"Speed-up by the KV cache by length, for {', '.join(cache['bundle'].unique())}.")
 
 
 def _improvement(measure: str, values: dict[str, float], base: float) -> tuple[float, float, float]:
     """Return median, lower and upper quartile as factors by which they are better than `base`."""
     quartiles = [values[key] for key in ("median", "first_quartile", "third_quartile")]
-    higher = FIGURES[measure].better == HIGHER
-    ratios = [value / base if higher else base / value for value in quartiles]
+    ratios = [value / base if FIGURES[measure].better == HIGHER else base / value for value in quartiles]
     return ratios[0], min(ratios[1:]), max(ratios[1:])
 
 
 @plot
-def speed_plot(speed: dict, styles: dict[str, Style]) -> str:
+def speed_plot(speed: dict, styles: dict[str, Style]) -> Markup:
     """Plot medians and quartiles of the benchmark as factors of the baseline; `speed` is benchmark.json."""
     bundles, baseline = speed["bundles"], speed["baseline"]
     names = [name for name in bundles if name != baseline]
@@ -374,5 +321,5 @@ def speed_plot(speed: dict, styles: dict[str, Style]) -> str:
     _binary_axis(axes, "x", _powers_of_two(ends))
     _bar_axis(axes, [measure.label for measure in measures], 0.45, -0.55)
     axes.set_xlabel(f"improvement over {baseline}, factor")
-    _legend(figure, [Patch(label=name, **styles[name].bar) for name in names])
+    _legend(figure, axes, [Patch(label=name, **styles[name].bar) for name in names])
     return to_svg(figure, "speed", f"Speed and memory relative to {baseline}, for {', '.join(names)}.")
