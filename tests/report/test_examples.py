@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hf2mnn.reference.golden import Golden
 from hf2mnn.report.evidence import Evidence
-from hf2mnn.report.examples import choose_examples, embed_images, grade, mark_differences, split_tokens
+from hf2mnn.report.examples import TOKEN, choose_examples, embed_images, grade, mark_differences
 
 TEXT = st.text(st.sampled_from("ab &<>\"'\n左右红三ÄéてЖ🌟-;"), max_size=24)
 
@@ -38,7 +38,7 @@ def test_differences_are_marked(reference: str, answer: str, html: str) -> None:
 @given(TEXT, TEXT)
 def test_both_answers_are_recovered_from_the_html(reference: str, answer: str) -> None:
     """Without <del> it is the answer; without <mark>, the rest is a subsequence of the reference."""
-    assert "".join(split_tokens(answer)) == answer
+    assert "".join(TOKEN.findall(answer)) == answer
     html = str(mark_differences(reference, answer))
     without_deleted = re.sub(r"<del>.*?</del>", "", html, flags=re.DOTALL)
     assert unescape(re.sub(r"</?mark>", "", without_deleted)) == answer
@@ -60,11 +60,11 @@ def test_examples_with_most_differences_come_first(evidence: Evidence) -> None:
     golden = Golden(evidence.reference)
     answers = {variant.name: variant.answers for variant in evidence.variants}
     examples = choose_examples(golden, answers)
-    assert {example.id for example in examples[:3]} == {"plain", "chinese", "free"}
+    assert {example.record["id"] for example in examples[:3]} == {"plain", "chinese", "free"}
     # The system prompt that all examples have is left out; one that a single example has is shown.
     assert all(len(example.messages) == 1 for example in examples)
     golden.records[0]["messages"][0]["content"] = "Be brief."
-    messages = {example.id: example.messages for example in choose_examples(golden, answers)}
+    messages = {example.record["id"]: example.messages for example in choose_examples(golden, answers)}
     assert messages["plain"][0] == ("system", "Be brief.")
     assert len(messages["chinese"]) == 1
     images = embed_images(golden, examples)
