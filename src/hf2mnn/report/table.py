@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from hf2mnn.core.errors import Hf2mnnError
 from hf2mnn.core.files import atomic_file
-from hf2mnn.figures import BENCHMARK, FIGURES, HIGHER, IMAGES, TABLE, UNITS, measured_on, shown_in
+from hf2mnn.figures import FIGURES, HIGHER, IMAGES, TABLE, UNITS, shown_in
 from hf2mnn.report.evidence import BUNDLES, REFERENCE_FOLDER, Evidence, VariantEvidence
 
-TYPES = {
-    column: "Int64" if UNITS[figure.unit].integer else "float64"
-    for figure in shown_in(TABLE)
-    for column in figure.columns
-}
+TYPES = {column: "Int64" if UNITS[f.unit].integer else "float64" for f in shown_in(TABLE) for column in f.columns}
 """Columns of figures and their types, the same for all models so that their tables can be joined."""
 COLUMNS = ["model", "variant", *TYPES, "verdict", "required", "reason", "cause"]
 SUMMARY = "summary.csv"
@@ -25,8 +20,7 @@ NAMES = ("model", "variant", "verdict", "reason", "cause")
 PASS, FAIL, REFERENCE = "pass", "FAIL", "reference"
 
 
-@dataclass(frozen=True)
-class VariantSpec:
+class VariantSpec(NamedTuple):
     """Gates of a variant."""
 
     name: str
@@ -57,26 +51,16 @@ def reasons(values: dict[str, Any], reference_right: float, gates: dict[str, flo
     return missed
 
 
-def _figures(evidence: Evidence, variant: VariantEvidence) -> dict[str, Any]:
+def _values(evidence: Evidence, variant: VariantEvidence) -> dict[str, Any]:
     """Return the values of a variant's figures by name; those that were not measured are missing or None."""
     timed = (evidence.speed or {}).get("bundles", {}).get(variant.name, {}).get("measures", {})
-    bundle = variant.manifests[BUNDLES].results if BUNDLES in variant.manifests else {}
-    values = {figure.name: timed[figure.name]["median"] for figure in measured_on(BENCHMARK) if figure.name in timed}
-    values |= variant.summary
+    values = {name: runs["median"] for name, runs in timed.items()} | variant.summary
     values["findings"] = None if variant.layers is None else len(variant.findings)
+    bundle = variant.manifests[BUNDLES].results if BUNDLES in variant.manifests else {}
     if "decoder_layout" in bundle:
         values["nc4hw4_decoder"] = int(bundle["decoder_layout"] == "NC4HW4")
         values["layout_reason"] = bundle.get("layout_reason")
     return values
-
-
-def _row(evidence: Evidence, variant: VariantEvidence, spec: VariantSpec, right: float) -> dict[str, Any]:
-    values = _figures(evidence, variant)
-    missed = reasons(values, right, spec.gates)
-    row = {"model": evidence.model, "variant": variant.name, "required": spec.required}
-    row |= {"verdict": FAIL if missed else PASS, "reason": "; ".join(missed)}
-    row |= {"cause": "; ".join(finding["message"] for finding in variant.findings)}
-    return {column: values.get(column) for column in TYPES} | row
 
 
 def make_table(evidence: Evidence, specs: list[VariantSpec]) -> pd.DataFrame:
@@ -84,23 +68,23 @@ def make_table(evidence: Evidence, specs: list[VariantSpec]) -> pd.DataFrame:
     labelled, right = (evidence.manifests[REFERENCE_FOLDER].results[key] for key in ("labelled", "right"))
     no_image = all(variant.summary.get("vision_cosine") is None for variant in evidence.variants)
     first = {figure.name: figure.pytorch for figure in shown_in(TABLE) if not (no_image and figure.source == IMAGES)}
-    first |= {"model": evidence.model, "variant": "pytorch", "task_accuracy": right / labelled if labelled else None}
-    first |= {"verdict": REFERENCE, "required": False, "reason": "", "cause": ""}
-    rows = [_row(evidence, variant, spec, right) for variant, spec in zip(evidence.variants, specs, strict=True)]
-    return pd.DataFrame([first, *rows], columns=COLUMNS).astype(TYPES)
+    first |= {"variant": "pytorch", "task_accuracy": right / labelled if labelled else None}
+    rows = [first | {"verdict": REFERENCE, "required": False, "reason": "", "cause": ""}]
+    for variant, spec in zip(evidence.variants, specs, strict=True):
+        values = _values(evidence, variant)
+        missed = reasons(values, right, spec.gates)
+        causes = [finding["message"] for finding in variant.findings]
+        values |= {"variant": variant.name, "verdict": FAIL if missed else PASS, "required": spec.required}
+        rows.append(values | {"reason": "; ".join(missed), "cause": "; ".join(causes)})
+    return pd.DataFrame(rows, columns=COLUMNS).assign(model=evidence.model).astype(TYPES)
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a summary.csv.
-
-    Raises:
-        Hf2mnnError: The file is missing or is not a summary of this version.
-    """
+    """Read a summary.csv; raise Hf2mnnError if it is missing or is not a summary of this version."""
     try:
         # Models may be named 007 or null.
-        kinds = dict.fromkeys(NAMES, str) | {name: kind for name, kind in TYPES.items() if kind == "Int64"}
         missing = {column: [""] for column in COLUMNS if column not in NAMES}
-        frame = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=missing)
+        frame = pd.read_csv(path, dtype=dict.fromkeys(NAMES, str) | TYPES, keep_default_na=False, na_values=missing)
     except (OSError, ValueError) as error:
         error = " ".join(str(error).split())
         raise Hf2mnnError(f"{path} is not a summary of hf2mnn ({error}); run 'hf2mnn report' first") from None
@@ -111,10 +95,9 @@ def read_table(path: Path) -> pd.DataFrame:
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
     """Write a table as csv, and as parquet next to it."""
-    with atomic_file(path) as partial:
-        frame.to_csv(partial, index=False)
-    with atomic_file(path.with_suffix(".parquet")) as partial:
-        frame.to_parquet(partial, index=False)
+    for destination, write in ((path, frame.to_csv), (path.with_suffix(".parquet"), frame.to_parquet)):
+        with atomic_file(destination) as partial:
+            write(partial, index=False)
 
 
 def join_tables(paths: list[Path], destination: Path) -> pd.DataFrame:
@@ -127,7 +110,5 @@ def join_tables(paths: list[Path], destination: Path) -> pd.DataFrame:
 def missed_gates(frame: pd.DataFrame) -> list[str]:
     """Describe each required variant that misses a gate."""
     failed = frame[(frame["verdict"] == FAIL) & frame["required"].astype(bool)]
-    return [
-        f"{row.model}/{row.variant}: {row.reason}{f' (cause: {row.cause})' if row.cause else ''}"
-        for row in failed.itertuples()
-    ]
+    cause = failed["cause"].map(lambda text: f" (cause: {text})" if text else "")
+    return list(failed["model"] + "/" + failed["variant"] + ": " + failed["reason"] + cause)
