@@ -64,7 +64,6 @@ def make_variant(
         summary=SUMMARY | summary,
         figures=figure_table(mean_kld=(0.1, 0.08, 0.12)),
         answers=pd.DataFrame(columns=["id", "template_match", "template_difference"]),
-        positions=pd.DataFrame(columns=POSITION_COLUMNS),
         parity=pd.DataFrame(columns=PARITY_COLUMNS),
         layers=layer_table() if diagnosed else None,
         budget=None,
@@ -127,8 +126,8 @@ def write_evaluation(folder: Path, reference: Path, bundle: Path | None, variant
     """Write the folder of `hf2mnn evaluate`."""
     inputs = {"reference": reference} | ({"bundle": bundle} if bundle else {})
     manifest = Manifest("evaluate", inputs={name: Manifest.load(path).digest() for name, path in inputs.items()})
-    tables = {"figures": variant.figures, "answers": variant.answers, "metrics": variant.positions}
-    tables |= {"parity": variant.parity, "images": pd.DataFrame(columns=IMAGE_COLUMNS)}
+    tables = {"figures": variant.figures, "answers": variant.answers, "parity": variant.parity}
+    tables |= {"metrics": pd.DataFrame(columns=POSITION_COLUMNS), "images": pd.DataFrame(columns=IMAGE_COLUMNS)}
     with stage_folder(folder, manifest) as partial:
         (partial / "summary.json").write_text(json.dumps(variant.summary))
         for name, frame in tables.items():

@@ -174,7 +174,6 @@ def make_variant(
         summary={"fault": None, **summary, "bytes": int(4e6 * (1 + 3 * (size == 0)) / (1 + size))},
         figures=figures,
         answers=answers,
-        positions=positions,
         parity=make_parity(min(size, 1.0)),
         layers=make_layers(max(size, 1e-6), faulty) if has_bundle else None,
         budget=make_budget(size) if has_bundle else None,

@@ -47,7 +47,7 @@ json.dump({
     "schema": config_schema()["$defs"]["Gates"]["properties"]["fake"],
     "gates": [config.gates_of(row).get("fake") for row in ("v", "onnxruntime")],
     "console": "fake head" in text.getvalue() and "40.0 %" in text.getvalue(),
-    "side by side": versions.side_by_side(tables, ({}, {}))[0],
+    "side by side": versions.side_by_side(tables, ({}, {})).splitlines()[0],
     "comparison": compared[["figure", "change"]].to_numpy().tolist(),
     "page": [table.heads for table in cells.figures(sides[0]) if "fake label" in table.heads],
     "docs": [line for line in figures.markdown().splitlines() if "fake" in line],

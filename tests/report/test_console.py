@@ -141,8 +141,7 @@ def versions(*changes: tuple) -> Versions:
         after="results/b",
         changes=pd.DataFrame(changes, columns=COLUMNS),
         changed_inputs=["tools: no change"],
-        messages=["pytorch: no layer changed"],
-        only={"results/a": [], "results/b": ["int3", "int2"]},
+        messages=["pytorch: no layer changed", "only in results/b: int3, int2"],
     )
 
 

@@ -220,7 +220,7 @@ def test_bundle_that_does_not_run_is_only_in_verdict_table_and_provenance(eviden
     good, broken = evidence.variants[1], evidence.variants[-1]
     figures = ("mean_kld", "top1_agreement", "mean_kld_low", "mean_kld_high", "greedy_match", "task_accuracy")
     summary = {**broken.summary, **dict.fromkeys(figures), "fault": "the engine ended with signal 11"}
-    empty = {"figures": broken.figures[:0], "positions": broken.positions[:0], "parity": broken.parity[:0]}
+    empty = {"figures": broken.figures[:0], "parity": broken.parity[:0]}
     answers = broken.answers.assign(answer="", score=0.0, as_called=None)
     faulty = replace(broken, summary=summary, answers=answers, layers=None, budget=None, findings=[], **empty)
     for variants in ([good, faulty], [faulty]):

@@ -14,7 +14,7 @@ from hf2mnn.cli import app
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.report import provenance
 from hf2mnn.report.evidence import BUNDLES, REFERENCE_FOLDER, Evidence
-from hf2mnn.report.provenance import StageFolder
+from hf2mnn.report.provenance import command_line
 
 
 @pytest.mark.parametrize(
@@ -30,11 +30,11 @@ from hf2mnn.report.provenance import StageFolder
     ],
 )
 def test_command_is_for_a_shell_and_without_absolute_paths(command: list[str], line: str) -> None:
-    assert StageFolder("bundles/int4", Manifest("quantize", command=command)).command == line
+    assert command_line(Manifest("quantize", command=command)) == line
 
 
 def test_stages_are_in_the_order_of_the_pipeline(evidence: Evidence) -> None:
-    paths = [folder.path for folder in provenance.stage_folders(evidence)]
+    paths = list(evidence.stage_folders())
     names = [variant.name for variant in evidence.variants]
     assert paths == [
         *("checkpoint", REFERENCE_FOLDER, "onnx"),
@@ -51,8 +51,8 @@ def test_commands_of_a_real_run_are_accepted_by_the_command_line(results: Path) 
     manifests = [json.loads(path.read_text()) for path in sorted(results.rglob("manifest.json"))]
     assert {"fetch", "reference", "quantize", "evaluate", "benchmark"} <= {entry["stage"] for entry in manifests}
     for entry in manifests:
-        path = Path(entry["command"][-1]).relative_to(f"results/{results.name}").as_posix()
-        program, name, *arguments = shlex.split(StageFolder(path, Manifest(**entry)).command)
+        Path(entry["command"][-1]).relative_to(f"results/{results.name}")
+        program, name, *arguments = shlex.split(command_line(Manifest(**entry)))
         assert (program, name, arguments[-2]) == ("hf2mnn", entry["stage"], "--out")
         commands[name].make_context(name, arguments)
 
@@ -96,9 +96,9 @@ def test_settings_hold_quantization_layout_and_plan(evidence: Evidence) -> None:
 
 
 def test_resources_and_files_of_each_stage(evidence: Evidence) -> None:
-    folders = provenance.stage_folders(evidence)
+    folders = evidence.stage_folders()
     rows = dict(provenance.stage_resources(folders).rows)
-    assert list(rows) == [folder.path for folder in folders]
+    assert list(rows) == list(folders)
     reference = evidence.manifests[REFERENCE_FOLDER]
     assert rows[REFERENCE_FOLDER][2].text == reference.digest()[:12]
     assert rows[REFERENCE_FOLDER][3].text == f"hf2mnn {reference.hf2mnn}, torch 2"

@@ -105,11 +105,13 @@ def test_version_without_a_benchmark_has_no_changed_speeds(compare: Compare) -> 
     assert changes_of(compare(with_speed(load_s=(1.0, 1.0, 1.0)), make_variant())) == []
 
 
-def test_variants_of_one_version_only_are_listed(compare: Compare) -> None:
+def test_variants_of_one_version_only_are_listed(compare: Compare, tmp_path: Path) -> None:
     before = make_evidence([make_variant("int4"), make_variant("fp16", bytes=1)])
     after = make_evidence([make_variant("int4"), make_variant("int3"), make_variant("int2")])
     versions = compare(before, after)
-    assert list(versions.only.values()) == [["fp16"], ["int3", "int2"]]
+    only = [message for message in versions.messages if message.startswith("only in ")]
+    assert only == [f"only in {tmp_path / 'before'}: fp16", f"only in {tmp_path / 'after'}: int3, int2"]
+    assert not any("only in" in message for message in compare(before, before).messages)
     assert changes_of(versions) == []
 
 

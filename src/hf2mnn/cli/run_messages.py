@@ -41,7 +41,7 @@ def print_needs(config: Config, results: Path, file: IO[str] | None = None) -> N
         console.print(f"{name}: memory: {peaks}; {readable_size(memory)} available", soft_wrap=True, highlight=False)
     if total > free:
         warning = f"this run may write {readable_size(total)}, and the disk has {readable_size(free)} free"
-        console.print(f"[bold]{warning}[/bold]", soft_wrap=True, highlight=False)
+        console.print(warning, style="bold", soft_wrap=True, highlight=False)
 
 
 def print_outcome(results: Path, prefix: str | None = None) -> None:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from hf2mnn.evaluation.findings import out_of_tolerance
+from hf2mnn.evaluation.findings import CACHE_TOLERANCE, out_of_tolerance
 from hf2mnn.figures import FIGURES, GREEDY, PREDICTIONS, PROBABILITIES, SPEED, UNITS, Figure, on_page, short
-from hf2mnn.report.console import HEADS, cell, shown
+from hf2mnn.report import console
 from hf2mnn.report.evidence import Evidence
+from hf2mnn.report.table import FAIL, PASS, REFERENCE
 
 DASH = "–"
 BY_GROUP = ("mean_kld", "top1_agreement", "greedy_match")
 """Figures that are shown for text and for text after an image separately."""
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """Cell of a table, with small text below it."""
 
     text: str
@@ -26,8 +25,7 @@ class Cell:
     kind: str = ""  # CSS class: "good", "bad", "muted" or "".
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table: head and cells of each row; a row without cells is a heading of the rows below it."""
 
     caption: str
@@ -38,19 +36,17 @@ class Table:
 
 def number(unit: str, value: float | None) -> str:
     """Format a value of a unit of `hf2mnn.figures`; a dash where it is missing."""
-    return DASH if value is None or pd.isna(value) else UNITS[unit].format(float(value))
+    return DASH if pd.isna(value) else UNITS[unit].format(float(value))
 
 
 def comparison(table: pd.DataFrame) -> Table:
     """Return the summary with the columns of `hf2mnn table`."""
-    first, *others = [column for column in HEADS if column in table]
-    kinds = {"pass": "good", "FAIL": "bad", "reference": "muted"}
+    kinds = {PASS: "good", FAIL: "bad", REFERENCE: "muted"}
     rows = []
     for row in table.to_dict("records"):
-        texts = [cell(column, row[column]) for column in others]
-        cells = [Cell(DASH if text == "-" else text, "", kinds.get(text, "")) for text in texts]
-        rows.append((str(row[first]), cells))
-    return Table("Variants compared with PyTorch in float32", [HEADS[column] for column in (first, *others)], rows)
+        name, *texts = (console.cell(column, row[column]) for column in console.HEADS)
+        rows.append((name, [Cell(DASH if text == "-" else text, "", kinds.get(text, "")) for text in texts]))
+    return Table("Variants compared with PyTorch in float32", list(console.HEADS.values()), rows)
 
 
 def _with_interval(figures: pd.DataFrame, figure: Figure) -> Cell:
@@ -62,7 +58,7 @@ def _with_interval(figures: pd.DataFrame, figure: Figure) -> Cell:
 
 def figures(evidence: Evidence) -> list[Table]:
     """Return the figures of each variant with their 95 % confidence intervals."""
-    values = {variant.name: variant.whole_set() for variant in evidence.variants}
+    values = {variant.name: variant.group("all") for variant in evidence.variants}
     tables = []
     for caption in (PREDICTIONS, PROBABILITIES, GREEDY):
         measured = [f for f in on_page(caption) if any(f.name in frame.index for frame in values.values())]
@@ -74,15 +70,12 @@ def figures(evidence: Evidence) -> list[Table]:
 
 def parts(evidence: Evidence) -> Table | None:
     """Return the figures of BY_GROUP for text prompts and for prompts with images separately."""
-    groups = ("text", "after an image")
-    groups = [group for group in groups if any(len(variant.group(group)) for variant in evidence.variants)]
+    groups = [group for group in ("text", "after an image") if any(len(v.group(group)) for v in evidence.variants)]
     if len(groups) < 2:
         return None
-    rows = [
-        (v.name, [_with_interval(v.group(group), FIGURES[name]) for name in BY_GROUP for group in groups])
-        for v in evidence.variants
-    ]
-    heads = [f"{FIGURES[name].label}, {group}" for name in BY_GROUP for group in groups]
+    columns = [(FIGURES[name], group) for name in BY_GROUP for group in groups]
+    rows = [(v.name, [_with_interval(v.group(group), figure) for figure, group in columns]) for v in evidence.variants]
+    heads = [f"{figure.label}, {group}" for figure, group in columns]
     return Table("Text, and text after an image, with 95 % confidence intervals", ["variant", *heads], rows)
 
 
@@ -92,8 +85,7 @@ def accuracy(evidence: Evidence) -> Table | None:
     if not labelled or labelled[0].empty:
         return None
 
-    def cells_of(selection: dict[str, Any]) -> list[Cell]:
-        frames = [frame[(frame[list(selection)] == pd.Series(selection)).all(axis=1)] for frame in labelled]
+    def cells_of(frames: list[pd.DataFrame]) -> list[Cell]:
         reference = float(frames[0]["reference_score"].mean())
         cells = [Cell(number("share", reference), f"of {len(frames[0])}")]
         for frame in frames:
@@ -102,35 +94,31 @@ def accuracy(evidence: Evidence) -> Table | None:
             cells.append(Cell(number("share", mean), "", kind))
         return cells
 
-    rows = [("all", cells_of({}))]
+    rows = [("all", cells_of(labelled))]
     for column in ("category", "language"):
         values = sorted(labelled[0][column].unique())
         if len(values) > 1:
             rows.append((f"by {column}", []))
-            rows += [(value, cells_of({column: value})) for value in values]
+            rows += [(value, cells_of([frame[frame[column] == value] for frame in labelled])) for value in values]
     return Table("Task accuracy", ["", "pytorch", *(variant.name for variant in evidence.variants)], rows)
 
 
-def parity(evidence: Evidence, tolerance: float) -> Table | None:
+def parity(evidence: Evidence) -> Table | None:
     """Return the largest KL divergence of each way of filling the KV cache from a single call."""
-    tables = [variant.parity.set_index(["probe", "way"]) for variant in evidence.variants]
-    ways = list(dict.fromkeys(way for table in tables for way in table.index))
-    if not ways:
-        return None
-
-    def cell_of(table: pd.DataFrame, way: tuple[str, str]) -> Cell:
-        if way not in table.index:
-            return Cell(DASH)
-        same_top, max_kld = table.loc[way, ["same_top", "max_kld"]]
-        note = "" if same_top == 1 else f"top-1 {number('share', same_top)}"
-        return Cell(short(max_kld), note, "bad" if max_kld > tolerance else "")
-
+    columns: dict[str, dict[tuple[str, str], Cell]] = {variant.name: {} for variant in evidence.variants}
+    for variant in evidence.variants:
+        for row in variant.parity.itertuples():
+            note = "" if row.same_top == 1 else f"top-1 {number('share', row.same_top)}"
+            kind = "bad" if row.max_kld > CACHE_TOLERANCE else ""
+            columns[variant.name][row.probe, row.way] = Cell(short(row.max_kld), note, kind)
+    ways = dict.fromkeys(way for cells in columns.values() for way in cells)
     rows = []
     for probe in sorted({probe for probe, _ in ways}):
         rows.append((f"{probe} probe", []))
-        rows += [(way[1], [cell_of(table, way) for table in tables]) for way in ways if way[0] == probe]
-    heads = ["largest KLD, nats", *(variant.name for variant in evidence.variants)]
-    return Table("KV cache filled in other ways than by a single call", heads, rows)
+        for way in [way for way in ways if way[0] == probe]:
+            rows.append((way[1], [cells.get(way, Cell(DASH)) for cells in columns.values()]))
+    heads = ["largest KLD, nats", *columns]
+    return Table("KV cache filled in other ways than by a single call", heads, rows) if ways else None
 
 
 def budget(budgets: dict[str, pd.Series]) -> Table:
@@ -144,20 +132,17 @@ def budget(budgets: dict[str, pd.Series]) -> Table:
 
 def first_out_of_tolerance(evidence: Evidence) -> Table | None:
     """Return the first tap point of each variant whose local error exceeds its tolerance."""
-    rows, columns = [], ["point", "operator", "local_error", "tolerance", "detail"]
-    for variant in evidence.variants:
-        if variant.layers is None:
-            continue
+    rows = []
+    for variant in [variant for variant in evidence.variants if variant.layers is not None]:
         bad = out_of_tolerance(variant.layers)
         if bad.empty:
             none = Cell("not measured", "", "muted") if variant.layers.empty else Cell("none", "", "good")
-            rows.append((variant.name, [none, *[Cell("")] * 4]))
+            cells = [none, *[Cell("")] * 4]
         else:
-            point, operator, error, tolerance, detail = bad.iloc[0][columns]
-            error = Cell(short(error), "", "bad")
-            rows.append(
-                (variant.name, [Cell(point), Cell(operator), error, Cell(short(tolerance)), Cell(detail or "")])
-            )
+            first = bad.iloc[0]
+            errors = [Cell(short(first["local_error"]), "", "bad"), Cell(short(first["tolerance"]))]
+            cells = [Cell(first["point"]), Cell(first["operator"]), *errors, Cell(first["detail"] or "")]
+        rows.append((variant.name, cells))
     heads = ["variant", "tap point", "operator", "local error", "tolerance", "detail"]
     return Table("First operator that exceeds its tolerance", heads, rows, wraps=True) if rows else None
 
@@ -166,24 +151,21 @@ def speed(benchmark: dict[str, Any]) -> Table:
     """Return medians, half interquartile ranges and ratios to the baseline; `benchmark` is benchmark.json."""
     bundles = benchmark["bundles"]
     measures = [f for f in on_page(SPEED) if any(f.name in bundle["measures"] for bundle in bundles.values())]
+
     rows = []
     for name, bundle in bundles.items():
         cells = []
         for measure in measures:
-            if (values := bundle["measures"].get(measure.name)) is None:
-                cells.append(Cell(DASH))
-                continue
-            spread = (values["third_quartile"] - values["first_quartile"]) / 2
-            ratio = "" if name == benchmark["baseline"] else f"× {values['ratio']:.2f}"
-            cells.append(Cell(shown(measure.unit, values["median"], spread), ratio))
+            runs = bundle["measures"].get(measure.name)
+            ratio = f"× {runs['ratio']:.2f}" if runs and name != benchmark["baseline"] else ""
+            cells.append(Cell(console.measured(measure.unit, runs) if runs else DASH, ratio))
         rows.append((name, cells))
     return Table(SPEED, ["bundle", *(measure.measure_head for measure in measures)], rows)
 
 
 def cache(speedups: pd.DataFrame) -> Table:
     """Return the speed-up of a decoding step by the KV cache, by number of tokens in it."""
-    wide = speedups.pivot(index="bundle", columns="length", values="speedup")
-    wide = wide.reindex(dict.fromkeys(speedups["bundle"])).map(lambda value: Cell(number("nats", value)))
-    rows = [(name, list(row)) for name, row in wide.iterrows()]
+    wide = speedups.pivot(index="bundle", columns="length", values="speedup").reindex(speedups["bundle"].unique())
+    rows = [(name, [Cell(number("nats", value)) for value in row]) for name, row in wide.iterrows()]
     heads = ["bundle", *(f"{length} tokens" for length in wide.columns)]
     return Table("Speed-up of a decoding step by the KV cache", heads, rows)

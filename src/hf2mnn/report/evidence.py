@@ -1,8 +1,4 @@
-"""Evidence: everything that the stages measured about one model, read from results/<model>.
-
-The report reads manifests of all stages and the files of reference/evaluation, evaluation/<variant>,
-diagnosis/<variant> and benchmark. It computes no figure and starts no process.
-"""
+"""Evidence: everything that the stages measured about one model, read from manifests and files of results/<model>."""
 
 from __future__ import annotations
 
@@ -19,10 +15,8 @@ from hf2mnn.evaluation import findings as files
 
 REFERENCE_FOLDER, BENCHMARK = "reference/evaluation", "benchmark"
 PLANS, BUNDLES, EVALUATION, DIAGNOSIS = "plans", "bundles", "evaluation", "diagnosis"
-MODEL_FOLDERS = (
-    *("checkpoint", "examples/evaluation", "examples/calibration", REFERENCE_FOLDER, "reference/calibration"),
-    *("onnx", "graphs", "calibration", "sensitivity"),
-)
+MODEL_FOLDERS = ("checkpoint", "examples/evaluation", "examples/calibration", REFERENCE_FOLDER, "reference/calibration")
+MODEL_FOLDERS += ("onnx", "graphs", "calibration", "sensitivity")
 """Folders that all variants share, in the order of the pipeline; `benchmark` comes after those of the variants."""
 VARIANT_FOLDERS = (PLANS, BUNDLES, EVALUATION, DIAGNOSIS)
 """Folders that hold a folder for each variant, in the order of the pipeline."""
@@ -36,19 +30,14 @@ class VariantEvidence:
     summary: dict[str, Any]  # Figures of `hf2mnn.evaluation.score.Scores` over the whole set, by name.
     figures: pd.DataFrame  # All figures with their confidence intervals, by group of examples.
     answers: pd.DataFrame  # One row for each example.
-    positions: pd.DataFrame  # One row for each token position.
     parity: pd.DataFrame  # One row for each way of filling the KV cache.
     layers: pd.DataFrame | None  # A row for each tap point (`hf2mnn.evaluation.layers`); None without a diagnosis.
     budget: pd.DataFrame | None  # Mean KL divergence by source of error; None without a diagnosis.
     findings: list[dict[str, Any]]  # Named causes (`hf2mnn.evaluation.findings.Finding`) as dictionaries.
     manifests: dict[str, Manifest]  # By folder, see VARIANT_FOLDERS.
 
-    def whole_set(self) -> pd.DataFrame:
-        """Return the figures over the whole set, indexed by name."""
-        return self.group("all")
-
     def group(self, group: str) -> pd.DataFrame:
-        """Return the figures of a group of examples, indexed by name."""
+        """Return the figures of a group of examples, indexed by name; "all" is the whole set."""
         return self.figures[self.figures["group"] == group].set_index("figure")
 
 
@@ -68,6 +57,14 @@ class Evidence:
         """Folder of the reference on the evaluation set."""
         return self.folder / REFERENCE_FOLDER
 
+    def stage_folders(self) -> dict[str, Manifest]:
+        """Return the manifests of all stage folders by path below `folder`, in the order of the pipeline."""
+        manifests = {path: self.manifests.get(path) for path in MODEL_FOLDERS}
+        for folder in VARIANT_FOLDERS:
+            manifests |= {f"{folder}/{variant.name}": variant.manifests.get(folder) for variant in self.variants}
+        manifests[BENCHMARK] = self.manifests.get(BENCHMARK)
+        return {path: manifest for path, manifest in manifests.items() if manifest}
+
 
 def _verified(folder: Path) -> Manifest:
     manifest = Manifest.load(folder)
@@ -76,41 +73,23 @@ def _verified(folder: Path) -> Manifest:
 
 
 def read_variant(folder: Path, name: str) -> VariantEvidence:
-    """Read the evidence of one variant from results/<model>.
-
-    Raises:
-        ManifestError: The evaluation is missing, or files differ from their manifest.
-    """
-    paths = {part: folder / part / name for part in VARIANT_FOLDERS}
-    manifests = {part: Manifest.load(paths[part]) for part in (PLANS, BUNDLES) if paths[part].is_dir()}
-    manifests[EVALUATION] = _verified(paths[EVALUATION])
-    diagnosed = paths[DIAGNOSIS].is_dir()
-    if diagnosed:
-        manifests[DIAGNOSIS] = _verified(paths[DIAGNOSIS])
-    evaluation, diagnosis = paths[EVALUATION], paths[DIAGNOSIS]
-    answers, parity = (pd.read_parquet(evaluation / name) for name in (files.ANSWERS, files.PARITY))
-    findings = json.loads((diagnosis / files.FINDINGS).read_text()) if diagnosed else []
+    """Read the evidence of one variant from results/<model>."""
+    plan, bundle, evaluation, diagnosis = (folder / part / name for part in VARIANT_FOLDERS)
+    manifests = {path.parent.name: Manifest.load(path) for path in (plan, bundle) if path.is_dir()}
+    manifests[EVALUATION] = _verified(evaluation)
+    summary = json.loads((evaluation / files.SUMMARY).read_text())
+    figures, answers, parity = (pd.read_parquet(evaluation / t) for t in (files.FIGURES, files.ANSWERS, files.PARITY))
+    layers, budget, findings = None, None, []
+    if diagnosis.is_dir():
+        manifests[DIAGNOSIS] = _verified(diagnosis)
+        layers, budget = (pd.read_parquet(diagnosis / t) for t in (files.LAYERS, files.BUDGET))
+        findings = json.loads((diagnosis / files.FINDINGS).read_text())
     findings += [asdict(finding) for finding in files.wrong_rendering(answers) + files.wrong_cache(parity)]
-    return VariantEvidence(
-        name=name,
-        summary=json.loads((evaluation / files.SUMMARY).read_text()),
-        figures=pd.read_parquet(evaluation / files.FIGURES),
-        answers=answers,
-        positions=pd.read_parquet(evaluation / files.POSITIONS),
-        parity=parity,
-        layers=pd.read_parquet(diagnosis / files.LAYERS) if diagnosed else None,
-        budget=pd.read_parquet(diagnosis / files.BUDGET) if diagnosed else None,
-        findings=findings,
-        manifests=manifests,
-    )
+    return VariantEvidence(name, summary, figures, answers, parity, layers, budget, findings, manifests)
 
 
 def read_evidence(model: str, folder: Path, names: list[str]) -> Evidence:
-    """Read the evidence of a model from results/<model>, with its variants in the order of `names`.
-
-    Raises:
-        ManifestError: A stage is missing, or files differ from their manifest.
-    """
+    """Read results/<model>, with variants in the order of `names`; raise ManifestError for missing or changed files."""
     manifests = {name: Manifest.load(folder / name) for name in MODEL_FOLDERS if (folder / name).is_dir()}
     manifests[REFERENCE_FOLDER] = _verified(folder / REFERENCE_FOLDER)
     speed, cache = folder / BENCHMARK / "benchmark.json", folder / BENCHMARK / "cache.parquet"
@@ -122,29 +101,22 @@ def read_evidence(model: str, folder: Path, names: list[str]) -> Evidence:
 
 
 def check_inputs(evidence: Evidence) -> None:
-    """Check that all stages of a model used the same reference and bundles.
-
-    Raises:
-        ManifestError: A stage used another reference or another bundle.
-    """
+    """Raise ManifestError unless all stages of a model used the same reference and bundles."""
     reference = evidence.manifests[REFERENCE_FOLDER].digest()
-    benchmark = evidence.manifests.get(BENCHMARK)
+    benchmark = evidence.manifests.get(BENCHMARK, Manifest("benchmark"))
     for variant in evidence.variants:
         measured = [variant.manifests[folder] for folder in (EVALUATION, DIAGNOSIS) if folder in variant.manifests]
         for manifest in measured:
             if manifest.inputs.get("reference") != reference:
-                raise ManifestError(
-                    f"{manifest.folder} was measured against another reference than {evidence.reference}; run"
-                    f" 'hf2mnn {manifest.stage}' again"
-                )
+                problem = f"{manifest.folder} was measured against another reference than {evidence.reference}"
+                raise ManifestError(f"{problem}; run 'hf2mnn {manifest.stage}' again")
         if len({manifest.inputs.get("bundle") for manifest in measured}) > 1:
             raise ManifestError(f"evaluation and diagnosis of {variant.name} used different bundles; run both again")
         if (bundle := variant.manifests.get(BUNDLES)) is None:
             continue
-        if variant.manifests[EVALUATION].inputs.get("bundle") != bundle.digest():
+        digest = bundle.digest()
+        if variant.manifests[EVALUATION].inputs.get("bundle") != digest:
             raise ManifestError(f"{bundle.folder} is newer than its evaluation; run 'hf2mnn evaluate' again")
-        timed = benchmark.inputs.get(variant.name) if benchmark else None
-        if timed and timed != bundle.digest():
-            raise ManifestError(
-                f"{benchmark.folder} timed another bundle than {bundle.folder}; run 'hf2mnn benchmark' again"
-            )
+        if benchmark.inputs.get(variant.name, digest) != digest:
+            problem = f"{benchmark.folder} timed another bundle than {bundle.folder}"
+            raise ManifestError(f"{problem}; run 'hf2mnn benchmark' again")

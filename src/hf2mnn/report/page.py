@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf2mnn import __version__
@@ -20,12 +19,13 @@ from hf2mnn.report.evidence import Evidence, VariantEvidence
 from hf2mnn.report.svg import Style, assign_styles
 from hf2mnn.report.table import FAIL, PASS
 
+LOADER = PackageLoader("hf2mnn", "report")
+TEMPLATES = Environment(loader=LOADER, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 ONNX = "onnxruntime"
 """Name of the variant that runs the ONNX graphs; it has no bundle."""
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """Summary of the gates, with the table rows of variants that need an explanation."""
 
     passed: bool  # Whether all required variants pass.
@@ -59,35 +59,32 @@ def verdict(evidence: Evidence, table: pd.DataFrame) -> Verdict:
     if passed:
         smallest = min(passed, key=lambda row: row["bytes"])
         size, top1, kld = (cell(column, smallest[column]) for column in ("bytes", "top1_agreement", "mean_kld"))
-        choice = (
-            f"The smallest variant that passes is {smallest['variant']}: {size}, top-1 agreement with PyTorch {top1},"
-            f" mean KL divergence {kld} nats."
-        )
+        choice = f"The smallest variant that passes is {smallest['variant']}: {size}, "
+        choice += f"top-1 agreement with PyTorch {top1}, mean KL divergence {kld} nats."
     flagged = [row for row in rows if row["findings"] and row not in failed]
     return Verdict(not required, text, choice, failed, flagged)
 
 
 def _size_table(variants: list[VariantEvidence], failed: set[str]) -> pd.DataFrame:
-    summary = pd.DataFrame([variant.summary for variant in variants])
-    table = summary[["mean_kld", "mean_kld_low", "mean_kld_high"]].astype(float)
-    table.columns = ["mean_kld", "low", "high"]
-    names = pd.Series([variant.name for variant in variants])
-    megabytes = summary["bytes"] / 1e6
-    return table.assign(name=names, megabytes=megabytes, failed=names.isin(failed), candidate=names != ONNX)
+    """Return the table of `plots.size_plot`."""
+    table = pd.DataFrame([{"name": variant.name, **variant.summary} for variant in variants])
+    table[["mean_kld", "low", "high"]] = table[["mean_kld", "mean_kld_low", "mean_kld_high"]].astype(float)
+    names = table["name"]
+    return table.assign(megabytes=table["bytes"] / 1e6, failed=names.isin(failed), candidate=names != ONNX)
 
 
-def _layer_plots(variants: list[VariantEvidence], styles: dict[str, Style]) -> list[str]:
+def _layer_plots(variants: list[VariantEvidence], styles: dict[str, Style]) -> list[Markup]:
     """Plot accumulated and then local errors, vision tower and decoder side by side."""
-    diagnosed = [variant for variant in variants if variant.layers is not None and len(variant.layers)]
+    diagnosed = {variant.name: variant.layers for variant in variants if variant.layers is not None}
     plotted = []
     for kind, column, label in (("layers", "mnn_error", "accumulated error"), ("local", "local_error", "local error")):
         for part, title in (("vision", "Vision tower"), ("decoder", "Decoder")):
-            parts = {variant.name: variant.layers[variant.layers["part"] == part] for variant in diagnosed}
-            curves = {name: plots.depth_table(layers, column) for name, layers in parts.items() if len(layers)}
+            layers = {name: rows for name, table in diagnosed.items() if len(rows := table[table["part"] == part])}
+            curves = {name: plots.depth_table(table, column) for name, table in layers.items()}
             if not curves:
                 continue
             if kind == "layers" and ONNX in styles:
-                curves = {ONNX: plots.depth_table(parts[next(iter(curves))], "onnx_error")} | curves
+                curves = {ONNX: plots.depth_table(next(iter(layers.values())), "onnx_error")} | curves
             plotted.append(plots.layer_plot(curves, styles, f"{kind}-{part}", f"{title}, {label}", "relative error"))
     return plotted
 
@@ -97,82 +94,51 @@ def _plots(evidence: Evidence, budgets: dict[str, pd.Series], failed: set[str]) 
     variants, speed, cache = evidence.variants, evidence.speed, evidence.cache
     styles = assign_styles([variant.name for variant in variants])
     timed = assign_styles(list(dict.fromkeys([*styles, *speed["bundles"]]))) if speed else {}
-    values = {variant.name: variant.whole_set()["value"] for variant in variants}
-    plotted = {
+    values = {variant.name: variant.group("all")["value"] for variant in variants}
+    return {
         "size": plots.size_plot(_size_table(variants, failed), styles) if variants else None,
         "percentiles": plots.percentile_plot(values, styles) if variants else None,
         "budget": plots.budget_plot(budgets) if budgets else None,
         "speed": plots.speed_plot(speed, timed) if speed and len(speed["bundles"]) > 1 else None,
         "cache": plots.cache_plot(cache, timed) if speed and cache is not None and len(cache) else None,
+        "layers": _layer_plots(variants, styles),
     }
-    marked = {name: svg and Markup(svg) for name, svg in plotted.items()}
-    return marked | {"layers": [Markup(svg) for svg in _layer_plots(variants, styles)]}
-
-
-def _tables(evidence: Evidence, budgets: dict[str, pd.Series]) -> dict[str, Any]:
-    """Return the tables by name; None for what was not measured."""
-    speed, cache = evidence.speed, evidence.cache
-    return {
-        "figures": cells.figures(evidence),
-        "parts": cells.parts(evidence),
-        "accuracy": cells.accuracy(evidence),
-        "parity": cells.parity(evidence, CACHE_TOLERANCE),
-        "budget": cells.budget(budgets) if budgets else None,
-        "first_out_of_tolerance": cells.first_out_of_tolerance(evidence),
-        "speed": cells.speed(speed) if speed else None,
-        "cache": cells.cache(cache) if cache is not None and len(cache) else None,
-    }
-
-
-def _machine(speed: dict[str, Any] | None) -> str:
-    """Describe the machine and the settings of the benchmark."""
-    if not speed:
-        return ""
-    machine, sides = speed["machine"], speed["image"]
-    image = f", image {' × '.join(map(str, sides))} pixels" if sides else ""
-    runs = "1 run" if speed["repeats"] == 1 else f"{speed['repeats']} interleaved runs"
-    return (
-        f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}, MNN"
-        f" {machine['MNN']}. Settings: {speed['threads']} threads, prompt {speed['prompt_tokens']} tokens, answer"
-        f" {speed['answer_tokens']} tokens{image}, {runs}."
-    )
 
 
 def render_page(evidence: Evidence, table: pd.DataFrame) -> str:
     """Return the page as HTML; `table` is the summary of the same variants (`hf2mnn.report.table.make_table`)."""
     # A bundle that does not run has no figures: it appears in the verdict, the table and the provenance only.
     ran = replace(evidence, variants=[v for v in evidence.variants if not v.summary.get("fault")])
-    budgets = {
-        variant.name: variant.budget.set_index("source")["mean_kld"].astype(float)
-        for variant in ran.variants
-        if variant.budget is not None and len(variant.budget)
-    }
-    summary, golden, speed = verdict(evidence, table), Golden(evidence.reference), evidence.speed or {}
+    diagnosed = [variant for variant in ran.variants if variant.budget is not None and len(variant.budget)]
+    budgets = {variant.name: variant.budget.set_index("source")["mean_kld"].astype(float) for variant in diagnosed}
+    summary, golden = verdict(evidence, table), Golden(evidence.reference)
     shown = examples.choose_examples(golden, {variant.name: variant.answers for variant in ran.variants})
-    folders = provenance.stage_folders(evidence)
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html.jinja").render(
+    folders = evidence.stage_folders()
+    return TEMPLATES.get_template("page.html.jinja").render(
         model=evidence.model,
         version=__version__,
         verdict=summary,
         comparison=cells.comparison(table),
         meanings={figure.label: figure.description for figure in on_page(PREDICTIONS, PROBABILITIES, GREEDY)},
-        tables=_tables(ran, budgets),
+        tables={
+            "figures": cells.figures(ran),
+            "parts": cells.parts(ran),
+            "accuracy": cells.accuracy(ran),
+            "parity": cells.parity(ran),
+            "budget": cells.budget(budgets) if budgets else None,
+            "first_out_of_tolerance": cells.first_out_of_tolerance(ran),
+            "speed": cells.speed(ran.speed) if ran.speed else None,
+            "cache": cells.cache(ran.cache) if ran.cache is not None and len(ran.cache) else None,
+        },
         plots=_plots(ran, budgets, {row["variant"] for row in summary.failed}),
         cache_tolerance=CACHE_TOLERANCE,
-        machine=_machine(evidence.speed),
-        broken=speed.get("broken", {}),
-        baseline=speed.get("baseline", ""),
-        differing=[example for example in shown if example.others],
-        agreeing=[example for example in shown if not example.others],
+        speed=evidence.speed,
+        examples=shown,
         images=examples.embed_images(golden, shown),
         total=len(golden.records),
         checkpoint=provenance.checkpoint_origin(evidence),
         settings=provenance.variant_settings(evidence),
-        stages=folders,
+        commands=[provenance.command_line(manifest) for manifest in folders.values()],
         resources=provenance.stage_resources(folders),
         files=provenance.listed_files(folders),
     )

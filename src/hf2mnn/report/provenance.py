@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.report.cells import Cell, Table
-from hf2mnn.report.evidence import BENCHMARK, BUNDLES, MODEL_FOLDERS, VARIANT_FOLDERS, Evidence
+from hf2mnn.report.evidence import BUNDLES, Evidence
 
 LISTED = ("checkpoint", "reference", "onnx", "graphs", "bundles")
 """Folders whose files the report lists: inputs of later stages and of devices."""
-
-
-@dataclass(frozen=True)
-class StageFolder:
-    """A stage folder of the model."""
-
-    path: str  # Below results/<model>.
-    manifest: Manifest
-
-    @property
-    def command(self) -> str:
-        """Command line that wrote the folder, for a shell, with absolute paths shortened to their names."""
-        words = shlex.join(map(_portable, self.manifest.command))
-        return words or f"(the stage {self.manifest.stage} was called from Python)"
 
 
 def _portable(word: str) -> str:
@@ -37,13 +22,9 @@ def _portable(word: str) -> str:
     return f"{option}{equals}{PurePath(value).name}" if PurePath(value).is_absolute() else word
 
 
-def stage_folders(evidence: Evidence) -> list[StageFolder]:
-    """Return the stage folders of a model in the order of the pipeline."""
-    manifests = {path: evidence.manifests.get(path) for path in MODEL_FOLDERS}
-    for folder in VARIANT_FOLDERS:
-        manifests |= {f"{folder}/{variant.name}": variant.manifests.get(folder) for variant in evidence.variants}
-    manifests[BENCHMARK] = evidence.manifests.get(BENCHMARK)
-    return [StageFolder(path, manifest) for path, manifest in manifests.items() if manifest is not None]
+def command_line(manifest: Manifest) -> str:
+    """Return the command line of a stage for a shell, with absolute paths shortened to their names."""
+    return shlex.join(map(_portable, manifest.command)) or f"(the stage {manifest.stage} was called from Python)"
 
 
 def checkpoint_origin(evidence: Evidence) -> str:
@@ -85,37 +66,34 @@ def variant_settings(evidence: Evidence) -> Table | None:
         if "plan" in manifest.paths:
             weights = [{"plan": manifest.paths["plan"], "method": part.get("method", "")} for part in weights]
         bits, embedding = results.get("bits_per_weight"), results.get("embedding_bytes")
-        cells = [Cell(_as_text(part)) for part in (*weights, settings.get("engine", {}))]
-        cells.append(Cell("32" if bits is None else f"{bits:.3f}"))
-        cells.append(Cell("in lm_head" if embedding == 0 else f"{embedding / 1e6:.1f} MB" if embedding else ""))
-        cells.append(Cell(results.get("decoder_layout", ""), results.get("layout_reason", "")))
-        rows.append((variant.name, cells))
+        texts = [_as_text(part) for part in (*weights, settings.get("engine", {}))]
+        texts.append("32" if bits is None else f"{bits:.3f}")
+        texts.append("in lm_head" if embedding == 0 else f"{embedding / 1e6:.1f} MB" if embedding else "")
+        layout = Cell(results.get("decoder_layout", ""), results.get("layout_reason", ""))
+        rows.append((variant.name, [*map(Cell, texts), layout]))
     columns = ["variant", "decoder", "vision", "engine", "bits per weight", "embedding", "decoder layout"]
     return Table("Settings of each variant", columns, rows, wraps=True) if rows else None
 
 
-def stage_resources(folders: Sequence[StageFolder]) -> Table:
+def stage_resources(folders: Mapping[str, Manifest]) -> Table:
     """Return a table of each stage's wall time, peak memory, digest and tool versions."""
     rows = []
-    for folder in folders:
-        manifest = folder.manifest
-        tools = {"hf2mnn": manifest.hf2mnn, **manifest.tools}
-        texts = [f"{manifest.seconds:.1f}", f"{manifest.peak_rss_mb:.0f}", manifest.digest()[:12]]
-        texts.append(", ".join(f"{name} {release}" for name, release in tools.items()))
-        rows.append((folder.path, [Cell(text) for text in texts]))
+    for path, manifest in folders.items():
+        tools = ", ".join(map(" ".join, [("hf2mnn", manifest.hf2mnn), *manifest.tools.items()]))
+        texts = (f"{manifest.seconds:.1f}", f"{manifest.peak_rss_mb:.0f}", manifest.digest()[:12], tools)
+        rows.append((path, list(map(Cell, texts))))
     return Table("Stages", ["folder", "seconds", "peak MB", "digest", "tools"], rows, wraps=True)
 
 
-def listed_files(folders: Sequence[StageFolder]) -> Table:
+def listed_files(folders: Mapping[str, Manifest]) -> Table:
     """Return a table of sha256 and size of the files in LISTED folders, and of user-provided inputs."""
-    rows: list[tuple[str, list[Cell]]] = []
-    for folder in folders:
-        inputs = {name: digest for name, digest in folder.manifest.inputs.items() if "/" in name or name == "examples"}
-        outputs = folder.manifest.outputs if folder.path.split("/")[0] in LISTED else {}
-        if not inputs and not outputs:
-            continue
-        rows.append((folder.path, []))
-        names = {"examples": "examples.jsonl (input)"}
-        rows += [(names.get(name, f"{name} (input)"), [Cell(""), Cell(digest)]) for name, digest in inputs.items()]
+    rows = []
+    for path, manifest in folders.items():
+        inputs = {name: digest for name, digest in manifest.inputs.items() if "/" in name or name == "examples"}
+        outputs = manifest.outputs if path.split("/")[0] in LISTED else {}
+        if inputs or outputs:
+            rows.append((path, []))
+        names = {"examples": "examples.jsonl"}
+        rows += [(f"{names.get(name, name)} (input)", [Cell(""), Cell(digest)]) for name, digest in inputs.items()]
         rows += [(name, [Cell(f"{entry['size']:,}"), Cell(entry["sha256"])]) for name, entry in outputs.items()]
     return Table("Files", ["file", "bytes", "sha256"], rows)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from tabulate import tabulate
 from hf2mnn.core.errors import Hf2mnnError, suggest
 from hf2mnn.core.files import atomic_file
 from hf2mnn.core.manifest import Manifest
-from hf2mnn.figures import BENCHMARK, COMPARISON, CONSOLE, HIGHER, Figure, shown_in
+from hf2mnn.figures import BENCHMARK, COMPARISON, CONSOLE, FIGURES, HIGHER, shown_in
 from hf2mnn.metrics import relative_error
 from hf2mnn.reference.golden import Golden
 from hf2mnn.report.console import HEADS, cell
@@ -31,13 +31,16 @@ MIN_CHANGE = 0.02
 LOCAL_FACTOR, LOCAL_FLOOR, LOCAL_MIN = 1.5, 1e-6, 1e-4
 """A local error counts as changed if it changes by this factor; errors below the floor are equal, and one of both must
 exceed the minimum: smaller errors are rounding."""
+SIZES, SPEEDS = ("smaller", "larger"), ("faster", "slower")
+WORDS = {"bytes": SIZES, "MB": SIZES, "s": SPEEDS, "tokens/s": SPEEDS}
+"""Words for better and for worse by unit; "better" and "worse" for all others."""
 Speeds = Sequence[dict[str, Any]]
 """Entry "bundles" of benchmark.json for each version."""
 COLUMNS = ["variant", "figure", "before", "after", "change"]
+MARKDOWN = {"tablefmt": "github", "disable_numparse": True}
 
 
-@dataclass(frozen=True)
-class Versions:
+class Versions(NamedTuple):
     """Differences between two versions."""
 
     before: str  # Folder of one version.
@@ -45,78 +48,59 @@ class Versions:
     changes: pd.DataFrame  # Figures that changed beyond their uncertainty, with COLUMNS.
     changed_inputs: list[str]  # Messages about the tools and the checkpoint.
     messages: list[str]  # Messages about the reference, the benchmark and the variants.
-    only: dict[str, list[str]]  # Variants that only one version has, by folder.
-
-    def only_in(self) -> list[str]:
-        """Describe the variants that only one version has."""
-        return [f"only in {folder}: {', '.join(names)}" for folder, names in self.only.items() if names]
 
 
-def _verdict(figure: Figure, before: float, after: float) -> str:
-    return "better" if (after > before) == (figure.better == HIGHER) else "worse"
+def _intervals(variant: VariantEvidence, measures: dict[str, dict[str, float]]) -> dict[str, tuple]:
+    """Return value, lower and upper end by figure: 95 % confidence intervals, ranges of the benchmark, exact size."""
+    intervals = {row.Index: (row.value, row.low, row.high) for row in variant.group("all").itertuples()}
+    intervals["bytes"] = (variant.summary["bytes"],) * 3
+    return intervals | {name: (runs["median"], runs["lowest"], runs["highest"]) for name, runs in measures.items()}
 
 
-def _changed_figures(before: VariantEvidence, after: VariantEvidence) -> list[tuple]:
-    """Return figures whose 95 % confidence intervals are disjoint, and the size of the bundle if it changed."""
-    rows, tables = [], (before.whole_set(), after.whole_set())
-    for figure in shown_in(COMPARISON):
-        if all(figure.name in table.index for table in tables):
-            a, b = (table.loc[figure.name] for table in tables)
-            if a["high"] < b["low"] or b["high"] < a["low"]:
-                change = _verdict(figure, a["value"], b["value"])
-                rows.append((before.name, figure.name, a["value"], b["value"], change))
-    sizes = before.summary["bytes"], after.summary["bytes"]
-    if sizes[0] != sizes[1]:
-        rows.append((before.name, "bytes", *sizes, "smaller" if sizes[1] < sizes[0] else "larger"))
-    return rows
-
-
-def _changed_speed(speeds: Speeds, name: str) -> list[tuple]:
-    """Return measures of the benchmark whose ranges are disjoint and whose medians differ by more than MIN_CHANGE.
+def _changed_figures(before: VariantEvidence, after: VariantEvidence, speeds: Speeds) -> list[tuple]:
+    """Return figures whose intervals are disjoint; those of the benchmark must also differ by more than MIN_CHANGE.
 
     With seven interleaved runs each, ranges are disjoint by chance once in 1,716 times, quartiles once in 12.
     """
-    both, rows = [side.get(name, {}).get("measures", {}) for side in speeds], []
-    for figure in shown_in(COMPARISON):
-        if figure.source != BENCHMARK or not all(figure.name in measures for measures in both):
+    measures = [bundles.get(before.name, {}).get("measures", {}) for bundles in speeds]
+    old, new = map(_intervals, (before, after), measures)
+    rows = []
+    for name, figure in FIGURES.items():
+        compared = COMPARISON in figure.shown or name == "bytes"
+        if not compared or name not in old or name not in new:
             continue
-        a, b = (measures[figure.name] for measures in both)
-        larger = abs(b["median"] - a["median"]) > MIN_CHANGE * a["median"]
-        if larger and (a["highest"] < b["lowest"] or b["highest"] < a["lowest"]):
-            better = _verdict(figure, a["median"], b["median"]) == "better"
-            words = ("smaller", "larger") if figure.unit == "MB" else ("faster", "slower")
-            rows.append((name, figure.name, a["median"], b["median"], words[0] if better else words[1]))
+        (a, a_low, a_high), (b, b_low, b_high) = old[name], new[name]
+        larger = figure.source != BENCHMARK or abs(b - a) > MIN_CHANGE * a
+        if larger and (a_high < b_low or b_high < a_low):
+            better, worse = WORDS.get(figure.unit, ("better", "worse"))
+            rows.append((before.name, name, a, b, better if (b > a) == (figure.better == HIGHER) else worse))
     return rows
 
 
 def first_changed_layer(before: Evidence, after: Evidence) -> str:
     """Describe the first tap point at which PyTorch computes other values from the same input."""
-    goldens = [Golden(evidence.reference) for evidence in (before, after)]
+    goldens = [Golden(side.reference) for side in (before, after)]
     probes = [{probe.kind: probe for probe in golden.probes()} for golden in goldens]
-    tables = (variant.layers for evidence in (before, after) for variant in evidence.variants)
+    tables = (variant.layers for side in (before, after) for variant in side.variants)
     # Only a diagnosis records the order of computation.
     order = next((table for table in tables if table is not None and len(table)), None)
     kinds = sorted(probes[0].keys() & probes[1].keys())
-    if not kinds:
-        return "layers not compared: the versions have no probe in common"
     for kind in kinds:
-        a, b = probes[0][kind], probes[1][kind]
-        pixels = [
-            [golden.image(name).pixel_values for name in probe.images]
-            for golden, probe in zip(goldens, (a, b), strict=True)
-        ]
-        if not np.array_equal(a.ids, b.ids) or not all(map(np.array_equal, *pixels)):
+        a, b = (side[kind] for side in probes)
+        images = [map(golden.image, probe.images) for golden, probe in zip(goldens, (a, b), strict=True)]
+        same = all(np.array_equal(x.pixel_values, y.pixel_values) for x, y in zip(*images, strict=False))
+        if not same or not np.array_equal(a.ids, b.ids):
             return f"layers not compared: the {kind} probes differ"
-        points = list(a.tap_points) if order is None else list(order[order["probe"] == kind]["point"])
-        for point in points:
-            if point not in b.tap_points or a.tap_points[point].shape != b.tap_points[point].shape:
+        for point in a.tap_points if order is None else order[order["probe"] == kind]["point"]:
+            one, other = (probe.tap_points.get(point) for probe in (a, b))
+            if one is None or other is None or one.shape != other.shape:
                 return f"{point} is missing in one version or has another shape"
-            error = relative_error(a.tap_points[point], b.tap_points[point])
+            error = relative_error(one, other)
             if error > CHANGED and order is None:
                 return f"layers changed ({kind} probe); the first is unknown without a diagnosed variant"
             if error > CHANGED:
                 return f"first changed layer: {point} ({kind} probe), relative error {error:.2g}"
-    return "no layer changed"
+    return "no layer changed" if kinds else "layers not compared: the versions have no probe in common"
 
 
 def first_changed_error(before: VariantEvidence, after: VariantEvidence) -> str | None:
@@ -152,19 +136,13 @@ def incomparable_speeds(before: Evidence, after: Evidence) -> str | None:
 
 
 def read_report(folder: Path, names: list[str] | None = None) -> tuple[Evidence, pd.DataFrame]:
-    """Read the evidence and the summary of results/<model>, of all variants or of those with `names`.
-
-    Raises:
-        Hf2mnnError: There is no such folder or variant.
-        ManifestError: Files of a stage differ from its manifest.
-    """
+    """Read evidence and summary of results/<model>, of all variants or `names`; raise Hf2mnnError for unknown names."""
     table = read_table(folder / SUMMARY)
     known = [name for name in table["variant"] if name != "pytorch"]
     unknown = [name for name in names or [] if name not in known]
     if unknown:
-        raise Hf2mnnError(
-            f"{folder} has no {', '.join(unknown)}; it has {', '.join(known)}{suggest(unknown[0], known, listed=True)}"
-        )
+        hint = suggest(unknown[0], known, listed=True)
+        raise Hf2mnnError(f"{folder} has no {', '.join(unknown)}; it has {', '.join(known)}{hint}")
     names = names or known
     kept = table[table["variant"].isin(["pytorch", *names])]
     return read_evidence(str(table["model"].iloc[0]), folder, names), kept
@@ -172,10 +150,10 @@ def read_report(folder: Path, names: list[str] | None = None) -> tuple[Evidence,
 
 def _tools(evidence: Evidence) -> dict[str, str]:
     """Return the releases of each package that any stage used."""
-    tools: dict[str, set[str]] = {}
-    manifests = [*evidence.manifests.values(), *(m for v in evidence.variants for m in v.manifests.values())]
-    for package, release in (tool for manifest in manifests for tool in manifest.tools.items()):
-        tools.setdefault(package, set()).add(release)
+    tools = defaultdict(set)
+    for manifest in evidence.stage_folders().values():
+        for package, release in manifest.tools.items():
+            tools[package].add(release)
     return {package: " and ".join(sorted(releases)) for package, releases in tools.items()}
 
 
@@ -183,22 +161,14 @@ def changed_inputs(before: Evidence, after: Evidence) -> list[str]:
     """Describe the tools with different releases, and the files of the checkpoint that differ."""
     old, new = _tools(before), _tools(after)
     shared = sorted(old.keys() & new.keys(), key=str.lower)
-    updated = [f"{name} {old[name]} to {new[name]}" for name in shared if old[name] != new[name]]
-    checkpoints = [side.manifests.get("checkpoint", Manifest("")).outputs for side in (before, after)]
-    files = [{(name, entry["sha256"]) for name, entry in outputs.items()} for outputs in checkpoints]
-    changed = sorted({name for name, _ in files[0] ^ files[1]})
-    return [
-        f"tools: {', '.join(updated) or 'no change'}",
-        f"checkpoint: {'changed files: ' + ', '.join(changed) if changed else 'no change'}",
-    ]
+    tools = ", ".join(f"{name} {old[name]} to {new[name]}" for name in shared if old[name] != new[name])
+    one, other = (side.manifests.get("checkpoint", Manifest("")).outputs for side in (before, after))
+    files = ", ".join(name for name in sorted(one | other) if one.get(name) != other.get(name))
+    return [f"tools: {tools or 'no change'}", f"checkpoint: {f'changed files: {files}' if files else 'no change'}"]
 
 
 def compare_versions(before: Evidence, after: Evidence, speeds: Speeds | None = None) -> Versions:
-    """Compare the variants that both versions have.
-
-    `speeds` are timed in interleaved runs; None for those of the two benchmarks, which are less precise because the
-    load of a machine changes.
-    """
+    """Compare the variants of both versions; `speeds` of interleaved runs are more exact than the benchmarks'."""
     reason = incomparable_speeds(before, after) if speeds is None else None
     if speeds is None:
         speeds = [{} if reason else (side.speed or {}).get("bundles", {}) for side in (before, after)]
@@ -207,52 +177,39 @@ def compare_versions(before: Evidence, after: Evidence, speeds: Speeds | None = 
     messages += [f"speed not compared: {reason}"] if reason else []
     for name in [name for name in variants[0] if name in variants[1]]:
         pair = variants[0][name], variants[1][name]
-        changes += _changed_figures(*pair) + _changed_speed(speeds, name)
+        changes += _changed_figures(*pair, speeds)
         messages += [f"{name}: {text}" for text in (changed_fault(*pair), first_changed_error(*pair)) if text]
-    only = {
-        str(side.folder): [name for name in own if name not in other]
-        for side, own, other in ((before, *variants), (after, *variants[::-1]))
-    }
+    for side, own, other in ((before, *variants), (after, *variants[::-1])):
+        if names := [name for name in own if name not in other]:
+            messages.append(f"only in {side.folder}: {', '.join(names)}")
     table, inputs = pd.DataFrame(changes, columns=COLUMNS), changed_inputs(before, after)
-    return Versions(str(before.folder), str(after.folder), table, inputs, messages, only)
+    return Versions(str(before.folder), str(after.folder), table, inputs, messages)
 
 
-def _markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the lines of a padded Markdown table."""
-    return tabulate(rows, heads, tablefmt="github", disable_numparse=True).splitlines()
-
-
-def side_by_side(tables: list[pd.DataFrame], speeds: Speeds) -> list[str]:
-    """Return a Markdown table of the variants of both versions, with changed cells as "before → after".
-
-    Speeds are those of interleaved runs; without such runs they are missing.
-    """
+def side_by_side(tables: list[pd.DataFrame], speeds: Speeds) -> str:
+    """Return a Markdown table of both versions, with changed cells as "before → after", and only interleaved speeds."""
     timed = [figure.name for figure in shown_in(CONSOLE) if figure.source == BENCHMARK]
-    sides = []
-    for table, bundles in zip(tables, speeds, strict=True):
-        variants = {row["variant"]: row for row in table.to_dict("records")}
-        for name, row in variants.items():
-            measures = bundles.get(name, {}).get("measures", {})
-            row |= {figure: measures.get(figure, {}).get("median") for figure in timed}
-        sides.append(variants)
+    before, after = (table.set_index("variant", drop=False).to_dict("index") for table in tables)
     rows = []
-    for name in [name for name in sides[0] if name in sides[1]]:
-        pairs = [tuple(cell(column, side[name][column]) for side in sides) for column in HEADS]
-        rows.append([before if before == after else f"{before} → {after}" for before, after in pairs])
-    return _markdown(list(HEADS.values()), rows)
+    for name in [name for name in before if name in after]:
+        texts = []
+        for side, bundles in zip((before, after), speeds, strict=True):
+            measures = bundles.get(name, {}).get("measures", {})
+            row = side[name] | {figure: measures.get(figure, {}).get("median") for figure in timed}
+            texts.append([cell(column, row[column]) for column in HEADS])
+        rows.append([old if old == new else f"{old} → {new}" for old, new in zip(*texts, strict=True)])
+    return tabulate(rows, list(HEADS.values()), **MARKDOWN)
 
 
 def changes_page(versions: Versions, tables: list[pd.DataFrame], speeds: Speeds) -> str:
     """Return the contents of changes.md."""
     lines = [f"# Changes from {versions.before} to {versions.after}", ""]
     lines += [f"- {message}" for message in versions.changed_inputs]
-    lines += ["", *side_by_side(tables, speeds), "", "## Changes beyond uncertainty", ""]
-    rows = [
-        [row.variant, row.figure, f"{row.before:.4g}", f"{row.after:.4g}", row.change]
-        for row in versions.changes.itertuples()
-    ]
-    lines += _markdown(COLUMNS, rows) if rows else ["None."]
-    lines += ["", *(f"- {message}" for message in versions.messages + versions.only_in())]
+    lines += ["", side_by_side(tables, speeds), "", "## Changes beyond uncertainty", ""]
+    changes = versions.changes.itertuples()
+    rows = [(row.variant, row.figure, f"{row.before:.4g}", f"{row.after:.4g}", row.change) for row in changes]
+    lines += [tabulate(rows, COLUMNS, **MARKDOWN) if rows else "None.", ""]
+    lines += [f"- {message}" for message in versions.messages]
     return "\n".join(lines) + "\n"
 
 
