@@ -80,7 +80,7 @@ from hf2mnn.quant.variant import Choice, Part
 from hf2mnn.quant.weights import WeightFile, operators
 from hf2mnn.quant.write import write_weights
 from hf2mnn.stages import stage_named
-from hf2mnn.stages.quantize import run as quantize
+from hf2mnn.stages.quantize import quantize
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / "models" / "shapes-vl"
@@ -394,7 +394,7 @@ def prepare_shapes_vl(root: Path) -> str:
     checkpoint = fetch_checkpoint(root / "checkpoint", MODEL)
     reference = run_reference(checkpoint, root / "questions", root / "reference", 64, cores())
     calibration = run_reference(checkpoint, MODEL / "calibration", root / "calibration", 64, cores())
-    record_calibration(checkpoint, calibration, reference, root / "inputs", CALIBRATION_ROWS, cores())
+    record_calibration(checkpoint, calibration, root / "inputs", reference, CALIBRATION_ROWS, cores())
     convert_graphs(export_onnx(checkpoint, root / "onnx"), root / "graphs")
     mark.write_text(data)
     return data

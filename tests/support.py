@@ -75,7 +75,7 @@ def float_bundle(onnx_folder: Path, destination: Path) -> Path:
     from hf2mnn.quant.formats import WeightFormat
     from hf2mnn.quant.variant import Choice
     from hf2mnn.stages.convert import run as convert_graphs
-    from hf2mnn.stages.quantize import run as quantize
+    from hf2mnn.stages.quantize import quantize
 
     graphs = convert_graphs(onnx_folder, destination.with_name(f"{destination.name}-graphs"))
     return quantize(onnx_folder, graphs, destination, Choice(WeightFormat(), WeightFormat(), EngineSettings()), 1)

@@ -19,7 +19,6 @@ from transformers import PreTrainedConfig
 
 from hf2mnn.checkpoint.adapter import CONFIG, WEIGHTS, Adapter
 from hf2mnn.checkpoint.architecture import load_config
-from hf2mnn.checkpoint.fetch import AdapterSource
 from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.core.files import sha256
@@ -118,7 +117,7 @@ def plain(bases: dict[bool, Path]) -> dict[bool, torch.Tensor]:
 
 
 def merged(base: Path, adapter: Path, destination: Path) -> Path:
-    return fetch_checkpoint(destination, base, adapter=AdapterSource(adapter))
+    return fetch_checkpoint(destination, base, adapter=adapter)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from hf2mnn.checkpoint.fetch import AdapterSource
 from hf2mnn.checkpoint.hub import download
 from hf2mnn.checkpoint.hub.base import TransientError, retry
 from hf2mnn.checkpoint.hub.download import pin_repository
@@ -205,8 +204,8 @@ def test_adapter_from_a_hub(
         "adapter_model.bin": b"\x80\x04.",
         "tokenizer.json": b"{}",
     }
-    source = AdapterSource(repository="owner/name", hub=name)
-    manifest = Manifest.load(fetch_checkpoint(tmp_path / "checkpoint", checkpoint, adapter=source))
+    adapter = {"adapter_repository": "owner/name", "adapter_hub": name}
+    manifest = Manifest.load(fetch_checkpoint(tmp_path / "checkpoint", checkpoint, **adapter))
     manifest.verify()
     assert manifest.settings["adapter"] == {
         "hub": name,
@@ -218,7 +217,7 @@ def test_adapter_from_a_hub(
     assert not any("tokenizer" in request or ".bin" in request for request in hub.requests)
     if name == "huggingface":  # whose cache records the commits of branches
         set_endpoint(OFFLINE, monkeypatch)
-        again = Manifest.load(fetch_checkpoint(tmp_path / "again", checkpoint, adapter=source))
+        again = Manifest.load(fetch_checkpoint(tmp_path / "again", checkpoint, **adapter))
         assert again.digest() == manifest.digest()
 
 

@@ -21,7 +21,7 @@ from hf2mnn import __version__, cli
 from hf2mnn.config.schema import config_schema
 from hf2mnn.report.table import COLUMNS, VariantSpec, write_table
 from hf2mnn.stages import ORDER
-from hf2mnn.stages.report import run as make_report
+from hf2mnn.stages.report import make_report
 from support import SHAPES_VL, run_cli
 
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)

@@ -21,7 +21,7 @@ from hf2mnn.mnn.convert import CUSTOM_OPERATORS, read_graph
 from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.variant import Choice
 from hf2mnn.reference.golden import ACTIVATIONS
-from hf2mnn.stages.quantize import run as quantize
+from hf2mnn.stages.quantize import quantize
 
 FOUR = WeightFormat(4, 64)
 TEXT_POINT = "model.language_model.layers.1.mlp.down_proj"

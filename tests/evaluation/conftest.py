@@ -16,7 +16,7 @@ from hf2mnn.stages.baseline import run as run_baseline
 from hf2mnn.stages.convert import run as convert_graphs
 from hf2mnn.stages.export import run as export_onnx
 from hf2mnn.stages.fetch import run as fetch_checkpoint
-from hf2mnn.stages.quantize import run as quantize
+from hf2mnn.stages.quantize import quantize
 from hf2mnn.stages.reference import run as run_reference
 from support import SHAPES_VL
 

@@ -36,7 +36,7 @@ class Measured:
 @pytest.fixture(scope="module")
 def measured(bundle: Path, int8: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     out = tmp_path_factory.mktemp("speed") / "benchmark"
-    bundles = {"int8": int8, "float": bundle}
+    bundles = [f"int8={int8}", f"float={bundle}"]
     run_benchmark(bundles, "float", out, REPEATS, PROMPT, ANSWER, 1, 56, LENGTHS, time_limit=60)
     measures, cache = pd.read_parquet(out / "benchmark.parquet"), pd.read_parquet(out / "cache.parquet")
     return Measured(out, measures, cache, json.loads((out / "benchmark.json").read_text()))
@@ -173,7 +173,7 @@ def test_a_bundle_that_does_not_run_is_named_and_the_others_are_timed(copy: Path
     """The evaluation makes it fail; the report of the others does not depend on it."""
     (copy / "llm.mnn").write_bytes(np.random.default_rng(1).bytes((copy / "llm.mnn").stat().st_size))
     update_manifest(copy)
-    run_benchmark({"bad": copy, "good": bundle}, "bad", tmp_path / "out", 1, 2, 1, 1, 56, (), 60)
+    run_benchmark([f"bad={copy}", f"good={bundle}"], "bad", tmp_path / "out", 1, 2, 1, 1, 56, (), 60)
     summary = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert list(summary["bundles"]) == ["good"] and summary["baseline"] == "good"
     assert f"{copy} cannot be timed: MNN's engine does not load {copy}:" in summary["broken"]["bad"]
@@ -183,7 +183,7 @@ def test_bundles_none_of_which_runs_are_an_error(copy: Path, tmp_path: Path) -> 
     (copy / "llm.mnn").write_bytes(b"no graph")
     update_manifest(copy)
     with pytest.raises(EngineError, match="none of the bundles runs"):
-        run_benchmark({"bad": copy}, "bad", tmp_path / "out", 1, 2, 1, 1, 56, (), 60)
+        run_benchmark([f"bad={copy}"], "bad", tmp_path / "out", 1, 2, 1, 1, 56, (), 60)
     assert not (tmp_path / "out").exists()
 
 
@@ -205,18 +205,18 @@ def test_bundles_of_two_models_are_refused(copy: Path, bundle: Path, tmp_path: P
     (copy / "llm_config.json").write_text(json.dumps(content))
     update_manifest(copy)
     with pytest.raises(BundleError, match="bundles a and b are of different models"):
-        run_benchmark({"a": bundle, "b": copy}, "a", tmp_path / "out")
+        run_benchmark([f"a={bundle}", f"b={copy}"], "a", tmp_path / "out")
 
 
 def test_a_bundle_that_is_not_whole_is_refused(copy: Path, bundle: Path, tmp_path: Path) -> None:
     (copy / "visual.mnn.weight").unlink()
     with pytest.raises(BundleError, match=r"visual\.mnn\.weight"):
-        run_benchmark({"a": bundle, "b": copy}, "a", tmp_path / "out")
+        run_benchmark([f"a={bundle}", f"b={copy}"], "a", tmp_path / "out")
 
 
 def test_the_baseline_must_be_one_of_them(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no bundle 'fp16'; there are a"):
-        run_benchmark({"a": bundle}, "fp16", tmp_path / "out")
+        run_benchmark([f"a={bundle}"], "fp16", tmp_path / "out")
 
 
 @pytest.mark.parametrize("texts", [["a"], ["=b"], ["a="], ["a=b", "a=c"]])

@@ -36,7 +36,7 @@ from hf2mnn.quant.variant import Choice, Part
 from hf2mnn.quant.weights import Operator, WeightFile, module_names, operators
 from hf2mnn.quant.write import write_weights
 from hf2mnn.reference.golden import ACTIVATIONS
-from hf2mnn.stages.quantize import run as quantize
+from hf2mnn.stages.quantize import quantize
 
 LAYER = "model.language_model.layers.0"
 TOKENS = 9

@@ -24,7 +24,7 @@ from hf2mnn.quant.embedding import embedding_blocks, read_tied
 from hf2mnn.quant.formats import LM_HEAD, WeightFormat
 from hf2mnn.quant.variant import Choice
 from hf2mnn.quant.weights import WeightFile, operators
-from hf2mnn.stages.quantize import run as quantize
+from hf2mnn.stages.quantize import quantize
 
 TOKENS = [0, 1, 31, 32, 300, 511]
 FORMATS = {

@@ -24,7 +24,7 @@ from hf2mnn.quant.weights import Operator, WeightFile, operators
 from hf2mnn.stages.convert import run as convert_graphs
 from hf2mnn.stages.export import run as export_onnx
 from hf2mnn.stages.fetch import run as fetch_checkpoint
-from hf2mnn.stages.quantize import run as quantize
+from hf2mnn.stages.quantize import quantize
 from prequantized_layers import Quantized, write_prequantized
 from support import TEXT, VISION
 

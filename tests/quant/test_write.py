@@ -27,7 +27,7 @@ from hf2mnn.quant.methods import Methods
 from hf2mnn.quant.variant import TABLE, Choice
 from hf2mnn.quant.weights import Operator, WeightFile, module_names, operators
 from hf2mnn.quant.write import write_weights
-from hf2mnn.stages.quantize import run as quantize
+from hf2mnn.stages.quantize import quantize
 
 LAYER = "model.language_model.layers.1"
 INT4, INT8 = WeightFormat(4, 32, method="mse"), WeightFormat(8, method="mse")

@@ -90,7 +90,7 @@ def calibration(answer: Callable[..., Path]) -> Path:
 def whole(source: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Calibration stage with all rows."""
     folder = tmp_path_factory.mktemp("whole") / "activations"
-    return record_calibration(source, calibration, None, folder, ALL_ROWS, threads=1)
+    return record_calibration(source, calibration, folder, rows=ALL_ROWS, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_layers_with_the_same_input_share_one_tensor(whole: Path) -> None:
 def test_a_sample_has_rows_of_text_and_of_images(source: Path, calibration: Path, whole: Path, tmp_path: Path) -> None:
     """The rows whose multiple of the golden ratio, modulo 1, is smallest, in the order of the set."""
     limit = 24
-    sampled = Activations(record_calibration(source, calibration, None, tmp_path / "few", limit, threads=1))
+    sampled = Activations(record_calibration(source, calibration, tmp_path / "few", rows=limit, threads=1))
     every = Activations(whole)
     for name in sampled.modules:
         rows = every.rows(name)
@@ -201,12 +201,12 @@ def test_recording_leaves_no_hooks(checkpoint: Path) -> None:
 
 
 def test_recording_is_deterministic(source: Path, calibration: Path, whole: Path, tmp_path: Path) -> None:
-    again = record_calibration(source, calibration, None, tmp_path / "again", ALL_ROWS, threads=1)
+    again = record_calibration(source, calibration, tmp_path / "again", rows=ALL_ROWS, threads=1)
     assert (again / ACTIVATIONS).read_bytes() == (whole / ACTIVATIONS).read_bytes()
 
 
 def test_mapped_weights_give_the_same_bytes(source: Path, calibration: Path, whole: Path, tmp_path: Path) -> None:
-    mapped = record_calibration(source, calibration, None, tmp_path / "mapped", ALL_ROWS, threads=1, weights="mapped")
+    mapped = record_calibration(source, calibration, tmp_path / "mapped", rows=ALL_ROWS, threads=1, weights="mapped")
     assert Manifest.load(mapped).outputs == Manifest.load(whole).outputs
     assert [Manifest.load(folder).results["weights"] for folder in (mapped, whole)] == ["mapped", "resident"]
 
@@ -216,7 +216,7 @@ def test_the_manifest_has_inputs_and_settings(
 ) -> None:
     evaluation = answer({"other": user(text="And then?")})
     manifest = Manifest.load(
-        record_calibration(source, calibration, evaluation, tmp_path / "activations", 8, threads=1)
+        record_calibration(source, calibration, tmp_path / "activations", evaluation, rows=8, threads=1)
     )
     assert manifest.stage == "calibrate"
     assert manifest.settings == {"rows": 8, "threads": 1}
@@ -231,7 +231,7 @@ def test_an_example_in_both_sets_is_refused_by_name(
 ) -> None:
     evaluation = answer({"first": user(text="And then?"), "evaluated": EXAMPLES[shared]})
     with pytest.raises(EvaluationSetError, match=rf"example {shared} of .* example evaluated of the evaluation set"):
-        record_calibration(source, calibration, evaluation, tmp_path / "activations", 8, threads=1)
+        record_calibration(source, calibration, tmp_path / "activations", evaluation, rows=8, threads=1)
     assert not (tmp_path / "activations").exists()
 
 
@@ -242,7 +242,7 @@ def test_a_question_about_another_image_is_not_refused(
     other = answer({"imaged": EXAMPLES["imaged"]}, seed=1)
     swapped = answer({"swapped": user("b.png", "a.png", text="?")})
     for number, evaluation in enumerate((other, swapped)):
-        assert record_calibration(source, calibration, evaluation, tmp_path / str(number), 8, threads=1).is_dir()
+        assert record_calibration(source, calibration, tmp_path / str(number), evaluation, rows=8, threads=1).is_dir()
 
 
 def test_answers_of_another_model_are_refused(
@@ -250,14 +250,12 @@ def test_answers_of_another_model_are_refused(
 ) -> None:
     other = fetch_checkpoint(tmp_path / "checkpoint", make_checkpoint(text=TEXT, vision=VISION, seed=1))
     with pytest.raises(ManifestError, match="has answers of another model"):
-        record_calibration(other, calibration, None, tmp_path / "activations", 8, threads=1)
+        record_calibration(other, calibration, tmp_path / "activations", rows=8, threads=1)
 
 
 def test_a_layer_without_rows_is_named(source: Path, answer: Callable[..., Path], tmp_path: Path) -> None:
     """A set without images has no rows for the vision tower."""
-    folder = record_calibration(
-        source, answer({"text": EXAMPLES["text"]}), None, tmp_path / "activations", 8, threads=1
-    )
+    folder = record_calibration(source, answer({"text": EXAMPLES["text"]}), tmp_path / "activations", rows=8, threads=1)
     activations = Activations(folder)
     assert "lm_head" in activations.modules
     assert f"{BLOCK}.attn.qkv" not in activations.modules

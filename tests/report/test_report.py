@@ -29,7 +29,7 @@ from hf2mnn.evaluation.aggregate import COLUMNS as FIGURE_COLUMNS
 from hf2mnn.report.evidence import REFERENCE_FOLDER
 from hf2mnn.report.table import VariantSpec, read_table
 from hf2mnn.report.versions import read_report
-from hf2mnn.stages.report import run as make_report
+from hf2mnn.stages.report import make_report
 
 SPECS = [
     VariantSpec("onnxruntime", True, {}),

@@ -12,7 +12,7 @@ from hf2mnn.core.manifest import Manifest
 from hf2mnn.mnn.bundle import EngineSettings
 from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.variant import Choice
-from hf2mnn.stages.quantize import run as quantize
+from hf2mnn.stages.quantize import quantize
 from support import BIN
 
 PER_RUN = {"folder", "command", "seconds", "cpu_seconds", "peak_rss_mb"}

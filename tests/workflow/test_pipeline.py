@@ -18,7 +18,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from faults import zeroed_norm
-from hf2mnn.config.budget import Budget
 from hf2mnn.config.plan import load_plan
 from hf2mnn.core.manifest import Manifest, updated_folder
 from hf2mnn.core.verify import verify_folder
@@ -27,7 +26,7 @@ from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.variant import Choice
 from hf2mnn.stages.evaluate import run as evaluate
 from hf2mnn.stages.plan import run as make_plan
-from hf2mnn.stages.quantize import run as quantize
+from hf2mnn.stages.quantize import quantize
 from support import BIN, QUICK, REPOSITORY, Workspace, run_cli
 
 PLAIN = ["fp32", "fp16", "int8", "int4"]
@@ -153,8 +152,8 @@ def test_mixed_precision_beats_the_uniform_variant_of_the_same_size(results: Pat
         return weights | json.loads((tmp_path / f"{name}-judged" / "summary.json").read_text())
 
     uniform = judged("uniform", 4, 64, {})
-    budget = Budget(bits_per_weight=uniform["bits_per_weight"])
-    plan = make_plan(results / "sensitivity", onnx, base, tmp_path / "plan", budget, "file")
+    budget = str(uniform["bits_per_weight"])
+    plan = make_plan(results / "sensitivity", onnx, base, tmp_path / "plan", budget)
     mixed = judged("mixed", 8, 0, load_plan(plan / "plan.yaml").model_dump(exclude_none=True))
     assert mixed["weight_bytes"] <= uniform["weight_bytes"]
     assert mixed["mean_kld"] < 0.9 * uniform["mean_kld"]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hf2mnn import __version__
-from hf2mnn.cli import stages, tools
+from hf2mnn.cli import tools
 from hf2mnn.cli.usage import usage_message
 from hf2mnn.core.errors import Hf2mnnError
 from hf2mnn.core.machine_errors import machine_message
@@ -33,7 +35,20 @@ app = typer.Typer(
     suggest_commands=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.registered_commands = [*stages.app.registered_commands, *tools.app.registered_commands]
+
+
+def _add_stage(name: str) -> None:
+    """Add `run` of a stage: the paragraphs of its docstring before the examples are the help, these the epilog."""
+    run = import_module(f"hf2mnn.stages.{name}").run
+    paragraphs = [" ".join(paragraph.split()) for paragraph in inspect.getdoc(run).split("\n\n")]
+    examples = [paragraph for paragraph in paragraphs if paragraph.startswith("Example: ")]
+    summary = paragraphs[: paragraphs.index(examples[0])]
+    app.command(name, help="\n\n".join(summary), epilog="\n\n".join(examples))(run)
+
+
+for stage in ORDER:
+    _add_stage(stage)
+app.registered_commands += tools.app.registered_commands
 
 
 def _print_version(wanted: bool) -> None:
@@ -105,7 +120,8 @@ def main() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     set_command(["hf2mnn", *sys.argv[1:]])
     try:
-        sys.exit(app(prog_name="hf2mnn", standalone_mode=False))
+        returned = app(prog_name="hf2mnn", standalone_mode=False)  # an exit code, or what a stage returns to Python
+        sys.exit(returned if isinstance(returned, int) else 0)
     except typer.TyperException as error:
         if message := usage_message(error):
             _fail(message, 2)

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from hf2mnn.cli.options import Hub, Out, Revision, example
 from hf2mnn.core.errors import GateError, Hf2mnnError
+from hf2mnn.core.options import Hub, Out, Revision
 
 app = typer.Typer()
 
 
-@app.command(epilog=example("hf2mnn pin Qwen/Qwen2-VL-2B-Instruct --revision main --out qwen2-vl-2b.json"))
+@app.command(epilog="Example: hf2mnn pin Qwen/Qwen2-VL-2B-Instruct --revision main --out qwen2-vl-2b.json")
 def pin(
     repository: Annotated[str, typer.Argument(help="owner/name on a hub.")],
     revision: Revision = None,
@@ -31,7 +31,7 @@ def pin(
     print(pinned.revision)
 
 
-@app.command(epilog=example("""hf2mnn toolchain '{"pins": {"MNN": "3.6.0"}}' --out .toolchains/mnn-3.6.0"""))
+@app.command(epilog="""Example: hf2mnn toolchain '{"pins": {"MNN": "3.6.0"}}' --out .toolchains/mnn-3.6.0""")
 def toolchain(
     asked: Annotated[str, typer.Argument(help="Value of toolchains.NAME in config.yaml, JSON: pins, others.")],
     out: Out,
@@ -45,7 +45,7 @@ def toolchain(
     make_toolchain(out, requirements, Toolchain(**parse_option(Toolchain, asked, "TOOLCHAIN")))
 
 
-@app.command(epilog=example("hf2mnn summarize results/*/summary.csv --out results/summary.csv"))
+@app.command(epilog="Example: hf2mnn summarize results/*/summary.csv --out results/summary.csv")
 def summarize(
     tables: Annotated[list[Path], typer.Argument(help="summary.csv of each model.")],
     out: Annotated[Path, typer.Option("--out", help="The joined table, csv.")],
@@ -56,7 +56,7 @@ def summarize(
     join_tables(tables, out)
 
 
-@app.command(epilog=example("hf2mnn table results/summary.csv"))
+@app.command(epilog="Example: hf2mnn table results/summary.csv")
 def table(path: Annotated[Path, typer.Argument(help="A summary.csv.")]) -> None:
     """Print a comparison, and the paths of the reports."""
     from hf2mnn.cli.run_messages import print_summary
@@ -64,7 +64,7 @@ def table(path: Annotated[Path, typer.Argument(help="A summary.csv.")]) -> None:
     print_summary(path)
 
 
-@app.command(epilog=example("hf2mnn resources results"))
+@app.command(epilog="Example: hf2mnn resources results")
 def resources(folder: Annotated[Path, typer.Argument(help="Folder with a folder for each model.")]) -> None:
     """Print time, memory and bytes written of each stage."""
     from hf2mnn.report.console import print_stages
@@ -73,7 +73,7 @@ def resources(folder: Annotated[Path, typer.Argument(help="Folder with a folder 
     print_stages(folder, ORDER)
 
 
-@app.command(epilog=example("hf2mnn gates results/summary.csv --out results/gates.txt"))
+@app.command(epilog="Example: hf2mnn gates results/summary.csv --out results/gates.txt")
 def gates(
     path: Annotated[Path, typer.Argument(help="A summary.csv.")],
     out: Annotated[
@@ -93,7 +93,7 @@ def gates(
             partial.write_text(f"{int(frame['required'].sum())} required variants pass their gates\n")
 
 
-@app.command(epilog=example("hf2mnn verify results/shapes-vl/bundles/int4"))
+@app.command(epilog="Example: hf2mnn verify results/shapes-vl/bundles/int4")
 def verify(
     folders: Annotated[list[Path], typer.Argument(help="Bundles, or folders of other stages.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -110,7 +110,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command(epilog=example('hf2mnn ask results/shapes-vl/bundles/int4 --image cat.png "What is this?"'))
+@app.command(epilog='Example: hf2mnn ask results/shapes-vl/bundles/int4 --image cat.png "What is this?"')
 def ask(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
     prompt: Annotated[str | None, typer.Argument(help="Question to the model.")] = None,
@@ -140,7 +140,7 @@ def ask(
         print(ask_bundle(bundle, prompt, image or [], max_new_tokens, system, **options))
 
 
-@app.command(epilog=example("hf2mnn doctor results/shapes-vl/bundles/int4 --checkpoint results/shapes-vl/checkpoint"))
+@app.command(epilog="Example: hf2mnn doctor results/shapes-vl/bundles/int4 --checkpoint results/shapes-vl/checkpoint")
 def doctor(
     path: Annotated[
         Path, typer.Argument(help="A bundle's folder, a .mnn or .onnx file, or a folder of the onnx or mnn stage.")
@@ -171,7 +171,7 @@ def doctor(
     raise typer.Exit(examination.exit_code)
 
 
-@app.command(epilog=example("hf2mnn tune results/shapes-vl/bundles/int4 --dry-run"))
+@app.command(epilog="Example: hf2mnn tune results/shapes-vl/bundles/int4 --dry-run")
 def tune(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
     setting: Annotated[
@@ -213,7 +213,7 @@ def tune(
     print_tuned(tuned, written=not dry_run)
 
 
-@app.command(epilog=example("hf2mnn schema > workflow/schemas/config.schema.yaml"))
+@app.command(epilog="Example: hf2mnn schema > workflow/schemas/config.schema.yaml")
 def schema() -> None:
     """Print the JSON schema of config.yaml, as YAML."""
     import yaml

@@ -18,16 +18,14 @@ from hf2mnn.core.stage import Stage
 PACKAGE = "hf2mnn"
 ROOT = Path(__file__).parent.parent
 STAGES = f"{PACKAGE}.stages"
-REPORTING = (
-    "core.errors",
-    "core.progress",
-    "core.machine_errors",
-    "core.verify",
-    "machine",
-    "machine.usage",
-    "machine.footprint",
+UNCOUNTED = (
+    *("core.errors", "core.progress", "core.machine_errors", "core.verify"),
+    *("machine", "machine.usage", "machine.footprint", "report.console.print_speed"),
+    # The values of options are params of the rules.
+    *("core.options", "config.load", "config.messages", "config.models", "config.plan", "config.schema"),
+    *("config.variants", "config.gates"),
 )
-"""Modules that change messages and measurements of the run, but no result."""
+"""Modules and functions that change messages, measurements of the run or the reading of options, but no result."""
 TEMPLATES = {"report": "report/*.jinja"}
 """Files beside the code that a stage's result depends on."""
 
@@ -42,7 +40,7 @@ def _file(module: str) -> Path | None:
 
 def _counts(module: str) -> bool:
     """Return whether a module may change a result; another stage's declaration does not."""
-    return module.removeprefix(f"{PACKAGE}.") not in REPORTING and not module.startswith(STAGES)
+    return module.removeprefix(f"{PACKAGE}.") not in UNCOUNTED and not module.startswith(STAGES)
 
 
 def _is_docstring(node: ast.AST) -> bool:
@@ -61,6 +59,8 @@ def _parse(source: str) -> tuple[bytes, tuple[str, ...]]:
     """Return the code of a module without docstrings and imports for type checkers, and the modules that it names."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "help"]
         for block in ("body", "orelse", "finalbody"):
             if isinstance(statements := getattr(node, block, None), list):
                 setattr(node, block, [statement for statement in statements if _runs(statement)])
@@ -72,7 +72,8 @@ def _names(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom) and node.module:
-        return [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        names = [name for alias in node.names if _counts(name := f"{node.module}.{alias.name}")]
+        return [node.module, *names] if names else []
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         if node.value.startswith(f"{PACKAGE}.") and node.value.replace(".", "").replace("_", "").isalnum():
             return [node.value]

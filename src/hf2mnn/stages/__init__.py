@@ -1,8 +1,7 @@
 """The pipeline: one file is one stage, one command, one rule and one folder of results.
 
-Modules here only wire: they open inputs, call the packages below, and write outputs. They import heavy packages inside
-`run`, so that Snakemake and the command line can read the declarations (`STAGE`) quickly. The parameters of `run`
-are the options of the command, which `hf2mnn.cli.stages` documents.
+`run` of a stage is its command: its parameters are the options, its docstring is the help. Stages only wire, and import
+heavy packages inside functions, so that Snakemake and `--help` read the declarations (`STAGE`) quickly.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf2mnn.core.stage import Stage, open_stage
-from hf2mnn.machine.footprint import Footprint
+from hf2mnn.core.options import GraphsFolder, OnnxFolder, Out, ReferenceFolder, Threads, TimeLimit
+from hf2mnn.core.stage import Footprint, Stage, open_stage
 
 STAGE = Stage(
     "baseline",
@@ -19,12 +19,20 @@ STAGE = Stage(
 )
 
 
-def run(reference: Path, onnx: Path, graphs: Path, destination: Path, threads: int, time_limit: float) -> Path:
-    """Make the float32 bundle, and run it with both our and the engine's resizing of images.
+def run(
+    reference: ReferenceFolder,
+    onnx: OnnxFolder,
+    graphs: GraphsFolder,
+    destination: Out,
+    threads: Threads = 2,
+    time_limit: TimeLimit = 7200,
+) -> Path:
+    """Make and run the float32 bundle that the diagnoses of all variants compare with.
 
-    Raises:
-        ManifestError: An input differs from its manifest.
-        EngineError: The engine failed or was stopped.
+    Example: hf2mnn baseline --reference results/shapes-vl/reference/evaluation --onnx results/shapes-vl/onnx
+        --graphs results/shapes-vl/graphs --out results/shapes-vl/baseline
+
+    It runs with both our and the engine's resizing of images.
     """
     from hf2mnn.evaluation.error_budget import BUNDLE, Runs
     from hf2mnn.mnn.bundle import EngineSettings

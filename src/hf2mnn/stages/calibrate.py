@@ -7,10 +7,13 @@ Writes sampled rows of the inputs of each layer.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from hf2mnn.core.errors import ManifestError
-from hf2mnn.core.stage import Stage, open_stage
-from hf2mnn.machine.footprint import Footprint
+from hf2mnn.core.options import CalibrationAnswers, CheckpointFolder, Out, Threads, WeightsKept
+from hf2mnn.core.stage import Footprint, Stage, open_stage
 
 STAGE = Stage(
     "calibrate",
@@ -21,19 +24,23 @@ STAGE = Stage(
 
 
 def run(
-    checkpoint: Path,
-    calibration: Path,
-    evaluation: Path | None,
-    destination: Path,
-    rows: int,
-    threads: int,
-    weights: str = "auto",
+    checkpoint: CheckpointFolder,
+    calibration: CalibrationAnswers,
+    destination: Out,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the reference stage for the evaluation set: no example may be in both."),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Tokens or patches to keep of each layer's inputs.", min=1)] = 4096,
+    threads: Threads = 2,
+    weights: WeightsKept = "auto",
 ) -> Path:
-    """Record at most `rows` rows of the inputs of each linear layer.
+    """Record the inputs of each linear layer on the calibration set, for awq and gptq.
 
-    Raises:
-        EvaluationSetError: The two sets share an example.
-        ManifestError: An input differs from its manifest, or `calibration` has answers of another checkpoint.
+    Example: hf2mnn calibrate results/shapes-vl/checkpoint --calibration results/shapes-vl/reference/calibration
+        --evaluation results/shapes-vl/reference/evaluation --out results/shapes-vl/calibration
+
+    Raise EvaluationSetError if both sets share an example, ManifestError if the answers are of another checkpoint.
     """
     from hf2mnn.checkpoint.folder import Checkpoint
     from hf2mnn.reference.golden import Golden

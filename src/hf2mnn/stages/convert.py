@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf2mnn.core.stage import Stage, open_stage
-from hf2mnn.machine.footprint import Footprint
+from hf2mnn.core.options import OnnxArgument, Out
+from hf2mnn.core.stage import Footprint, Stage, open_stage
 
 STAGE = Stage(
     "convert",
@@ -19,12 +19,10 @@ STAGE = Stage(
 )
 
 
-def run(onnx: Path, destination: Path) -> Path:
-    """Convert the graphs in a folder of the export stage; the quantize stage adds the weights.
+def run(onnx: OnnxArgument, destination: Out) -> Path:
+    """Convert the ONNX graphs to MNN graphs without weights, and check that every attention is fused.
 
-    Raises:
-        ManifestError: The ONNX folder differs from its manifest.
-        ConversionError: The converter failed, or wrote an unexpected graph.
+    Example: hf2mnn convert results/shapes-vl/onnx --out results/shapes-vl/graphs
     """
     from hf2mnn.mnn.bundle import convert_model
 

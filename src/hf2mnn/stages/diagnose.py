@@ -7,13 +7,12 @@ Writes layers.parquet, budget.parquet and findings.json.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from hf2mnn.core.stage import Stage, open_stage
-from hf2mnn.machine.footprint import Footprint
+import typer
 
-if TYPE_CHECKING:
-    from hf2mnn.evaluation.findings import Finding
+from hf2mnn.core.options import OnnxFolder, Out, ReferenceFolder, Threads, TimeLimit
+from hf2mnn.core.stage import Footprint, Stage, open_stage
 
 STAGE = Stage(
     "diagnose",
@@ -25,19 +24,21 @@ STAGE = Stage(
 
 
 def run(
-    reference: Path,
-    onnx: Path,
-    baseline: Path,
-    bundle: Path,
-    destination: Path,
-    threads: int,
-    time_limit: float,
-) -> list[Finding]:
-    """Diagnose a bundle; one that does not run is a finding, not a failure.
+    reference: ReferenceFolder,
+    onnx: OnnxFolder,
+    baseline: Annotated[Path, typer.Option(help="Folder of the baseline stage.")],
+    bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")],
+    destination: Out,
+    threads: Threads = 2,
+    time_limit: TimeLimit = 7200,
+) -> list:
+    """Find the causes of a bundle's error: layer by layer, source by source.
 
-    Raises:
-        ManifestError: An input differs from its manifest.
-        EngineError: The engine was stopped.
+    Example: hf2mnn diagnose --reference results/shapes-vl/reference/evaluation --onnx results/shapes-vl/onnx
+        --baseline results/shapes-vl/baseline --bundle results/shapes-vl/bundles/int4
+        --out results/shapes-vl/diagnosis/int4
+
+    Return the findings; a bundle that does not run is one of them, not a failure.
     """
     from hf2mnn.evaluation.diagnose import diagnose
     from hf2mnn.reference.golden import Golden
@@ -46,4 +47,7 @@ def run(
     with open_stage(STAGE, destination, folders, {"threads": threads}) as stage:
         findings = diagnose(Golden(reference), onnx, baseline, bundle, stage.folder, threads, time_limit)
         stage.results["findings"] = [finding.message for finding in findings]
+    for finding in findings:
+        print(f"{finding.part}: {finding.message}")
+    print(f"{len(findings) or 'no'} findings")
     return findings

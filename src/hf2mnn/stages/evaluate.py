@@ -7,9 +7,12 @@ Writes tables of positions, answers, images and cache parity, figures with inter
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from hf2mnn.core.stage import Stage, open_stage
-from hf2mnn.machine.footprint import Footprint
+import typer
+
+from hf2mnn.core.options import OnnxFolder, Out, ReferenceFolder, Threads, TimeLimit
+from hf2mnn.core.stage import Footprint, Stage, open_stage
 
 STAGE = Stage(
     "evaluate",
@@ -23,19 +26,22 @@ STAGE = Stage(
 
 
 def run(
-    reference: Path,
-    onnx: Path,
-    destination: Path,
-    bundle: Path | None,
-    threads: int,
-    time_limit: float,
-    keep_logits: bool = False,
+    reference: ReferenceFolder,
+    onnx: OnnxFolder,
+    destination: Out,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Bundle to run in MNN's engine; left out, the ONNX graphs run.")
+    ] = None,
+    threads: Threads = 2,
+    time_limit: TimeLimit = 7200,
+    keep_logits: Annotated[
+        bool, typer.Option("--keep-logits", help="Also write logits.safetensors, to recompute figures.")
+    ] = False,
 ) -> Path:
-    """Evaluate `bundle` in MNN's engine, or, where it is None, the ONNX graphs in ONNX Runtime.
+    """Answer the evaluation set with a conversion and measure its distance from PyTorch.
 
-    Raises:
-        ManifestError: An input differs from its manifest.
-        EngineError: The engine was stopped.
+    Example: hf2mnn evaluate --reference results/shapes-vl/reference/evaluation --onnx results/shapes-vl/onnx
+        --bundle results/shapes-vl/bundles/int4 --out results/shapes-vl/evaluation/int4
     """
     from hf2mnn.evaluation.evaluate import evaluate
     from hf2mnn.reference.golden import Golden

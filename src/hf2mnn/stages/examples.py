@@ -8,19 +8,43 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Annotated
 
-from hf2mnn.core.stage import Stage, open_stage
-from hf2mnn.machine.footprint import Footprint
+import typer
+
+from hf2mnn.config.models import Dataset
+from hf2mnn.core.errors import Hf2mnnError
+from hf2mnn.core.options import Out
+from hf2mnn.core.stage import Footprint, Stage, open_stage
 
 STAGE = Stage("examples", tools=("datasets", "pillow"), footprint=Footprint(2000, 0, 240, 0))
 
 
-def copy_set(examples: Path, destination: Path) -> Path:
-    """Copy a user-provided set after reading every example and image.
+def run(
+    destination: Out,
+    path: Annotated[
+        Path | None, typer.Option(help="Folder with examples.jsonl; with --dataset, a local copy of that data set.")
+    ] = None,
+    dataset: Annotated[Dataset | None, typer.Option(help="Labelled data set to draw from.")] = None,
+    samples: Annotated[int, typer.Option(help="Questions to draw from the data set.", min=1)] = 100,
+    revision: Annotated[str, typer.Option(help="Commit, tag or branch of the data set on the hub.")] = "main",
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+) -> Path:
+    """Collect an evaluation or calibration set: your own, or questions of a labelled data set.
 
-    Raises:
-        EvaluationSetError: The folder is not an evaluation set, or an image is missing or unreadable.
+    Example: hf2mnn examples --dataset docvqa --samples 100 --out my-docvqa
+
+    Example: hf2mnn examples --path my-questions --out results/mine/examples/evaluation
     """
+    if dataset is not None:
+        return draw_set(dataset, samples, destination, path, revision, seed)
+    if path is not None:
+        return copy_set(path, destination)
+    raise Hf2mnnError("give --path FOLDER, --dataset NAME, or both")
+
+
+def copy_set(examples: Path, destination: Path) -> Path:
+    """Copy a user-provided set after reading every example and image."""
     from hf2mnn.reference.examples import NAME, read_examples, read_image
 
     records = read_examples(examples)
@@ -38,11 +62,7 @@ def copy_set(examples: Path, destination: Path) -> Path:
 def draw_set(
     dataset: str, samples: int, destination: Path, path: Path | None = None, revision: str = "main", seed: int = 0
 ) -> Path:
-    """Draw `samples` questions of a labelled data set by `seed`; `path` is a local copy, else the hub's is used.
-
-    Raises:
-        EvaluationSetError: The data set is unknown, cannot be read, or has other columns.
-    """
+    """Draw `samples` questions of a labelled data set by `seed`; `path` is a local copy, else the hub's is used."""
     from hf2mnn.reference.labelled_sets import draw_examples, get_dataset
 
     chosen = get_dataset(dataset)

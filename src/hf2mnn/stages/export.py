@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf2mnn.core.stage import Stage, open_stage
-from hf2mnn.machine.footprint import Footprint
+from hf2mnn.core.options import CheckpointFolder, Out
+from hf2mnn.core.stage import Footprint, Stage, open_stage
 
 STAGE = Stage(
     "export",
@@ -19,13 +19,10 @@ STAGE = Stage(
 )
 
 
-def run(checkpoint: Path, destination: Path) -> Path:
-    """Export the graphs of the checkpoint in a folder of the fetch stage.
+def run(checkpoint: CheckpointFolder, destination: Out) -> Path:
+    """Export decoder (with explicit KV cache), vision tower and embedding as ONNX.
 
-    Raises:
-        ManifestError: `checkpoint` differs from its manifest.
-        CheckpointError: Weights and configuration do not match.
-        ExportError: An exported graph is invalid.
+    Example: hf2mnn export results/shapes-vl/checkpoint --out results/shapes-vl/onnx
     """
     from hf2mnn.checkpoint.folder import Checkpoint
     from hf2mnn.onnx.export import OPSET, export_graphs

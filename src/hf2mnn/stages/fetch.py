@@ -7,69 +7,80 @@ Writes links to the checkpoint's files, and the weights that an adapter changes.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from hf2mnn.checkpoint.fetch import AdapterSource, link_files, merge_adapter, rename_in_errors
-from hf2mnn.checkpoint.folder import Checkpoint, checkpoint_files
-from hf2mnn.checkpoint.hub.download import gather, get_hub, pin_repository
-from hf2mnn.checkpoint.hub.pin import Pin, load_pin
-from hf2mnn.checkpoint.preflight import check_checkpoint
-from hf2mnn.checkpoint.size import check_resources
+import typer
+
 from hf2mnn.core.errors import CheckpointError
-from hf2mnn.core.stage import Stage, open_stage
-from hf2mnn.machine.footprint import Footprint
+from hf2mnn.core.options import Hub, Out, Revision
+from hf2mnn.core.stage import Footprint, Stage, open_stage
 from hf2mnn.stages import conversion_memory_mb
+
+if TYPE_CHECKING:
+    from hf2mnn.checkpoint.folder import Checkpoint
 
 STAGE = Stage("fetch", tools=("torch", "transformers", "numba"), footprint=Footprint(700, 0, 240, 30))
 
 
 def run(
-    destination: Path,
-    path: Path | None = None,
-    repository: str | None = None,
-    revision: str | None = None,
-    hub: str = "huggingface",
-    pin: Path | None = None,
-    files: Path | None = None,
-    adapter: AdapterSource | None = None,
+    destination: Out,
+    path: Annotated[Path | None, typer.Option(help="Local checkpoint folder.")] = None,
+    repository: Annotated[str | None, typer.Option(help="owner/name on a hub.")] = None,
+    revision: Revision = None,
+    hub: Hub = "huggingface",
+    pin: Annotated[Path | None, typer.Option(help="File of 'hf2mnn pin', in place of repository and revision.")] = None,
+    files: Annotated[
+        Path | None, typer.Option(help="Folder of user-provided files: those that match are used and not downloaded.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder with a LoRA adapter (PEFT) to merge.")] = None,
+    adapter_repository: Annotated[str | None, typer.Option(help="owner/name of an adapter on a hub.")] = None,
+    adapter_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the adapter.")] = None,
+    adapter_hub: Annotated[Literal["huggingface", "modelscope"], typer.Option(help="Hub of the adapter.")] = (
+        "huggingface"
+    ),
 ) -> Path:
-    """Link the files of a checkpoint into `destination`; each file of a hub is checked by its size and hash.
+    """Fetch and check a checkpoint, and merge an adapter into it if one is given.
 
-    Raises:
-        CheckpointError: The checkpoint or adapter is missing, incomplete, inconsistent or of an unsupported family.
+    Example: hf2mnn fetch --path models/shapes-vl --out results/shapes-vl/checkpoint
     """
+    from hf2mnn.checkpoint.fetch import AdapterSource, link_files, merge_adapter, rename_in_errors
+    from hf2mnn.checkpoint.folder import checkpoint_files
+    from hf2mnn.checkpoint.hub.download import gather, get_hub, pin_repository
+    from hf2mnn.checkpoint.hub.pin import load_pin
+
     if [path, repository, pin].count(None) != 2:
         raise CheckpointError("give exactly one of --path (a local folder), --repository (on a hub) and --pin (a file)")
     if path is not None:
-        _fetch_folder(destination, Path(path), files, adapter)
+        if files is not None:
+            raise CheckpointError("--files is only for a repository or a pin: leave it out for a local folder")
+        if destination.resolve() == path.resolve():
+            raise CheckpointError(f"{destination} is the checkpoint itself; give --out another folder")
+        checkpoint = _checked(path, destination)
+        name, links = str(path), {Path(file).name: Path(file) for file in checkpoint_files(path)}
+        described = {"paths": {"path": path}, "tools": ()}
     else:
-        pinned = load_pin(pin) if pin is not None else pin_repository(repository, revision, hub)
-        _fetch_pinned(destination, pinned, files, adapter)
+        chosen = load_pin(pin) if pin is not None else pin_repository(repository, revision, hub)
+        source = get_hub(chosen.hub)
+        name, links = chosen.repository, gather(source, chosen, files)
+        settings = {"hub": chosen.hub, "repository": name, "revision": chosen.branch, "commit": chosen.revision}
+        described = {"settings": settings, "tools": (source.package,)}
+    with open_stage(STAGE, destination, **described) as stage:
+        link_files(links, stage.folder)
+        with rename_in_errors(stage.folder, name):
+            if path is None:
+                checkpoint = _checked(stage.folder, destination)
+            if adapter is not None or adapter_repository is not None:
+                origin = AdapterSource(adapter, adapter_repository, adapter_revision, adapter_hub)
+                merge_adapter(checkpoint, origin, stage.folder, stage.manifest)
     return destination
 
 
-def _fetch_folder(destination: Path, path: Path, files: Path | None, adapter: AdapterSource | None) -> None:
-    if files is not None:
-        raise CheckpointError("--files is only for a repository or a pin: leave it out for a local folder")
-    if Path(destination).resolve() == path.resolve():
-        raise CheckpointError(f"{destination} is the checkpoint itself; give --out another folder")
-    checkpoint = Checkpoint(path)
+def _checked(folder: Path, destination: Path) -> Checkpoint:
+    from hf2mnn.checkpoint.folder import Checkpoint
+    from hf2mnn.checkpoint.preflight import check_checkpoint
+    from hf2mnn.checkpoint.size import check_resources
+
+    checkpoint = Checkpoint(folder)
     check_checkpoint(checkpoint)
-    check_resources(path, destination, conversion_memory_mb)
-    with open_stage(STAGE, destination, paths={"path": path}, tools=()) as stage:
-        link_files({file.name: file for file in map(Path, checkpoint_files(path))}, stage.folder)
-        if adapter:
-            merge_adapter(checkpoint, adapter, stage.folder, stage.manifest)
-
-
-def _fetch_pinned(destination: Path, pin: Pin, files: Path | None, adapter: AdapterSource | None) -> None:
-    hub = get_hub(pin.hub)
-    paths = gather(hub, pin, files)
-    settings = {"hub": pin.hub, "repository": pin.repository, "revision": pin.branch, "commit": pin.revision}
-    with open_stage(STAGE, destination, settings=settings, tools=(hub.package,)) as stage:
-        link_files(paths, stage.folder)
-        with rename_in_errors(stage.folder, pin.repository):
-            checkpoint = Checkpoint(stage.folder)
-            check_checkpoint(checkpoint)
-            check_resources(stage.folder, destination, conversion_memory_mb)
-            if adapter:
-                merge_adapter(checkpoint, adapter, stage.folder, stage.manifest)
+    check_resources(folder, destination, conversion_memory_mb)
+    return checkpoint

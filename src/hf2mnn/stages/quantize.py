@@ -7,10 +7,12 @@ Writes the bundle, and weights.csv with a row for each operator.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from hf2mnn.core.stage import Stage, open_stage
-from hf2mnn.machine.footprint import Footprint
+import typer
+
+from hf2mnn.core.options import Embedding, OnnxArgument, Out
+from hf2mnn.core.stage import Footprint, Stage, open_stage
 
 if TYPE_CHECKING:
     from hf2mnn.quant.variant import Choice
@@ -25,6 +27,45 @@ STAGE = Stage(
 
 
 def run(
+    onnx: OnnxArgument,
+    graphs: Annotated[Path, typer.Argument(help="Folder of the convert stage.")],
+    destination: Out,
+    decoder: Annotated[
+        str, typer.Option(help="Weights of the decoder, JSON: bits, block, symmetric, scale_bits, method.")
+    ],
+    vision: Annotated[str, typer.Option(help="Weights of the vision tower, JSON.")] = '{"bits": 8}',
+    engine: Annotated[str, typer.Option(help="Settings of the engine, JSON: precision, memory, threads.")] = "{}",
+    plan: Annotated[Path | None, typer.Option(help="A plan.yaml: settings by operator, which override both.")] = None,
+    embedding: Embedding = "file",
+    calibration: Annotated[Path | None, typer.Option(help="Folder of the calibrate stage, for awq and gptq.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder of the fetch stage, for the values of an AWQ or GPTQ checkpoint.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads to round with.", min=1)] = 2,
+) -> Path:
+    """Make a bundle: MNN's graphs with the checkpoint's weights in the chosen formats.
+
+    Example: hf2mnn quantize results/shapes-vl/onnx results/shapes-vl/graphs --out results/shapes-vl/bundles/int4
+        --decoder '{"bits": 4, "block": 64}' --vision '{"bits": 8}'
+    """
+    from hf2mnn.config.load import parse_option
+    from hf2mnn.config.plan import load_plan
+    from hf2mnn.config.variants import Engine, Weights
+    from hf2mnn.mnn.bundle import EngineSettings
+    from hf2mnn.quant.formats import WeightFormat
+    from hf2mnn.quant.variant import Choice
+
+    choice = Choice(
+        WeightFormat(**parse_option(Weights, decoder, "--decoder")),
+        WeightFormat(**parse_option(Weights, vision, "--vision")),
+        EngineSettings(**parse_option(Engine, engine, "--engine")),
+        load_plan(plan).model_dump(exclude_none=True) if plan else {},
+        embedding,
+    )
+    return quantize(onnx, graphs, destination, choice, threads, calibration, checkpoint, plan)
+
+
+def quantize(
     onnx: Path,
     graphs: Path,
     destination: Path,
@@ -34,21 +75,14 @@ def run(
     checkpoint: Path | None = None,
     plan: Path | None = None,
 ) -> Path:
-    """Make a bundle.
-
-    Raises:
-        ManifestError: An input differs from its manifest.
-        QuantizationError: An operator cannot be stored in the chosen format.
-        ConversionError: MNN's converter failed, or wrote an unexpected graph.
-    """
+    """Make a bundle; `plan` is the file that the plan in `choice` was read from."""
     from hf2mnn.quant.methods import Methods
     from hf2mnn.quant.variant import make_variant
 
     folders = {"onnx": onnx, "graphs": graphs, "calibration": calibration, "checkpoint": checkpoint}
     files = {"plan": plan} if plan else {}
     with open_stage(STAGE, destination, folders, choice.settings(), files=files, paths=files) as stage:
-        methods = Methods(calibration, checkpoint)
-        figures = make_variant(onnx, graphs, stage.folder, choice, methods, threads)
+        figures = make_variant(onnx, graphs, stage.folder, choice, Methods(calibration, checkpoint), threads)
         for name, value in figures.items():
             print(f"{name.replace('_', ' ')}: {value:,}", flush=True)
         layout = ("decoder_layout", "layout_reason")

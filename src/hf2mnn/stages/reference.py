@@ -7,9 +7,12 @@ Writes prompts, token ids, logits, answers, image embeddings, and tap points of 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from hf2mnn.core.stage import Stage, open_stage
-from hf2mnn.machine.footprint import Footprint
+import typer
+
+from hf2mnn.core.options import CheckpointFolder, Out, Threads, WeightsKept
+from hf2mnn.core.stage import Footprint, Stage, open_stage
 
 STAGE = Stage(
     "reference",
@@ -21,13 +24,17 @@ STAGE = Stage(
 
 
 def run(
-    checkpoint: Path, examples: Path, destination: Path, max_new_tokens: int, threads: int, weights: str = "auto"
+    checkpoint: CheckpointFolder,
+    examples: Annotated[Path, typer.Option(help="Folder with examples.jsonl.")],
+    destination: Out,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 64,
+    threads: Threads = 2,
+    weights: WeightsKept = "auto",
 ) -> Path:
-    """Answer every example greedily and write inputs, logits and answers.
+    """Answer a set with PyTorch in float32, for all comparisons.
 
-    Raises:
-        EvaluationSetError: An example or an image cannot be read.
-        CheckpointError, ManifestError: The checkpoint is incomplete, or differs from its manifest.
+    Example: hf2mnn reference results/shapes-vl/checkpoint --examples models/shapes-vl/evaluation
+        --out results/shapes-vl/reference/evaluation
     """
     from hf2mnn.checkpoint.folder import Checkpoint
     from hf2mnn.reference.examples import NAME, image_files, read_examples, read_image

@@ -7,10 +7,11 @@ Writes summary.csv, figures.csv (with parquet beside them) and report.html.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from hf2mnn.core.stage import Stage
-from hf2mnn.machine.footprint import Footprint
+import typer
+
+from hf2mnn.core.stage import Footprint, Stage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,12 +21,28 @@ if TYPE_CHECKING:
 STAGE = Stage("report", tools=("pillow",), footprint=Footprint(2000, 0, 30, 0))
 
 
-def run(model: str, folder: Path, specs: list[VariantSpec]) -> pd.DataFrame:
-    """Write the tables, as csv and parquet, and the page of a model into its results folder; return the summary.
+def run(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Results of the model; summary, figures and report.html are written there.")
+    ],
+    variants: Annotated[str, typer.Option(help="Variants in order, JSON: name, required, gates.")],
+) -> None:
+    """Put all conversions of a model in one table with a verdict, and on one page with the evidence.
 
-    Raises:
-        ManifestError: An evaluation is missing, or stages do not belong together.
+    Example: hf2mnn report shapes-vl results/shapes-vl
+        --variants '[{"name": "int4", "required": false, "gates": {"mean_kld": 0.1}}]'
     """
+    from hf2mnn.config.load import parse_option
+    from hf2mnn.config.variants import ReportVariants
+    from hf2mnn.report.table import VariantSpec
+
+    specs = parse_option(ReportVariants, variants, "--variants")
+    make_report(model, folder, [VariantSpec(**spec) for spec in specs])
+
+
+def make_report(model: str, folder: Path, specs: list[VariantSpec]) -> pd.DataFrame:
+    """Write the tables, as csv and parquet, and the page of a model into its results folder; return the summary."""
     import pandas as pd
 
     from hf2mnn.core.files import atomic_file

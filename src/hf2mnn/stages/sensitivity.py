@@ -7,9 +7,12 @@ Writes measured.csv and candidates.csv.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from hf2mnn.core.stage import Stage, open_stage
-from hf2mnn.machine.footprint import Footprint
+import typer
+
+from hf2mnn.core.options import CalibrationAnswers, CheckpointFolder, Out, Threads, WeightsKept
+from hf2mnn.core.stage import Footprint, Stage, open_stage
 
 STAGE = Stage(
     "sensitivity",
@@ -20,22 +23,26 @@ STAGE = Stage(
 
 
 def run(
-    checkpoint: Path,
-    calibration: Path,
-    destination: Path,
-    bits: list[int],
-    examples: int,
-    threads: int,
-    weights: str = "auto",
+    checkpoint: CheckpointFolder,
+    calibration: CalibrationAnswers,
+    destination: Out,
+    bits: Annotated[
+        list[int] | None, typer.Option(help="Bits to measure with, 2 to 8; repeat for more.", min=2, max=8)
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Examples to measure with.", min=1)] = 32,
+    threads: Threads = 2,
+    weights: WeightsKept = "auto",
 ) -> Path:
-    """Measure the divergence for each operator and each number of bits.
+    """Measure the divergence of the answers when one operator alone is quantized, for bits: auto.
 
-    Raises:
-        ManifestError: An input differs from its manifest.
+    Example: hf2mnn sensitivity results/shapes-vl/checkpoint --calibration results/shapes-vl/reference/calibration
+        --out results/shapes-vl/sensitivity
     """
+    from hf2mnn.config.schema import Calibration
     from hf2mnn.quant.sensitivity import measure_sensitivity
     from hf2mnn.reference.pytorch import set_torch_threads
 
+    bits = sorted(set(bits or Calibration().bits))
     folders = {"checkpoint": checkpoint, "calibration": calibration}
     settings = {"bits": bits, "examples": examples, "threads": threads}
     with open_stage(STAGE, destination, folders, settings) as stage:

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options of the command line that several commands share."""
 
 from __future__ import annotations
 
@@ -25,15 +25,11 @@ Embedding = Annotated[
     Literal["file", "lm_head"],
     typer.Option(help="Where the engine reads the embedding: a bfloat16 file, or lm_head of a tied model."),
 ]
-Checkpoint = Annotated[Path, typer.Argument(help="Folder of the fetch stage.")]
+CheckpointFolder = Annotated[Path, typer.Argument(help="Folder of the fetch stage.")]
+OnnxArgument = Annotated[Path, typer.Argument(help="Folder of the export stage.")]
 OnnxFolder = Annotated[Path, typer.Option("--onnx", help="Folder of the export stage.")]
 GraphsFolder = Annotated[Path, typer.Option("--graphs", help="Folder of the convert stage.")]
 ReferenceFolder = Annotated[Path, typer.Option("--reference", help="Folder of the reference stage.")]
 CalibrationAnswers = Annotated[
     Path, typer.Option("--calibration", help="Folder of the reference stage for the calibration set.")
 ]
-
-
-def example(*commands: str) -> str:
-    """Return the epilog of a command's help."""
-    return "\n\n".join(f"Example: {command}" for command in commands)
