@@ -24,7 +24,7 @@ from evidence import figure_table, make_evidence, make_variant, write_reference
 from dataclasses import replace
 from pathlib import Path
 from hf2mnn.config.load import parse_config
-from hf2mnn.config.schema import config_schema
+from hf2mnn.config.schema import Config
 from hf2mnn.report import cells, console, versions
 from hf2mnn.report.table import COLUMNS, VariantSpec, make_table
 import tempfile
@@ -44,7 +44,7 @@ json.dump({
     "values": [table["fake"].tolist()[1] for table in tables],
     "verdicts": [table["verdict"].tolist()[1] for table in tables],
     "reason": tables[1]["reason"].tolist()[1],
-    "schema": config_schema()["$defs"]["Gates"]["properties"]["fake"],
+    "schema": Config.model_json_schema()["$defs"]["Gates"]["properties"]["fake"],
     "gates": [config.gates_of(row).get("fake") for row in ("v", "onnxruntime")],
     "console": "fake head" in text.getvalue() and "40.0 %" in text.getvalue(),
     "side by side": versions.side_by_side(tables, ({}, {})).splitlines()[0],

@@ -16,6 +16,7 @@ import pytest
 
 from hf2mnn.config.models import Toolchain
 from hf2mnn.core import fingerprint as fp
+from hf2mnn.core import manifest
 from hf2mnn.core.fingerprint import fingerprint, reached
 from hf2mnn.stages import ORDER, stage_named
 
@@ -243,8 +244,8 @@ def test_the_export_does_not_depend_on_mnn() -> None:
 
 
 def test_an_upgraded_tool_changes_the_stages_that_declare_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp, "version", lambda package: "1")
+    monkeypatch.setattr(manifest, "version", lambda package: "1")
     before = fingerprints()
-    monkeypatch.setattr(fp, "version", lambda package: "2" if package == "onnxscript" else "1")
+    monkeypatch.setattr(manifest, "version", lambda package: "2" if package == "onnxscript" else "1")
     after = fingerprints()
     assert {stage for stage in ORDER if before[stage] != after[stage]} == {"export"}

@@ -65,14 +65,6 @@ def _root(
 ) -> None: ...
 
 
-def _file_message(error: Exception) -> str | None:
-    """Return the message for a file error (missing, a folder, not a folder), or None for another error."""
-    if not isinstance(error, OSError):
-        return None
-    path = error.filename2 or error.filename
-    return f"{path}: {error.strerror}" if path else str(error)
-
-
 class _Stopped(SystemExit):
     """Exit by a signal; the code is 128 plus its number."""
 
@@ -132,7 +124,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        message = machine_message(error, Path.cwd()) or _file_message(error)
+        message = machine_message(error, Path.cwd())
+        if message is None and isinstance(error, OSError):  # a file is missing, a folder, or not a folder
+            path = error.filename2 or error.filename
+            message = f"{path}: {error.strerror}" if path else str(error)
         if message is None:
             raise
         _fail(message)

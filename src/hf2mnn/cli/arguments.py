@@ -17,15 +17,16 @@ SETS = ("evaluation", "calibration")
 
 
 def _options(values: dict[str, object]) -> list[str]:
-    """Return --name value for each entry that is not None."""
-    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+    """Return --name value for each entry that is not None, with "-" for "_"."""
+    given = {name.replace("_", "-"): str(value) for name, value in values.items() if value is not None}
+    return [word for name, value in given.items() for word in (f"--{name}", value)]
 
 
 def fetch_options(model: Instance) -> list[str]:
     """Return the options of `hf2mnn fetch`."""
     given = model.source.model_dump(exclude_none=True, exclude_unset=True)
     if isinstance(given.get("adapter"), dict):
-        given |= {f"adapter-{name}": value for name, value in given.pop("adapter").items()}
+        given |= {f"adapter_{name}": value for name, value in given.pop("adapter").items()}
     return _options(given)
 
 
@@ -80,16 +81,7 @@ def method_options(config: Config, variant: str, inputs: dict[str, str]) -> list
 
 def benchmark_options(config: Config, model: str) -> list[str]:
     """Return the options of `hf2mnn benchmark` except its bundles and threads."""
-    chosen = config.benchmark
-    return _options(
-        {
-            "baseline": config.baseline(model),
-            "repeats": chosen.repeats,
-            "prompt-tokens": chosen.prompt_tokens,
-            "answer-tokens": chosen.answer_tokens,
-            "image-side": chosen.image_side,
-        }
-    )
+    return _options({"baseline": config.baseline(model), **config.benchmark.model_dump(exclude={"threads"})})
 
 
 def conversions(config: Config, model: str) -> list[str]:

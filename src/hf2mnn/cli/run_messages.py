@@ -30,27 +30,21 @@ def print_needs(config: Config, results: Path, file: IO[str] | None = None) -> N
         bits = [config.bits_of(variant) for variant in config.variants_of(name)]
         disk = run_bytes(size.weights, size.embedding, bits, fetched=model.source.path is None)
         total += sum(disk.values())
-        weights = (
-            f"{size.weights / 1e9:.2g} billion weights" if size.known else "size not known yet, assumed to be a 2B"
-        )
+        weights = f"{size.weights / 1e9:.2g} billion weights"
+        weights = weights if size.known else "size not known yet, assumed to be a 2B"
         parts = ", ".join(f"{readable_size(value)} {purpose}" for purpose, value in disk.items())
-        console.print(f"{name}: {weights}; disk: {parts}", soft_wrap=True, highlight=False)
+        console.print(f"{name}: {weights}; disk: {parts}", soft_wrap=True)
         convert = conversion_memory_mb(size.weights) * 1e6
         peak = max(footprint.memory_mb(size.weights) for footprint in footprints) * 1e6
         peaks = f"{readable_size(convert)} to convert, up to {readable_size(peak)} to evaluate"
-        console.print(f"{name}: memory: {peaks}; {readable_size(memory)} available", soft_wrap=True, highlight=False)
+        console.print(f"{name}: memory: {peaks}; {readable_size(memory)} available", soft_wrap=True)
     if total > free:
         warning = f"this run may write {readable_size(total)}, and the disk has {readable_size(free)} free"
-        console.print(warning, style="bold", soft_wrap=True, highlight=False)
+        console.print(warning, style="bold", soft_wrap=True)
 
 
 def print_outcome(results: Path, prefix: str | None = None) -> None:
-    """Print the comparison, if there is one, and the resources of the stages.
-
-    Args:
-        results: Folder with a folder for each model.
-        prefix: Object storage that has the results; then its location is printed.
-    """
+    """Print the comparison, if there is one, and the resources of the stages; only the location in object storage."""
     if prefix:
         print(f"results: {prefix}/{results}")
         return

@@ -199,17 +199,8 @@ def tune(
     from hf2mnn.evaluation.tune import SETTINGS, tune_bundle
     from hf2mnn.report.console import print_tuned
 
-    tuned = tune_bundle(
-        bundle,
-        setting or SETTINGS,
-        prompt_tokens,
-        answer_tokens,
-        image_side,
-        repeats,
-        max_kld,
-        time_limit,
-        dry_run,
-    )
+    lengths = (prompt_tokens, answer_tokens, image_side)
+    tuned = tune_bundle(bundle, setting or SETTINGS, *lengths, repeats, max_kld, time_limit, dry_run)
     print_tuned(tuned, written=not dry_run)
 
 
@@ -218,6 +209,6 @@ def schema() -> None:
     """Print the JSON schema of config.yaml, as YAML."""
     import yaml
 
-    from hf2mnn.config.schema import config_schema
+    from hf2mnn.config.schema import Config
 
-    print(yaml.safe_dump(config_schema(), sort_keys=False, allow_unicode=True, width=120), end="")
+    print(yaml.safe_dump(Config.model_json_schema(), sort_keys=False, allow_unicode=True, width=120), end="")

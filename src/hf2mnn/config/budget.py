@@ -11,23 +11,14 @@ BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 @dataclass(frozen=True)
 class Budget:
-    """Limit on the size of a bundle; one of the two is set.
+    """Limit on the size of a bundle; one of the two is set."""
 
-    Attributes:
-        bits_per_weight: Mean bits for each weight of decoder and vision tower, scales included.
-        bundle_bytes: Size of the whole bundle.
-    """
-
-    bits_per_weight: float | None = None
-    bundle_bytes: int | None = None
+    bits_per_weight: float | None = None  # mean of decoder and vision tower, scales included
+    bundle_bytes: int | None = None  # size of the whole bundle
 
 
 def parse_budget(text: str | float) -> Budget:
-    """Parse bits per weight (4.25) or a bundle size with its unit (850MB).
-
-    Raises:
-        ValueError: It is neither.
-    """
+    """Parse bits per weight (4.25) or a bundle size with its unit (850MB); raise ValueError for another text."""
     match = BUDGET.fullmatch(str(text))
     unit = match[2].upper() if match else None
     if unit not in UNITS:

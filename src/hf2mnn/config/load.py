@@ -19,8 +19,7 @@ from hf2mnn.families import FAMILIES
 def parse_config(content: Any) -> Config:
     """Check a mapping against the schema and the local checkpoints, and return it `expanded`.
 
-    Raises:
-        ConfigError: One line with the path of the key.
+    Raise ConfigError, one line with the path of the key, if it is invalid.
     """
     try:
         config = Config.model_validate(content).expanded()
@@ -32,19 +31,14 @@ def parse_config(content: Any) -> Config:
 
 
 def load_config(path: Path) -> Config:
-    """Read config.yaml.
-
-    Raises:
-        ConfigError: The file is missing, is not YAML, or is refused by `parse_config`.
-    """
+    """Read config.yaml; raise ConfigError if it is missing, not YAML, or invalid."""
     return parse_config(read_yaml("config", path))
 
 
 def parse_option(kind: type[BaseModel], text: str, option: str) -> Any:
     """Return an option of the command line that holds a block of the configuration as JSON, with defaults.
 
-    Raises:
-        ConfigError: With the option and the key.
+    Raise ConfigError with the option and the key if it is invalid.
     """
     try:
         return kind.model_validate_json(text).model_dump(exclude_none=True)
@@ -53,10 +47,9 @@ def parse_option(kind: type[BaseModel], text: str, option: str) -> Any:
 
 
 def _check_blocks(config: Config, model: str, described: Model) -> None:
-    """Check that blocks divide the inputs of every linear layer, if config.json of a local checkpoint tells them.
+    """Raise ConfigError if a block does not divide the inputs of a linear layer in a local checkpoint's config.json.
 
-    Raises:
-        ConfigError: A block does not divide them; MNN's converter would use one scale per channel without a message.
+    MNN's converter would use one scale per channel without a message.
     """
     path = Path(described.source.path or "", "config.json")
     if described.source.path is None or not path.is_file():

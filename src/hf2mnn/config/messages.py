@@ -52,13 +52,7 @@ def _keys_at(annotation: Any, location: tuple[Any, ...]) -> list[str]:
 
 
 def error_message(block: type[BaseModel], error: ValidationError, prefix: str) -> str:
-    """Return the first error as one line with the path of its key.
-
-    Args:
-        block: Class of the whole content.
-        error: Pydantic's error.
-        prefix: What was read: "config", a file, or an option.
-    """
+    """Return the first error in a `block` as one line: what was read ("config", a file, an option), key and problem."""
     errors = error.errors()
     # An unknown key first: it often is the misspelled name of a missing one.
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])

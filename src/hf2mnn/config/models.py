@@ -27,6 +27,12 @@ def canonical(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
+def _folder_or(block: type[Block], tag: str) -> Any:
+    """Return the type of a key that is either the path of a folder or a block."""
+    tagged = Annotated[str, Tag(FOLDER)] | Annotated[block, Tag(tag)]
+    return Annotated[tagged, Discriminator(lambda value: tag if isinstance(value, dict | block) else FOLDER)]
+
+
 class AdapterRepository(Block):
     """A LoRA adapter on a hub."""
 
@@ -48,13 +54,7 @@ class PartialSource(Block):
     files: str | None = Field(
         None, description="Folder of user-provided files: those that match are used and not downloaded."
     )
-    adapter: (
-        Annotated[
-            Annotated[str, Tag(FOLDER)] | Annotated[AdapterRepository, Tag(REPOSITORY)],
-            Discriminator(lambda value: REPOSITORY if isinstance(value, dict | AdapterRepository) else FOLDER),
-        ]
-        | None
-    ) = Field(
+    adapter: _folder_or(AdapterRepository, REPOSITORY) | None = Field(
         None, description="LoRA adapter (PEFT) to merge into the checkpoint: a local folder, or a repository of a hub."
     )
 
@@ -92,10 +92,7 @@ class Model(Block):
         None,
         description="Several checkpoints of the model by name, the oldest first: the keys of source that differ.",
     )
-    evaluation: Annotated[
-        Annotated[str, Tag(FOLDER)] | Annotated[LabelledSet, Tag(LABELLED)],
-        Discriminator(lambda value: LABELLED if isinstance(value, dict | LabelledSet) else FOLDER),
-    ] = Field(
+    evaluation: _folder_or(LabelledSet, LABELLED) = Field(
         "evaluation/general",
         description="Folder with examples.jsonl and its images, or a labelled data set to draw questions from.",
     )
@@ -112,28 +109,18 @@ class Model(Block):
     )
 
     def source_of(self, revision: str | None) -> Source:
-        """Return the source of a revision, or of a model without revisions.
-
-        Raises:
-            ValidationError: The common and the own keys together are not a source.
-        """
+        """Return the source of a revision, if any; ValidationError: common and own keys together are none."""
         own = self.revisions[revision] if revision else PartialSource()
         common = self.source or PartialSource()
         return Source(**common.model_dump(exclude_unset=True) | own.model_dump(exclude_unset=True))
 
 
 class Instance(Model):
-    """A version of a model in a run: a revision, made with a toolchain.
-
-    Attributes:
-        source: Source of the checkpoint.
-        toolchain: Name of the toolchain; None for the pinned tools.
-        before: Name of the instance to compare the results with.
-    """
+    """A version of a model in a run: a revision, made with a toolchain."""
 
     source: Source
-    toolchain: str | None = None
-    before: str | None = None
+    toolchain: str | None = None  # None for the pinned tools
+    before: str | None = None  # name of the instance to compare the results with
 
 
 class Toolchain(Block):

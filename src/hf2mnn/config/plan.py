@@ -12,8 +12,7 @@ from hf2mnn.config.variants import Bits, BlockSize, Method
 from hf2mnn.core.errors import ConfigError
 from hf2mnn.core.untrusted import parse_yaml, read_bytes
 
-MAX_YAML, MAX_BLOCKS = 1 << 22, 1 << 16
-"""Bytes, and lists and mappings at one depth, of a configuration or a plan."""
+MAX_YAML, MAX_BLOCKS = 1 << 22, 1 << 16  # bytes, and lists and mappings at one depth
 
 
 class PlannedWeights(Block):
@@ -34,15 +33,7 @@ class Plan(Block):
 
 
 def read_yaml(kind: str, path: Path) -> Any:
-    """Return the contents of an untrusted YAML file.
-
-    Args:
-        kind: Name of the format, for messages.
-        path: The file.
-
-    Raises:
-        ConfigError: It cannot be read, is not YAML, or is too large or nested too deep.
-    """
+    """Return the contents of an untrusted YAML file; raise ConfigError, which names its `kind`, if that fails."""
     try:
         return parse_yaml(read_bytes(Path(path), MAX_YAML), MAX_BLOCKS)
     except OSError as error:
@@ -54,11 +45,7 @@ def read_yaml(kind: str, path: Path) -> Any:
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan.
-
-    Raises:
-        ConfigError: The file is missing or is not a plan.
-    """
+    """Read a plan; raise ConfigError if the file is missing or is not a plan."""
     try:
         return Plan.model_validate(read_yaml("plan", path) or {})
     except ValidationError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -60,8 +60,15 @@ class Config(Block):
             if name in RESERVED:
                 raise ValueError(f"variants.{name}: this name is reserved; use another")
         for model, described in self.models.items():
-            self._check_sources(model, described)
             key = f"models.{model}"
+            if described.source is None and described.revisions is None:
+                raise ValueError(f"{key}.source: this key is missing")
+            for revision in described.revisions or []:
+                try:
+                    described.source_of(revision)
+                except ValidationError as error:
+                    problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+                    raise ValueError(f"{key}.revisions.{revision}: {problem}") from None
             for name in described.toolchains or []:
                 if name not in self.toolchains:
                     hint = suggest(name, list(self.toolchains)) or "; there are none"
@@ -72,17 +79,6 @@ class Config(Block):
                 if name not in self.variants:
                     raise ValueError(f"{key}.variants: there is no variant {name}{suggest(name, list(self.variants))}")
         return self
-
-    @staticmethod
-    def _check_sources(model: str, described: Model) -> None:
-        if described.source is None and described.revisions is None:
-            raise ValueError(f"models.{model}.source: this key is missing")
-        for revision in described.revisions or []:
-            try:
-                described.source_of(revision)
-            except ValidationError as error:
-                problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-                raise ValueError(f"models.{model}.revisions.{revision}: {problem}") from None
 
     def expanded(self) -> Config:
         """Return the configuration with an instance for each revision and toolchain of a model.
@@ -97,10 +93,8 @@ class Config(Block):
                 name = f"{model}@{revision}" if revision else model
                 common = dict(described) | {"source": described.source_of(revision)}
                 instances[name] = Instance.model_construct(**common, before=before)
-                for toolchain in toolchains:
-                    instances[f"{name}+{toolchain}"] = Instance.model_construct(
-                        **common, toolchain=toolchain, before=name
-                    )
+                for tools in toolchains:
+                    instances[f"{name}+{tools}"] = Instance.model_construct(**common, toolchain=tools, before=name)
                 before = name
         return self.model_copy(update={"models": instances})
 
@@ -146,11 +140,7 @@ class Config(Block):
         return chosen.bits + (32 / chosen.block if chosen.bits < 16 and chosen.block else 0)
 
     def plan_of(self, variant: str) -> Plan:
-        """Return the user's plan of a variant, or an empty one.
-
-        Raises:
-            ConfigError: The file is missing or is not a plan.
-        """
+        """Return the user's plan of a variant, or an empty one; raise ConfigError if the file is not a plan."""
         path = self.variants[variant].plan
         return load_plan(Path(path)) if path else Plan()
 
@@ -182,8 +172,3 @@ class Config(Block):
     def required(self, name: str) -> bool:
         """Return whether the run fails when a variant, or `onnxruntime`, misses a gate."""
         return self.onnxruntime.required if name == "onnxruntime" else self.variants[name].required
-
-
-def config_schema() -> dict[str, Any]:
-    """Return the JSON schema of config.yaml, for editors and docs."""
-    return Config.model_json_schema()

@@ -24,14 +24,11 @@ from hf2mnn.core.files import atomic_folder
 
 NAME = "toolchain.json"
 PACKAGE = Path(__file__).parent.parent
-ENVIRONMENT_MARKER = "pyvenv.cfg"
-"""File of every virtual environment."""
-OUTSIDE = {"snakemake"}
-"""Dependencies of this package that no stage imports: the rules run in another environment."""
+ENVIRONMENT_MARKER = "pyvenv.cfg"  # file of every virtual environment
+OUTSIDE = {"snakemake"}  # dependencies of this package that no stage imports
 RUNNER = "__pip-runner__.py"
 """Program of pip 22.3 or newer for `pip --python`, which runs this pip with the packages of another environment."""
-CONFLICT = "The conflict is caused by:"
-"""Line of pip's output before the packages that do not fit each other."""
+CONFLICT = "The conflict is caused by:"  # line of pip's output before the packages that do not fit each other
 RUN_PIP = (
     "import os, sys; from hf2mnn.machine.child import die_with_parent; die_with_parent(int(sys.argv[1]));"
     " os.execv(sys.argv[2], sys.argv[2:])"
@@ -57,13 +54,8 @@ def read_pins(requirements: Path) -> dict[str, str]:
 def pip_arguments(toolchain: Toolchain, needed: list[str], pinned: dict[str, str]) -> tuple[list[str], list[str]]:
     """Return requirements and constraints for pip.
 
-    The packages of the stages and the toolchain's own pins are installed; their dependencies have the pinned release,
-    or one that pip chooses.
-
-    Args:
-        toolchain: Requested pins.
-        needed: Packages of the stages.
-        pinned: Releases in requirements.txt.
+    The packages of the stages (`needed`) and the toolchain's own pins are installed; their dependencies have the
+    release that requirements.txt pins, or one that pip chooses.
     """
     own = {canonical(name): release for name, release in toolchain.pins.items()}
     releases = (pinned if toolchain.others == "pinned" else {}) | own
@@ -82,11 +74,7 @@ def _failure(output: list[str]) -> str:
 
 
 def _install(python: Path, toolchain: Toolchain, requirements: Path, name: str) -> None:
-    """Install a toolchain's packages with this environment's pip.
-
-    Raises:
-        ToolchainError: With pip's reason: the packages conflict, or cannot be downloaded.
-    """
+    """Install a toolchain's packages with this environment's pip; raise ToolchainError with pip's reason on failure."""
     pip = find_spec("pip")
     runner = Path(pip.origin).with_name(RUNNER) if pip else None
     if runner is None or not runner.is_file():
@@ -116,16 +104,9 @@ def installed_releases(site: Path) -> dict[str, str]:
 
 
 def make_toolchain(destination: Path, requirements: Path, toolchain: Toolchain) -> Path:
-    """Create the environment of a toolchain.
+    """Create the environment of a toolchain; `destination` is replaced as a whole.
 
-    Args:
-        destination: Folder of the environment; replaced as a whole.
-        requirements: requirements.txt with the pins of all other packages.
-        toolchain: Requested pins.
-
-    Raises:
-        ToolchainError: pip cannot install it.
-        Hf2mnnError: `destination` holds files and is not an environment.
+    Raise ToolchainError if pip cannot install it, Hf2mnnError if `destination` holds files and is no environment.
     """
     destination = Path(destination)
     if destination.is_dir() and any(destination.iterdir()) and not (destination / ENVIRONMENT_MARKER).is_file():

@@ -12,11 +12,7 @@ MAX_MESSAGE = 2000
 def suggest(name: object, valid: Sequence[str], former: Mapping[str, str] | None = None, listed: bool = False) -> str:
     """Return a hint for an unknown name: its present name, the nearest valid one, or all valid ones.
 
-    Args:
-        name: The unknown name.
-        valid: The valid names.
-        former: Present names by former name.
-        listed: Whether the message lists the valid names already.
+    `former` has present names by former names; `listed` tells that the message has all valid ones already.
     """
     present = (former or {}).get(str(name))
     if present in valid:
@@ -79,19 +75,13 @@ class EngineStopped(EngineError):
 
 
 class BundleFault(EngineError):
-    """The engine rejected a bundle, crashed on it, or returned garbage: a result, which the table shows.
-
-    Attributes:
-        kind: "load", "garbage", "image_tokens", "vocabulary" or "crash".
-        ended: How the process of a crash ended: "signal 11", "exit code 3".
-        output: Lines that the engine printed.
-    """
+    """The engine rejected a bundle, crashed on it, or returned garbage: a result, which the table shows."""
 
     def __init__(self, message: str, kind: str = "crash", ended: str = "", output: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.kind = kind
-        self.ended = ended
-        self.output = list(output)
+        self.kind = kind  # "load", "garbage", "image_tokens", "vocabulary" or "crash"
+        self.ended = ended  # how the process of a crash ended: "signal 11", "exit code 3"
+        self.output = list(output)  # lines that the engine printed
 
 
 class ManifestError(Hf2mnnError):

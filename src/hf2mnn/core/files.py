@@ -15,14 +15,10 @@ from pathlib import Path
 from hf2mnn.core.machine_errors import machine_errors
 from hf2mnn.core.progress import BYTES, progress
 
-CHUNK = 1 << 20
-"""Bytes to read at a time."""
-LARGE = 100_000_000
-"""Size in bytes of the files whose sha256 is remembered."""
-PARALLEL_FILES = 4
-"""Files to hash at the same time."""
-_remembered: dict[tuple[int, ...], str] = {}
-"""sha256 of large files that this process has hashed, by device and state."""
+CHUNK = 1 << 20  # bytes to read at a time
+LARGE = 100_000_000  # bytes from which on the sha256 of a file is remembered
+PARALLEL_FILES = 4  # files to hash at the same time
+_remembered: dict[tuple[int, ...], str] = {}  # sha256 of large files by device and state
 
 
 def file_state(path: Path) -> list[int]:
@@ -43,9 +39,7 @@ def remember_sha256(path: Path, digest: str) -> None:
 def sha256(path: Path) -> str:
     """Return the hex digest of a file; a large file is read once in a process, unless its state changes."""
     size, key = path.stat().st_size, _key(path)
-    if key in _remembered:
-        return _remembered[key]
-    digest = read_sha256(path)
+    digest = _remembered.get(key) or read_sha256(path)
     if size >= LARGE:
         _remembered[key] = digest
     return digest
@@ -74,13 +68,7 @@ def atomic_folder(destination: Path) -> Iterator[Path]:
 
     Remains of a killed run are removed first. The rename is the last step, so no incomplete folder ever has the final
     name. An existing folder is renamed before it is removed, for the same reason.
-
-    Args:
-        destination: Folder to create or replace.
-
-    Raises:
-        NotADirectoryError: `destination` is a file.
-        MachineError: The disk or the memory is full, or access is denied.
+    Raise NotADirectoryError if `destination` is a file, MachineError if disk or memory is full or access is denied.
     """
     destination = Path(destination).resolve()
     if destination.exists() and not destination.is_dir():

@@ -10,9 +10,9 @@ import ast
 import hashlib
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from hf2mnn.core.manifest import tool_versions
 from hf2mnn.core.stage import Stage
 
 PACKAGE = "hf2mnn"
@@ -32,10 +32,7 @@ TEMPLATES = {"report": "report/*.jinja"}
 
 def _file(module: str) -> Path | None:
     path = ROOT.parent / Path(*module.split("."))
-    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-        if candidate.is_file():
-            return candidate
-    return None
+    return next(filter(Path.is_file, (path.with_suffix(".py"), path / "__init__.py")), None)
 
 
 def _counts(module: str) -> bool:
@@ -82,7 +79,7 @@ def _names(node: ast.AST) -> list[str]:
     return []
 
 
-def _reach(stage: str) -> tuple[dict[str, bytes], set[str]]:
+def reached(stage: str) -> tuple[dict[str, bytes], set[str]]:
     """Return the code by module of this package, and the other top-level packages, that a stage reaches."""
     modules, packages, pending = {}, set(), [f"{STAGES}.{stage}"]
     while pending:
@@ -100,29 +97,19 @@ def _reach(stage: str) -> tuple[dict[str, bytes], set[str]]:
     return modules, packages
 
 
-def reached(stage: str) -> tuple[list[str], list[str]]:
-    """Return the modules of this package and the other top-level packages that a stage reaches, sorted."""
-    modules, packages = _reach(stage)
-    return sorted(modules), sorted(packages)
-
-
 def fingerprint(stage: Stage, release: Callable[[str], str | None] = lambda package: None) -> str:
     """Return 16 hex digits over the code of a stage and the releases of its tools.
 
-    Args:
-        stage: Declaration of the stage.
-        release: Release of a package in another environment; returns None for the release that is installed here.
+    `release` returns the release of a package in another environment, or None for the one that is installed here.
     """
     digest = hashlib.sha256()
-    for module, code in sorted(_reach(stage.name)[0].items()):
+    for module, code in sorted(reached(stage.name)[0].items()):
         digest.update(module.encode())
         digest.update(code)
     if stage.name in TEMPLATES:
         for template in sorted(ROOT.glob(TEMPLATES[stage.name])):
             digest.update(template.read_bytes())
     for package in stage.tools:
-        try:
-            digest.update(f"{package}=={release(package) or version(package)}".encode())
-        except PackageNotFoundError:
-            digest.update(f"{package} not installed".encode())
+        installed = release(package) or tool_versions(package)[package]
+        digest.update(f"{package}=={installed}".encode())
     return digest.hexdigest()[:16]

@@ -15,12 +15,17 @@ from hf2mnn.core.errors import MachineError
 from hf2mnn.core.progress import BYTES, amount
 from hf2mnn.machine.usage import children_mb, peak_mb
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 DENIED = (errno.EACCES, errno.EPERM)
-HANDLED = (*FULL, *DENIED, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOMEM)
+DISK_MESSAGES = {
+    errno.EDQUOT: ": the disk quota is exceeded; free space, or use a folder on another disk",
+    errno.EFBIG: ": a file is larger than its disk or 'ulimit -f' allows; raise the limit, or use a folder on another"
+    " disk",
+    errno.EROFS: " is on a disk that is mounted read-only; use a folder on a writable disk",
+    errno.EIO: ": the disk reports an error; check the system log (dmesg), or use another disk",
+}
+HANDLED = (errno.ENOSPC, errno.ENOMEM, *DENIED, *DISK_MESSAGES)
 CONTINUE = "then run the same command again: it continues after the last finished stage"
-MIN_FREE = 1 << 24
-"""Free bytes below which a disk counts as full."""
+MIN_FREE = 1 << 24  # free bytes below which a disk counts as full
 MORE_MEMORY = f"run fewer jobs at a time (--cores), end other programs, or use a larger machine, {CONTINUE}"
 NATIVE_MESSAGES = {os.strerror(code): code for code in HANDLED if code not in DENIED}
 NATIVE_MESSAGES |= dict.fromkeys(("can't allocate memory", "bad_alloc", "bad allocation"), errno.ENOMEM)
@@ -42,9 +47,7 @@ def machine_errno(error: BaseException) -> int | None:
 def _mount_point(path: Path) -> Path:
     """Return the mount point of a path, which need not exist."""
     path = path.absolute()
-    while not path.is_mount() and path != path.parent:
-        path = path.parent
-    return path
+    return next(folder for folder in (path, *path.parents) if folder.is_mount() or folder == folder.parent)
 
 
 def disk_full_message(folder: Path) -> str:
@@ -60,41 +63,23 @@ def disk_full_message(folder: Path) -> str:
 
 
 def machine_message(error: BaseException, folder: Path) -> str | None:
-    """Return the message for a failure of the machine, or None for another error.
-
-    Args:
-        error: The failure.
-        folder: Folder that was being written to.
-    """
+    """Return the message for a failure of the machine while `folder` was written to, or None for another error."""
     code = machine_errno(error)
     if code is None:
         return None
     path = getattr(error, "filename2", None) or getattr(error, "filename", None) or folder
     if code == errno.ENOSPC:
         return disk_full_message(folder)
-    if code == errno.EDQUOT:
-        return f"{path}: the disk quota is exceeded; free space, or use a folder on another disk, {CONTINUE}"
-    if code == errno.EFBIG:
-        return (
-            f"{path}: a file is larger than its disk or 'ulimit -f' allows; raise the limit, or use a folder on another"
-            f" disk, {CONTINUE}"
-        )
-    if code == errno.EROFS:
-        return f"{path} is on a disk that is mounted read-only; use a folder on a writable disk, {CONTINUE}"
-    if code == errno.EIO:
-        return f"{path}: the disk reports an error; check the system log (dmesg), or use another disk, {CONTINUE}"
     if code == errno.ENOMEM:
         return f"memory ran out (peak use {amount(peak_mb() * 1e6, BYTES)}); {MORE_MEMORY}"
-    return f"{path}: {os.strerror(code).lower()}; grant this user access to it, or use another folder"
+    if code in DENIED:
+        return f"{path}: {os.strerror(code).lower()}; grant this user access to it, or use another folder"
+    return f"{path}{DISK_MESSAGES[code]}, {CONTINUE}"
 
 
 @contextmanager
 def machine_errors(folder: Path) -> Iterator[None]:
-    """Run a block that writes to `folder`.
-
-    Raises:
-        MachineError: In place of a failure of the machine, with its message.
-    """
+    """Raise MachineError, with its message, in place of a failure of the machine in a block that writes to `folder`."""
     try:
         yield
     except Exception as error:
@@ -107,9 +92,7 @@ def machine_errors(folder: Path) -> Iterator[None]:
 def explain_kill(process: str, code: int) -> str | None:
     """Return a message for a child process that a signal from outside ended, or None if it ended by itself.
 
-    Args:
-        process: Name of the process.
-        code: Its exit code, negative for a signal; not that of a process that exceeded its time limit.
+    `code` is its exit code, negative for a signal; not that of a process that exceeded its time limit.
     """
     if -code in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         return f"{process} was stopped from outside (signal {-code}); run the same command again"

@@ -54,49 +54,27 @@ def tool_versions(*packages: str) -> dict[str, str]:
 
 @dataclass
 class Manifest:
-    """Contents of manifest.json.
-
-    Attributes:
-        stage: Name of the stage.
-        command: Command line of the stage; empty for a call from Python.
-        inputs: sha256 of each input: of the manifest of a folder (`digest`), or of a file.
-        settings: Settings that change the results.
-        tools: Releases of the packages that change the results.
-        outputs: Size in bytes and sha256 of each file of the folder.
-        results: Figures to report.
-        paths: Locations of inputs that no stage wrote; they differ between machines.
-        provenance: First files of the chain with their sha256, so that a folder documents its own origin.
-        seconds: Wall time, hashing included.
-        cpu_seconds: CPU time of the stage and of its child processes.
-        peak_rss_mb: Peak resident memory of the largest of these processes, in MB of 1e6 bytes.
-        hf2mnn: Release of this package.
-        layout: Version of the layout of results folders (LAYOUT).
-        folder: Folder of the manifest; not stored.
-    """
+    """Contents of manifest.json."""
 
     stage: str
-    command: list[str] = field(default_factory=list)
-    inputs: dict[str, str] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    tools: dict[str, str] = field(default_factory=dict)
-    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    results: dict[str, Any] = field(default_factory=dict)
-    paths: dict[str, str] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    peak_rss_mb: float = 0.0
+    command: list[str] = field(default_factory=list)  # empty for a call from Python
+    inputs: dict[str, str] = field(default_factory=dict)  # `digest` of a folder's manifest, or sha256 of a file
+    settings: dict[str, Any] = field(default_factory=dict)  # settings that change the results
+    tools: dict[str, str] = field(default_factory=dict)  # releases of the packages that change the results
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)  # size in bytes and sha256 by name
+    results: dict[str, Any] = field(default_factory=dict)  # figures to report
+    paths: dict[str, str] = field(default_factory=dict)  # inputs that no stage wrote; they differ between machines
+    provenance: dict[str, Any] = field(default_factory=dict)  # first files of the chain with their sha256
+    seconds: float = 0.0  # wall time, hashing included
+    cpu_seconds: float = 0.0  # of the stage and of its child processes
+    peak_rss_mb: float = 0.0  # of the largest of these processes, in MB of 1e6 bytes
     hf2mnn: str = __version__
     layout: int = LAYOUT
-    folder: Path | None = None
+    folder: Path | None = None  # not stored
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read `folder`/manifest.json.
-
-        Raises:
-            ManifestError: The file is missing, is not a manifest, or is of another layout.
-        """
+        """Read `folder`/manifest.json; raise ManifestError if it is missing, no manifest, or of another layout."""
         path = Path(folder) / NAME
         try:
             content = read_json(path, finite=False)
@@ -116,11 +94,7 @@ class Manifest:
             ) from None
 
     def _check(self) -> None:
-        """Check the types of the entries and the names of the outputs.
-
-        Raises:
-            ValueError: An entry has another type, or an output is outside of the folder.
-        """
+        """Raise ValueError if an entry has another type, or if an output is outside of the folder."""
         maps = (self.inputs, self.settings, self.tools, self.outputs, self.results, self.paths, self.provenance)
         texts = (self.stage, self.hf2mnn, *self.command, *self.inputs.values(), *self.tools.values())
         numbers = (self.seconds, self.cpu_seconds, self.peak_rss_mb)
@@ -134,13 +108,10 @@ class Manifest:
             path_inside(self.folder, name)
 
     def verify(self) -> Path:
-        """Return the folder after checking that every output exists with its size and sha256.
+        """Return the folder; raise ManifestError with the first output that is missing or was changed.
 
         A large file whose state is that of its hashing (`files.file_state`) is not read again: four stages verify the
         manifest of a checkpoint.
-
-        Raises:
-            ManifestError: With the first file that is missing or was changed.
         """
         hashed, paths = self._marker(), {name: self.folder / name for name in sorted(self.outputs)}
         for name, path in paths.items():
@@ -178,22 +149,20 @@ class Manifest:
 
     def hash_outputs(self, folder: Path) -> None:
         """Set `outputs` to size and sha256 of the files of `folder` (`output_files`)."""
-        files = [folder / name for name in output_files(folder)]
-        digests = sha256_of(files)
+        digests = sha256_of(folder / name for name in output_files(folder))
         self.outputs = {
-            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digests[path]}
-            for path in files
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+            for path, digest in digests.items()
         }
 
     def write(self, folder: Path) -> None:
         """Write manifest.json with the present entries."""
-        entries = asdict(self)
-        del entries["folder"]
+        entries = {name: value for name, value in asdict(self).items() if name != "folder"}
         with atomic_file(folder / NAME) as path:
             path.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
 
     def save(self, folder: Path) -> None:
-        """Hash the files of `folder` and write the manifest there."""
+        """Hash the outputs in `folder` and write the manifest there."""
         self.hash_outputs(folder)
         self.write(folder)
 
@@ -218,27 +187,16 @@ def stage_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folders if not _hidden(path.relative_to(folder)))
 
 
-def _refuse_foreign(destination: Path) -> None:
-    """Refuse to replace a folder with files that no stage wrote.
-
-    The marker decides, not the manifest, because Snakemake deletes known files before it runs a rule again.
-
-    Raises:
-        Hf2mnnError: The folder has files and no marker.
-    """
-    if destination.is_dir() and any(destination.iterdir()) and not (destination / MARKER).exists():
-        raise Hf2mnnError(f"{destination} holds files that no stage wrote; give --out a new folder")
-
-
 @contextmanager
 def stage_folder(destination: Path, manifest: Manifest) -> Iterator[Path]:
     """Yield a folder for the files of a stage; when the block succeeds, write `manifest` and publish the folder.
 
-    Raises:
-        Hf2mnnError: `destination` holds files that no stage wrote.
+    Raise Hf2mnnError if `destination` holds files that no stage wrote.
     """
     started, cpu_before = time.monotonic(), cpu_seconds()
-    _refuse_foreign(destination)
+    # The marker decides, not the manifest, because Snakemake deletes known files before it runs a rule again.
+    if destination.is_dir() and any(destination.iterdir()) and not (destination / MARKER).exists():
+        raise Hf2mnnError(f"{destination} holds files that no stage wrote; give --out a new folder")
     with atomic_folder(destination) as folder:
         with temporary_files_in(folder / SCRATCH):
             yield folder

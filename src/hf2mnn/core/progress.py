@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-LOG_INTERVAL = 10.0
-"""Seconds between two lines of a log."""
-MIN_SECONDS = 1.0
-"""Duration from which on progress is shown."""
-BYTES = "B"
-"""Unit of bytes."""
+LOG_INTERVAL = 10.0  # seconds between two lines of a log
+MIN_SECONDS = 1.0  # duration from which on progress is shown
+BYTES = "B"  # unit of bytes
 
 Item = TypeVar("Item")
-
-
-class Progress(Protocol):
-    """Progress of a loop, as `progress` yields it."""
-
-    def update(self, n: int = 1) -> None:
-        """Count `n` more units as done; thread-safe."""
 
 
 class _Lines:
@@ -35,13 +25,14 @@ class _Lines:
     def flush(self) -> None: ...
 
 
-class _Locked:
-    """Progress that threads may share; tqdm's own counter is not protected."""
+class Progress:
+    """Progress of a loop that threads may share; tqdm's own counter is not protected."""
 
     def __init__(self, bar: Any, own_end: bool = False) -> None:
         self._bar, self._own_end, self._lock = bar, own_end, threading.Lock()
 
     def update(self, n: int = 1) -> None:
+        """Count `n` more units as done."""
         with self._lock:
             if self._own_end and self._bar.n + n >= self._bar.total:  # a log has its own last line
                 self._bar.n += n
@@ -53,12 +44,7 @@ class _Locked:
 def progress(label: str, total: int, unit: str = "") -> Iterator[Progress]:
     """Show on stderr how much of a loop is done, its rate, and the remaining time.
 
-    A block that fails has no last line in a log.
-
-    Args:
-        label: Name of the work.
-        total: Number of units.
-        unit: Unit in the plural, or `BYTES`.
+    A block that fails has no last line in a log. `unit` is in the plural, or `BYTES`.
     """
     # Not at the top: tqdm reads TQDM_DISABLE at import, and the command line sets it for transformers' bars in logs.
     from tqdm import tqdm
@@ -68,13 +54,13 @@ def progress(label: str, total: int, unit: str = "") -> Iterator[Progress]:
     options = {"desc": label, "total": total, "unit": word, "unit_scale": scaled, "miniters": 1, "delay": MIN_SECONDS}
     if terminal:
         with tqdm(**options, dynamic_ncols=True) as bar:
-            yield _Locked(bar)
+            yield Progress(bar)
         return
     amounts = "{n_fmt}B/{total_fmt}B" if unit == BYTES else f"{{n_fmt}}/{{total_fmt}} {unit}".rstrip()
     line = f"{{desc}}: {amounts} ({{percentage:.0f}} %), {{rate_fmt}}, {{remaining}} left"
     options |= {"file": _Lines(), "disable": False, "bar_format": line, "mininterval": LOG_INTERVAL, "smoothing": 0}
     with tqdm(**options, leave=False) as bar:
-        yield _Locked(bar, own_end=True)
+        yield Progress(bar, own_end=True)
         state = bar.format_dict
     if state["elapsed"] >= MIN_SECONDS:
         last = f"{{desc}}: {amounts} in {{elapsed}}, {{rate_fmt}}"
@@ -82,18 +68,11 @@ def progress(label: str, total: int, unit: str = "") -> Iterator[Progress]:
 
 
 def steps(label: str, items: Iterable[Item], unit: str, total: int | None = None) -> Iterator[Item]:
-    """Yield the items and show progress; an item is done when the next one is requested.
+    """Yield the items and show progress, with `unit` in the plural; an item is done when the next one is requested.
 
-    Args:
-        label: Name of the work.
-        items: Items of the loop.
-        unit: Unit in the plural.
-        total: Number of items; only for iterables without a length.
+    `total` is needed only for iterables without a length.
     """
-    if total is None:
-        assert isinstance(items, Collection)
-        total = len(items)
-    with progress(label, total, unit) as bar:
+    with progress(label, len(items) if total is None else total, unit) as bar:
         for item in items:
             yield item
             bar.update()

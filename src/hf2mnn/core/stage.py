@@ -27,21 +27,13 @@ def set_command(words: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """Declaration of a stage.
+    """Declaration of a stage."""
 
-    Attributes:
-        name: Name of the stage, of its command, and of its module in `hf2mnn.stages`.
-        tools: Packages whose release changes the results.
-        footprint: Memory and time by the number of weights.
-        inputs: Stages that write the input folders, by name of the input.
-        exceptions: Footprints that differ from `footprint`, by variant.
-    """
-
-    name: str
-    tools: tuple[str, ...]
+    name: str  # of the stage, of its command, and of its module in `hf2mnn.stages`
+    tools: tuple[str, ...]  # packages whose release changes the results
     footprint: Footprint
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    exceptions: Mapping[str, Footprint] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)  # stages that write the input folders, by name of the input
+    exceptions: Mapping[str, Footprint] = field(default_factory=dict)  # other footprints by variant
 
     def footprint_of(self, variant: str | None) -> Footprint:
         """Return the footprint for a variant, or for a run without one."""
@@ -50,17 +42,11 @@ class Stage:
 
 @dataclass
 class StageRun:
-    """A running stage.
+    """A running stage."""
 
-    Attributes:
-        folder: Folder to write to; it gets its final name when the stage succeeds.
-        inputs: Verified manifests of the input folders, by name.
-        manifest: Manifest of this stage; `results` and `provenance` may still be set.
-    """
-
-    folder: Path
-    inputs: dict[str, Manifest]
-    manifest: Manifest
+    folder: Path  # to write to; it gets its final name when the stage succeeds
+    inputs: dict[str, Manifest]  # verified manifests of the input folders, by name
+    manifest: Manifest  # of this stage; `results` and `provenance` may still be set
 
     @property
     def results(self) -> dict[str, Any]:
@@ -68,12 +54,8 @@ class StageRun:
         return self.manifest.results
 
 
-def load_inputs(stage: Stage, folders: Mapping[str, Path | None]) -> dict[str, Manifest]:
-    """Load and verify the manifests of input folders; entries that are None are left out.
-
-    Raises:
-        ManifestError: A folder has no manifest, is of another stage, or its files were changed.
-    """
+def _load_inputs(stage: Stage, folders: Mapping[str, Path | None]) -> dict[str, Manifest]:
+    """Load and verify the manifests of input folders; entries that are None are left out."""
     manifests = {name: Manifest.load(folder) for name, folder in folders.items() if folder is not None}
     for name, manifest in manifests.items():
         expected = stage.inputs.get(name)
@@ -110,11 +92,10 @@ def open_stage(
         paths: Locations of inputs that no stage wrote, for the reader of a report.
         tools: Packages to record in place of `stage.tools`.
 
-    Raises:
-        ManifestError: An input differs from its manifest, or is of another stage.
-        Hf2mnnError: `destination` holds files that no stage wrote.
+    Raise ManifestError if an input differs from its manifest or is of another stage, Hf2mnnError if `destination` holds
+    files that no stage wrote.
     """
-    manifests = load_inputs(stage, inputs or {})
+    manifests = _load_inputs(stage, inputs or {})
     digests = {name: manifest.digest() for name, manifest in manifests.items()}
     digests |= {name: sha256(path) for name, path in (files or {}).items()}
     provenance = {name: origin for manifest in manifests.values() for name, origin in manifest.provenance.items()}

@@ -20,28 +20,18 @@ from typing import Any
 
 MAX_BYTES = 1 << 26
 """Size of a JSON file; the largest tokenizers have half of it. As Python objects it takes about twenty times that."""
-MAX_DEPTH = 64
-"""Nesting of lists and objects."""
-MAX_CONTAINERS = 1 << 22
-"""Lists and objects at one depth."""
-MAX_NAME, MAX_PATH = 255, 1024
-"""Bytes of a file name, and characters of a path."""
-BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-"""Name of a file in a hub's cache: its hash."""
-TEMPLATE_SECONDS = 10.0
-"""Time limit of a chat template; valid ones take milliseconds."""
+MAX_DEPTH = 64  # nesting of lists and objects
+MAX_CONTAINERS = 1 << 22  # lists and objects at one depth
+MAX_NAME, MAX_PATH = 255, 1024  # bytes of a file name, and characters of a path
+BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # name of a file in a hub's cache: its hash
+TEMPLATE_SECONDS = 10.0  # time limit of a chat template; valid ones take milliseconds
 JSON_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 BRACKET = re.compile(r"[\[{\]}]")
 TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
 
 
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """Return the contents of a file of at most `limit` bytes.
-
-    Raises:
-        FileNotFoundError, OSError: The file cannot be read.
-        ValueError: It is larger, or it is not a regular file (a pipe would block, a device never ends).
-    """
+    """Return the contents of a file of at most `limit` bytes; refuse pipes, which block, and endless devices."""
     if path.exists() and not path.is_file():
         raise ValueError("it is not a file")
     with path.open("rb") as file:
@@ -52,11 +42,7 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def check_nesting(text: str) -> None:
-    """Refuse deeply nested JSON before a recursive parser reads it, in one pass over the brackets outside of strings.
-
-    Raises:
-        ValueError: Brackets are nested more than `MAX_DEPTH` deep.
-    """
+    """Refuse deeply nested JSON before a recursive parser reads it, in one pass over the brackets outside strings."""
     depth = 0
     for match in BRACKET.finditer(JSON_STRING.sub("", text)):
         depth += 1 if match[0] in "[{" else -1
@@ -65,10 +51,9 @@ def check_nesting(text: str) -> None:
 
 
 def check_shape(value: Any, limit: int = MAX_CONTAINERS) -> None:
-    """Check a parsed value, which YAML's aliases can make much larger than its text.
+    """Refuse containers nested more than `MAX_DEPTH` deep, or more than `limit` of them at one depth.
 
-    Raises:
-        ValueError: Containers are nested more than `MAX_DEPTH` deep, or more than `limit` of them have one depth.
+    YAML's aliases can make a value much larger than its text.
     """
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
@@ -100,15 +85,7 @@ def _finite(text: str) -> float:
 
 
 def parse_json(content: bytes | str, finite: bool = True) -> Any:
-    """Parse JSON.
-
-    Args:
-        content: The text.
-        finite: Whether to refuse NaN and infinities.
-
-    Raises:
-        ValueError: It is not JSON, has a duplicate key, or is nested too deep.
-    """
+    """Parse JSON without duplicate keys, and unless `finite` is False without NaN and infinities."""
     text = content if isinstance(content, str) else content.decode(json.detect_encoding(content), "surrogatepass")
     check_nesting(text)
     kinds = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
@@ -118,15 +95,7 @@ def parse_json(content: bytes | str, finite: bool = True) -> Any:
 
 
 def parse_yaml(content: bytes, limit: int = MAX_CONTAINERS) -> Any:
-    """Parse YAML with safe tags only.
-
-    Args:
-        content: The text in UTF-8.
-        limit: Largest number of lists and mappings at one depth.
-
-    Raises:
-        ValueError: It is not UTF-8 or YAML, or it is nested too deep or too large.
-    """
+    """Parse YAML in UTF-8 with safe tags only, and at most `limit` lists and mappings at one depth."""
     import yaml
 
     text, depth = content.decode(), 0
@@ -153,9 +122,6 @@ def path_inside(folder: Path, name: Any) -> Path:
 
     Symbolic links may lead out of the folder only to a file of the same name (a user's own links) or to a blob of a
     hub's cache: a repository can contain links, but not to a file with the name of its hash.
-
-    Raises:
-        ValueError: The name is invalid, or the path is outside of the folder.
     """
     if not isinstance(name, str) or not name or any(ord(character) < 32 or character == "\\" for character in name):
         raise ValueError(f"{str(name)[:80]!r} is not a file name")
@@ -187,11 +153,7 @@ def _check_link(folder: Path, link: Path) -> None:
 
 @contextmanager
 def time_limited(seconds: float) -> Iterator[None]:
-    """Stop a block of Python code after a number of seconds; only the main thread can be interrupted.
-
-    Raises:
-        TimeoutError: The block took longer.
-    """
+    """Raise TimeoutError in a block of Python code that takes longer; only the main thread can be interrupted."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return

@@ -17,28 +17,16 @@ FORMER_FOLDERS = ("source", "mnn/base", "eval")
 
 @dataclass
 class Verdict:
-    """Result of the verification of a folder.
-
-    Attributes:
-        folder: Path of the folder.
-        stage: Stage that wrote it.
-        hf2mnn: Release of this package that wrote it.
-        digest: `Manifest.digest`.
-        files: Number of files in the manifest.
-        bytes: Their total size.
-        damaged: Difference from the manifest, by file.
-        unlisted: Files that the manifest does not list, which is no damage.
-        provenance: `Manifest.provenance`.
-    """
+    """Result of the verification of a folder; stage, release and provenance are those of the manifest."""
 
     folder: str
     stage: str | None = None
     hf2mnn: str | None = None
-    digest: str | None = None
-    files: int = 0
-    bytes: int = 0
-    damaged: dict[str, str] = field(default_factory=dict)
-    unlisted: list[str] = field(default_factory=list)
+    digest: str | None = None  # Manifest.digest
+    files: int = 0  # number of files in the manifest
+    bytes: int = 0  # their total size
+    damaged: dict[str, str] = field(default_factory=dict)  # difference from the manifest, by file
+    unlisted: list[str] = field(default_factory=list)  # files that the manifest does not list, which is no damage
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -48,13 +36,7 @@ class Verdict:
 
 
 def file_damage(path: Path, expected: dict[str, Any], read: bool = True) -> str | None:
-    """Return the difference of a file from its entry in a manifest, or None.
-
-    Args:
-        path: The file.
-        expected: Its entry: size and sha256.
-        read: Whether to read every byte, or compare the size alone.
-    """
+    """Return the difference of a file from its entry in a manifest, or None; compare the size alone unless `read`."""
     if not path.is_file():
         return "is missing"
     if (size := path.stat().st_size) != expected["size"]:
@@ -70,18 +52,17 @@ def file_damage(path: Path, expected: dict[str, Any], read: bool = True) -> str 
 
 def verify_folder(folder: Path) -> Verdict:
     """Compare every file of a stage folder, or of a copy of one, with its manifest."""
-    verdict = Verdict(str(folder))
     try:
         manifest = Manifest.load(folder)
     except ManifestError as error:
-        verdict.damaged[NAME] = f"is missing or unreadable: {error}"
-        return verdict
-    verdict.stage, verdict.hf2mnn, verdict.digest = manifest.stage, manifest.hf2mnn, manifest.digest()
-    verdict.provenance = manifest.provenance
-    verdict.files, verdict.bytes = len(manifest.outputs), sum(entry["size"] for entry in manifest.outputs.values())
-    damage = {name: file_damage(folder / name, expected) for name, expected in sorted(manifest.outputs.items())}
+        return Verdict(str(folder), damaged={NAME: f"is missing or unreadable: {error}"})
+    outputs = manifest.outputs
+    size = sum(entry["size"] for entry in outputs.values())
+    verdict = Verdict(str(folder), manifest.stage, manifest.hf2mnn, manifest.digest(), len(outputs), size)
+    damage = {name: file_damage(folder / name, expected) for name, expected in sorted(outputs.items())}
     verdict.damaged = {name: difference for name, difference in damage.items() if difference}
-    verdict.unlisted = sorted({*output_files(folder)} - {*manifest.outputs})
+    verdict.unlisted = sorted({*output_files(folder)} - {*outputs})
+    verdict.provenance = manifest.provenance
     return verdict
 
 
@@ -123,11 +104,7 @@ def damaged_stages(results: Path) -> list[str]:
 
 
 def refuse_former_layout(results: Path) -> None:
-    """Refuse results of the layout before LAYOUT 2; nothing is deleted or overwritten.
-
-    Raises:
-        ManifestError: With the folder and the command that moves it away.
-    """
+    """Raise ManifestError for results of the layout before LAYOUT 2; nothing is deleted or overwritten."""
     for folder in sorted(results.glob("*")) if results.is_dir() else []:
         former = [name for name in FORMER_FOLDERS if (folder / name).is_dir()]
         if former:

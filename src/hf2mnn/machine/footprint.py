@@ -9,25 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TYPICAL_WEIGHTS = 2.2e9
-"""Number of weights assumed for a model that is not fetched yet: a 2B model."""
+TYPICAL_WEIGHTS = 2.2e9  # assumed for a model that is not fetched yet: a 2B model
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory and time of a stage: a constant and a part for each weight.
+    """Memory and time of a stage: a constant and a part for each weight."""
 
-    Attributes:
-        memory: MB of Python, its libraries and a small model.
-        per_weight: Bytes for each weight.
-        minutes: Minutes for a small model.
-        per_billion: Minutes for each billion weights.
-    """
-
-    memory: float
-    per_weight: float
-    minutes: float
-    per_billion: float
+    memory: float  # MB of Python, its libraries and a small model
+    per_weight: float  # bytes for each weight
+    minutes: float  # minutes for a small model
+    per_billion: float  # minutes for each billion weights
 
     def memory_mb(self, weights: float) -> int:
         """Return the memory in MB for a model with so many weights."""
@@ -39,26 +31,14 @@ class Footprint:
 
 
 def bundle_bytes(weights: float, embedding: float, bits: float) -> int:
-    """Return the size of a bundle.
-
-    Args:
-        weights: Number of weights.
-        embedding: Number of weights of the embedding, which is stored in bfloat16.
-        bits: Bits for each weight, scales included.
-    """
+    """Return the size of a bundle with `bits` for each weight, scales included, and an embedding in bfloat16."""
     return int(weights * bits / 8 + 2 * embedding)
 
 
 def run_bytes(weights: float, embedding: float, bits: list[float], fetched: bool) -> dict[str, int]:
-    """Return the bytes that a run writes, by purpose.
+    """Return the bytes that a run writes, by purpose, with the bits per weight of each bundle.
 
-    The ONNX graphs share the checkpoint's files where one file system holds both.
-
-    Args:
-        weights: Number of weights.
-        embedding: Number of weights of the embedding.
-        bits: Bits for each weight of each bundle.
-        fetched: Whether the checkpoint is downloaded.
+    The ONNX graphs share the files of the checkpoint, `fetched` or not, where one file system holds both.
     """
     sizes = {"checkpoint": int(2 * weights)} if fetched else {}
     sizes["bundles"] = int(2 * embedding) + sum(bundle_bytes(weights, 0, each) for each in bits)

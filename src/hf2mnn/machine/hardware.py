@@ -35,10 +35,7 @@ def available_memory(root: Path = Path("/")) -> int:
     """Return bytes that this process can allocate without swapping, within the limits of its control groups.
 
     File pages count as available, because the kernel can evict them. The address space limit (`ulimit -v`) is ignored:
-    a mapped file takes as much of it as a file in memory.
-
-    Args:
-        root: Root of the file system with /proc and /sys.
+    a mapped file takes as much of it as a file in memory. `root` has /proc and /sys.
     """
     return max(min([psutil.virtual_memory().available, *_cgroup_memory(root)]), 0)
 
@@ -66,12 +63,9 @@ def _cgroup_memory(root: Path) -> list[int]:
 
 
 def _group_memory(folder: Path, limit: str, used: str) -> int | None:
-    """Return bytes left in a control group, or None for one without a limit.
+    """Return bytes left in a control group with a file `limit`, or None for one without a limit.
 
-    Args:
-        folder: Folder of the control group.
-        limit: Name of the file with the limit.
-        used: Key in memory.stat of the memory that cannot be evicted.
+    `used` is the key in memory.stat of the memory that cannot be evicted.
     """
     try:
         maximum = (folder / limit).read_text().strip()

@@ -1,8 +1,4 @@
-"""baseline: the float32 bundle of a model and its runs, which the diagnoses of all variants compare with.
-
-Reads the reference, the ONNX graphs and MNN's graphs.
-Writes the bundle, which is as large as the model in float32, and its logits.
-"""
+"""baseline: reference, ONNX graphs, MNN graphs -> the float32 bundle and its logits, to diagnose all variants with."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""benchmark: speed and memory of the bundles of a model, timed in interleaved runs.
-
-Reads bundles.
-Writes a row for each run and measure, their medians and ratios, and the gain of the KV cache.
-"""
+"""benchmark: bundles -> a row for each run and measure, their medians and ratios, and the gain of the KV cache."""
 
 from __future__ import annotations
 

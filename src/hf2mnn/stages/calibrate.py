@@ -1,8 +1,4 @@
-"""calibrate: inputs of every linear layer on the calibration set, for awq and gptq.
-
-Reads a checkpoint, its answers to the calibration set, and those to the evaluation set, which must share no example.
-Writes sampled rows of the inputs of each layer.
-"""
+"""calibrate: a checkpoint and its answers to the calibration set -> sampled rows of the inputs of each layer."""
 
 from __future__ import annotations
 

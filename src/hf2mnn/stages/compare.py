@@ -1,8 +1,4 @@
-"""compare: differences between two versions of a model, in accuracy, speed and layers.
-
-Reads the finished results of both versions; may time their bundles against each other.
-Writes changes.csv and changes.md.
-"""
+"""compare: the finished results of two versions of a model -> changes.csv and changes.md; may time their bundles."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""convert: MNN graphs from the ONNX graphs, every attention fused with its KV cache.
-
-Reads the ONNX graphs.
-Writes the common part of all bundles: graphs whose linear layers have no weights, embedding, tokenizer.
-"""
+"""convert: ONNX graphs -> the common part of all bundles: MNN graphs without weights, embedding, tokenizer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""diagnose: the causes of a variant's error, layer by layer and source by source.
-
-Reads the reference, the ONNX graphs, the baseline and a bundle.
-Writes layers.parquet, budget.parquet and findings.json.
-"""
+"""diagnose: reference, ONNX graphs, baseline, a bundle -> layers.parquet, budget.parquet and findings.json."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""evaluate: the answers of one conversion, in the runtime that runs it, against the reference.
+"""evaluate: reference, ONNX graphs, a bundle -> tables of positions, answers, images, cache parity; figures, summary.
 
-Reads the reference, the ONNX graphs, and a bundle unless the graphs themselves are evaluated in ONNX Runtime.
-Writes tables of positions, answers, images and cache parity, figures with intervals, and a summary.
+Without a bundle the ONNX graphs are evaluated, in ONNX Runtime.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""examples: the questions that a model is evaluated or calibrated on.
-
-Reads a user-provided set (a folder with examples.jsonl), or draws one from a labelled data set.
-Writes examples.jsonl and the images that it names.
-"""
+"""examples: a user-provided set, or a labelled data set to draw from -> examples.jsonl and the images that it names."""
 
 from __future__ import annotations
 

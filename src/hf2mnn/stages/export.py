@@ -1,7 +1,6 @@
-"""export: portable ONNX graphs of a checkpoint, with an explicit KV cache.
+"""export: a checkpoint -> ONNX graphs with an explicit KV cache, model.json and the tokenizer's files.
 
-Reads a checkpoint.
-Writes decoder.onnx, embedding.onnx, vision.onnx (of a model with images), model.json and the tokenizer's files.
+The graphs are decoder.onnx, embedding.onnx, and vision.onnx of a model with images.
 """
 
 from __future__ import annotations

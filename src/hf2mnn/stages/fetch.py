@@ -1,8 +1,4 @@
-"""fetch: a checkpoint from a folder or a hub, checked before the first computation.
-
-Reads a local folder, a repository of a hub or a pin, and optionally a LoRA adapter to merge.
-Writes links to the checkpoint's files, and the weights that an adapter changes.
-"""
+"""fetch: a local folder, a hub's repository or a pin -> links to the checkpoint, merged weights of an adapter."""
 
 from __future__ import annotations
 

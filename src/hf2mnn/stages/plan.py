@@ -1,8 +1,4 @@
-"""plan: the format of each operator with the least divergence within a budget.
-
-Reads sensitivities, the ONNX graphs and MNN's graphs.
-Writes plan.yaml.
-"""
+"""plan: sensitivities, ONNX graphs, MNN graphs -> plan.yaml."""
 
 from __future__ import annotations
 

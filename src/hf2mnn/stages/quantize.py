@@ -1,7 +1,6 @@
-"""quantize: a bundle of MNN graphs with the checkpoint's weights in the chosen formats.
+"""quantize: ONNX graphs, MNN graphs -> a bundle, and weights.csv with a row for each operator.
 
-Reads the ONNX graphs, MNN's graphs, and the inputs of the methods: layer inputs, prequantized checkpoint, plan.
-Writes the bundle, and weights.csv with a row for each operator.
+Methods also need layer inputs, a prequantized checkpoint or a plan.
 """
 
 from __future__ import annotations

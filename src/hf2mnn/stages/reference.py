@@ -1,7 +1,6 @@
-"""reference: answers of the transformers model in float32, for all comparisons.
+"""reference: a checkpoint and a set of examples -> the answers of the transformers model in float32.
 
-Reads a checkpoint and an evaluation or calibration set.
-Writes prompts, token ids, logits, answers, image embeddings, and tap points of two probes.
+It writes prompts, token ids, logits, answers, image embeddings, and tap points of two probes.
 """
 
 from __future__ import annotations

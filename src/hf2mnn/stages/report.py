@@ -1,7 +1,6 @@
-"""report: all conversions of a model in one table with a verdict, and one page with the evidence.
+"""report: the folders of all other stages -> summary.csv, figures.csv (with parquet beside them) and report.html.
 
-Reads the folders of all other stages; computes no figure and starts nothing.
-Writes summary.csv, figures.csv (with parquet beside them) and report.html.
+It computes no figure and starts nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""sensitivity: divergence of the answers when one operator alone is quantized, for bits: auto.
-
-Reads a checkpoint and its answers to the calibration set.
-Writes measured.csv and candidates.csv.
-"""
+"""sensitivity: a checkpoint and its answers to the calibration set -> measured.csv and candidates.csv."""
 
 from __future__ import annotations
 
