@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,11 +16,23 @@ import typer
 
 from hf2mnn import __version__
 from hf2mnn.cli import tools
-from hf2mnn.cli.usage import usage_message
-from hf2mnn.core.errors import Hf2mnnError
+from hf2mnn.core.errors import Hf2mnnError, suggest
 from hf2mnn.core.machine_errors import machine_message
 from hf2mnn.core.stage import set_command
 from hf2mnn.stages import ORDER
+
+FORMER_COMMANDS = {
+    "source": "fetch",
+    "evaluation": "examples",
+    "onnx": "export",
+    "mnn": "convert",
+    "activations": "calibrate",
+    "speed": "benchmark",
+    "stages": "resources",
+}
+"""Commands of earlier versions, and their present names."""
+COMMAND = re.compile(r"no such command '(.*)'", re.DOTALL)
+CHOICE = re.compile(r"(.*)'([^']*)' is not one of (.*)", re.DOTALL)
 
 app = typer.Typer(
     name="hf2mnn",
@@ -93,6 +106,25 @@ def _stop_again(lost: sys.UnraisableHookArgs) -> None:
     threading.Timer(0.01, signal.pthread_kill, [threading.main_thread().ident, code - 128]).start()
 
 
+def _usage_message(error: typer.TyperException) -> str:
+    """Return one line with the nearest valid name for wrong usage; "" if it only prints the help."""
+    message, context = error.format_message().strip().rstrip("."), error.ctx
+    if message.startswith("Usage:") or not context:
+        return ""
+    message = message[0].lower() + message[1:].replace("Value error, ", "")
+    option = getattr(error, "option_name", None)
+    if match := COMMAND.match(message):
+        message = (
+            f"there is no command '{match[1]}'{suggest(match[1], list(context.command.commands), FORMER_COMMANDS)}"
+        )
+    elif option and message.startswith("no such option"):
+        options = [name for parameter in context.command.params for name in parameter.opts]
+        message = f"there is no option {option}{suggest(option, options)}"
+    elif match := CHOICE.search(message):
+        message += suggest(match[2], re.findall("'([^']*)'", match[3]), listed=True)
+    return f"{message} (see {context.command_path} --help)"
+
+
 def _fail(message: str, code: int = 1) -> None:
     print(f"error: {Hf2mnnError(message)}", file=sys.stderr)
     sys.exit(code)
@@ -115,7 +147,7 @@ def main() -> None:
         returned = app(prog_name="hf2mnn", standalone_mode=False)  # an exit code, or what a stage returns to Python
         sys.exit(returned if isinstance(returned, int) else 0)
     except typer.TyperException as error:
-        if message := usage_message(error):
+        if message := _usage_message(error):
             _fail(message, 2)
         error.show()  # the help, if no command is given
         sys.exit(2)

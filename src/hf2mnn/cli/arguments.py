@@ -84,14 +84,9 @@ def benchmark_options(config: Config, model: str) -> list[str]:
     return _options({"baseline": config.baseline(model), **config.benchmark.model_dump(exclude={"threads"})})
 
 
-def conversions(config: Config, model: str) -> list[str]:
-    """Return the names of a model's conversions in the order of the table: ONNX Runtime and the variants."""
-    return ["onnxruntime", *config.variants_of(model)]
-
-
 def report_variants(config: Config, model: str) -> str:
     """Return the option --variants of `hf2mnn report`: JSON with name and gates of each, and whether it is required."""
-    names = conversions(config, model)
+    names = ["onnxruntime", *config.variants_of(model)]
     described = [{"name": name, "required": config.required(name), "gates": config.gates_of(name)} for name in names]
     return json.dumps(described, sort_keys=True)
 
@@ -102,7 +97,7 @@ def evidence(config: Config, model: str) -> list[str]:
     planned = [name for name in variants if config.variants[name].auto]
     calibrated = [name for name in variants if config.calibrated(name)]
     folders = ["checkpoint", "examples/evaluation", "reference/evaluation", "onnx", "graphs", "benchmark"]
-    folders += [f"evaluation/{name}" for name in conversions(config, model)]
+    folders += [f"evaluation/{name}" for name in ("onnxruntime", *variants)]
     folders += [f"{folder}/{name}" for name in variants for folder in ("bundles", "diagnosis")]
     folders += [f"plans/{name}" for name in planned]
     folders += ["examples/calibration", "reference/calibration"] if planned or calibrated else []

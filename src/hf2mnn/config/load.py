@@ -17,10 +17,7 @@ from hf2mnn.families import FAMILIES
 
 
 def parse_config(content: Any) -> Config:
-    """Check a mapping against the schema and the local checkpoints, and return it `expanded`.
-
-    Raise ConfigError, one line with the path of the key, if it is invalid.
-    """
+    """Return a mapping `expanded`; raise ConfigError if the schema or a local checkpoint refuses a key."""
     try:
         config = Config.model_validate(content).expanded()
     except ValidationError as error:
@@ -36,10 +33,7 @@ def load_config(path: Path) -> Config:
 
 
 def parse_option(kind: type[BaseModel], text: str, option: str) -> Any:
-    """Return an option of the command line that holds a block of the configuration as JSON, with defaults.
-
-    Raise ConfigError with the option and the key if it is invalid.
-    """
+    """Return a block of the configuration in an option as JSON, with defaults; raise ConfigError if it is invalid."""
     try:
         return kind.model_validate_json(text).model_dump(exclude_none=True)
     except ValidationError as error:

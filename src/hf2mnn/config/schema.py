@@ -139,14 +139,10 @@ class Config(Block):
             return parse_budget(chosen.budget).bits_per_weight or 8.0
         return chosen.bits + (32 / chosen.block if chosen.bits < 16 and chosen.block else 0)
 
-    def plan_of(self, variant: str) -> Plan:
-        """Return the user's plan of a variant, or an empty one; raise ConfigError if the file is not a plan."""
-        path = self.variants[variant].plan
-        return load_plan(Path(path)) if path else Plan()
-
     def methods(self, variant: str) -> set[str]:
-        """Return the methods that may quantize some operator of a variant."""
-        plan = self.plan_of(variant)
+        """Return the methods that may quantize some operator of a variant; ConfigError: its plan cannot be read."""
+        path = self.variants[variant].plan
+        plan = load_plan(Path(path)) if path else Plan()
         planned = {weights.method for part in (plan.decoder, plan.vision) for weights in part.values()} - {None}
         return planned | {weights.method for weights in (self.decoder_weights(variant), self.vision_weights(variant))}
 

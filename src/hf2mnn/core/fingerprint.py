@@ -98,10 +98,7 @@ def reached(stage: str) -> tuple[dict[str, bytes], set[str]]:
 
 
 def fingerprint(stage: Stage, release: Callable[[str], str | None] = lambda package: None) -> str:
-    """Return 16 hex digits over the code of a stage and the releases of its tools.
-
-    `release` returns the release of a package in another environment, or None for the one that is installed here.
-    """
+    """Return 16 hex digits over the code of a stage and its tools' releases, those of `release` or the installed."""
     digest = hashlib.sha256()
     for module, code in sorted(reached(stage.name)[0].items()):
         digest.update(module.encode())

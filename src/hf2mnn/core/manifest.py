@@ -1,7 +1,4 @@
-"""Stage manifest: inputs, outputs, settings, tool versions and command line of a stage folder.
-
-Stages read their inputs through `hf2mnn.core.stage.open_stage`, which trusts the manifest and not the folder.
-"""
+"""Stage manifest: inputs, outputs, settings, tool versions and command line of a stage folder."""
 
 from __future__ import annotations
 
@@ -31,12 +28,9 @@ from hf2mnn.core.untrusted import path_inside, read_json
 from hf2mnn.machine.usage import cpu_seconds, peak_mb
 
 NAME = "manifest.json"
-LAYOUT = 2
-"""Version of the names of stages, folders and manifest entries; results of another version are refused."""
-SCRATCH = ".scratch"
-"""Folder for temporary files in the folder of a running stage."""
-DIGESTED = ("stage", "inputs", "settings", "tools", "outputs", "hf2mnn")
-"""Entries of the manifest that `Manifest.digest` covers."""
+LAYOUT = 2  # version of the names of stages, folders and manifest entries; others are refused
+SCRATCH = ".scratch"  # folder for temporary files in the folder of a running stage
+DIGESTED = ("stage", "inputs", "settings", "tools", "outputs", "hf2mnn")  # entries that `Manifest.digest` covers
 MARKER = ".hf2mnn"
 """File in every stage folder: the state of its large files when they were hashed, by name, JSON."""
 
@@ -173,10 +167,7 @@ def _hidden(path: Path) -> bool:
 
 
 def output_files(folder: Path) -> list[str]:
-    """Return sorted names of the outputs in a stage folder.
-
-    The manifest and hidden files, which belong to tools (MARKER, Snakemake's time stamp), are left out.
-    """
+    """Return sorted names of the files in a stage folder but the manifest and hidden ones of tools (Snakemake's)."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
     return sorted(name.as_posix() for name in names if name.name != NAME and not _hidden(name))
 
@@ -189,10 +180,7 @@ def stage_folders(folder: Path) -> list[Path]:
 
 @contextmanager
 def stage_folder(destination: Path, manifest: Manifest) -> Iterator[Path]:
-    """Yield a folder for the files of a stage; when the block succeeds, write `manifest` and publish the folder.
-
-    Raise Hf2mnnError if `destination` holds files that no stage wrote.
-    """
+    """Yield a folder for the files of a stage; when the block succeeds, write `manifest` and publish the folder."""
     started, cpu_before = time.monotonic(), cpu_seconds()
     # The marker decides, not the manifest, because Snakemake deletes known files before it runs a rule again.
     if destination.is_dir() and any(destination.iterdir()) and not (destination / MARKER).exists():

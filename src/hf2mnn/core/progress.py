@@ -42,10 +42,7 @@ class Progress:
 
 @contextmanager
 def progress(label: str, total: int, unit: str = "") -> Iterator[Progress]:
-    """Show on stderr how much of a loop is done, its rate, and the remaining time.
-
-    A block that fails has no last line in a log. `unit` is in the plural, or `BYTES`.
-    """
+    """Show on stderr how much of a loop is done, its rate, and the remaining time; `unit` is a plural, or `BYTES`."""
     # Not at the top: tqdm reads TQDM_DISABLE at import, and the command line sets it for transformers' bars in logs.
     from tqdm import tqdm
 
@@ -68,10 +65,7 @@ def progress(label: str, total: int, unit: str = "") -> Iterator[Progress]:
 
 
 def steps(label: str, items: Iterable[Item], unit: str, total: int | None = None) -> Iterator[Item]:
-    """Yield the items and show progress, with `unit` in the plural; an item is done when the next one is requested.
-
-    `total` is needed only for iterables without a length.
-    """
+    """Yield the items and show progress: one is done when the next is requested; `total` is for lazy iterables."""
     with progress(label, len(items) if total is None else total, unit) as bar:
         for item in items:
             yield item

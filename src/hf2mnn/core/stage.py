@@ -1,8 +1,4 @@
-"""Stages: the declaration of a stage, and the common way from its input folders to its output folder.
-
-A stage is one module of `hf2mnn.stages`, one command, one rule and one folder of results. `Stage` declares its tools,
-inputs, memory and time; `open_stage` verifies the inputs and publishes the output folder with its manifest.
-"""
+"""Stages: the declaration of a stage, and the common way from its input folders to its output folder."""
 
 from __future__ import annotations
 
@@ -54,20 +50,6 @@ class StageRun:
         return self.manifest.results
 
 
-def _load_inputs(stage: Stage, folders: Mapping[str, Path | None]) -> dict[str, Manifest]:
-    """Load and verify the manifests of input folders; entries that are None are left out."""
-    manifests = {name: Manifest.load(folder) for name, folder in folders.items() if folder is not None}
-    for name, manifest in manifests.items():
-        expected = stage.inputs.get(name)
-        if expected and manifest.stage != expected:
-            raise ManifestError(
-                f"{manifest.folder} is a folder of the stage '{manifest.stage}', but 'hf2mnn {stage.name}' needs one of"
-                f" '{expected}' as {name}: give that folder"
-            )
-        manifest.verify()
-    return manifests
-
-
 @contextmanager
 def open_stage(
     stage: Stage,
@@ -81,7 +63,8 @@ def open_stage(
 ) -> Iterator[StageRun]:
     """Verify a stage's inputs, yield a folder to write to, and publish it with a manifest when the block succeeds.
 
-    When the block fails, nothing is left, and an existing `destination` stays as it was.
+    When the block fails, nothing is left, and an existing `destination` stays as it was. Raise ManifestError if an
+    input differs from its manifest or is of another stage, Hf2mnnError if `destination` has files that no stage wrote.
 
     Args:
         stage: Declaration of the stage.
@@ -91,14 +74,19 @@ def open_stage(
         files: User-provided files by name; their sha256 counts as an input.
         paths: Locations of inputs that no stage wrote, for the reader of a report.
         tools: Packages to record in place of `stage.tools`.
-
-    Raise ManifestError if an input differs from its manifest or is of another stage, Hf2mnnError if `destination` holds
-    files that no stage wrote.
     """
-    manifests = _load_inputs(stage, inputs or {})
+    manifests = {name: Manifest.load(folder) for name, folder in (inputs or {}).items() if folder is not None}
+    for name, read in manifests.items():
+        expected = stage.inputs.get(name)
+        if expected and read.stage != expected:
+            raise ManifestError(
+                f"{read.folder} is a folder of the stage '{read.stage}', but 'hf2mnn {stage.name}' needs one of"
+                f" '{expected}' as {name}: give that folder"
+            )
+        read.verify()
     digests = {name: manifest.digest() for name, manifest in manifests.items()}
     digests |= {name: sha256(path) for name, path in (files or {}).items()}
-    provenance = {name: origin for manifest in manifests.values() for name, origin in manifest.provenance.items()}
+    provenance = {name: origin for read in manifests.values() for name, origin in read.provenance.items()}
     manifest = Manifest(
         stage=stage.name,
         command=list(_command),

@@ -51,10 +51,7 @@ def check_nesting(text: str) -> None:
 
 
 def check_shape(value: Any, limit: int = MAX_CONTAINERS) -> None:
-    """Refuse containers nested more than `MAX_DEPTH` deep, or more than `limit` of them at one depth.
-
-    YAML's aliases can make a value much larger than its text.
-    """
+    """Refuse containers nested too deep, or more than `limit` at one depth; YAML's aliases can make very many."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
         parts = (part for parent in level for part in (parent.values() if isinstance(parent, dict) else parent))

@@ -16,10 +16,13 @@ def child_environment() -> dict[str, str]:
 
 
 def die_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when its parent ends; end at once if the process `parent` is already gone.
+    """Let the kernel kill this process when its parent ends.
 
     A killed parent cannot stop its children. A child that goes on writes to a folder that the next run removes, and
     has no time limit. Linux only; elsewhere this does nothing.
+
+    Args:
+        parent: Process id of the parent; this process ends at once if the parent is already gone.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

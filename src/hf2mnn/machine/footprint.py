@@ -36,10 +36,8 @@ def bundle_bytes(weights: float, embedding: float, bits: float) -> int:
 
 
 def run_bytes(weights: float, embedding: float, bits: list[float], fetched: bool) -> dict[str, int]:
-    """Return the bytes that a run writes, by purpose, with the bits per weight of each bundle.
-
-    The ONNX graphs share the files of the checkpoint, `fetched` or not, where one file system holds both.
-    """
+    """Return the bytes that a run writes, by purpose; `bits` has those per weight of each bundle."""
+    # The ONNX graphs share the checkpoint's files where one file system holds both.
     sizes = {"checkpoint": int(2 * weights)} if fetched else {}
     sizes["bundles"] = int(2 * embedding) + sum(bundle_bytes(weights, 0, each) for each in bits)
     sizes["float32 baseline"] = bundle_bytes(weights, 0, 32)

@@ -63,10 +63,7 @@ def _cgroup_memory(root: Path) -> list[int]:
 
 
 def _group_memory(folder: Path, limit: str, used: str) -> int | None:
-    """Return bytes left in a control group with a file `limit`, or None for one without a limit.
-
-    `used` is the key in memory.stat of the memory that cannot be evicted.
-    """
+    """Return bytes left in a control group, if it has a limit; `used` is memory.stat's key of unevictable memory."""
     try:
         maximum = (folder / limit).read_text().strip()
         resident = int(re.search(rf"^{used} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)[1])

@@ -51,9 +51,8 @@ def run(
         golden = Golden(calibration)
         if evaluation:
             check_no_overlap(golden, Golden(evaluation), answered.paths.get("examples", calibration))
-        stage.manifest.provenance = {
-            "calibration": {name: digest for name, digest in answered.inputs.items() if name != "checkpoint"}
-        }
+        recorded = {name: digest for name, digest in answered.inputs.items() if name != "checkpoint"}
+        stage.manifest.provenance = {"calibration": recorded}
         set_torch_threads(threads)
         stage.results.update(record_layer_inputs(Checkpoint(checkpoint), golden, stage.folder, rows, weights))
     return destination

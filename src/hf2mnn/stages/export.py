@@ -28,9 +28,6 @@ def run(checkpoint: CheckpointFolder, destination: Out) -> Path:
 
     with open_stage(STAGE, destination, {"checkpoint": checkpoint}, {"opset": OPSET}) as stage:
         source = stage.inputs["checkpoint"]
-        stage.manifest.provenance = {
-            "checkpoint": {**source.settings, "files": source.outputs},
-            **source.provenance,
-        }
+        stage.manifest.provenance = {"checkpoint": {**source.settings, "files": source.outputs}, **source.provenance}
         export_graphs(Checkpoint(checkpoint), stage.folder)
     return destination
