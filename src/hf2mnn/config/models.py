@@ -89,8 +89,7 @@ class Model(Block):
 
     source: Source | None = Field(None, description="Source of the checkpoint; with revisions, their common keys.")
     revisions: Annotated[dict[Name, PartialSource], Field(min_length=1)] | None = Field(
-        None,
-        description="Several checkpoints of the model by name, the oldest first: the keys of source that differ.",
+        None, description="Several checkpoints of the model by name, the oldest first: the keys of source that differ."
     )
     evaluation: _folder_or(LabelledSet, LABELLED) = Field(
         "evaluation/general",

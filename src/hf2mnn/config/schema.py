@@ -8,11 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from hf2mnn.config.budget import parse_budget
-from hf2mnn.config.gates import GeneralGates
 from hf2mnn.config.messages import Block, Name
 from hf2mnn.config.models import Instance, Model, Toolchain
 from hf2mnn.config.plan import Plan, load_plan
-from hf2mnn.config.variants import Engine, OnnxRuntime, Variant, Weights
+from hf2mnn.config.variants import Engine, GeneralGates, OnnxRuntime, Variant, Weights
 from hf2mnn.core.errors import suggest
 
 RESERVED = ("pytorch", "onnxruntime", "float", "base")

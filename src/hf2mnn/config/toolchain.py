@@ -97,12 +97,6 @@ def _install(python: Path, toolchain: Toolchain, requirements: Path, name: str) 
         )
 
 
-def installed_releases(site: Path) -> dict[str, str]:
-    """Return the release by package of an environment, sorted."""
-    releases = {canonical(package.metadata["Name"]): package.version for package in distributions(path=[str(site)])}
-    return dict(sorted(releases.items()))
-
-
 def make_toolchain(destination: Path, requirements: Path, toolchain: Toolchain) -> Path:
     """Create the environment of a toolchain; `destination` is replaced as a whole.
 
@@ -119,6 +113,7 @@ def make_toolchain(destination: Path, requirements: Path, toolchain: Toolchain) 
         script = folder / "bin" / "hf2mnn"
         script.write_text(SCRIPT)
         script.chmod(0o755)
-        record = {"asked": toolchain.model_dump(), "installed": installed_releases(site)}
+        installed = {canonical(each.metadata["Name"]): each.version for each in distributions(path=[str(site)])}
+        record = {"asked": toolchain.model_dump(), "installed": dict(sorted(installed.items()))}
         (folder / NAME).write_text(json.dumps(record, indent=1) + "\n")
     return destination

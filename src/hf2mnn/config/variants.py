@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, RootModel, model_validator
+from pydantic import AfterValidator, Field, RootModel, create_model, model_validator
 
 from hf2mnn.config.budget import parse_budget
-from hf2mnn.config.gates import ONNXRUNTIME_GATES, Gates
 from hf2mnn.config.messages import Block, Name
+from hf2mnn.figures import HIGHER, UNITS, Figure, gated
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16, 32]
 BitsOrAuto = Literal[2, 3, 4, 5, 6, 7, 8, 16, 32, "auto"]
@@ -22,6 +22,36 @@ def _multiple_of_16(value: int) -> int:
 
 
 BlockSize = Annotated[int, Field(ge=0), AfterValidator(_multiple_of_16)]
+
+
+def _gate(figure: Figure, default: float | None) -> tuple[Any, Any]:
+    unit = UNITS[figure.unit]
+    kind = int if unit.integer else float
+    bound = "Lower" if figure.better == HIGHER else "Upper"
+    return kind | None, Field(
+        None if default is None else kind(default),
+        ge=unit.lowest,
+        le=unit.highest,
+        description=f"{bound} bound, {figure.unit}. {figure.meaning}",
+    )
+
+
+Gates = create_model(
+    "Gates",
+    __base__=Block,
+    __doc__="Bounds that a variant must keep; a bound that is left out is not checked.",
+    **{figure.name: _gate(figure, None) for figure in gated()},
+)
+GeneralGates = create_model(
+    "GeneralGates",
+    __base__=Gates,
+    __doc__="Bounds for every variant. They have defaults, since a broken bundle would pass without; null removes one.",
+    **{figure.name: _gate(figure, figure.gate.default) for figure in gated()},
+)
+ONNXRUNTIME_GATES = Gates(
+    **{figure.name: figure.gate.onnxruntime for figure in gated() if figure.gate.onnxruntime is not None}
+)
+"""Default bounds for the ONNX graphs in ONNX Runtime."""
 
 
 class Weights(Block):
@@ -74,8 +104,7 @@ class Variant(Weights):
         description="Where the engine reads the embedding: a bfloat16 file, or the quantized lm_head of a tied model.",
     )
     vision: Weights | None = Field(
-        None,
-        description="Weights of the vision tower; by default those of the decoder if they are float, else 8 bits.",
+        None, description="Weights of the vision tower; by default those of the decoder if they are float, else 8 bits."
     )
     engine: Engine = Field(Engine(), description="Settings of the engine.")
     required: bool = Field(False, description="Whether the run fails when this variant misses a gate.")

@@ -23,7 +23,7 @@ UNCOUNTED = (
     *("machine", "machine.usage", "machine.footprint", "report.console.print_speed"),
     # The values of options are params of the rules.
     *("core.options", "config.load", "config.messages", "config.models", "config.plan", "config.schema"),
-    *("config.variants", "config.gates"),
+    "config.variants",
 )
 """Modules and functions that change messages, measurements of the run or the reading of options, but no result."""
 TEMPLATES = {"report": "report/*.jinja"}

@@ -14,7 +14,7 @@ WeightsKept = Annotated[
     Literal["auto", "resident", "mapped"],
     typer.Option(
         help="resident holds the weights in memory in float32; mapped reads them from the checkpoint for each layer:"
-        " same results, less memory, slower; auto is resident if they fit.",
+        " same results, less memory, slower; auto is resident if they fit."
     ),
 ]
 Hub = Annotated[Literal["huggingface", "modelscope"], typer.Option(help="Hub of the repository.")]

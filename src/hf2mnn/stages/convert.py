@@ -1,4 +1,7 @@
-"""convert: ONNX graphs -> the common part of all bundles: MNN graphs without weights, embedding, tokenizer."""
+"""convert: ONNX graphs -> the common part of all bundles: MNN graphs, embedding, tokenizer.
+
+Every attention is fused with its KV cache, and linear layers have no weights.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""evaluate: reference, ONNX graphs, a bundle -> tables of positions, answers, images, cache parity; figures, summary.
-
-Without a bundle the ONNX graphs are evaluated, in ONNX Runtime.
-"""
+"""evaluate: reference, ONNX graphs, bundle -> tables of positions, answers, images, cache parity; figures; summary."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""export: a checkpoint -> ONNX graphs with an explicit KV cache, model.json and the tokenizer's files.
-
-The graphs are decoder.onnx, embedding.onnx, and vision.onnx of a model with images.
-"""
+"""export: a checkpoint -> decoder.onnx, embedding.onnx, vision.onnx, model.json and the tokenizer's files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""quantize: ONNX graphs, MNN graphs -> a bundle, and weights.csv with a row for each operator.
-
-Methods also need layer inputs, a prequantized checkpoint or a plan.
-"""
+"""quantize: ONNX graphs, MNN graphs, inputs of the methods -> a bundle; weights.csv with a row for each operator."""
 
 from __future__ import annotations
 

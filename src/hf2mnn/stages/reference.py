@@ -1,7 +1,4 @@
-"""reference: a checkpoint and a set of examples -> the answers of the transformers model in float32.
-
-It writes prompts, token ids, logits, answers, image embeddings, and tap points of two probes.
-"""
+"""reference: a checkpoint, examples -> prompts, token ids, logits, answers, image embeddings, probes' tap points."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""report: the folders of all other stages -> summary.csv, figures.csv (with parquet beside them) and report.html.
-
-It computes no figure and starts nothing.
-"""
+"""report: folders of all other stages -> summary.csv, figures.csv, parquet of both, report.html; computes no figure."""
 
 from __future__ import annotations
 
