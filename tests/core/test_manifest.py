@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf2mnn.core import files, manifest
+from hf2mnn.core import files
 from hf2mnn.core.errors import Hf2mnnError, ManifestError
 from hf2mnn.core.manifest import MARKER, NAME, Manifest, stage_folder, tool_versions
 
@@ -183,7 +183,6 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(files, "read_sha256", counted)
     monkeypatch.setattr(files, "_remembered", {})
     monkeypatch.setattr(files, "LARGE", 1)
-    monkeypatch.setattr(manifest, "LARGE", 1)
     return names
 
 

@@ -19,9 +19,13 @@ from hf2mnn.core.manifest import Manifest
 from hf2mnn.reference.examples import Example, read_examples, read_image
 from hf2mnn.reference.labelled_sets import DATASETS, LETTER, SHORT
 from hf2mnn.reference.tasks import score_answer
-from hf2mnn.stages.examples import draw_set
+from hf2mnn.stages.examples import run as collect_examples
 
 TEXT, TEXTS, IMAGE = Value("string"), List(Value("string")), ImageFeature()
+
+
+def draw_set(dataset: str, samples: int, destination: Path, copy: Path | None = None, **options: Any) -> Path:
+    return collect_examples(destination, copy, dataset, samples, **options)
 
 
 def drawn(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:

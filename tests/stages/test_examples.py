@@ -11,7 +11,7 @@ from PIL import Image
 from hf2mnn.core.errors import EvaluationSetError
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.reference.examples import read_examples
-from hf2mnn.stages.examples import copy_set
+from hf2mnn.stages.examples import run as collect_examples
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def few(tmp_path: Path) -> Path:
 
 
 def test_examples_and_their_images_are_copied(few: Path, tmp_path: Path) -> None:
-    copy = copy_set(few, tmp_path / "copy")
+    copy = collect_examples(tmp_path / "copy", few)
     manifest = Manifest.load(copy)
     assert manifest.verify() == copy
     assert set(manifest.outputs) == {"examples.jsonl", "images/red.png", "images/blue.png"}
@@ -47,8 +47,8 @@ def test_examples_and_their_images_are_copied(few: Path, tmp_path: Path) -> None
 
 
 def test_equal_sets_have_equal_digests_at_any_path(few: Path, tmp_path: Path) -> None:
-    first = copy_set(few, tmp_path / "made")
-    again = copy_set(first, tmp_path / "again")
+    first = collect_examples(tmp_path / "made", few)
+    again = collect_examples(tmp_path / "again", first)
     assert Manifest.load(again).digest() == Manifest.load(first).digest()
 
 
@@ -59,5 +59,5 @@ def test_unreadable_image_is_refused(content: bytes | None, message: str, few: P
     if content is not None:
         image.write_bytes(content)
     with pytest.raises(EvaluationSetError, match=message):
-        copy_set(few, tmp_path / "made")
+        collect_examples(tmp_path / "made", few)
     assert not (tmp_path / "made").exists()

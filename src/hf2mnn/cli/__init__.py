@@ -36,11 +36,9 @@ CHOICE = re.compile(r"(.*)'([^']*)' is not one of (.*)", re.DOTALL)
 
 app = typer.Typer(
     name="hf2mnn",
-    help=(
-        "Turn a Hugging Face vision-language model into MNN bundles, and prove each one against PyTorch.\n\n"
-        "'snakemake --cores N' runs all stages for the models and variants of config.yaml. Each stage is a command"
-        f" too: {', '.join(ORDER)}."
-    ),
+    help="Turn a Hugging Face vision-language model into MNN bundles, and prove each one against PyTorch.\n\n"
+    "'snakemake --cores N' runs all stages for the models and variants of config.yaml. Each stage is a command"
+    f" too: {', '.join(ORDER)}.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

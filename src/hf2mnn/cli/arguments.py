@@ -12,8 +12,7 @@ from hf2mnn.checkpoint.folder import ADAPTER_FILES, checkpoint_files
 from hf2mnn.config.models import Instance, LabelledSet
 from hf2mnn.config.schema import Config
 
-SETS = ("evaluation", "calibration")
-"""Sets of examples: keys of a model in config.yaml, and folders of its results."""
+SETS = ("evaluation", "calibration")  # sets of examples: keys of a model in config.yaml, folders of its results
 
 
 def _options(values: dict[str, object]) -> list[str]:

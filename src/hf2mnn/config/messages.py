@@ -10,10 +10,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, RootModel, Validatio
 from hf2mnn.core.errors import suggest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-RENAMED = {"speed": "benchmark", "picture_side": "image_side", "lsq": "mse"}
-"""Former keys and values, and their present names."""
-FOLDER, REPOSITORY, LABELLED = "[folder]", "[repository]", "[labelled]"
-"""Tags of unions."""
+RENAMED = {"speed": "benchmark", "picture_side": "image_side", "lsq": "mse"}  # present by former keys and values
+FOLDER, REPOSITORY, LABELLED = "[folder]", "[repository]", "[labelled]"  # tags of unions
 TAGS = (FOLDER, REPOSITORY, LABELLED, "[key]")
 """Parts of the location in pydantic's errors that are no keys of the configuration."""
 

@@ -14,8 +14,7 @@ from hf2mnn.config.plan import Plan, load_plan
 from hf2mnn.config.variants import Engine, GeneralGates, OnnxRuntime, Variant, Weights
 from hf2mnn.core.errors import suggest
 
-RESERVED = ("pytorch", "onnxruntime", "float", "base")
-"""Names of conversions in the table, and of folders, that are not variants."""
+RESERVED = ("pytorch", "onnxruntime", "float", "base")  # names in the table, and of folders, that are not variants
 
 
 class Benchmark(Block):

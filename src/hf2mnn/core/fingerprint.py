@@ -26,13 +26,7 @@ UNCOUNTED = (
     "config.variants",
 )
 """Modules and functions that change messages, measurements of the run or the reading of options, but no result."""
-TEMPLATES = {"report": "report/*.jinja"}
-"""Files beside the code that a stage's result depends on."""
-
-
-def _file(module: str) -> Path | None:
-    path = ROOT.parent / Path(*module.split("."))
-    return next(filter(Path.is_file, (path.with_suffix(".py"), path / "__init__.py")), None)
+TEMPLATES = {"report": "report/*.jinja"}  # files beside the code that a stage's result depends on
 
 
 def _counts(module: str) -> bool:
@@ -84,8 +78,9 @@ def reached(stage: str) -> tuple[dict[str, bytes], set[str]]:
     modules, packages, pending = {}, set(), [f"{STAGES}.{stage}"]
     while pending:
         module = pending.pop()
-        path = None if module in modules else _file(module)
-        if path is None:
+        stem = ROOT.parent.joinpath(*module.split("."))
+        path = next(filter(Path.is_file, (stem.with_suffix(".py"), stem / "__init__.py")), None)
+        if module in modules or path is None:
             continue
         modules[module], names = _parse(path.read_text(encoding="utf-8"))
         pending += filter(_counts, [module.rpartition(".")[0] or module, f"{module}.__main__"])

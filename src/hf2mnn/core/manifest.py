@@ -13,17 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hf2mnn import __version__
+from hf2mnn.core import files
 from hf2mnn.core.errors import Hf2mnnError, ManifestError
-from hf2mnn.core.files import (
-    LARGE,
-    atomic_file,
-    atomic_folder,
-    file_state,
-    link_or_copy,
-    remember_sha256,
-    sha256_of,
-    temporary_files_in,
-)
 from hf2mnn.core.untrusted import path_inside, read_json
 from hf2mnn.machine.usage import cpu_seconds, peak_mb
 
@@ -113,9 +104,9 @@ class Manifest:
                 raise ManifestError(
                     f"{path} is missing, and {NAME} lists it; delete {self.folder} and run its stage again"
                 )
-            if hashed.get(name) == file_state(path):
-                remember_sha256(path, self.outputs[name]["sha256"])
-        digests = sha256_of(paths.values())
+            if hashed.get(name) == files.file_state(path):
+                files.remember_sha256(path, self.outputs[name]["sha256"])
+        digests = files.sha256_of(paths.values())
         for name, path in paths.items():
             size, expected = path.stat().st_size, self.outputs[name]
             if size != expected["size"] or digests[path] != expected["sha256"]:
@@ -143,7 +134,7 @@ class Manifest:
 
     def hash_outputs(self, folder: Path) -> None:
         """Set `outputs` to size and sha256 of the files of `folder` (`output_files`)."""
-        digests = sha256_of(folder / name for name in output_files(folder))
+        digests = files.sha256_of(folder / name for name in output_files(folder))
         self.outputs = {
             path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
             for path, digest in digests.items()
@@ -152,7 +143,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write manifest.json with the present entries."""
         entries = {name: value for name, value in asdict(self).items() if name != "folder"}
-        with atomic_file(folder / NAME) as path:
+        with files.atomic_file(folder / NAME) as path:
             path.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
 
     def save(self, folder: Path) -> None:
@@ -185,16 +176,16 @@ def stage_folder(destination: Path, manifest: Manifest) -> Iterator[Path]:
     # The marker decides, not the manifest, because Snakemake deletes known files before it runs a rule again.
     if destination.is_dir() and any(destination.iterdir()) and not (destination / MARKER).exists():
         raise Hf2mnnError(f"{destination} holds files that no stage wrote; give --out a new folder")
-    with atomic_folder(destination) as folder:
-        with temporary_files_in(folder / SCRATCH):
+    with files.atomic_folder(destination) as folder:
+        with files.temporary_files_in(folder / SCRATCH):
             yield folder
         manifest.hash_outputs(folder)
         manifest.seconds = round(time.monotonic() - started, 2)
         manifest.cpu_seconds = round(cpu_seconds() - cpu_before, 2)
         manifest.peak_rss_mb = round(peak_mb(), 1)
         manifest.write(folder)
-        large = sorted(name for name, entry in manifest.outputs.items() if entry["size"] >= LARGE)
-        (folder / MARKER).write_text(json.dumps({name: file_state(folder / name) for name in large}))
+        large = sorted(name for name, entry in manifest.outputs.items() if entry["size"] >= files.LARGE)
+        (folder / MARKER).write_text(json.dumps({name: files.file_state(folder / name) for name in large}))
 
 
 @contextmanager
@@ -205,9 +196,9 @@ def updated_folder(manifest: Manifest) -> Iterator[Path]:
     the folder a new time, by which Snakemake notices the change.
     """
     marker = [MARKER] if (manifest.folder / MARKER).exists() else []
-    with atomic_folder(manifest.folder) as folder:
+    with files.atomic_folder(manifest.folder) as folder:
         for name in [*output_files(manifest.folder), *marker]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(manifest.folder / name, folder / name)
+            files.link_or_copy(manifest.folder / name, folder / name)
         yield folder
         manifest.save(folder)

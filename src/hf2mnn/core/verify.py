@@ -11,8 +11,7 @@ from hf2mnn.core.errors import ManifestError
 from hf2mnn.core.files import read_sha256
 from hf2mnn.core.manifest import NAME, Manifest, output_files, stage_folders
 
-FORMER_FOLDERS = ("source", "mnn/base", "eval")
-"""Folders of results/<model> in the layout before LAYOUT 2."""
+FORMER_FOLDERS = ("source", "mnn/base", "eval")  # of results/<model> in the layout before LAYOUT 2
 
 
 @dataclass

@@ -16,8 +16,7 @@ ORDER = (
     *("baseline", "evaluate", "diagnose", "benchmark", "report", "compare"),
 )
 """Names of the stages in the order of the data."""
-CONVERSION = ("fetch", "export", "convert", "quantize")
-"""Names of the stages that make a bundle."""
+CONVERSION = ("fetch", "export", "convert", "quantize")  # the stages that make a bundle
 
 
 @cache

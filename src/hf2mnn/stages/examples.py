@@ -32,38 +32,26 @@ def run(
 
     Example: hf2mnn examples --path my-questions --out results/mine/examples/evaluation
     """
-    if dataset is not None:
-        return draw_set(dataset, samples, destination, path, revision, seed)
-    if path is not None:
-        return copy_set(path, destination)
-    raise Hf2mnnError("give --path FOLDER, --dataset NAME, or both")
+    if dataset is None and path is None:
+        raise Hf2mnnError("give --path FOLDER, --dataset NAME, or both")
+    if dataset is None:
+        from hf2mnn.reference.examples import NAME, read_examples, read_image
 
+        records = read_examples(path)
+        images = sorted({name for record in records for name in record.images})
+        for name in images:
+            read_image(path / name)
+        with open_stage(STAGE, destination, paths={"examples": path}, tools=("pillow",)) as stage:
+            for name in [NAME, *images]:
+                (stage.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path / name, stage.folder / name)
+            stage.results["examples"] = len(records)
+    else:
+        from hf2mnn.reference.labelled_sets import draw_examples, get_dataset
 
-def copy_set(examples: Path, destination: Path) -> Path:
-    """Copy a user-provided set after reading every example and image."""
-    from hf2mnn.reference.examples import NAME, read_examples, read_image
-
-    records = read_examples(examples)
-    images = sorted({name for record in records for name in record.images})
-    for name in images:
-        read_image(examples / name)
-    with open_stage(STAGE, destination, paths={"examples": examples}, tools=("pillow",)) as stage:
-        for name in [NAME, *images]:
-            (stage.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(examples / name, stage.folder / name)
-        stage.results["examples"] = len(records)
-    return destination
-
-
-def draw_set(
-    dataset: str, samples: int, destination: Path, path: Path | None = None, revision: str = "main", seed: int = 0
-) -> Path:
-    """Draw `samples` questions of a labelled data set by `seed`; `path` is a local copy, else the hub's is used."""
-    from hf2mnn.reference.labelled_sets import draw_examples, get_dataset
-
-    chosen = get_dataset(dataset)
-    settings = {"dataset": dataset, "samples": samples, "seed": seed, "split": chosen.split}
-    settings |= {"repository": chosen.repository, "revision": revision} if path is None else {}
-    with open_stage(STAGE, destination, settings=settings, paths={"path": path} if path else {}) as stage:
-        stage.results.update(draw_examples(dataset, samples, stage.folder, path, revision, seed))
+        chosen = get_dataset(dataset)
+        settings = {"dataset": dataset, "samples": samples, "seed": seed, "split": chosen.split}
+        settings |= {"repository": chosen.repository, "revision": revision} if path is None else {}
+        with open_stage(STAGE, destination, settings=settings, paths={"path": path} if path else {}) as stage:
+            stage.results.update(draw_examples(dataset, samples, stage.folder, path, revision, seed))
     return destination
