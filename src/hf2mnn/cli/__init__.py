@@ -21,7 +21,7 @@ from hf2mnn.core.machine_errors import machine_message
 from hf2mnn.core.stage import set_command
 from hf2mnn.stages import ORDER
 
-FORMER_COMMANDS = {
+FORMER_COMMANDS = {  # present names of the commands of earlier versions
     "source": "fetch",
     "evaluation": "examples",
     "onnx": "export",
@@ -30,9 +30,6 @@ FORMER_COMMANDS = {
     "speed": "benchmark",
     "stages": "resources",
 }
-"""Commands of earlier versions, and their present names."""
-COMMAND = re.compile(r"no such command '(.*)'", re.DOTALL)
-CHOICE = re.compile(r"(.*)'([^']*)' is not one of (.*)", re.DOTALL)
 
 app = typer.Typer(
     name="hf2mnn",
@@ -111,14 +108,13 @@ def _usage_message(error: typer.TyperException) -> str:
         return ""
     message = message[0].lower() + message[1:].replace("Value error, ", "")
     option = getattr(error, "option_name", None)
-    if match := COMMAND.match(message):
-        message = (
-            f"there is no command '{match[1]}'{suggest(match[1], list(context.command.commands), FORMER_COMMANDS)}"
-        )
+    if match := re.match(r"no such command '(.*)'", message, re.DOTALL):
+        hint = suggest(match[1], list(context.command.commands), FORMER_COMMANDS)
+        message = f"there is no command '{match[1]}'{hint}"
     elif option and message.startswith("no such option"):
         options = [name for parameter in context.command.params for name in parameter.opts]
         message = f"there is no option {option}{suggest(option, options)}"
-    elif match := CHOICE.search(message):
+    elif match := re.search(r"(.*)'([^']*)' is not one of (.*)", message, re.DOTALL):
         message += suggest(match[2], re.findall("'([^']*)'", match[3]), listed=True)
     return f"{message} (see {context.command_path} --help)"
 

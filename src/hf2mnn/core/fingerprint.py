@@ -22,8 +22,8 @@ UNCOUNTED = (
     *("core.errors", "core.progress", "core.machine_errors", "core.verify"),
     *("machine", "machine.usage", "machine.footprint", "report.console.print_speed"),
     # The values of options are params of the rules.
-    *("core.options", "config.load", "config.messages", "config.models", "config.plan", "config.schema"),
-    "config.variants",
+    *("core.options", "config", "config.load", "config.messages", "config.models", "config.plan"),
+    *("config.schema", "config.variants"),
 )
 """Modules and functions that change messages, measurements of the run or the reading of options, but no result."""
 TEMPLATES = {"report": "report/*.jinja"}  # files beside the code that a stage's result depends on
