@@ -98,11 +98,7 @@ def _install(python: Path, toolchain: Toolchain, requirements: Path, name: str) 
 
 
 def make_toolchain(destination: Path, requirements: Path, toolchain: Toolchain) -> Path:
-    """Create the environment of a toolchain; `destination` is replaced as a whole.
-
-    Raise ToolchainError if pip cannot install it, Hf2mnnError if `destination` holds files and is no environment.
-    """
-    destination = Path(destination)
+    """Create the environment of a toolchain in `destination`, which is replaced as a whole if it is an environment."""
     if destination.is_dir() and any(destination.iterdir()) and not (destination / ENVIRONMENT_MARKER).is_file():
         raise Hf2mnnError(f"{destination} holds files and is not an environment; give --out a new folder")
     with atomic_folder(destination) as folder:

@@ -10,10 +10,7 @@ MAX_MESSAGE = 2000
 
 
 def suggest(name: object, valid: Sequence[str], former: Mapping[str, str] | None = None, listed: bool = False) -> str:
-    """Return a hint for an unknown name: its present name, the nearest valid one, or all valid ones.
-
-    `former` has present names by former names; `listed` tells that the message has all valid ones already.
-    """
+    """Return a hint for an unknown name: its present name (by `former`), the nearest, or all unless `listed` before."""
     present = (former or {}).get(str(name))
     if present in valid:
         return f"; it is called {present!r} now"
