@@ -166,7 +166,7 @@ def doctor(
     if run:
         from hf2mnn.doctor.run import run_bundle
 
-        examination.add(["run_bundle"], run_bundle(examination.bundle, prompt, time_limit))
+        examination.add("run_bundle", run_bundle(examination.bundle, prompt, time_limit))
     print(examination.to_json() if as_json else examination.to_text())
     raise typer.Exit(examination.exit_code)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.core.errors import Hf2mnnError
 from hf2mnn.doctor.artifacts import Bundle, MnnModel, OnnxFile
 from hf2mnn.doctor.checks import CHECKS, Check
-from hf2mnn.doctor.findings import Examination, Finding, Severity
+from hf2mnn.doctor.findings import Examination, Finding, Findings, Severity
 from hf2mnn.mnn.bundle import CONFIG, DECODER, GRAPHS, MODEL_CONFIG, VISION
 
 
-def run_check(check: Check, artifact: Any) -> Iterator[Finding]:
+def run_check(check: Check, artifact: Any) -> Findings:
     """Run one check and yield its findings; other checks report a file that it cannot read."""
     try:
         for finding in check(artifact):
@@ -31,30 +30,27 @@ def run_check(check: Check, artifact: Any) -> Iterator[Finding]:
         yield Finding(where, message, evidence, effect, cure, check="not_examined", severity=Severity.WARNING)
 
 
-def _unweighted_graphs(folder: Path) -> dict[str, MnnModel]:
-    """Return the graphs in a folder of the convert stage by file name."""
-    return {
-        graph: MnnModel(folder / graph, part, complete=False, weights=folder / weights)
-        for part, (graph, weights) in GRAPHS.items()
-        if (folder / graph).is_file()
-    }
-
-
 def _artifacts(path: Path, checkpoint: Checkpoint | None, reference: Path | None) -> tuple[str, list[Any]]:
     """Return the kind of a path and its artifacts."""
     if path.is_file() and path.name in (CONFIG, MODEL_CONFIG):
         path = path.parent
     if path.is_file() and path.suffix == ".mnn":
         return "MNN model", [MnnModel(path, checkpoint=checkpoint)]
-    if graph := _unweighted_graphs(path.parent).get(path.name):
-        return "graph of the convert stage", [graph]
+    folder = path if path.is_dir() else path.parent
+    graphs = {
+        graph: MnnModel(folder / graph, part, complete=False, weights=folder / weights)
+        for part, (graph, weights) in GRAPHS.items()
+        if (folder / graph).is_file()
+    }
+    if path.is_file() and path.name in graphs:
+        return "graph of the convert stage", [graphs[path.name]]
     if path.is_file() and path.suffix == ".onnx":
         return "ONNX model", [OnnxFile(path)]
     if not path.exists():
         raise Hf2mnnError(f"{path} does not exist: give a bundle folder, a .mnn file or an .onnx file")
-    onnx, mnn = (sorted(path.glob(pattern)) for pattern in ("*.onnx", "*.mnn"))
-    if graphs := _unweighted_graphs(path):
+    if path.is_dir() and graphs:
         return "folder of the convert stage", [*graphs.values()]
+    onnx, mnn = (sorted(path.glob(pattern)) for pattern in ("*.onnx", "*.mnn"))
     if any((path / name).is_file() for name in (DECODER, MODEL_CONFIG)) or (mnn and (path / CONFIG).is_file()):
         bundle = Bundle(path, checkpoint, reference)
         return "bundle", [bundle, *bundle.models.values()]
@@ -80,5 +76,5 @@ def examine(path: Path, checkpoint: Path | None = None, reference: Path | None =
     examination = Examination(path, kind, next((a for a in artifacts if isinstance(a, Bundle)), None))
     for artifact in artifacts:
         for check in CHECKS[type(artifact)]:
-            examination.add([check.__name__], list(run_check(check, artifact)))
+            examination.add(check.__name__, run_check(check, artifact))
     return examination

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -40,6 +41,9 @@ class Finding:
     cure: str
 
 
+Findings = Iterator[Finding]
+
+
 @dataclass
 class Examination:
     """Result of an examination: the checks that ran, and their findings, most severe first, then by file."""
@@ -50,12 +54,12 @@ class Examination:
     checks: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
-    def add(self, checks: list[str], findings: list[Finding]) -> None:
-        """Add checks that ran, and sort their findings into the list."""
-        order = list(Severity)
-        self.checks += [name for name in dict.fromkeys(checks) if name not in self.checks]
+    def add(self, check: str, findings: Iterable[Finding]) -> None:
+        """Add a check that ran, and sort its findings into the list."""
+        if check not in self.checks:
+            self.checks.append(check)
         self.findings += findings
-        self.findings.sort(key=lambda finding: (order.index(finding.severity), finding.where))
+        self.findings.sort(key=lambda finding: (list(Severity).index(finding.severity), finding.where))
 
     @property
     def exit_code(self) -> int:
@@ -77,5 +81,5 @@ class Examination:
             lines.append("")
         counts = Counter(finding.severity for finding in self.findings)
         parts = [f"{n} {s if n == 1 else PLURALS[s]}" for s in Severity if (n := counts[s])]
-        summary = ", ".join(parts) or "no findings"
-        return "\n".join([*lines, f"{summary}: {self.path} ({self.kind}, {len(self.checks)} checks)"])
+        lines.append(f"{', '.join(parts) or 'no findings'}: {self.path} ({self.kind}, {len(self.checks)} checks)")
+        return "\n".join(lines)

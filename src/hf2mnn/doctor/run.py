@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf2mnn.core.errors import BundleError, BundleFault, EngineStopped
 from hf2mnn.doctor.artifacts import Bundle
 from hf2mnn.doctor.checks.tokenizer import template_of
-from hf2mnn.doctor.findings import Finding, Severity
+from hf2mnn.doctor.findings import Finding, Findings, Severity
 from hf2mnn.metrics import common_prefix
 from hf2mnn.mnn.bundle import CONFIG
 from hf2mnn.mnn.bundle_config import outside_paths
@@ -68,8 +67,6 @@ DIAGNOSES = {
 }
 """Diagnosis by the kind of the engine's last messages (`engine_facts.MESSAGES`)."""
 GARBAGE = Diagnosis("a weight file or the embedding is missing, truncated or another model's", COPY_AGAIN)
-
-
 STEPS = {
     "load": Diagnosis("a file is truncated, or not what its name says", COPY_AGAIN, "while loading the bundle"),
     "template": Diagnosis(
@@ -120,7 +117,7 @@ def _fault(error: BundleFault | EngineStopped, step: Diagnosis) -> Finding:
     return Finding(CONFIG, message, evidence, effect, known.cure, check=check)
 
 
-def _answer_findings(answers: dict[str, dict[str, Any]]) -> Iterator[Finding]:
+def _answer_findings(answers: dict[str, dict[str, Any]]) -> Findings:
     """Yield the findings about answers by step, in the form of `hf2mnn.mnn.worker.question`."""
     useless = "the answers are useless"
     for step, answer in answers.items():
@@ -150,14 +147,13 @@ def _job(bundle: Bundle, prompt: str, result: Path) -> dict[str, Any]:
         tokens = {"eos_token": bundle.tokenizer.eos, "bos_token": bundle.tokenizer.bos}
     except BundleError:  # run the engine with the invalid tokenizer
         template, tokens = "", {"eos_token": "", "bos_token": ""}
-    jinja = bundle.model.get("jinja")
+    jinja, question = bundle.model.get("jinja"), {"role": "user", "content": prompt}
     if isinstance(jinja, dict) and isinstance(jinja.get("eos"), str):
         tokens["eos_token"] = jinja["eos"]
-    roles = (("user", prompt), ("assistant", "Yes."), ("user", prompt))
     return {
         "bundle": str(bundle.folder.resolve()),
         "prompt": prompt,
-        "chat": [{"role": role, "content": content} for role, content in roles],
+        "chat": [question, {"role": "assistant", "content": "Yes."}, question],
         "template": "" if bundle.model.get("use_template") is False else template,
         "tokens": tokens,
         "visual": bundle.model.get("is_visual") is True,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from hf2mnn.doctor.artifacts import Bundle, MnnModel, OnnxFile
 from hf2mnn.doctor.checks import attention, config, embedding, files, precision, tokenizer, weights
-from hf2mnn.doctor.findings import Finding
+from hf2mnn.doctor.findings import Findings
 
-Check = Callable[[Any], Iterator[Finding]]
+Check = Callable[[Any], Findings]
 CHECKS: dict[type, tuple[Check, ...]] = {
     Bundle: (
         files.file_changed,
