@@ -7,12 +7,11 @@ operator chain of `hf2mnn.onnx.attention`, and prints success whatever it has ma
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 
-import onnx
+from onnx import GraphProto, NodeProto
 
 from hf2mnn.doctor.artifacts import MnnModel, OnnxFile
-from hf2mnn.doctor.findings import Finding
+from hf2mnn.doctor.findings import Finding, Findings
 from hf2mnn.mnn.graph import Graph
 
 PAST = "past_key_values"
@@ -49,21 +48,20 @@ def _state(model: MnnModel) -> str:
     cached, uncached = _counts(graph)
     if not uncached:
         return "fused"
-    if cached or (PAST in graph.inputs and _outputs_past(graph)):
+    if cached or _outputs_past(graph):
         return "partial"
     return "no_flag" if PAST in graph.inputs else "cut"
 
 
-def past_key_values_input(model: MnnModel) -> Iterator[Finding]:
+def past_key_values_input(model: MnnModel) -> Findings:
     """Report a decoder converted without --transformerFuse: the past is an input, attentions are operator chains."""
     if _state(model) == "no_flag":
         message = f"the decoder has an input {PAST}: it was converted without --transformerFuse"
-        evidence = f"input {PAST}, {_counted(model.graph)}"
         effect = f"the engine, which keeps the cache itself, stops with '{PAST} tensor is input but not found'"
-        yield Finding(model.path.name, message, evidence, effect, CONVERT)
+        yield Finding(model.path.name, message, f"input {PAST}, {_counted(model.graph)}", effect, CONVERT)
 
 
-def attention_not_fused(model: MnnModel) -> Iterator[Finding]:
+def attention_not_fused(model: MnnModel) -> Findings:
     """Report attentions that --transformerFuse did not match."""
     if _state(model) == "partial":
         copied = f", the output of the past is a copy of {PAST}" if _outputs_past(model.graph) else ""
@@ -73,7 +71,7 @@ def attention_not_fused(model: MnnModel) -> Iterator[Finding]:
         yield Finding(model.path.name, message, f"{_counted(model.graph)}{copied}", effect, cure)
 
 
-def past_branch_cut(model: MnnModel) -> Iterator[Finding]:
+def past_branch_cut(model: MnnModel) -> Findings:
     """Report a decoder whose past was removed from the graph, so that the engine does not ask for it."""
     if _state(model) == "cut":
         message = "the attentions have neither a past nor a KV cache: the past was removed from the graph"
@@ -81,7 +79,7 @@ def past_branch_cut(model: MnnModel) -> Iterator[Finding]:
         yield Finding(model.path.name, message, f"no input {PAST}, {_counted(model.graph)}", effect, CONVERT)
 
 
-def fused_count(model: MnnModel) -> Iterator[Finding]:
+def fused_count(model: MnnModel) -> Findings:
     """Compare the number of cached attentions with `layer_nums`, or with the layers in the operator names."""
     layers, source = (model.layers, "layer_nums") if model.layers is not None else (model.layer_count, "operator names")
     cached, _ = _counts(model.graph)
@@ -97,79 +95,75 @@ def _is_onnx_decoder(model: OnnxFile) -> bool:
     return model.part == "decoder" or (not model.part.startswith("vis") and bool(names & {"logits", PAST}))
 
 
-def onnx_without_past(model: OnnxFile) -> Iterator[Finding]:
+def onnx_without_past(model: OnnxFile) -> Findings:
     """Report an ONNX decoder that was exported without a KV cache."""
     inputs = [value.name for value in model.graph.input]
     if _is_onnx_decoder(model) and not any(name.startswith("past") for name in inputs):
         message = "the decoder has no past as an input"
         evidence = f"inputs {', '.join(inputs)}; none begins with 'past'"
         effect = "it cannot decode with a KV cache, and MNN's converter fuses its attentions without one"
-        cure = "export the checkpoint with 'hf2mnn export'"
-        yield Finding(model.path.name, message, evidence, effect, cure)
+        yield Finding(model.path.name, message, evidence, effect, "export the checkpoint with 'hf2mnn export'")
 
 
 class _Chain:
-    """Follows a graph from an attention's Softmax in both directions, as `FuseAttention.cpp` of MNN 3.6.1 does."""
+    """Follows a graph from an attention's Softmax in both directions, as `FuseAttention.cpp` of MNN 3.6.1 does.
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
+    An empty node stands for one that does not exist.
+    """
+
+    def __init__(self, graph: GraphProto) -> None:
         self.producers = {name: node for node in graph.node for name in node.output}
-        self.consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        self.consumers: dict[str, list[NodeProto]] = defaultdict(list)
         for node in graph.node:
             for name in node.input:
                 self.consumers[name].append(node)
 
-    def before(self, node: onnx.NodeProto | None, position: int = 0) -> onnx.NodeProto | None:
+    def before(self, node: NodeProto, position: int = 0) -> NodeProto:
         """Return the node that computes an input."""
-        return self.producers.get(node.input[position]) if node is not None and len(node.input) > position else None
+        name = node.input[position] if len(node.input) > position else None
+        return self.producers.get(name, NodeProto())
 
-    def after(self, node: onnx.NodeProto | None) -> onnx.NodeProto | None:
+    def after(self, node: NodeProto) -> NodeProto:
         """Return the only node that reads the first output."""
-        consumers = self.consumers.get(node.output[0], []) if node is not None else []
-        return consumers[0] if len(consumers) == 1 else None
+        consumers = self.consumers[node.output[0]] if node.output else []
+        return consumers[0] if len(consumers) == 1 else NodeProto()
 
-    def skip_cast(self, node: onnx.NodeProto | None, step: Callable) -> onnx.NodeProto | None:
-        return step(node) if _is(node, "Cast") else node
-
-    def ungrouped(self, node: onnx.NodeProto | None) -> onnx.NodeProto | None:
+    def ungrouped(self, node: NodeProto) -> NodeProto:
         """Skip [Reshape(Expand(Unsqueeze(] of grouped queries."""
-        expand = self.before(node) if _is(node, "Reshape") else None
-        grouped = self.before(expand) if _is(expand, "Expand") else None
-        return self.before(grouped) if _is(grouped, "Unsqueeze") else node
+        expand = self.before(node)
+        grouped = self.before(expand)
+        chain = [each.op_type for each in (node, expand, grouped)]
+        return self.before(grouped) if chain == ["Reshape", "Expand", "Unsqueeze"] else node
 
-    def mismatch(self, softmax: onnx.NodeProto) -> str | None:
+    def mismatch(self, softmax: NodeProto) -> str | None:
         """Return the first difference from the chain that the converter fuses with a cache, or None."""
-        context = self.skip_cast(self.after(softmax), self.after)
-        output = self.after(context)
-        transposed = _is(output, "Transpose") and _is(self.after(output), "Reshape")
-        masked = self.before(softmax)
-        scaled = self.skip_cast(self.before(masked, 1 if _is(masked, "Where") else 0), self.before)
-        scores = self.before(scaled)
-        key, value = self.ungrouped(self.before(scores, 1)), self.ungrouped(self.before(context, 1))
+        context, masked = self.after(softmax), self.before(softmax)
+        scaled = self.before(masked, 1 if masked.op_type == "Where" else 0)
+        context = self.after(context) if context.op_type == "Cast" else context
+        scaled = self.before(scaled) if scaled.op_type == "Cast" else scaled
+        scores, output = self.before(scaled), self.after(context)
+        transposed = (output.op_type, self.after(output).op_type) == ("Transpose", "Reshape")
         conditions = [
-            (_is(context, "MatMul"), "its softmax output does not feed a MatMul directly"),
+            (context.op_type == "MatMul", "its softmax output does not feed a MatMul directly"),
             (transposed, "its output is not transposed and reshaped"),
-            (_is(masked, "Add", "Where"), "no mask is added to its scores"),
-            (_is(scaled, "Mul", "Div"), "its scores are not scaled between MatMul and mask"),
-            (_is(scores, "MatMul"), "its scores are not the output of a MatMul"),
-            (_is(self.before(scores), "Transpose"), "its query is not transposed right before the MatMul"),
+            (masked.op_type in ("Add", "Where"), "no mask is added to its scores"),
+            (scaled.op_type in ("Mul", "Div"), "its scores are not scaled between MatMul and mask"),
+            (scores.op_type == "MatMul", "its scores are not the output of a MatMul"),
+            (self.before(scores).op_type == "Transpose", "its query is not transposed right before the MatMul"),
         ]
-        for name, node in (("key", key), ("value", value)):
+        for name, node in (("key", self.before(scores, 1)), ("value", self.before(context, 1))):
+            heads = self.ungrouped(node)
             repeated = f"its {name} is not transposed right before the heads are repeated"
-            conditions.append((_is(node, "Transpose"), repeated))
-            conditions.append((_is(self.before(node), "Concat"), f"its {name} is not concatenated with a past"))
+            conditions.append((heads.op_type == "Transpose", repeated))
+            conditions.append((self.before(heads).op_type == "Concat", f"its {name} is not concatenated with a past"))
         return next((reason for holds, reason in conditions if not holds), None)
 
 
-def _is(node: onnx.NodeProto | None, *types: str) -> bool:
-    return node is not None and node.op_type in types
-
-
-def onnx_attention_chain(model: OnnxFile) -> Iterator[Finding]:
+def onnx_attention_chain(model: OnnxFile) -> Findings:
     """Report attentions of a decoder with a past that MNN's converter will not fuse, by the name of their Softmax."""
-    graph = model.graph
-    if not _is_onnx_decoder(model) or not any(value.name.startswith("past") for value in graph.input):
+    if not _is_onnx_decoder(model) or not any(value.name.startswith("past") for value in model.graph.input):
         return
-    chain, softmaxes = _Chain(graph), [node for node in graph.node if node.op_type == "Softmax"]
+    chain, softmaxes = _Chain(model.graph), [node for node in model.graph.node if node.op_type == "Softmax"]
     unmatched = {node.name or node.output[0]: why for node in softmaxes if (why := chain.mismatch(node))}
     if unmatched:
         first = next(iter(unmatched))
