@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
@@ -21,6 +23,7 @@ from hf2mnn.mnn.convert import read_graph
 from hf2mnn.mnn.engine_facts import BACKENDS, FILE_DEFAULTS, PRECISIONS, SAMPLERS
 from hf2mnn.mnn.graph import LINEAR, Graph
 from hf2mnn.mnn.tokenizer_file import TokenizerFile, read_tokenizer
+from hf2mnn.quant.embedding import TIED, embedding_in_weights, parse_tied
 from hf2mnn.quant.weights import DENSE, Operator, WeightFile, operators
 
 DEVICE_SETTINGS = {"backend_type": BACKENDS, **dict.fromkeys(("precision", "memory", "power"), PRECISIONS)}
@@ -28,6 +31,11 @@ SETTING_VALUES = DEVICE_SETTINGS | {"sampler_type": SAMPLERS}
 """Values of run-time settings that the engine knows; it takes a default for any other without an error."""
 LAYER = re.compile(r"\blayers?[./_](\d+)\b")
 """Index of a decoder layer in an operator name, as transformers' modules and their exporters write it."""
+
+
+def sampled_rows(count: int, most: int) -> np.ndarray:
+    """Return at most `most` evenly spaced indices of `count` rows, rounded down."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
 
 
 @dataclass
@@ -112,16 +120,15 @@ class OnnxFile:
         return graph
 
 
-@dataclass(frozen=True)
-class DecoderShape:
+class DecoderShape(NamedTuple):
     """Sizes in a decoder graph that the other files of a bundle must match; 0 or "" where the graph has none."""
 
-    hidden: int
-    vocabulary: int
-    layers: int
-    keys: int  # values of a token's key in the KV cache
-    mask: str  # data type of `attention_mask`
-    positions: int  # rows of `position_ids`
+    hidden: int = 0
+    vocabulary: int = 0
+    layers: int = 0
+    keys: int = 0  # values of a token's key in the KV cache
+    mask: str = ""  # data type of `attention_mask`
+    positions: int = 0  # rows of `position_ids`
 
 
 @dataclass
@@ -143,17 +150,15 @@ class Bundle:
         number = self.model.get("layer_nums")
         layers = number if type(number) is int else None
         decoder, weights = self.file("llm_model"), self.file("llm_weight")
-        models = (
+        self.models = {}
+        for model in (
             MnnModel(decoder, "decoder", layers, checkpoint=self.checkpoint, weights=weights),
             MnnModel(self.file("visual_model"), "vision", checkpoint=self.checkpoint),
-        )
-
-        def inside(path: Path) -> bool:
+        ):
             # Names only: the files of a hub's cache are links.
-            return ".." not in path.relative_to(self.folder).parts
-
-        present = [m for m in models if m.path.is_file() and inside(m.path) and inside(m.weights)]
-        self.models = {model.part: model for model in present}
+            names = [path.relative_to(self.folder).parts for path in (model.path, model.weights)]
+            if model.path.is_file() and not any(".." in parts for parts in names):
+                self.models[model.part] = model
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
@@ -170,6 +175,16 @@ class Bundle:
         own = self.model.get("hf2mnn")
         return own if isinstance(own, dict) else None
 
+    @property
+    def tied(self) -> dict[str, Any] | None:
+        """Settings of a quantized embedding, or None; raises a BundleError if they are invalid."""
+        return parse_tied(self.model.get(TIED))
+
+    @property
+    def embedding(self) -> Path:
+        """File of the embedding, which may be the decoder's weights; raises a BundleError if `tied` does."""
+        return self.file("llm_weight" if embedding_in_weights(self.model) else "embedding_file")
+
     @cached_property
     def tokenizer(self) -> TokenizerFile:
         """The tokenizer file; raises a BundleError if it is missing or not a tokenizer."""
@@ -178,16 +193,15 @@ class Bundle:
     @cached_property
     def manifest(self) -> Manifest | None:
         """The manifest, if there is a valid one."""
-        try:
+        with suppress(ManifestError):
             return Manifest.load(self.folder)
-        except ManifestError:
-            return None
+        return None
 
     @cached_property
-    def decoder_shape(self) -> DecoderShape | None:
-        """Sizes of the decoder graph; None without a decoder. Raises a ConversionError if it is not an MNN model."""
+    def decoder_shape(self) -> DecoderShape:
+        """Sizes of the decoder graph, if there is a decoder; raises a ConversionError if it is not an MNN model."""
         if "decoder" not in self.models:
-            return None
+            return DecoderShape()
         model = self.models["decoder"]
         weights = model.graph.weights()
         inputs = {op["name"]: op["main"] for op in reversed(model.graph.of_type("Input"))}

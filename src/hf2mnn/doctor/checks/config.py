@@ -6,27 +6,18 @@ Settings of image processing are compared with the checkpoint, or with the bundl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 from hf2mnn.checkpoint.model_info import model_info
 from hf2mnn.core.errors import BundleError
 from hf2mnn.doctor.artifacts import DEVICE_SETTINGS, SETTING_VALUES, Bundle
-from hf2mnn.doctor.findings import Finding, Severity
+from hf2mnn.doctor.findings import Finding, Findings, Severity
 from hf2mnn.evaluation.causes import differing
 from hf2mnn.families import get_family
+from hf2mnn.mnn import engine_facts as facts
 from hf2mnn.mnn.bundle import CONFIG, TOKENIZER
 from hf2mnn.mnn.bundle_config import outside_paths
-from hf2mnn.mnn.engine_facts import (
-    BASE_DIR,
-    IMAGE_DEFAULTS,
-    MERGE_SIZE,
-    MODEL_DEFAULTS,
-    PATCH_SIZE,
-    QWEN3_VL_PATCH_SIZE,
-    TEMPORAL_PATCH_SIZE,
-)
 from hf2mnn.quant.embedding import embedding_in_weights
 
 FALLBACKS = {"backend_type": "the engine uses any backend that it has", "sampler_type": "the engine uses its defaults"}
@@ -46,30 +37,27 @@ SIZES = ["patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_p
 UNSUPPORTED = "use another MNN release: this engine cannot run this vision tower"
 
 
-def config_unreadable(bundle: Bundle) -> Iterator[Finding]:
+def config_unreadable(bundle: Bundle) -> Findings:
     """Report a configuration file that is missing or not a JSON object."""
     for path, error in bundle.config_errors.items():
         message = f"{path.name} is missing or not a JSON object"
-        defaults = "hidden size 4096, int masks, no vision; it crashes or its output is wrong"
-        if path.name == CONFIG:
-            defaults = "tokenizer.txt, no vision, precision low"
+        model_defaults = "hidden size 4096, int masks, no vision; it crashes or its output is wrong"
+        defaults = "tokenizer.txt, no vision, precision low" if path.name == CONFIG else model_defaults
         effect = f"the engine uses its defaults without an error: {defaults}"
-        cure = "copy the file again, or convert the checkpoint again"
-        yield Finding(path.name, message, str(error), effect, cure)
+        yield Finding(path.name, message, str(error), effect, "copy the file again, or convert the checkpoint again")
 
 
-def path_outside(bundle: Bundle) -> Iterator[Finding]:
+def path_outside(bundle: Bundle) -> Findings:
     """Report keys that name a file outside the bundle."""
     for key, value, reason in outside_paths(bundle.folder, bundle.model):
         message = f"{key} names a path outside the bundle"
         evidence = f"{str(value)[:200]!r}: {reason}"
-        effect = "the engine opens a file of another model, or none"
-        remove = ", or remove it" if key == BASE_DIR else ""
+        remove = ", or remove it" if key == facts.BASE_DIR else ""
         cure = f"copy the file into {bundle.folder} and set {key} to its bare name{remove}"
-        yield Finding(bundle.locate(key), message, evidence, effect, cure)
+        yield Finding(bundle.locate(key), message, evidence, "the engine opens a file of another model, or none", cure)
 
 
-def file_missing(bundle: Bundle) -> Iterator[Finding]:
+def file_missing(bundle: Bundle) -> Findings:
     """Report a missing file that config.json names, or that the engine opens by default.
 
     Weight files and vision towers have their own checks.
@@ -95,29 +83,27 @@ def file_missing(bundle: Bundle) -> Iterator[Finding]:
         yield Finding(bundle.locate(key), message, f"{CONFIG} {source} {path.name}", effect, cure)
 
 
-def vision_missing(bundle: Bundle) -> Iterator[Finding]:
+def vision_missing(bundle: Bundle) -> Findings:
     """Report a configuration and a vision tower of which only one exists."""
     visual, path = bundle.model.get("is_visual") is True, bundle.file("visual_model")
     if bundle.config_errors:
         return
     if visual and not path.is_file():
         message = "the configuration declares a vision tower that is missing"
-        evidence = f"is_visual is true, {path.name} is missing"
         effect = "the engine does not load the bundle, or crashes at the first image"
         cure = "convert the vision tower ('hf2mnn convert' does), or copy it with its weight file"
-        yield Finding(bundle.locate("is_visual"), message, evidence, effect, cure)
+        yield Finding(bundle.locate("is_visual"), message, f"is_visual is true, {path.name} is missing", effect, cure)
     if not visual and path.is_file():
         message = "there is a vision tower, but the configuration does not declare it"
         evidence = f"{path.name} exists, is_visual is {json.dumps(bundle.model.get('is_visual'))}"
-        effect = "the engine ignores images"
         cure = f'set "is_visual": true in {bundle.file("llm_config").name}, with image_mean, image_norm and the ids'
-        yield Finding(bundle.locate("is_visual"), message, evidence, effect, cure)
+        yield Finding(bundle.locate("is_visual"), message, evidence, "the engine ignores images", cure)
 
 
-def attention_mask(bundle: Bundle) -> Iterator[Finding]:
+def attention_mask(bundle: Bundle) -> Findings:
     """Compare the data type of the attention mask with the graph's input."""
-    shape, given = bundle.decoder_shape, (MODEL_DEFAULTS | bundle.model)["attention_mask"]
-    if not bundle.config_errors and shape and shape.mask and (given == "float") != (shape.mask == "DT_FLOAT"):
+    shape, given = bundle.decoder_shape, (facts.MODEL_DEFAULTS | bundle.model)["attention_mask"]
+    if not bundle.config_errors and shape.mask and (given == "float") != (shape.mask == "DT_FLOAT"):
         expected = "float" if shape.mask == "DT_FLOAT" else "int"
         default = "" if "attention_mask" in bundle.model else " (the default)"
         message = f"the graph reads an attention mask of {expected}, and the engine feeds another type"
@@ -127,10 +113,10 @@ def attention_mask(bundle: Bundle) -> Iterator[Finding]:
         yield Finding(bundle.locate("attention_mask"), message, evidence, effect, cure)
 
 
-def config_differs(bundle: Bundle) -> Iterator[Finding]:
+def config_differs(bundle: Bundle) -> Findings:
     """Compare hidden_size, layer_nums and key_value_shape with the graph."""
-    shape, model = bundle.decoder_shape, MODEL_DEFAULTS | bundle.model
-    if shape is None or bundle.config_errors:
+    shape, model = bundle.decoder_shape, facts.MODEL_DEFAULTS | bundle.model
+    if bundle.config_errors:
         return
     cache = model.get("key_value_shape") or []
     keys = cache[-1] * cache[-2] if len(cache) >= 2 and all(isinstance(size, int) for size in cache) else shape.keys
@@ -147,10 +133,10 @@ def config_differs(bundle: Bundle) -> Iterator[Finding]:
             yield Finding(bundle.locate(key), message, evidence, effect, cure, severity=severity)
 
 
-def mrope(bundle: Bundle) -> Iterator[Finding]:
+def mrope(bundle: Bundle) -> Findings:
     """Compare is_mrope with the rows of the graph's position ids."""
-    shape, given = bundle.decoder_shape, (MODEL_DEFAULTS | bundle.model)["is_mrope"]
-    if not bundle.config_errors and shape and shape.positions in (1, 3) and bool(given) != (shape.positions == 3):
+    shape, given = bundle.decoder_shape, (facts.MODEL_DEFAULTS | bundle.model)["is_mrope"]
+    if not bundle.config_errors and shape.positions in (1, 3) and bool(given) != (shape.positions == 3):
         message = f"the graph reads {shape.positions} row(s) of position ids, the engine feeds {3 if given else 1}"
         evidence = f"is_mrope is {json.dumps(given)}, position_ids is [{shape.positions}, tokens]"
         effect = "the engine crashes or its output is wrong: it reads past the end of the positions, or one row only"
@@ -158,7 +144,7 @@ def mrope(bundle: Bundle) -> Iterator[Finding]:
         yield Finding(bundle.locate("is_mrope"), message, evidence, effect, cure)
 
 
-def setting_unknown(bundle: Bundle) -> Iterator[Finding]:
+def setting_unknown(bundle: Bundle) -> Findings:
     """Report run-time settings, of the vision tower too ("mllm"), with a value that the engine does not know."""
     vision = bundle.model.get("mllm") if isinstance(bundle.model.get("mllm"), dict) else {}
     settings = [(bundle.locate(key), key, bundle.model[key]) for key in SETTING_VALUES if key in bundle.model]
@@ -177,7 +163,7 @@ def _differences(bundle: Bundle, keys: tuple[str, ...]) -> list[tuple[str, str]]
     if not bundle.info or bundle.model.get("is_visual") is not True:
         return []
     expected = get_family(bundle.info["model_type"], bundle.folder).engine_config(bundle.info)
-    wrong = differing(IMAGE_DEFAULTS | bundle.model, {key: expected[key] for key in keys if key in expected})
+    wrong = differing(facts.IMAGE_DEFAULTS | bundle.model, {key: expected[key] for key in keys if key in expected})
     return [(key, _evidence(bundle.model, key, value, right)) for key, value, right in wrong]
 
 
@@ -185,17 +171,16 @@ def _evidence(config: dict[str, Any], key: str, value: Any, right: Any) -> str:
     return f"{key} is {value}{'' if key in config else ' (the engine default)'}, the checkpoint's is {right}"
 
 
-def image_normalization(bundle: Bundle) -> Iterator[Finding]:
+def image_normalization(bundle: Bundle) -> Findings:
     """Compare image_mean and image_norm with the checkpoint."""
     for key, evidence in _differences(bundle, NORMALIZATION):
         meaning = "mean x 255" if key == "image_mean" else "1 / (standard deviation x 255)"
-        message = f"{key} ({meaning}) differs from the checkpoint's"
         effect = "worse answers about every image: its colours and contrasts are not those of the training"
         cure = f"set the checkpoint's value in {bundle.file('llm_config').name}"
-        yield Finding(bundle.locate(key), message, evidence, effect, cure)
+        yield Finding(bundle.locate(key), f"{key} ({meaning}) differs from the checkpoint's", evidence, effect, cure)
 
 
-def vision_ids(bundle: Bundle) -> Iterator[Finding]:
+def vision_ids(bundle: Bundle) -> Findings:
     """Compare the ids of the tokens that mark an image with the checkpoint."""
     for key, evidence in _differences(bundle, IDS):
         message = f"the engine marks images with another token than the checkpoint ({key})"
@@ -204,7 +189,7 @@ def vision_ids(bundle: Bundle) -> Iterator[Finding]:
         yield Finding(bundle.locate(key), message, evidence, effect, cure)
 
 
-def image_sizes(bundle: Bundle) -> Iterator[Finding]:
+def image_sizes(bundle: Bundle) -> Findings:
     """Compare sizes in the bundle's model.json with the checkpoint, and those of the tower with the engine's."""
     own, file = bundle.model.get("hf2mnn"), bundle.file("llm_config").name
     if bundle.checkpoint and isinstance(own, dict):
@@ -218,20 +203,19 @@ def image_sizes(bundle: Bundle) -> Iterator[Finding]:
     tower, info = bundle.models["vision"], bundle.info or {}
     inputs = {op["name"]: op["main"].get("dims") or [0] for op in tower.graph.of_type("Input")}
     # The engine cuts larger patches for a tower with an input idx_tensor (`Omni::qwen2VisionProcess`).
-    side = QWEN3_VL_PATCH_SIZE if "idx_tensor" in inputs else PATCH_SIZE
-    fed, reads = 3 * TEMPORAL_PATCH_SIZE * side**2, inputs.get("patches", [0])[-1]
+    side = facts.QWEN3_VL_PATCH_SIZE if "idx_tensor" in inputs else facts.PATCH_SIZE
+    fed, reads = 3 * facts.TEMPORAL_PATCH_SIZE * side**2, inputs.get("patches", [0])[-1]
     if reads > 0 and reads != fed:
         message = "the vision tower reads patches of another size than the engine feeds"
         evidence = f"it reads {reads} values per patch, the engine feeds {fed} ({side} x {side} pixels, 2 frames)"
         effect = "the engine crashes at the first image, or its output is wrong"
         yield Finding(f"{tower.path.name}: patches", message, evidence, effect, UNSUPPORTED)
-    built_in = {"temporal_patch_size": TEMPORAL_PATCH_SIZE, "merge_size": MERGE_SIZE, "patch_size": side}
+    built_in = {"temporal_patch_size": facts.TEMPORAL_PATCH_SIZE, "merge_size": facts.MERGE_SIZE, "patch_size": side}
     for key, value in built_in.items():
         if info.get(key, value) != value:
             message = f"the checkpoint's {key} differs from the value built into the engine"
-            evidence = f"{key} is {info[key]}, the engine's is {value}"
             effect = "wrong output about every image: it is cut into other patches, or patches are merged otherwise"
-            yield Finding(file, message, evidence, effect, UNSUPPORTED)
+            yield Finding(file, message, f"{key} is {info[key]}, the engine's is {value}", effect, UNSUPPORTED)
 
 
 FILE_CHECKS = (config_unreadable, path_outside, file_missing, vision_missing)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import numpy as np
 
 from hf2mnn.checkpoint.folder import LFS_POINTER, is_lfs_pointer
 from hf2mnn.core.errors import BundleError
-from hf2mnn.doctor.artifacts import Bundle
+from hf2mnn.doctor.artifacts import Bundle, sampled_rows
 from hf2mnn.doctor.checks.files import GIT_LFS_PULL
-from hf2mnn.doctor.findings import Finding
+from hf2mnn.doctor.findings import Finding, Findings
 from hf2mnn.evaluation.causes import differing, wrong_rows
 from hf2mnn.mnn.engine_facts import QUANTIZED_EMBEDDING_BITS
 from hf2mnn.mnn.graph import FLOAT16
-from hf2mnn.quant.embedding import TIED, embedding_in_weights, embedding_rows, parse_tied, tied_settings
+from hf2mnn.quant.embedding import TIED, embedding_in_weights, embedding_rows, tied_settings
 from hf2mnn.quant.weights import Operator, operators
 
 SAMPLE = 256  # number of evenly spaced rows that are read
@@ -31,23 +30,20 @@ models, 8 times that in half floats read as bfloat16: the lowest bits of their e
 
 def _file(bundle: Bundle) -> Path | None:
     """Return the embedding's own file; None if it has none or the file is missing."""
-    path = bundle.file("embedding_file")
+    path = bundle.embedding
     return path if not embedding_in_weights(bundle.model) and path.is_file() else None
 
 
 def _shape(bundle: Bundle) -> tuple[int, int] | None:
     """Return [vocabulary, hidden] of the decoder graph, if it has both."""
     shape = bundle.decoder_shape
-    return (shape.vocabulary, shape.hidden) if shape and shape.hidden and shape.vocabulary else None
+    return (shape.vocabulary, shape.hidden) if shape.vocabulary and shape.hidden else None
 
 
 def _sample(path: Path, row: int) -> bytes:
     """Return SAMPLE rows of `row` bytes each."""
     count = path.stat().st_size // row
-    if not count:
-        return b""
-    indices = np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).astype(int))
-    return np.memmap(path, np.uint8, "r", shape=(count, row))[indices].tobytes()
+    return np.memmap(path, np.uint8, "r", shape=(count, row))[sampled_rows(count, SAMPLE)].tobytes() if count else b""
 
 
 def _spread(values: np.ndarray) -> float:
@@ -55,11 +51,10 @@ def _spread(values: np.ndarray) -> float:
     values = np.abs(values.astype(np.float32))
     if not np.isfinite(values).all():
         return float("inf")
-    values = values[values > 0]
-    return float(np.log2(values).std()) if len(values) else 0.0
+    return float(np.log2(values[values > 0]).std()) if values.any() else 0.0
 
 
-def embedding_size(bundle: Bundle) -> Iterator[Finding]:
+def embedding_size(bundle: Bundle) -> Findings:
     """Compare the size of the embedding file with vocabulary x hidden size in bfloat16."""
     path = _file(bundle)
     if path is None:
@@ -68,7 +63,7 @@ def embedding_size(bundle: Bundle) -> Iterator[Finding]:
     if is_lfs_pointer(path):
         message, cure = "the embedding file is a Git LFS pointer", GIT_LFS_PULL
         evidence = f"{size} bytes that begin with {LFS_POINTER.decode()!r}"
-    elif shape is None or parse_tied(bundle.model.get(TIED)):
+    elif shape is None or bundle.tied:
         return
     else:
         (rows, hidden), row = shape, 2 * shape[1]
@@ -90,10 +85,10 @@ def embedding_size(bundle: Bundle) -> Iterator[Finding]:
     yield Finding(path.name, message, evidence, effect, cure)
 
 
-def embedding_values(bundle: Bundle) -> Iterator[Finding]:
+def embedding_values(bundle: Bundle) -> Findings:
     """Report an embedding of float16 values, zeros, equal rows or noise."""
     path, shape = _file(bundle), _shape(bundle)
-    if path is None or shape is None or any(embedding_size(bundle)) or parse_tied(bundle.model.get(TIED)):
+    if path is None or shape is None or bundle.tied or any(embedding_size(bundle)):
         return
     raw = _sample(path, 2 * shape[1])
     values = np.frombuffer(raw, ml_dtypes.bfloat16)
@@ -126,24 +121,21 @@ def _expected_tied(head: Operator) -> dict[str, Any] | None:
     return expected if expected["quant_bit"] in QUANTIZED_EMBEDDING_BITS else None
 
 
-def tied_embedding(bundle: Bundle) -> Iterator[Finding]:
+def tied_embedding(bundle: Bundle) -> Findings:
     """Compare `tie_embeddings` with the position and format of lm_head in the weight file."""
 
     def finding(message: str, evidence: str, cure: str = CONVERT_AGAIN) -> Finding:
         return Finding(bundle.locate(TIED), message, evidence, NOISE, cure)
 
-    decoder = bundle.models.get("decoder")
     try:
-        tied = parse_tied(bundle.model.get(TIED))
+        tied = bundle.tied
     except BundleError as error:
         yield finding(f"{TIED} does not give a position in the decoder's weights", str(error))
         return
-    if tied is None or decoder is None:
+    path = bundle.embedding
+    if tied is None or "decoder" not in bundle.models or not path.is_file():
         return
-    head = operators(decoder.graph)[-1]
-    path = decoder.weights if tied["weight_offset"] else bundle.file("embedding_file")
-    if not path.is_file():
-        return
+    head = operators(bundle.models["decoder"].graph)[-1]
     size, weights = path.stat().st_size, head.size * tied["quant_bit"] // 8
     ends = {"weights": tied["weight_offset"] + weights, "scales": tied["alpha_offset"] + tied["alpha_size"]}
     if beyond := [f"{part} end at byte {end}" for part, end in ends.items() if end > size]:
@@ -167,16 +159,14 @@ def tied_embedding(bundle: Bundle) -> Iterator[Finding]:
         yield finding(f"{TIED} differs from the position or format of lm_head", f"lm_head is {head.name}: {values}")
 
 
-def embedding_differs(bundle: Bundle) -> Iterator[Finding]:
+def embedding_differs(bundle: Bundle) -> Findings:
     """Compare all rows of the embedding with the checkpoint."""
     stored = bundle.checkpoint.stored(bundle.checkpoint.family.embedding) if bundle.checkpoint else None
-    tied, decoder = parse_tied(bundle.model.get(TIED)), bundle.models.get("decoder")
-    if stored is None or decoder is None or (tied and tied["quant_bit"] not in QUANTIZED_EMBEDDING_BITS):
+    tied, path, shape = bundle.tied, bundle.embedding, _shape(bundle)
+    if stored is None or "decoder" not in bundle.models or (tied and tied["quant_bit"] not in QUANTIZED_EMBEDDING_BITS):
         return
     if any(embedding_size(bundle)) or any(embedding_values(bundle)) or any(tied_embedding(bundle)):
         return
-    path = decoder.weights if embedding_in_weights(bundle.model) else bundle.file("embedding_file")
-    shape = _shape(bundle)
     if shape and stored.shape != shape:
         message = "the embedding of the checkpoint has another shape"
         evidence = f"it is {list(stored.shape)}, the decoder's is {list(shape)}"
@@ -184,9 +174,8 @@ def embedding_differs(bundle: Bundle) -> Iterator[Finding]:
         message = "the embedding differs from the checkpoint's"
         evidence = wrong_rows(embedding_rows(path, tied, stored), tied)
     if evidence:
-        effect = "tokens have the embeddings of others: wrong output"
         cure = "convert this checkpoint again, or pass the checkpoint of this bundle as --checkpoint"
-        yield Finding(path.name, message, evidence, effect, cure)
+        yield Finding(path.name, message, evidence, "tokens have the embeddings of others: wrong output", cure)
 
 
 CHECKS = (embedding_size, embedding_values, tied_embedding, embedding_differs)

@@ -9,9 +9,9 @@ from contextlib import suppress
 import numpy as np
 
 from hf2mnn.core.errors import CheckpointError, QuantizationError
-from hf2mnn.doctor.artifacts import MnnModel
+from hf2mnn.doctor.artifacts import MnnModel, sampled_rows
 from hf2mnn.doctor.checks.files import CONVERT_AGAIN
-from hf2mnn.doctor.findings import Finding, Severity
+from hf2mnn.doctor.findings import Finding, Findings, Severity
 from hf2mnn.mnn.graph import FLOAT16
 from hf2mnn.quant.awq import FOLDED
 from hf2mnn.quant.formats import LM_HEAD
@@ -36,33 +36,29 @@ LLMEXPORT_NAME = re.compile(r"/(?P<layer>layers\.\d+)/(?P<part>\w+)/(?P<name>\w+
 
 def _overlaps(model: MnnModel) -> list[tuple[str, str, set[str]]]:
     """Return names and types of pairs of operators whose byte ranges overlap without being equal."""
-    overlaps, last = [], None
+    overlaps, last = [], (0, 0, {})
     readers = [op for op in model.graph.ops if isinstance(op.get("main"), dict) and op["main"].get("external")]
     ranges = [(op["main"]["external"][0], sum(op["main"]["external"]), op) for op in readers]
     for begin, end, op in sorted(ranges, key=lambda entry: entry[:2]):
-        if begin == end:
-            continue
-        if last and begin < last[1] and (begin, end) != last[:2]:
+        if begin < min(end, last[1]) and (begin, end) != last[:2]:
             overlaps.append((op["name"], last[2]["name"], {op["type"], last[2]["type"]}))
-        if last is None or end > last[1]:
-            last = begin, end, op
+        last = max(last, (begin, end, op), key=lambda entry: entry[1])
     return overlaps
 
 
-def norm_stale(model: MnnModel) -> Iterator[Finding]:
+def norm_stale(model: MnnModel) -> Findings:
     """Report a LayerNorm whose `external` offset points into another operator, or not at gamma and beta."""
     problems = [f"{name} reads bytes of {other}" for name, other, types in _overlaps(model) if "LayerNorm" in types]
     if not problems and not model.foreign:
-        problems = [f"{name}: {reason}" for name, reason in _implausible_norms(model)]
+        problems = list(_implausible_norms(model))
     if problems:
         count = len(model.graph.of_type("LayerNorm")) + len(list(model.graph.rotary_norms))
         message = "a normalization reads gamma and beta from a wrong offset"
-        evidence = f"{len(problems)} of {count}: {problems[0]}"
         cure = f"{CONVERT_AGAIN}; MNN's converter keeps stale offsets when it re-quantizes a .mnn file"
-        yield Finding(model.path.name, message, evidence, EFFECT, cure)
+        yield Finding(model.path.name, message, f"{len(problems)} of {count}: {problems[0]}", EFFECT, cure)
 
 
-def weights_overlap(model: MnnModel) -> Iterator[Finding]:
+def weights_overlap(model: MnnModel) -> Findings:
     """Report linear layers with overlapping byte ranges: a graph with the offsets of another."""
     overlaps = [(name, other) for name, other, types in _overlaps(model) if "LayerNorm" not in types]
     if overlaps:
@@ -82,18 +78,18 @@ def _norms(model: MnnModel) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         yield name, *(np.array(norm.get(key, []), np.float32) for key in ("gamma", "beta"))
 
 
-def _implausible_norms(model: MnnModel) -> Iterator[tuple[str, str]]:
+def _implausible_norms(model: MnnModel) -> Iterator[str]:
     rotary = dict(model.graph.rotary_norms)
     for name, gamma, beta in _norms(model):
         values = np.abs(np.concatenate([gamma, beta]))
         outside = ~(values <= MAXIMUM) | ((values < MINIMUM) & (values > 0))
         if not values.size and name in rotary:
-            yield name, "the graph holds no gamma for it, and the engine skips it"
+            yield f"{name}: the graph holds no gamma for it, and the engine skips it"
         elif values.size and (outside.mean() > IMPLAUSIBLE or not np.isfinite(values).all()):
-            yield name, f"{outside.sum()} of {values.size} values are NaN, over {MAXIMUM:g} or below {MINIMUM:g}"
+            yield f"{name}: {outside.sum()} of {values.size} values are NaN, over {MAXIMUM:g} or below {MINIMUM:g}"
 
 
-def norm_zero(model: MnnModel) -> Iterator[Finding]:
+def norm_zero(model: MnnModel) -> Findings:
     """Report a gamma of zeros, or a beta of zeros where other normalizations of the graph have one."""
     rotary = dict(model.graph.rotary_norms)
     rms = {op["name"] for op in model.graph.of_type("LayerNorm") if op["main"].get("useRMSNorm")} | set(rotary)
@@ -114,12 +110,12 @@ def norm_zero(model: MnnModel) -> Iterator[Finding]:
             yield Finding(where, message, evidence, effect, CONVERT_AGAIN, severity=severity)
 
 
-def _sampled(operator: Operator) -> list[int]:
-    """Return the indices of up to ROWS evenly spaced rows."""
-    return np.unique(np.linspace(0, operator.outputs - 1, ROWS).astype(int)).tolist()
+def _sampled(operator: Operator) -> list[tuple[int, int]]:
+    """Return begin and end of up to ROWS evenly spaced rows."""
+    return [(row, row + 1) for row in sampled_rows(operator.outputs, ROWS).tolist()]
 
 
-def weights_of_another(model: MnnModel) -> Iterator[Finding]:
+def weights_of_another(model: MnnModel) -> Findings:
     """Report quantized weights without a header of their shape: MNN's converter stages weights under a fixed name."""
     if not model.foreign:
         return
@@ -149,11 +145,11 @@ def _matching(model: MnnModel, condition: Callable[[MnnModel, Operator], bool]) 
 def _constant(model: MnnModel, operator: Operator) -> bool:
     """Return whether most rows are constant; models may have a few such rows, of unused tokens."""
     rows = _sampled(operator)
-    constant = [np.ptp(model.weight_file.rows(operator, row, row + 1)) == 0 for row in rows]
+    constant = [np.ptp(model.weight_file.rows(operator, *row)) == 0 for row in rows]
     return sum(constant) > len(rows) / 2
 
 
-def weights_constant(model: MnnModel) -> Iterator[Finding]:
+def weights_constant(model: MnnModel) -> Findings:
     """Report constant weights: of incomplete downloads, or re-quantized by the converter without the weight file."""
     if names := _matching(model, _constant):
         message = "all weights of an operator are equal"
@@ -171,7 +167,7 @@ def _implausible(model: MnnModel, operator: Operator) -> bool:
         return any(not np.abs(model.weight_file.rows(operator, *s)).max(initial=0) <= LARGEST for s in spans)
 
 
-def weights_not_finite(model: MnnModel) -> Iterator[Finding]:
+def weights_not_finite(model: MnnModel) -> Findings:
     """Report scales, zero points or floating-point weights that are NaN, infinite or over LARGEST; all are read."""
     if names := _matching(model, _implausible):
         message = "weights or scales are NaN, infinite, or implausibly large"
@@ -198,20 +194,19 @@ def on_a_grid(q: np.ndarray) -> bool:
 def _coarse(model: MnnModel, operator: Operator) -> bool:
     if operator not in model.quantized or model.weight_file.header(operator).bits < 6:
         return False
-    rows = [model.weight_file.quantized(operator, row, row + 1).q for row in _sampled(operator)]
+    rows = [model.weight_file.quantized(operator, *row).q for row in _sampled(operator)]
     return on_a_grid(np.concatenate(rows))
 
 
-def requantized(model: MnnModel) -> Iterator[Finding]:
+def requantized(model: MnnModel) -> Findings:
     """Report weights of 6 to 8 bits with few evenly spaced values: they had 2 to 5 bits before."""
     names = _matching(model, _coarse)
     if len(names) > len(model.operators) / 10:
-        where = f"{model.weights.name}: {names[0]}"
         message = "the weights were quantized twice: to fewer bits before these"
         evidence = f"in {len(names)} of {len(model.operators)} operators, q is on a coarser grid"
         effect = "as large as its bits, and as inexact as the fewer bits before"
         cure = "quantize the floating-point checkpoint, or a prequantized one with method: checkpoint"
-        yield Finding(where, message, evidence, effect, cure, severity=Severity.WARNING)
+        yield Finding(f"{model.weights.name}: {names[0]}", message, evidence, effect, cure, severity=Severity.WARNING)
 
 
 def _parameter(name: str, decoder: str) -> str | None:
@@ -226,15 +221,13 @@ def _parameter(name: str, decoder: str) -> str | None:
 def _error(model: MnnModel, operator: Operator) -> float | None:
     """Return the relative error of the sampled rows of a linear layer; None if the checkpoint has no such weight."""
     parameter = _parameter(operator.name, model.checkpoint.family.decoder)
-    if parameter is None or operator.kernel != 1:
-        return None
     try:
-        stored = model.checkpoint.stored(parameter)
+        stored = model.checkpoint.stored(parameter) if parameter and operator.kernel == 1 else None
         if stored is None:
             return None
         if stored.shape != (operator.outputs, operator.inputs):
             return np.inf
-        rows = [(row, row + 1) for row in _sampled(operator)]
+        rows = _sampled(operator)
         right = np.concatenate([stored.rows(*row) for row in rows]).astype(np.float64)
         error = np.concatenate([model.weight_file.rows(operator, *row) for row in rows]) - right
     except (CheckpointError, QuantizationError):
@@ -248,7 +241,7 @@ def _bits(operator: Operator) -> int:
     return 16 if operator.stored["type"] == FLOAT16 else operator.stored["aMaxOrBits"]
 
 
-def not_the_checkpoint(model: MnnModel) -> Iterator[Finding]:
+def not_the_checkpoint(model: MnnModel) -> Findings:
     """Compare linear layers with the checkpoint, except in bundles with folded scales (awq), which differ by design."""
     if model.checkpoint is None or model.foreign or (model.path.parent / FOLDED).is_file():
         return
