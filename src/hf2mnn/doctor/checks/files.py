@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import PurePosixPath
 
 from hf2mnn.checkpoint.folder import is_lfs_pointer
 from hf2mnn.core.errors import ConversionError, ExportError, Hf2mnnError
 from hf2mnn.core.manifest import tool_versions
 from hf2mnn.core.verify import file_damage
 from hf2mnn.doctor.artifacts import Bundle, MnnModel, OnnxFile
-from hf2mnn.doctor.findings import Finding, Severity
+from hf2mnn.doctor.findings import Finding, Findings, Severity
 from hf2mnn.mnn.engine_facts import UNSUPPORTED_OPERATORS
 from hf2mnn.mnn.graph import LINEAR
 
@@ -21,7 +19,7 @@ CONVERT_AGAIN = "run 'hf2mnn convert' and 'hf2mnn quantize' again, or download i
 GIT_LFS_PULL = "run 'git lfs pull' in its folder, or download the file with the hub's own client"
 
 
-def _unreadable(artifact: MnnModel | OnnxFile, kind: str, cure: str) -> Iterator[Finding]:
+def _unreadable(artifact: MnnModel | OnnxFile, kind: str, cure: str) -> Findings:
     try:
         _ = artifact.graph
     except (ConversionError, ExportError) as error:
@@ -32,12 +30,12 @@ def _unreadable(artifact: MnnModel | OnnxFile, kind: str, cure: str) -> Iterator
         yield Finding(path.name, message, evidence, "the model cannot be loaded", GIT_LFS_PULL if pointer else cure)
 
 
-def unreadable_graph(model: MnnModel) -> Iterator[Finding]:
+def unreadable_graph(model: MnnModel) -> Findings:
     """Report a .mnn file that is truncated, a Git LFS pointer, or of another format."""
     return _unreadable(model, "MNN model", CONVERT_AGAIN)
 
 
-def unreadable_onnx(model: OnnxFile) -> Iterator[Finding]:
+def unreadable_onnx(model: OnnxFile) -> Findings:
     """Report an .onnx file that is truncated, a Git LFS pointer, or of another format."""
     return _unreadable(model, "ONNX model", "run 'hf2mnn export' again")
 
@@ -48,7 +46,7 @@ def _versions(model: MnnModel) -> tuple[str, str]:
     return str(info.get("version", "")) if isinstance(info, dict) else "", tool_versions("MNN")["MNN"]
 
 
-def unknown_operators(model: MnnModel) -> Iterator[Finding]:
+def unknown_operators(model: MnnModel) -> Findings:
     """Report operators that the installed engine lacks; the converter dumps a type without a name as a number."""
     unknown = [op for op in model.graph.ops if op["type"] in UNSUPPORTED_OPERATORS or op["type"].isdecimal()]
     if unknown:
@@ -61,7 +59,7 @@ def unknown_operators(model: MnnModel) -> Iterator[Finding]:
         yield Finding(model.path.name, message, evidence, effect, cure)
 
 
-def engine_too_old(model: MnnModel) -> Iterator[Finding]:
+def engine_too_old(model: MnnModel) -> Findings:
     """Report a model of a newer converter; the engine only logs the difference (`Module.cpp`)."""
     converter, engine = _versions(model)
     newer, installed = ([int(n) for n in re.findall(r"\d+", version)[:3]] for version in (converter, engine))
@@ -73,7 +71,7 @@ def engine_too_old(model: MnnModel) -> Iterator[Finding]:
         yield Finding(model.path.name, message, evidence, effect, cure, severity=Severity.WARNING)
 
 
-def weight_file_missing(model: MnnModel) -> Iterator[Finding]:
+def weight_file_missing(model: MnnModel) -> Findings:
     """Report a missing weight file."""
     size = model.graph.external_size()
     if size and not model.weights.is_file():
@@ -81,12 +79,11 @@ def weight_file_missing(model: MnnModel) -> Iterator[Finding]:
         yield Finding(model.weights.name, message, f"the graph reads {size:,} bytes of it", GARBAGE, COPY_AGAIN)
 
 
-def weight_file_pointer(model: MnnModel) -> Iterator[Finding]:
+def weight_file_pointer(model: MnnModel) -> Findings:
     """Report a Git LFS pointer in place of the weight file."""
     if model.graph.external_size() and model.weights.is_file() and is_lfs_pointer(model.weights):
-        message = "the weight file is a Git LFS pointer"
         evidence = f"{model.weights.stat().st_size} bytes that begin with 'version https://git-lfs'"
-        yield Finding(model.weights.name, message, evidence, GARBAGE, GIT_LFS_PULL)
+        yield Finding(model.weights.name, "the weight file is a Git LFS pointer", evidence, GARBAGE, GIT_LFS_PULL)
 
 
 def _truncated(model: MnnModel) -> bool:
@@ -97,7 +94,7 @@ def _truncated(model: MnnModel) -> bool:
         return False
 
 
-def weight_file_truncated(model: MnnModel) -> Iterator[Finding]:
+def weight_file_truncated(model: MnnModel) -> Findings:
     """Report a weight file with fewer bytes than the graph reads."""
     if _truncated(model) and not is_lfs_pointer(model.weights):
         size, ends = model.weights.stat().st_size, model.graph.external_ends()
@@ -107,7 +104,7 @@ def weight_file_truncated(model: MnnModel) -> Iterator[Finding]:
         yield Finding(model.weights.name, "the weight file is truncated", evidence, GARBAGE, COPY_AGAIN)
 
 
-def weight_file_longer(model: MnnModel) -> Iterator[Finding]:
+def weight_file_longer(model: MnnModel) -> Findings:
     """Report a weight file with more bytes than the graph reads: it was written for another graph."""
     size, read = model.weights.stat().st_size, model.graph.external_size()
     if read and size > read and not model.foreign:
@@ -118,7 +115,7 @@ def weight_file_longer(model: MnnModel) -> Iterator[Finding]:
         yield Finding(model.weights.name, message, evidence, effect, cure, severity=Severity.WARNING)
 
 
-def weights_absent(model: MnnModel) -> Iterator[Finding]:
+def weights_absent(model: MnnModel) -> Findings:
     """Report a graph of the convert stage in a bundle."""
     linear = [op for op in model.graph.of_type("Convolution") if op["main"].get("external")]
     empty = [op for op in linear if not sum(op["main"]["external"][1:2] + op["main"]["external"][4:])]
@@ -128,7 +125,7 @@ def weights_absent(model: MnnModel) -> Iterator[Finding]:
         yield Finding(model.path.name, "linear layers have no weights", evidence, GARBAGE, cure)
 
 
-def file_changed(bundle: Bundle) -> Iterator[Finding]:
+def file_changed(bundle: Bundle) -> Findings:
     """Compare every file with its sha256 in manifest.json, except weight files that other checks report."""
     if bundle.manifest is None:
         return
@@ -138,7 +135,7 @@ def file_changed(bundle: Bundle) -> Iterator[Finding]:
         if path not in reported and (damage := file_damage(path, expected)):
             evidence = f"it {damage} (manifest.json)"
             severity, effect = Severity.ERROR, "from one wrong weight to wrong output throughout"
-            if PurePosixPath(name).suffix in (".json", ".csv"):
+            if path.suffix in (".json", ".csv"):
                 severity = Severity.WARNING
                 effect = "measurements of the bundle may not hold for these settings, and hf2mnn refuses the bundle"
             yield Finding(name, "the file differs from the manifest", evidence, effect, COPY_AGAIN, severity=severity)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from hf2mnn.doctor.artifacts import Bundle, MnnModel
-from hf2mnn.doctor.findings import Finding, Severity
+from hf2mnn.doctor.findings import Finding, Findings, Severity
 from hf2mnn.mnn.bundle_config import decoder_settings, vision_settings
 from hf2mnn.mnn.graph import LINEAR, WeightInfo
 from hf2mnn.quant.weights import Operator
@@ -27,7 +26,7 @@ def _quantized(model: MnnModel) -> list[WeightInfo]:
     return [weight for weight in model.graph.weights() if weight.size and weight.bits < 16 and weight.kernel == 1]
 
 
-def block_per_channel(model: MnnModel) -> Iterator[Finding]:
+def block_per_channel(model: MnnModel) -> Findings:
     """Report layers with one scale per output channel, to which MNN's converter falls back without an error."""
     layers = _quantized(model)
     coarse = [layer for layer in layers if not layer.block]
@@ -50,20 +49,15 @@ def block_per_channel(model: MnnModel) -> Iterator[Finding]:
         yield Finding(model.path.name, message, evidence, effect, cure, severity=Severity.ADVICE)
 
 
-def _is_float16(values: np.ndarray) -> bool:
-    with np.errstate(over="ignore"):
-        return bool((values.astype(np.float16).astype(np.float32) == values).all())
-
-
 def _fits_float16(model: MnnModel, operator: Operator) -> bool:
     """Return whether float16 suffices; scales of a prequantized checkpoint (wider zero points) are kept exactly."""
     alpha = model.weight_file.alpha(operator)
-    in_range = np.abs(alpha).max(initial=0) <= FLOAT16_MAX
-    prequantized = alpha.shape[2] == 2 and _is_float16(alpha[:, :, 1]) and not _is_float16(alpha[:, :, 0])
-    return bool(in_range and not prequantized)
+    with np.errstate(over="ignore"):
+        exact = (alpha.astype(np.float16).astype(np.float32) == alpha).all(axis=(0, 1)).tolist()
+    return bool(np.abs(alpha).max(initial=0) <= FLOAT16_MAX) and exact != [False, True]
 
 
-def scales_32_bit(model: MnnModel) -> Iterator[Finding]:
+def scales_32_bit(model: MnnModel) -> Findings:
     """Report float32 scales and zero points; float16 costs no measurable accuracy."""
     if model.foreign:
         return
@@ -77,7 +71,7 @@ def scales_32_bit(model: MnnModel) -> Iterator[Finding]:
         yield Finding(model.weights.name, message, evidence, effect, cure, severity=Severity.ADVICE)
 
 
-def vision_bits(bundle: Bundle) -> Iterator[Finding]:
+def vision_bits(bundle: Bundle) -> Findings:
     """Report a small vision tower of fewer than 8 bits, unless a plan chose them.
 
     Measured on small trained checkpoints: 4 bits in the tower cost far more accuracy than 4 bits in the decoder, and
@@ -85,7 +79,7 @@ def vision_bits(bundle: Bundle) -> Iterator[Finding]:
     million weights). The size from which this is safe was not measured; SMALL_TOWER lies in between.
     """
     model = bundle.models.get("vision")
-    if model is None or (bundle.manifest is not None and "plan" in bundle.manifest.inputs):
+    if model is None or (bundle.manifest and "plan" in bundle.manifest.inputs):
         return
     layers, weights = _quantized(model), sum(layer.inputs * layer.outputs for layer in model.graph.weights())
     low = [layer for layer in layers if layer.bits < 8]
@@ -107,7 +101,7 @@ def largest_activations(reference: Path) -> dict[str, float]:
     return largest
 
 
-def fp16_overflow(bundle: Bundle) -> Iterator[Finding]:
+def fp16_overflow(bundle: Bundle) -> Findings:
     """Report recorded PyTorch activations near or beyond the float16 range where the engine may use float16.
 
     It does with precision "low" where the device can, and with "normal" on other devices than CPUs.
@@ -129,14 +123,12 @@ def fp16_overflow(bundle: Bundle) -> Iterator[Finding]:
         beyond = any(not value < FLOAT16_MAX for value in near.values())
         worst = [f"{name} reaches {near[name]:.4g}" for name in sorted(near, key=near.get, reverse=True)[:NAMED]]
         message = f"activations of the {part} {'exceed' if beyond else 'come near'} the range of float16"
-        evidence = (
-            f"{', '.join(worst)} of {FLOAT16_MAX:.0f}; {len(near)} of {len(own)} tap points,"
-            f" {MAX_ROWS} rows of each prompt recorded, precision {precision!r}, backend {device!r}"
-        )
+        recorded = f"{len(near)} of {len(own)} tap points, {MAX_ROWS} rows of each prompt recorded"
+        computed = f"precision {precision!r}, backend {device!r}"
+        evidence = f"{', '.join(worst)} of {FLOAT16_MAX:.0f}; {recorded}, {computed}"
         effect = "on an ARM CPU or a GPU the answer repeats one token; an x86 CPU computes in float32"
-        cure = 'set "precision": "high" in config.json'
         severity = Severity.ERROR if beyond else Severity.WARNING
-        yield Finding(where, message, evidence, effect, cure, severity=severity)
+        yield Finding(where, message, evidence, effect, 'set "precision": "high" in config.json', severity=severity)
 
 
 MODEL_CHECKS = (block_per_channel, scales_32_bit)
