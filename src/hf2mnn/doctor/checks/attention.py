@@ -34,7 +34,7 @@ def _outputs_past(graph: Graph) -> bool:
     past = {index for op in graph.of_type("Input") if op["name"] == PAST for index in op["outputIndexes"]}
     names = graph.content["tensorName"]
     return any(
-        past.intersection(op["inputIndexes"]) and names[op["outputIndexes"][0]] in graph.outputs
+        past.intersection(op.get("inputIndexes", [])) and names[op["outputIndexes"][0]] in graph.outputs
         for op in graph.of_type("Reshape")
     )
 

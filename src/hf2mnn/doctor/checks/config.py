@@ -116,7 +116,7 @@ def attention_mask(bundle: Bundle) -> Findings:
 def config_differs(bundle: Bundle) -> Findings:
     """Compare hidden_size, layer_nums and key_value_shape with the graph."""
     shape, model = bundle.decoder_shape, facts.MODEL_DEFAULTS | bundle.model
-    if bundle.config_errors:
+    if bundle.config_errors or "decoder" not in bundle.models:
         return
     cache = model.get("key_value_shape") or []
     keys = cache[-1] * cache[-2] if len(cache) >= 2 and all(isinstance(size, int) for size in cache) else shape.keys

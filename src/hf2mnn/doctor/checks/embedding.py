@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +16,7 @@ from hf2mnn.evaluation.causes import differing, wrong_rows
 from hf2mnn.mnn.engine_facts import QUANTIZED_EMBEDDING_BITS
 from hf2mnn.mnn.graph import FLOAT16
 from hf2mnn.quant.embedding import TIED, embedding_in_weights, embedding_rows, tied_settings
-from hf2mnn.quant.weights import Operator, operators
+from hf2mnn.quant.weights import operators
 
 SAMPLE = 256  # number of evenly spaced rows that are read
 NOISE = "the engine loads the bundle and reads noise for every token: wrong output"
@@ -111,16 +110,6 @@ def embedding_values(bundle: Bundle) -> Findings:
     yield Finding(path.name, message, evidence, effect, cure)
 
 
-def _expected_tied(head: Operator) -> dict[str, Any] | None:
-    """Return what `tie_embeddings` must be; None if the engine cannot read an embedding from this lm_head."""
-    if head.stored is None:
-        return None
-    if head.stored["type"] == FLOAT16:
-        return {"weight_offset": head.parts[0][0], "quant_bit": 16}
-    expected = tied_settings(head)
-    return expected if expected["quant_bit"] in QUANTIZED_EMBEDDING_BITS else None
-
-
 def tied_embedding(bundle: Bundle) -> Findings:
     """Compare `tie_embeddings` with the position and format of lm_head in the weight file."""
 
@@ -132,10 +121,11 @@ def tied_embedding(bundle: Bundle) -> Findings:
     except BundleError as error:
         yield finding(f"{TIED} does not give a position in the decoder's weights", str(error))
         return
-    path = bundle.embedding
-    if tied is None or "decoder" not in bundle.models or not path.is_file():
+    if tied is None or "decoder" not in bundle.models:
         return
-    head = operators(bundle.models["decoder"].graph)[-1]
+    head, path = operators(bundle.models["decoder"].graph)[-1], bundle.embedding
+    if not path.is_file():
+        return
     size, weights = path.stat().st_size, head.size * tied["quant_bit"] // 8
     ends = {"weights": tied["weight_offset"] + weights, "scales": tied["alpha_offset"] + tied["alpha_size"]}
     if beyond := [f"{part} end at byte {end}" for part, end in ends.items() if end > size]:
@@ -146,8 +136,11 @@ def tied_embedding(bundle: Bundle) -> Findings:
         yield finding(message, "tie_word_embeddings of the checkpoint is false", OWN_FILE)
     if not tied["weight_offset"]:
         return
-    expected = _expected_tied(head)
-    if expected is None:
+    if head.stored and head.stored["type"] == FLOAT16:
+        expected = {"weight_offset": head.parts[0][0], "quant_bit": 16}
+    elif head.stored and head.stored["aMaxOrBits"] in QUANTIZED_EMBEDDING_BITS:
+        expected = tied_settings(head)
+    else:
         form = f"{head.stored['aMaxOrBits']} bits; the engine reads 4, 8 and 16" if head.stored else "float32"
         message = "the embedding is read from lm_head, whose format the engine cannot read as an embedding"
         yield finding(message, f"lm_head is {head.name}, stored as {form}", OWN_FILE)
@@ -162,11 +155,12 @@ def tied_embedding(bundle: Bundle) -> Findings:
 def embedding_differs(bundle: Bundle) -> Findings:
     """Compare all rows of the embedding with the checkpoint."""
     stored = bundle.checkpoint.stored(bundle.checkpoint.family.embedding) if bundle.checkpoint else None
-    tied, path, shape = bundle.tied, bundle.embedding, _shape(bundle)
+    tied, path = bundle.tied, bundle.embedding
     if stored is None or "decoder" not in bundle.models or (tied and tied["quant_bit"] not in QUANTIZED_EMBEDDING_BITS):
         return
     if any(embedding_size(bundle)) or any(embedding_values(bundle)) or any(tied_embedding(bundle)):
         return
+    shape = _shape(bundle)
     if shape and stored.shape != shape:
         message = "the embedding of the checkpoint has another shape"
         evidence = f"it is {list(stored.shape)}, the decoder's is {list(shape)}"
