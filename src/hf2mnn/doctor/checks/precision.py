@@ -54,7 +54,7 @@ def _fits_float16(model: MnnModel, operator: Operator) -> bool:
     alpha = model.weight_file.alpha(operator)
     with np.errstate(over="ignore"):
         exact = (alpha.astype(np.float16).astype(np.float32) == alpha).all(axis=(0, 1)).tolist()
-    return bool(np.abs(alpha).max(initial=0) <= FLOAT16_MAX) and exact != [False, True]
+    return bool(np.abs(alpha).max(initial=0) <= FLOAT16_MAX) and exact != [False, True]  # zero points, scales
 
 
 def scales_32_bit(model: MnnModel) -> Findings:

@@ -40,7 +40,7 @@ def _overlaps(model: MnnModel) -> list[tuple[str, str, set[str]]]:
     readers = [op for op in model.graph.ops if isinstance(op.get("main"), dict) and op["main"].get("external")]
     ranges = [(op["main"]["external"][0], sum(op["main"]["external"]), op) for op in readers]
     for begin, end, op in sorted(ranges, key=lambda entry: entry[:2]):
-        if begin < min(end, last[1]) and (begin, end) != last[:2]:
+        if begin < end and begin < last[1] and (begin, end) != last[:2]:
             overlaps.append((op["name"], last[2]["name"], {op["type"], last[2]["type"]}))
         last = max(last, (begin, end, op), key=lambda entry: entry[1])
     return overlaps
