@@ -16,54 +16,70 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 DOMAIN = "hf2mnn"
-CACHED = "CachedAttention"
-FULL = "FullAttention"
+CACHED, FULL = "CachedAttention", "FullAttention"
+DECODER_ATTENTION = "hf2mnn_cached"
+# transformers passes all patches to attention functions with "flash" in their names, and splits them for others.
+VISION_ATTENTION = "hf2mnn_flash_full"
 
 
-def cached_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    past_key: torch.Tensor,
-    past_value: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention with a KV cache, as a symbolic node for tracing.
+class Cache:
+    """Cache for transformers that passes keys and values through, and collects the extended ones for graph outputs."""
 
-    Queries are [1, heads, s, d], keys and values [1, kv heads, s, d], cached ones [1, p, kv heads, d], and the mask,
-    which is added to the scores, [1, 1, s, p + s]. Returns the context [1, s, heads, d] and the extended cached ones.
+    def __init__(self, pasts: list[torch.Tensor]) -> None:
+        self.pasts, self.presents = pasts, []
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object):
+        """Return the arguments: `_cached_attention` appends them."""
+        return key, value
+
+    def get_seq_length(self, *_: object) -> int:
+        """Return the number of cached tokens."""
+        return self.pasts[0].shape[2]
+
+
+def _cached_attention(module, query, key, value, attention_mask, scaling, cache: Cache, **_: object):
+    """Attention with a KV cache as one node.
+
+    Queries are [1, heads, s, d], keys and values [1, kv heads, s, d], cached ones [1, p, kv heads, d], the mask, which
+    is added to the scores, [1, 1, s, p + s], and the context [1, s, heads, d].
     """
+    past_key, past_value = cache.pasts[module.layer_idx]
     batch, heads, tokens, size = query.shape
     present = [batch, past_key.shape[1] + tokens, key.shape[1], size]
-    return torch.onnx.ops.symbolic_multi_out(
+    context, *extended = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{CACHED}",
-        (query, key, value, past_key, past_value, mask),
-        {"scale": scale},
+        (query, key, value, past_key, past_value, attention_mask),
+        {"scale": scaling},
         dtypes=(query.dtype,) * 3,
         shapes=([batch, tokens, heads, size], present, present),
         version=1,
     )
+    cache.presents.append(torch.stack(extended))
+    return context, None
 
 
-def full_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Attention without a cache, as a symbolic node for tracing.
+def _full_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_: object):
+    """Attention without a cache as one node, with the mask of `VisionFamily.tower_arguments` in `cu_seq_lens_q`.
 
-    The inputs are [1, heads, n, d], the mask added to the scores [1, n, n], and the returned context [1, n, heads, d].
+    The inputs are [1, heads, n, d], the mask added to the scores [1, n, n], and the context [1, n, heads, d].
     """
     batch, heads, tokens, size = query.shape
-    return torch.onnx.ops.symbolic(
+    context = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{FULL}",
-        (query, key, value, mask),
-        {"scale": scale},
+        (query, key, value, cu_seq_lens_q),
+        {"scale": scaling},
         dtype=query.dtype,
         shape=[batch, tokens, heads, size],
         version=1,
     )
+    return context, None
+
+
+ALL_ATTENTION_FUNCTIONS.register(DECODER_ATTENTION, _cached_attention)
+ALL_ATTENTION_FUNCTIONS.register(VISION_ATTENTION, _full_attention)
 
 
 class _Chain:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,48 +17,16 @@ import onnxscript.optimizer
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch.utils._pytree import tree_structure, tree_unflatten
 
 from hf2mnn.core.errors import ExportError
 from hf2mnn.families import Family, VisionFamily
-from hf2mnn.onnx.attention import FULL, cached_attention, expand_attention, full_attention
+from hf2mnn.onnx.attention import DECODER_ATTENTION, FULL, VISION_ATTENTION, Cache, expand_attention
 from hf2mnn.onnx.repeat import TRACED, identical_layers, repeat_layers
 
 OPSET = 18
-DECODER_ATTENTION = "hf2mnn_cached"
-# transformers passes all patches to attention functions with "flash" in their names, and splits them for others.
-VISION_ATTENTION = "hf2mnn_flash_full"
 FOLD_LIMIT = 4096  # largest tensor to fold: shapes and scalars are folded, weights are not
 PAST, PRESENT = "past_", "present_"  # prefixes of inputs and outputs of the traced decoder, one for each layer's cache
-
-
-class _Cache:
-    """Cache for transformers that passes keys and values through, and collects the extended ones for graph outputs."""
-
-    def __init__(self, pasts: list[torch.Tensor]) -> None:
-        self.pasts, self.presents = pasts, {}
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object):
-        return key, value
-
-    def get_seq_length(self, *_: object) -> int:
-        return self.pasts[0].shape[2]
-
-
-def _decoder_attention(module, query, key, value, attention_mask, scaling, cache: _Cache, **_: object):
-    past_key, past_value = cache.pasts[module.layer_idx]
-    context, *present = cached_attention(query, key, value, past_key, past_value, attention_mask, scaling)
-    cache.presents[module.layer_idx] = torch.stack(present)
-    return context, None
-
-
-def _vision_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_: object):
-    # VisionFamily.tower_arguments passes the mask in this argument.
-    return full_attention(query, key, value, cu_seq_lens_q, scaling), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(DECODER_ATTENTION, _decoder_attention)
-ALL_ATTENTION_FUNCTIONS.register(VISION_ATTENTION, _vision_attention)
 
 
 class Decoder(torch.nn.Module):
@@ -72,7 +39,7 @@ class Decoder(torch.nn.Module):
 
     def forward(self, inputs_embeds, attention_mask, position_ids, logits_index, pasts):
         """Return the logits, and the extended cache of each layer."""
-        cache = _Cache(pasts)
+        cache = Cache(pasts)
         hidden = self.language_model(
             inputs_embeds=inputs_embeds,
             # transformers passes a mask of four axes to the attention function unchanged.
@@ -87,7 +54,7 @@ class Decoder(torch.nn.Module):
         selected = torch.onnx.ops.symbolic(
             "Slice", (hidden, logits_index, end, axis), dtype=hidden.dtype, shape=hidden.shape
         )
-        return self.lm_head(selected), [cache.presents[layer] for layer in sorted(cache.presents)]
+        return self.lm_head(selected), cache.presents
 
 
 class Tower(torch.nn.Module):
@@ -130,52 +97,38 @@ def build_fake(config: transformers.PreTrainedConfig, family: Family) -> tuple[t
     return model, mode
 
 
+@_quiet()
 def _trace(
-    module: torch.nn.Module,
-    mode: FakeTensorMode,
-    inputs: dict,
-    outputs: list[str],
-    axes: dict,
-    prefixes: tuple[str, str],
+    module: torch.nn.Module, mode: FakeTensorMode, inputs: tuple, axes: dict, outputs: list[str], prefixes: tuple
 ) -> ir.Model:
     """Export a module whose parameters are fakes of `mode`.
 
-    `inputs` has the (shape, dtype) of the forward's arguments by name, or a dictionary of these for a list. `axes` has
-    the names of their dynamic axes, `prefixes` the prefix of parameter names in `module` and that in the whole model.
+    `inputs` are arguments of its forward: tensors and lists of them. `axes` has the name of each tensor, with those of
+    its dynamic axes, and `prefixes` the prefix of parameter names in `module` and that in the whole model.
     """
-
-    def arguments(make: Callable[[str, tuple], Any]) -> tuple:
-        return tuple(
-            [make(*item) for item in spec.items()] if isinstance(spec, dict) else make(name, spec)
-            for name, spec in inputs.items()
-        )
-
-    names = [name for key, spec in inputs.items() for name in (spec if isinstance(spec, dict) else [key])]
-    with _quiet(), mode:
+    dynamic = [dict.fromkeys(names, torch.export.Dim.DYNAMIC) for names in axes.values()]
+    with mode:
         model = torch.onnx.export(
             module.eval(),
-            arguments(lambda _, spec: torch.zeros(spec[0], dtype=spec[1])),
+            inputs,
             dynamo=True,
             optimize=False,
             verbose=False,
             opset_version=OPSET,
-            input_names=names,
+            input_names=list(axes),
             output_names=outputs,
-            dynamic_shapes=arguments(lambda name, _: dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC)),
+            dynamic_shapes=tree_unflatten(dynamic, tree_structure(inputs)),
         ).model
     for value in model.graph.initializers.values():
         if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
             value.const_value = None
-    with _quiet():
-        onnxscript.optimizer.optimize_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+    onnxscript.optimizer.optimize_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
     for value in model.graph.inputs:
-        for axis, name in axes.get(value.name, {}).items():
+        for axis, name in axes[value.name].items():
             value.shape[axis] = ir.SymbolicDim(name)
     prefix, new_prefix = prefixes
     for name in [name for name in model.graph.initializers if name.startswith(prefix)]:
-        value = model.graph.initializers.pop(name)
-        value.name = new_prefix + name.removeprefix(prefix)
-        model.graph.initializers[value.name] = value
+        model.graph.initializers[name].name = new_prefix + name.removeprefix(prefix)
     return model
 
 
@@ -183,7 +136,7 @@ def trace_decoder(config: transformers.PreTrainedConfig, family: Family, repeat:
     """Return the decoder graph without deepstack and without values of its initializers; `repeat` copies layers."""
     text = config.get_text_config()
     model, mode = build_fake(config, family)
-    language_model, prefix = family.language_model(model), f"{family.decoder}."
+    language_model = family.language_model(model)
     layers, kv_heads = text.num_hidden_layers, text.num_key_value_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     identical = identical_layers(language_model) if repeat else None
@@ -192,27 +145,24 @@ def trace_decoder(config: transformers.PreTrainedConfig, family: Family, repeat:
         language_model.set_submodule(name, torch.nn.ModuleList(blocks[:TRACED]))
     traced = TRACED if identical else layers
     tokens, past = 5, 3
-    pasts = {f"{PAST}{layer}": ((2, 1, past, kv_heads, head_dim), torch.float32) for layer in range(traced)}
-    graph = _trace(
-        Decoder(language_model, model.lm_head),
-        mode,
-        {
-            "inputs_embeds": ((1, tokens, text.hidden_size), torch.float32),
-            "attention_mask": ((1, 1, tokens, past + tokens), torch.float32),
-            "position_ids": ((family.position_rows, tokens), torch.int32),
-            "logits_index": ((1,), torch.int32),
-            "pasts": pasts,
-        },
-        ["logits", *(f"{PRESENT}{layer}" for layer in range(traced))],
-        {
-            "inputs_embeds": {1: "tokens"},
-            "attention_mask": {2: "tokens", 3: "past + tokens"},
-            "position_ids": {1: "tokens"},
-            **{name: {2: "past"} for name in pasts},
-        },
-        ("language_model.", prefix),
+    inputs = (
+        torch.zeros(1, tokens, text.hidden_size),
+        torch.zeros(1, 1, tokens, past + tokens),
+        torch.zeros(family.position_rows, tokens, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int32),
+        [torch.zeros(2, 1, past, kv_heads, head_dim) for _ in range(traced)],
     )
-    if identical and not repeat_layers(graph, f"{prefix}{name}.", layers, PAST, PRESENT):
+    axes = {
+        "inputs_embeds": {1: "tokens"},
+        "attention_mask": {2: "tokens", 3: "past + tokens"},
+        "position_ids": {1: "tokens"},
+        "logits_index": {},
+        **{f"{PAST}{layer}": {2: "past"} for layer in range(traced)},
+    }
+    outputs = ["logits", *(f"{PRESENT}{layer}" for layer in range(traced))]
+    decoder, prefixes = Decoder(language_model, model.lm_head), ("language_model.", f"{family.decoder}.")
+    graph = _trace(decoder, mode, inputs, axes, outputs, prefixes)
+    if identical and not repeat_layers(graph, f"{family.decoder}.{name}.", layers, PAST, PRESENT):
         return trace_decoder(config, family, repeat=False)
     _join_caches(graph.graph, layers, kv_heads, head_dim)
     attentions = expand_attention(graph)
@@ -227,33 +177,28 @@ def trace_decoder(config: transformers.PreTrainedConfig, family: Family, repeat:
 def _join_caches(graph: ir.Graph, layers: int, kv_heads: int, head_dim: int) -> None:
     """Replace the cache inputs and outputs of the layers by `past_key_values` and `presents` for all layers."""
     pasts, presents = ({value.name: value for value in values} for values in (graph.inputs, graph.outputs))
+    past, joined = (
+        ir.val(name, ir.DataType.FLOAT, [layers, 2, 1, tokens, kv_heads, head_dim])
+        for name, tokens in [("past_key_values", "past"), ("presents", "past + tokens")]
+    )
+    first, stacked = graph[0], []
 
-    def cache(name: str, tokens: str) -> ir.Value:
-        shape = ir.Shape([layers, 2, 1, tokens, kv_heads, head_dim])
-        return ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
+    def insert(op: str, inputs: list[ir.Value], output: ir.Value, **attributes: object) -> ir.Value:
+        """Insert a node with the name of its output before the traced ones, and return the output."""
+        graph.insert_before(first, ir.node(op, inputs, attributes, outputs=[output], name=output.name))
+        return output
 
-    def constant(value: Any, name: str) -> ir.Node:
-        tensor = ir.tensor(np.array(value, np.int64))
-        return ir.node("Constant", [], {"value": tensor}, outputs=[ir.Value(name=name)], name=name)
-
-    past, joined = cache("past_key_values", "past"), cache("presents", "past + tokens")
-    first, axis = graph[0], constant([0], "cache_axis")
-    graph.insert_before(first, axis)
-    stacked = []
+    axis = insert("Constant", [], ir.val("cache_axis"), value=ir.tensor(np.array([0])))
     for layer in range(layers):
         layer_past, layer_present = pasts[f"{PAST}{layer}"], presents[f"{PRESENT}{layer}"]
-        index = constant(layer, f"cache_{layer}/index")
-        gathered = ir.Value(name=f"cache_{layer}/past", shape=layer_past.shape, type=layer_past.type)
-        gather = ir.node("Gather", [past, *index.outputs], {"axis": 0}, outputs=[gathered], name=gathered.name)
-        layer_past.replace_all_uses_with(gathered)
-        graph.insert_before(first, [index, gather])
+        index = insert("Constant", [], ir.val(f"cache_{layer}/index"), value=ir.tensor(np.array(layer)))
+        gathered = ir.val(f"cache_{layer}/past", type=layer_past.type, shape=layer_past.shape)
+        layer_past.replace_all_uses_with(insert("Gather", [past, index], gathered, axis=0))
         graph.inputs.remove(layer_past)
-        stacked.append(ir.Value(name=f"cache_{layer}/present"))
         graph.outputs.remove(layer_present)
-        graph.append(
-            ir.node("Unsqueeze", [layer_present, *axis.outputs], outputs=stacked[-1:], name=f"cache_{layer}/present")
-        )
-    graph.append(ir.node("Concat", stacked, {"axis": 0}, outputs=[joined], name="presents"))
+        stacked.append(ir.val(f"cache_{layer}/present"))
+        graph.append(ir.node("Unsqueeze", [layer_present, axis], outputs=stacked[-1:], name=stacked[-1].name))
+    graph.append(ir.node("Concat", stacked, {"axis": 0}, outputs=[joined], name=joined.name))
     graph.inputs.append(past)
     graph.outputs.append(joined)
 
@@ -271,9 +216,9 @@ def trace_vision(
         visual.set_submodule(name, torch.nn.ModuleList(blocks[:TRACED]))
         if full_blocks is not None:
             setattr(visual, family.full_attention_blocks, [0])  # so that the graph uses both masks
-    inputs = {name: (array.shape, getattr(torch, array.dtype.name)) for name, array in sample.items()}
     tower, prefixes = Tower(visual, family, list(sample)), ("visual.", f"{family.vision}.")
-    graph = _trace(tower, mode, {"inputs": inputs}, family.vision_outputs, family.vision_axes, prefixes)
+    inputs = ([torch.from_numpy(array) for array in sample.values()],)
+    graph = _trace(tower, mode, inputs, family.vision_axes, family.vision_outputs, prefixes)
     if identical and not repeat_layers(graph, f"{family.vision}.{name}.", len(blocks)):
         return trace_vision(config, family, sample, repeat=False)
     if identical and full_blocks is not None:
