@@ -25,7 +25,7 @@ from hf2mnn.mnn.convert import CUSTOM_OPERATORS, FUSE, convert_onnx
 from hf2mnn.mnn.graph import Graph, check_fused, check_size, check_supported
 from hf2mnn.mnn.nc4hw4 import Layout, to_nc4hw4
 from hf2mnn.mnn.tokenizer import tokenizer_differences, write_tokenizer
-from hf2mnn.onnx.initializers import initializer_values, load_graph, stored_initializers
+from hf2mnn.onnx.initializers import load_graph, small_constants, stored_initializers
 
 DECODER, VISION = "llm.mnn", "visual.mnn"
 EMBEDDING, TOKENIZER = "embeddings_bf16.bin", "tokenizer.mtok"
@@ -53,9 +53,9 @@ class EngineSettings:
 
 
 def _convert(part: str, onnx_folder: Path, folder: Path) -> tuple[Graph, dict[str, np.ndarray]]:
-    """Convert a graph without the weights of its linear layers; return it and its initializers with one axis."""
+    """Convert a graph without the weights of its linear layers; return it and the ONNX graph's small constants."""
     source, weights = onnx_folder / PARTS[part][1], folder / GRAPHS[part][1]
-    model, vectors = load_graph(source), initializer_values(source, 1)
+    model, vectors = load_graph(source), small_constants(source)
     ADAPT[part](model)
     strip_linear_layers(model)
     graph = convert_onnx(source, weights, (FUSE, CUSTOM_OPERATORS), model)

@@ -91,7 +91,7 @@ class _Chain:
     def __call__(self, op: str, *inputs: ir.Value, name: str, **attributes: object) -> ir.Value:
         name = f"{self.name}/{name}"
         # A constant's type is that of its tensor.
-        output = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT) if inputs else None)
+        output = ir.val(name, ir.DataType.FLOAT if inputs else None)
         self.nodes.append(ir.node(op, inputs, attributes, outputs=[output], name=name))
         return output
 

@@ -17,7 +17,7 @@ DEEPSTACK = "deepstack_embeds"
 def add_deepstack(model: ir.Model, layers: str, count: int, hidden: int) -> None:
     """Add `deepstack_embeds` to the outputs of the first `count` of the `layers` of a decoder graph with tap points."""
     graph = model.graph
-    embeds = ir.Value(name=DEEPSTACK, shape=ir.Shape([count, "seen", hidden]), type=ir.TensorType(ir.DataType.FLOAT))
+    embeds = ir.val(DEEPSTACK, ir.DataType.FLOAT, [count, "seen", hidden])
     values = {value.name: value for node in graph for value in node.outputs}
     # Not Gather: MNN's converter crashes when it dumps such a graph.
     split = ir.node("Split", [embeds], {"axis": 0, "num_outputs": count}, num_outputs=count, name="deepstack")
@@ -26,7 +26,7 @@ def add_deepstack(model: ir.Model, layers: str, count: int, hidden: int) -> None
         if output is None:
             raise ExportError(f"the decoder graph has no tap point {layers}.{layer}; this is a bug, report it")
         features.name, features.type = f"deepstack_{layer}/seen", embeds.type
-        result = ir.Value(name=f"deepstack_{layer}/added", type=embeds.type, shape=output.shape)
+        result = ir.val(f"deepstack_{layer}/added", type=embeds.type, shape=output.shape)
         add = ir.node("Add", [output, features], outputs=[result], name=result.name)
         output.replace_all_uses_with(result)
         add.replace_input_with(0, output)

@@ -47,9 +47,9 @@ NOT_COPIED = ("manifest.json", "model.safetensors.index.json")
 
 def embedding_graph(name: str, vocabulary: int, hidden: int) -> ir.Model:
     """Return a graph of one Gather from an initializer `name` without values, float32 [vocabulary, hidden]."""
-    ids = ir.Value(name="input_ids", shape=ir.Shape([1, "tokens"]), type=ir.TensorType(ir.DataType.INT64))
-    table = ir.Value(name=name, shape=ir.Shape([vocabulary, hidden]), type=ir.TensorType(ir.DataType.FLOAT))
-    embeds = ir.Value(name="inputs_embeds", shape=ir.Shape([1, "tokens", hidden]), type=table.type)
+    ids = ir.val("input_ids", ir.DataType.INT64, [1, "tokens"])
+    table = ir.val(name, ir.DataType.FLOAT, [vocabulary, hidden])
+    embeds = ir.val("inputs_embeds", ir.DataType.FLOAT, [1, "tokens", hidden])
     node = ir.node("Gather", [table, ids], {"axis": 0}, outputs=[embeds], name="embedding")
     graph = ir.Graph([ids], [embeds], nodes=[node], initializers=[table], opset_imports={"": OPSET}, name="embedding")
     return ir.Model(graph, ir_version=10)

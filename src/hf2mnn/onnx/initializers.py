@@ -53,10 +53,7 @@ def stored_initializers(graph: Path) -> dict[str, StoredTensor]:
 
 
 class Matrices:
-    """Constant matrices of a graph's operators: initializers, directly or through Cast and Transpose.
-
-    `folder` is that of the graph, for `read`.
-    """
+    """Constant matrices of a graph in `folder`: initializers, directly or through Cast and Transpose."""
 
     def __init__(self, model: onnx.ModelProto, folder: Path = Path()) -> None:
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -102,13 +99,7 @@ def float_values(graph: Path) -> dict[str, np.ndarray]:
         raise ExportError(f"{graph} has an invalid constant ({error}); export it again") from None
 
 
-def initializer_values(graph: Path, rank: int) -> dict[str, np.ndarray]:
-    """Return the float32 initializers and constants with `rank` axes, inside and outside of an ONNX file, by name."""
-    internal = {name: values for name, values in float_values(graph).items() if values.ndim == rank}
-    external = {name: stored for name, stored in stored_initializers(graph).items() if len(stored.shape) == rank}
-    return internal | {name: stored.rows(0, stored.shape[0]) for name, stored in external.items()}
-
-
 def small_constants(graph: Path) -> dict[str, np.ndarray]:
-    """Return the float32 values that MNN's converter stores inside a graph: constants, and all vectors, by name."""
-    return float_values(graph) | initializer_values(graph, 1)
+    """Return the float32 values that MNN's converter stores inside a graph: `float_values`, and external vectors."""
+    external = {name: stored for name, stored in stored_initializers(graph).items() if len(stored.shape) == 1}
+    return float_values(graph) | {name: stored.rows(0, stored.shape[0]) for name, stored in external.items()}

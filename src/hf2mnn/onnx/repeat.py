@@ -1,7 +1,6 @@
-"""Trace three layers of a model, and copy one in the graph as often as the model has layers.
+"""Copy a traced layer in a graph, as torch.export takes a second for each, and layers differ in their weights alone.
 
-The layers differ in their weights alone, and torch.export takes a second for each. The first traced layer stays the
-first, the second is the pattern to copy, and the third becomes the last.
+Of three traced layers, the first stays the first, the second is the pattern to copy, and the third becomes the last.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ import onnx_ir as ir
 import torch
 
 TRACED = 3
+PAST, PRESENT = "past_", "present_"  # prefixes of inputs and outputs of a traced decoder, one for each layer's cache
 
 
 def _structure(layer: torch.nn.Module) -> tuple:
     """Return all properties of a layer that shape its graph: modules, settings and shapes of weights."""
-    modules = [(name, type(module)) for name, module in layer.named_modules()]
-    settings = [
-        (name, key, value)
-        for name, module in layer.named_modules()
-        for key, value in sorted(vars(module).items())
-        if isinstance(value, bool | int | float | str | None) and key != "layer_idx"
-    ]
-    return modules, settings, [(name, weight.shape, weight.dtype) for name, weight in layer.named_parameters()]
+
+    def settings(module: torch.nn.Module) -> dict[str, object]:
+        values = {key: value for key, value in vars(module).items() if key != "layer_idx"}
+        return {key: value for key, value in values.items() if isinstance(value, bool | int | float | str | None)}
+
+    modules = [(name, type(module), settings(module)) for name, module in layer.named_modules()]
+    return modules, [(name, weight.shape, weight.dtype) for name, weight in layer.named_parameters()]
 
 
 def identical_layers(module: torch.nn.Module) -> tuple[str, torch.nn.ModuleList] | None:
@@ -38,7 +37,7 @@ def _dependent_nodes(graph: ir.Graph, values: list[ir.Value]) -> list[ir.Node]:
     """Return the nodes that depend on one of these values, in order."""
     reached, nodes = set(values), []
     for node in graph:
-        if any(value in reached for value in node.inputs):
+        if not reached.isdisjoint(node.inputs):
             nodes.append(node)
             reached.update(node.outputs)
     return nodes
@@ -53,8 +52,8 @@ def _uses(nodes: list[ir.Node], users: list[ir.Node]) -> dict[ir.Value, list[ir.
 
 def _operators(values: dict[ir.Value, list[ir.Usage]]) -> list[tuple]:
     """Return for each value the operators that compute and use it, and the indices of the inputs."""
-    users = [sorted((use.node.op_type, use.idx) for use in uses) for uses in values.values()]
-    return [(value.producer().op_type, own) for value, own in zip(values, users, strict=True)]
+    users = {value: sorted((use.node.op_type, use.idx) for use in uses) for value, uses in values.items()}
+    return [(value.producer().op_type, own) for value, own in users.items()]
 
 
 class _Layers:
@@ -63,8 +62,8 @@ class _Layers:
     Nodes that depend on no weight of the next layer, as the first half of its normalization, belong to this layer.
     """
 
-    def __init__(self, graph: ir.Graph, prefix: str, inputs: str, outputs: str) -> None:
-        self.graph, self.prefix, self.inputs, self.outputs = graph, prefix, inputs, outputs
+    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+        self.graph, self.prefix = graph, prefix
         first, second, third = (_dependent_nodes(graph, self.own_values(layer)) for layer in range(TRACED))
         before, after = set(second), set(third)
         # Nodes of the second layer, the pattern to copy.
@@ -77,24 +76,21 @@ class _Layers:
         """Return a layer's weights and graph input."""
         prefix = f"{self.prefix}{layer}."
         weights = [value for name, value in self.graph.initializers.items() if name.startswith(prefix)]
-        return weights + [value for value in self.graph.inputs if value.name == f"{self.inputs}{layer}"]
+        return weights + [value for value in self.graph.inputs if value.name == f"{PAST}{layer}"]
 
     def renumber(self, name: str, old: int, new: int) -> str:
         """Return the name in layer `new` for a name in layer `old`."""
-        for prefix in filter(None, (self.prefix, self.inputs, self.outputs)):
+        for prefix in (self.prefix, PAST, PRESENT):
             if name == f"{prefix}{old}" or name.startswith(f"{prefix}{old}."):
                 return f"{prefix}{new}{name.removeprefix(f'{prefix}{old}')}"
         return f"{name}/{new}"
 
     def move_last(self, index: int) -> None:
         """Give the third layer the number `index`."""
-        old, initializers = TRACED - 1, self.graph.initializers
-        results = [value for value in self.graph.outputs if value.name == f"{self.outputs}{old}"]
+        old = TRACED - 1
+        results = [value for value in self.graph.outputs if value.name == f"{PRESENT}{old}"]
         for value in self.own_values(old) + results:
-            is_weight = initializers.pop(value.name, None) is not None
             value.name = self.renumber(value.name, old, index)
-            if is_weight:
-                initializers[value.name] = value
 
     def copy(self, index: int, values: dict[ir.Value, ir.Value]) -> list[ir.Node]:
         """Return the nodes of a copy of the second layer as layer `index`; its weights, inputs and outputs are added.
@@ -104,13 +100,13 @@ class _Layers:
 
         def renumbered(value: ir.Value) -> ir.Value:
             name = self.renumber(value.name, 1, index)
-            new = values[value] = ir.Value(name=name, shape=copy.deepcopy(value.shape), type=value.type)
-            return new
+            values[value] = ir.val(name, shape=copy.deepcopy(value.shape), type=value.type)
+            return values[value]
 
         for value in self.own_values(1):
             new = renumbered(value)
             if value.name in self.graph.initializers:
-                self.graph.initializers[new.name] = new
+                self.graph.initializers.add(new)
             else:
                 self.graph.inputs.append(new)
         nodes = []
@@ -124,14 +120,13 @@ class _Layers:
         return nodes
 
 
-def repeat_layers(model: ir.Model, prefix: str, count: int, inputs: str = "", outputs: str = "") -> bool:
+def repeat_layers(model: ir.Model, prefix: str, count: int) -> bool:
     """Extend the three traced layers of a graph to `count` layers.
 
-    `prefix` begins the names of weights, as "model.layers." in "model.layers.0.mlp.up_proj.weight", `inputs` and
-    `outputs` those of the graph inputs and outputs of each layer. Returns False, with the graph unchanged, if the third
-    layer does not use the second as the second uses the first.
+    `prefix` begins the names of weights, as "model.layers." in "model.layers.0.mlp.up_proj.weight". Returns False, with
+    the graph unchanged, if the third layer does not use the second as the second uses the first.
     """
-    layers = _Layers(model.graph, prefix, inputs, outputs)
+    layers = _Layers(model.graph, prefix)
     if not layers.nodes or _operators(layers.entries) != _operators(layers.exits):
         return False
     layers.move_last(count - 1)

@@ -28,19 +28,17 @@ def _single_use(value: ir.Value, op: str) -> ir.Node | None:
 
 def _module_output(node: ir.Node, module: str) -> ir.Value:
     """Return the output of the module whose weight a node uses: after its bias, which may be a node of its own."""
-    output = node.outputs[0]
-    add = _single_use(output, "Add")
-    if add is not None and any(value is not None and value.name == f"{module}.bias" for value in add.inputs):
-        return add.outputs[0]
-    return output
+    add = _single_use(node.outputs[0], "Add")
+    has_bias = add and any(value.name == f"{module}.bias" for value in add.inputs)
+    return (add if has_bias else node).outputs[0]
 
 
 def _name_attention(linear: ir.Node, module: str) -> None:
     """Name context, query and key of the attention whose output projection is `linear`, if it is one."""
-    reshape = linear.inputs[0].producer() if linear.inputs[0] is not None else None
-    context = reshape.inputs[0].producer() if reshape is not None and reshape.op_type == "Reshape" else None
-    prefix = ATTENTION.match(context.name or "") if context is not None else None
-    if prefix is None:
+    reshape = linear.inputs[0].producer()
+    context = reshape.inputs[0].producer() if reshape and reshape.op_type == "Reshape" else None
+    prefix = ATTENTION.match(context.name or "") if context else None
+    if not prefix:
         return
     attention = module.rpartition(".")[0]
     reshape.outputs[0].name = f"{attention}.context"
@@ -95,10 +93,7 @@ def add_outputs(model: onnx.ModelProto, names: list[str]) -> None:
 
 
 def replace_with_inputs(model: onnx.ModelProto, tap_points: list[str]) -> dict[str, str]:
-    """Replace all uses of tap points by new graph inputs, and return the names of these by tap point.
-
-    The part from one tap point to the next can then be compared alone, on the values of another runtime.
-    """
+    """Replace all uses of tap points by new graph inputs for values of another runtime; return their names."""
     used = {name for node in model.graph.node for name in node.input}
     inputs = {name: f"{name}/fed" for name in tap_points if name in used}
     for node in model.graph.node:

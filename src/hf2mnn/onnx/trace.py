@@ -22,11 +22,10 @@ from torch.utils._pytree import tree_structure, tree_unflatten
 from hf2mnn.core.errors import ExportError
 from hf2mnn.families import Family, VisionFamily
 from hf2mnn.onnx.attention import DECODER_ATTENTION, FULL, VISION_ATTENTION, Cache, expand_attention
-from hf2mnn.onnx.repeat import TRACED, identical_layers, repeat_layers
+from hf2mnn.onnx.repeat import PAST, PRESENT, TRACED, identical_layers, repeat_layers
 
 OPSET = 18
 FOLD_LIMIT = 4096  # largest tensor to fold: shapes and scalars are folded, weights are not
-PAST, PRESENT = "past_", "present_"  # prefixes of inputs and outputs of the traced decoder, one for each layer's cache
 
 
 class Decoder(torch.nn.Module):
@@ -162,7 +161,7 @@ def trace_decoder(config: transformers.PreTrainedConfig, family: Family, repeat:
     outputs = ["logits", *(f"{PRESENT}{layer}" for layer in range(traced))]
     decoder, prefixes = Decoder(language_model, model.lm_head), ("language_model.", f"{family.decoder}.")
     graph = _trace(decoder, mode, inputs, axes, outputs, prefixes)
-    if identical and not repeat_layers(graph, f"{family.decoder}.{name}.", layers, PAST, PRESENT):
+    if identical and not repeat_layers(graph, f"{family.decoder}.{name}.", layers):
         return trace_decoder(config, family, repeat=False)
     _join_caches(graph.graph, layers, kv_heads, head_dim)
     attentions = expand_attention(graph)

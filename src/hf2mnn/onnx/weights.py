@@ -1,8 +1,7 @@
 """Attach the checkpoint's weights to a traced graph.
 
-Matrices of linear layers and the embedding stay in the checkpoint's safetensors files: the graph refers to their bytes
-and casts them to float32, so nothing is read or written. All other tensors (norms, biases, the patch embedding: a few
-MB) and dequantized weights of prequantized checkpoints are written as float32.
+Matrices of linear layers and the embedding stay in the checkpoint's safetensors files, and the graph casts their bytes
+to float32. Other tensors (norms, biases, the patch embedding: a few MB) and dequantized weights are written as float32.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from onnx_ir.external_data import convert_tensors_to_external
 from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.core.files import link_or_copy
 
-FLOAT, TRANSPOSED = ".float", ".T"
-"""Suffixes of a weight's value after its cast and its transposition: `x.weight.float`, `x.weight.float.T`."""
+FLOAT, TRANSPOSED = ".float", ".T"  # suffixes of a weight after its cast and its transposition: x.weight.float.T
 MAX_INLINE_BYTES = 1024  # bytes of the largest tensor that is stored in the graph itself
 
 
@@ -32,28 +30,22 @@ def _is_matrix(value: ir.Value) -> bool:
     return len(value.shape) == 2 and all(weight_inputs.get(use.node.op_type) == use.idx for use in chain(*uses))
 
 
-def _insert_cast(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """Cast a weight to float32 for all its uses."""
-    cast = ir.Value(name=f"{value.name}{FLOAT}", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
-    value.replace_all_uses_with(cast)
-    node = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, outputs=[cast], name=cast.name)
-    graph.insert_before(graph[0], node)
-    return cast
-
-
 def _attach(graph: ir.Graph, value: ir.Value, checkpoint: Checkpoint) -> None:
     parameter, shape = value.name, tuple(int(side) for side in value.shape)
     checkpoint.check_shape(parameter, shape)
     stored = checkpoint.stored(parameter)
     float_value = value
     if stored is not None and _is_matrix(value):
-        dtype, sides = ir.DataType.from_numpy(stored.dtype), ir.Shape(stored.shape)
+        dtype, file = ir.DataType.from_numpy(stored.dtype), stored.path.name
         value.const_value = ir.ExternalTensor(
-            stored.path.name, stored.offset, stored.size, dtype, shape=sides, name=parameter
+            file, stored.offset, stored.size, dtype, shape=ir.Shape(stored.shape), name=parameter
         )
         value.type = ir.TensorType(dtype)
         if dtype != ir.DataType.FLOAT:
-            float_value = _insert_cast(graph, value)
+            float_value = ir.val(f"{parameter}{FLOAT}", ir.DataType.FLOAT, value.shape)
+            value.replace_all_uses_with(float_value)
+            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, outputs=[float_value], name=float_value.name)
+            graph.insert_before(graph[0], cast)
     else:
 
         def read() -> ir.Tensor:
