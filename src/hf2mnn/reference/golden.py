@@ -2,8 +2,8 @@
 
 Tap points are named intermediate tensors at which PyTorch, ONNX Runtime and MNN are compared: the output of each module
 with a weight and of each block, and of each attention `.query` and `.key` after RoPE and `.context` before the output
-projection. In every runtime a tap point has the name of its module in the transformers model: `hf2mnn.onnx.tap_points`
-gives these names to values of the ONNX graphs, and MNN's converter keeps them.
+projection. Their names are those of modules in the transformers model: `hf2mnn.onnx.tap_points` gives them to values of
+the ONNX graphs, and MNN's converter keeps them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,9 @@ import numpy as np
 from safetensors import safe_open
 
 EXAMPLES, TENSORS, ACTIVATIONS = "examples.json", "golden.safetensors", "activations.safetensors"
-PROBES = "probes"
-"""Key in the metadata of ACTIVATIONS: JSON object from the kind of a probe to its example."""
-PROBE_INPUTS = ("ids", "inputs_embeds", "position_ids", "deepstack_embeds")
-"""Tensors of a probe that are no tap points."""
-MAX_ROWS = 32
-"""Rows (tokens or patches) stored of each tap point; few enough for models of any size."""
+PROBES = "probes"  # key in the metadata of ACTIVATIONS: JSON object from the kind of a probe to its example
+PROBE_INPUTS = ("ids", "inputs_embeds", "position_ids", "deepstack_embeds")  # tensors of a probe that are no tap points
+MAX_ROWS = 32  # rows (tokens or patches) stored of each tap point; few enough for models of any size
 
 
 @dataclass(frozen=True)
@@ -47,15 +44,20 @@ class GoldenExample:
 
 
 @dataclass(frozen=True)
-class GoldenImage:
-    """Image with the reference's preprocessing and embeddings."""
+class ImageInput:
+    """Image as the image processor returns it."""
 
-    name: str
     pixel_values: np.ndarray  # float32 [patches, values]
-    grid_thw: np.ndarray  # int64 [3]
+    grid_thw: np.ndarray  # int64 [3]: frames, and rows and columns of patches
+    resized: np.ndarray  # uint8 RGB [height, width, 3]
+
+
+@dataclass(frozen=True)
+class GoldenImage(ImageInput):
+    """Image with the reference's embeddings."""
+
     embeds: np.ndarray  # outputs of the vision tower, joined by `VisionFamily.concat_outputs`: float32 [rows, hidden]
     original: np.ndarray  # uint8 RGB [height, width, 3]
-    resized: np.ndarray  # by the image processor, uint8 RGB [height, width, 3]
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ class Golden:
 
     def image(self, name: str) -> GoldenImage:
         """Load an image by its file name."""
-        arrays = ("pixel_values", "grid_thw", "embeds", "original", "resized")
-        return GoldenImage(name, **{array: self._file.get_tensor(f"images/{name}/{array}") for array in arrays})
+        arrays = ("pixel_values", "grid_thw", "resized", "embeds", "original")
+        return GoldenImage(*(self._file.get_tensor(f"images/{name}/{array}") for array in arrays))
 
     def probes(self) -> Iterator[GoldenProbe]:
         """Yield the "image" and the "text" probe; a set without such an example has no such probe."""

@@ -1,20 +1,20 @@
 """Load a checkpoint with transformers in float32; problems that transformers only warns of are errors.
 
-The matrices of linear layers and embeddings may stay memory-mapped, and are cast to float32 while their layer runs. The
-cast from bfloat16 or float16 is exact, and a mapped layer makes the same call on the same numbers as one with a float32
-weight, so the results are bit-identical. One float32 matrix is in memory at a time; the operating system may drop
-mapped pages and read them again.
+The matrices of linear layers and embeddings may stay memory-mapped in the checkpoint's dtype, and are cast to float32,
+one at a time, while their layer runs. The cast is exact, and the layer makes the same call on the same numbers as one
+with a float32 weight, so the results are bit-identical.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import transformers
 from safetensors import safe_open
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.initialization import no_init_weights
 
 from hf2mnn.checkpoint.architecture import load_config, model_class, transformers_errors
@@ -62,25 +62,18 @@ class MappedEmbedding(_Mapped, torch.nn.Embedding):
 MAPPED_CLASSES: dict[type, type] = {torch.nn.Linear: MappedLinear, torch.nn.Embedding: MappedEmbedding}
 
 
-@contextmanager
-def skip_matrix_allocation() -> Iterator[None]:
-    """Allocate no memory for the matrices of models that are built inside the block; `map_matrices` sets them."""
-    register = torch.nn.Module.register_parameter
+def _skip_matrix_allocation() -> AbstractContextManager:
+    """Allocate no memory for the matrices of models that are built inside the block; `_map_matrices` sets them."""
 
-    def register_empty(module: torch.nn.Module, name: str, value: torch.nn.Parameter | None) -> None:
-        if type(module) in MAPPED_CLASSES and name == "weight":
-            value = torch.nn.Parameter(value.to("meta"), requires_grad=False)
-        register(module, name, value)
+    def to_meta(module: torch.nn.Module, name: str, value: torch.nn.Parameter) -> torch.nn.Parameter | None:
+        is_matrix = type(module) in MAPPED_CLASSES and name == "weight"
+        return torch.nn.Parameter(value.to("meta"), requires_grad=False) if is_matrix else None
 
-    torch.nn.Module.register_parameter = register_empty
-    try:
-        yield
-    finally:
-        torch.nn.Module.register_parameter = register
+    return register_module_parameter_registration_hook(to_meta)
 
 
-def map_matrices(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Map the weights of linear layers and embeddings of a model that was built under `skip_matrix_allocation`.
+def _map_matrices(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Map the weights of linear layers and embeddings of a model that was built under `_skip_matrix_allocation`.
 
     A tied lm_head shares the mapping of the embedding. A missing weight or another shape is a CheckpointError.
     """
@@ -117,13 +110,13 @@ def _load_tensors(checkpoint: Checkpoint, mapped: bool) -> torch.nn.Module:
     Here the model has the exact float32 values of their quantized weights.
     """
     config = load_config(checkpoint)
-    with skip_matrix_allocation() if mapped else nullcontext(), transformers_errors(checkpoint), no_init_weights():
+    with _skip_matrix_allocation() if mapped else nullcontext(), transformers_errors(checkpoint), no_init_weights():
         model = model_class(checkpoint)._from_config(config, dtype=torch.float32)
         if (checkpoint.folder / "generation_config.json").exists():
             model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.folder)
     model.tie_weights()
     if mapped:
-        map_matrices(model, checkpoint)
+        _map_matrices(model, checkpoint)
     parameters = model.state_dict()
     for parameter, value in parameters.items():
         checkpoint.check_shape(parameter, value.shape)
@@ -136,8 +129,9 @@ def _load_tensors(checkpoint: Checkpoint, mapped: bool) -> torch.nn.Module:
 def choose_weight_storage(checkpoint: Checkpoint, weights: str, reserved: int = 0) -> tuple[str, str]:
     """Return where `load_model` keeps the weights, "resident" or "mapped", and the reason.
 
-    `weights` "auto" is resident if the float32 weights and `reserved` bytes for results fit into the free memory. The
-    layers of a prequantized checkpoint cannot be mapped, which is a CheckpointError.
+    "resident" keeps float32 weights in memory; "mapped" leaves matrices in their files: less memory, slower,
+    bit-identical. `weights` "auto" is resident if the float32 weights and `reserved` bytes for results fit into the
+    free memory. The layers of a prequantized checkpoint cannot be mapped, which is a CheckpointError.
     """
     if checkpoint.quantization:
         if weights == "mapped":
@@ -152,14 +146,10 @@ def choose_weight_storage(checkpoint: Checkpoint, weights: str, reserved: int = 
 
 
 def load_model(checkpoint: Checkpoint, weights: str = "resident") -> torch.nn.Module:
-    """Load the model in float32 and evaluation mode.
+    """Load the model in float32 and evaluation mode; `choose_weight_storage` explains `weights`.
 
-    "resident" keeps float32 weights in memory. "mapped" keeps matrices memory-mapped in the checkpoint's dtype: less
-    memory, slower, bit-identical results.
-
-    Raises:
-        CheckpointError: A weight is missing, which transformers would initialize at random, has another shape, or has
-            an unsupported quantization.
+    Raise CheckpointError if a weight is missing (transformers would initialize it at random), has another shape, or has
+    an unsupported quantization.
     """
     if checkpoint.quantization or weights == "mapped":
         return _load_tensors(checkpoint, mapped=not checkpoint.quantization).eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +12,10 @@ from tokenizers import Tokenizer
 from hf2mnn.checkpoint.model_info import has_vision
 from hf2mnn.core.errors import CheckpointError, EvaluationSetError
 from hf2mnn.core.untrusted import TEMPLATE_SECONDS, time_limited
+from hf2mnn.reference.golden import ImageInput
 
 if TYPE_CHECKING:
     from PIL import Image
-
-
-@dataclass(frozen=True)
-class ImageInput:
-    """Preprocessed image."""
-
-    pixel_values: np.ndarray  # float32 [patches, values]
-    grid_thw: np.ndarray  # int64 [3]: frames, and rows and columns of patches
-    resized: np.ndarray  # uint8 RGB [height, width, 3]
 
 
 class AnswerDecoder:
@@ -84,10 +75,9 @@ class Preprocessor:
         return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
     def render(self, messages: list[dict[str, Any]]) -> str:
-        """Render the chat template, with one image token for each image.
+        """Render the chat template, with one image token for each image; CheckpointError if it fails.
 
-        A template is untrusted code: transformers runs it in Jinja's sandbox, and here for a limited time. If it fails
-        or takes too long, that is a CheckpointError.
+        A template is untrusted code: transformers runs it in Jinja's sandbox, and here for a limited time.
         """
         try:
             with time_limited(TEMPLATE_SECONDS):

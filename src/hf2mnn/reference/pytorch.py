@@ -18,9 +18,9 @@ from hf2mnn.checkpoint.model_info import model_info
 from hf2mnn.core.errors import EvaluationSetError
 from hf2mnn.core.progress import steps
 from hf2mnn.reference.examples import Example
-from hf2mnn.reference.golden import ACTIVATIONS, EXAMPLES, PROBES, TENSORS, Golden, GoldenExample
+from hf2mnn.reference.golden import ACTIVATIONS, EXAMPLES, PROBES, TENSORS, Golden, GoldenExample, ImageInput
 from hf2mnn.reference.model import choose_weight_storage, load_model
-from hf2mnn.reference.prompts import ImageInput, Preprocessor
+from hf2mnn.reference.prompts import Preprocessor
 from hf2mnn.reference.tap_recorder import record_tap_points
 from hf2mnn.reference.tasks import score_answer
 
@@ -49,7 +49,8 @@ class ReferenceModel:
         )
 
     def _inputs(self, ids: torch.Tensor, images: list[ImageInput]) -> dict[str, torch.Tensor]:
-        """Return the arguments of the model's forward for int64 ids [1, tokens]."""
+        """Return the arguments of the model's forward for int64 ids [tokens]."""
+        ids = ids[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if images:
             grids = torch.from_numpy(np.stack([image.grid_thw for image in images]))
@@ -72,25 +73,25 @@ class ReferenceModel:
     @torch.inference_mode()
     def generate(self, input_ids: np.ndarray, images: list[ImageInput]) -> dict[str, torch.Tensor]:
         """Decode greedily; return input_ids, position_ids, answer_ids and logits as in `GoldenExample`."""
-        ids = torch.from_numpy(input_ids)[None]
+        ids = torch.from_numpy(input_ids)
         inputs = self._inputs(ids, images)
         output = self.model.generate(**inputs, generation_config=self.generation)
         return {
-            "input_ids": ids[0],
+            "input_ids": ids,
             "position_ids": self._position_ids(inputs),
-            "answer_ids": output.sequences[0, ids.shape[1] :].contiguous(),
+            "answer_ids": output.sequences[0, len(ids) :].contiguous(),
             "logits": torch.cat(output.logits).float(),
         }
 
     @torch.inference_mode()
     def forward(self, ids: torch.Tensor, images: list[ImageInput], **options: Any) -> Any:
         """Return the model's output for int64 `ids` [tokens] in one call; `options` go to its forward."""
-        return self.model(**self._inputs(ids[None], images), **options)
+        return self.model(**self._inputs(ids, images), **options)
 
     @torch.inference_mode()
     def forward_with_taps(self, ids: torch.Tensor, images: list[ImageInput]) -> dict[str, torch.Tensor]:
         """Return the tensors of a `GoldenProbe` for int64 `ids` [tokens]: the decoder's inputs, and all tap points."""
-        tensors = {"ids": ids, "position_ids": self._position_ids(self._inputs(ids[None], images))}
+        tensors = {"ids": ids, "position_ids": self._position_ids(self._inputs(ids, images))}
 
         def record_inputs(_: torch.nn.Module, __: tuple, arguments: dict) -> None:
             embeds = arguments.get("inputs_embeds")
@@ -119,9 +120,8 @@ class ReferenceModel:
 
 def prompt_and_answer(golden: Golden, example: GoldenExample) -> tuple[torch.Tensor, list[ImageInput]]:
     """Return the arguments of `ReferenceModel.forward` for a stored example, without the answer's last token."""
-    images = [golden.image(name) for name in example.images]
     ids = np.concatenate([example.input_ids, example.answer_ids[:-1]])
-    return torch.from_numpy(ids), [ImageInput(i.pixel_values, i.grid_thw, i.resized) for i in images]
+    return torch.from_numpy(ids), [golden.image(name) for name in example.images]
 
 
 def usable_examples(examples: list[Example], checkpoint: Checkpoint, folder: Path) -> list[Example]:
@@ -151,10 +151,7 @@ def write_reference(
     max_new_tokens: int,
     weights: str,
 ) -> dict[str, Any]:
-    """Answer examples, write the files that `Golden` reads, and return the results for the manifest.
-
-    `originals` are the images by file name.
-    """
+    """Answer examples, write the files that `Golden` reads, and return the results; `originals` are images by name."""
     logits = 4 * len(examples) * max_new_tokens * checkpoint.text_config["vocab_size"]
     reference = ReferenceModel(checkpoint, max_new_tokens, weights, reserved=logits)
     preprocessor, tensors, records, inputs = reference.preprocessor, {}, [], {}

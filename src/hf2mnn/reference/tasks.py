@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 
 _NUMBERS = "zero one two three four five six seven eight nine ten"
 NUMBERS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBERS.split())}
@@ -84,12 +83,12 @@ def anls(answer: str, expected: list[str]) -> float:
     return 1 - distance if distance < THRESHOLD else 0.0
 
 
-def _number(text: str) -> float | None:
+def _number(text: str) -> float:
+    """Return the number or the percentage of a text, or NaN."""
     try:
-        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+        return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+        return math.nan
 
 
 def relaxed(answer: str, expected: list[str]) -> float:
@@ -98,11 +97,10 @@ def relaxed(answer: str, expected: list[str]) -> float:
     A number may differ by 5 %; other text must be equal, case-insensitive.
     """
     given = answer.strip()
-    for label in (label.strip() for label in expected):
-        value, wanted = _number(given), _number(label)
-        if given.lower() == label.lower():
-            return 1.0
-        if value is not None and wanted is not None and abs(value - wanted) <= TOLERANCE * abs(wanted):
+    for label in map(str.strip, expected):
+        wanted = _number(label)
+        is_close = math.isfinite(wanted) and abs(_number(given) - wanted) <= TOLERANCE * abs(wanted)
+        if is_close or given.lower() == label.lower():
             return 1.0
     return 0.0
 
@@ -126,9 +124,7 @@ def choice(answer: str, expected: list[str]) -> float:
     return float(chosen(answer) in {label.strip().upper() for label in expected})
 
 
-METRICS: dict[str, Callable[[str, list[str]], float]] = {
-    metric.__name__: metric for metric in (exact, vqa, anls, relaxed, choice)
-}
+METRICS = {metric.__name__: metric for metric in (exact, vqa, anls, relaxed, choice)}
 
 
 def score_answer(metric: str, answer: str, expected: list[str]) -> float:
