@@ -66,29 +66,28 @@ def image_names(messages: list[dict[str, Any]]) -> list[str]:
     return [part["image"] for part in parts if part.get("type") == "image" or "image" in part]
 
 
+def _invalid(where: object, problem: str, advice: str = "") -> EvaluationSetError:
+    return EvaluationSetError(f"{where} {problem}; {advice}see docs/evaluation.md")
+
+
 def _answers(record: dict[str, Any], where: str) -> tuple[list[str] | None, str]:
     answers, metric = record.get("answer"), record.get("metric", "exact")
     if answers is None and "metric" in record:
-        raise EvaluationSetError(f"{where} has a metric and no answer; add an answer, see docs/evaluation.md")
+        raise _invalid(where, "has a metric and no answer", "add an answer, ")
     if metric not in METRICS:
-        raise EvaluationSetError(
-            f"{where} has an unknown metric {metric!r}; choose one of {', '.join(METRICS)}, see docs/evaluation.md"
-        )
+        raise _invalid(where, f"has an unknown metric {metric!r}", f"choose one of {', '.join(METRICS)}, ")
     answers = [answers] if isinstance(answers, str) else answers
     is_list = isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)
     if answers is not None and not is_list:
-        raise EvaluationSetError(
-            f"{where} has an answer that is neither a string nor a list of strings; see docs/evaluation.md"
-        )
+        raise _invalid(where, "has an answer that is neither a string nor a list of strings")
     return answers, metric
 
 
 def check_messages(messages: list[dict[str, Any]], folder: Path) -> None:
     """Check that chat templates and MNN's engine accept a conversation, and that its images are files of `folder`.
 
-    Raises:
-        ValueError: A part is of an unsupported kind, or a path leads out of the folder.
-        TypeError, KeyError, AttributeError: The structure is invalid.
+    Raise ValueError if a part is of an unsupported kind or a path leads out of the folder, and TypeError, KeyError or
+    AttributeError if the structure is invalid.
     """
     if not isinstance(messages, list):
         raise TypeError("messages must be a list")
@@ -113,11 +112,9 @@ def _parse(line: str, where: str, folder: Path) -> Example:
             raise TypeError("category and language must be strings")
         check_messages(example.messages, folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EvaluationSetError(
-            f"{where} is not an example ({type(error).__name__}: {error}); see docs/evaluation.md"
-        ) from None
+        raise _invalid(where, f"is not an example ({type(error).__name__}: {error})") from None
     if not example.messages or not isinstance(example.id, str) or "/" in example.id:
-        raise EvaluationSetError(f"{where} needs messages and an id without '/'; see docs/evaluation.md")
+        raise _invalid(where, "needs messages and an id without '/'")
     return example
 
 
@@ -127,19 +124,17 @@ def read_examples(folder: Path) -> list[Example]:
     try:
         lines = read_bytes(path, MAX_FILE_BYTES).decode().split("\n")
     except OSError:
-        raise EvaluationSetError(
-            f"{folder} is not an evaluation set: it has no {NAME}; see docs/evaluation.md"
-        ) from None
+        raise _invalid(folder, f"is not an evaluation set: it has no {NAME}") from None
     except UnicodeDecodeError as error:
         raise EvaluationSetError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from None
     except ValueError as error:
-        raise EvaluationSetError(f"{path} cannot be read ({error}); see docs/evaluation.md") from None
+        raise _invalid(path, f"cannot be read ({error})") from None
     examples = [_parse(line, f"{path}:{number}", Path(folder)) for number, line in enumerate(lines, 1) if line.strip()]
     for name, uses in Counter(example.id for example in examples).items():
         if uses > 1:
             raise EvaluationSetError(f"{path} uses the id {name} twice; give each example its own")
     if not examples:
-        raise EvaluationSetError(f"{path} holds no examples; add some, see docs/evaluation.md")
+        raise _invalid(path, "holds no examples", "add some, ")
     return examples
 
 

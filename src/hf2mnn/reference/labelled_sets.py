@@ -33,7 +33,7 @@ class Question:
 
     parts: list[str | Image.Image]  # in the order of the prompt
     answers: list[str]
-    category: str
+    category: str | None = None  # None: the name of the data set
 
 
 @dataclass(frozen=True)
@@ -63,26 +63,17 @@ def _options(question: str, options: list[str], answer: str) -> str:
     return "\n".join([question, *(f"{letter}. {option}" for letter, option in lettered.items()), LETTER])
 
 
-def _short(row: dict[str, Any], answers: list[str], category: str) -> Question:
-    return Question([row["image"], f"{row['question']}\n{SHORT}"], answers, category)
-
-
-def _textvqa(row: dict[str, Any]) -> Question:
-    return _short(row, row["answers"], "textvqa")
-
-
-def _docvqa(row: dict[str, Any]) -> Question:
-    return _short(row, row["answers"], (row["question_types"] or ["docvqa"])[0])
-
-
-def _chartqa(row: dict[str, Any]) -> Question:
-    return _short(row, [row["answer"]], row["type"])
+def _short(row: dict[str, Any]) -> Question:
+    """Read a row with short answers; its first type, if it has one, is the category."""
+    answers = row["answers"] if "answers" in row else [row["answer"]]
+    types = row.get("question_types") or [row.get("type")]
+    return Question([row["image"], f"{row['question']}\n{SHORT}"], answers, types[0])
 
 
 def _ai2d(row: dict[str, Any]) -> Question:
     """Read a row; `answer` is the index of the right option, as a string."""
     letter = chr(ord("A") + int(row["answer"]))
-    return Question([row["image"], _options(row["question"], row["options"], letter)], [letter], "ai2d")
+    return Question([row["image"], _options(row["question"], row["options"], letter)], [letter])
 
 
 def _mmbench(row: dict[str, Any]) -> Question:
@@ -113,11 +104,11 @@ MMMU_IMAGES = tuple(f"image_{number}" for number in range(1, 8))
 # Repositories, splits and columns are those of the dataset cards on the hub (README.md, dataset_info); those of ChartQA
 # are of upload_chartqa.py in lmms-eval, which wrote the repository.
 DATASETS = {
-    "textvqa": LabelledSet("lmms-lab/textvqa", "validation", "vqa", ("image", "question", "answers"), _textvqa),
+    "textvqa": LabelledSet("lmms-lab/textvqa", "validation", "vqa", ("image", "question", "answers"), _short),
     "docvqa": LabelledSet(
-        "lmms-lab/DocVQA", "validation", "anls", ("image", "question", "question_types", "answers"), _docvqa, "DocVQA"
+        "lmms-lab/DocVQA", "validation", "anls", ("image", "question", "question_types", "answers"), _short, "DocVQA"
     ),
-    "chartqa": LabelledSet("lmms-lab/ChartQA", "test", "relaxed", ("image", "question", "answer", "type"), _chartqa),
+    "chartqa": LabelledSet("lmms-lab/ChartQA", "test", "relaxed", ("image", "question", "answer", "type"), _short),
     "ai2d": LabelledSet("lmms-lab/ai2d", "test", "choice", ("image", "question", "options", "answer"), _ai2d),
     "mmbench": LabelledSet(
         "lmms-lab/MMBench",
@@ -156,9 +147,9 @@ def _load(dataset: LabelledSet, name: str, path: Path | None, revision: str) -> 
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    where = f"hf://datasets/{dataset.repository}@{revision}" if path is None else str(path)
     if path is not None and not path.is_dir():
         raise EvaluationSetError(f"there is no folder {path}; give the folder with the data set's parquet files")
+    where = f"hf://datasets/{dataset.repository}@{revision}" if path is None else str(path)
     try:
         files = [f"{where}/{dataset.files}"] if path is None else sorted(map(str, path.glob(dataset.files)))
         if files:
@@ -209,7 +200,7 @@ def _record(name: str, number: int, rows: Dataset, chosen: LabelledSet, folder: 
         ) from None
     return {
         "id": f"{name}-{number:05}",
-        "category": question.category,
+        "category": name if question.category is None else question.category,
         "language": "en",
         "answer": question.answers,
         "metric": chosen.metric,
