@@ -12,10 +12,7 @@ ROLLED_BACK = 3  # tokens that the multi-turn way appends and removes again
 
 
 def logits_by_fill(
-    ids: list[int],
-    start: Callable[[], None],
-    feed: Callable[[list[int]], np.ndarray],
-    truncate: Callable[[int], None],
+    ids: list[int], start: Callable[[], None], feed: Callable[[list[int]], np.ndarray], truncate: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
     """Return the logits [tokens, vocabulary] of a text for each way of filling the cache.
 

@@ -43,11 +43,16 @@ class LabelledSet:
     repository: str
     split: str
     metric: str  # of `hf2mnn.reference.tasks`
-    columns: tuple[str, ...]  # that `read` needs
+    texts: tuple[str, ...]  # columns that `read` needs besides `images`
     read: Callable[[dict[str, Any]], Question]
     config: str | None = None
     images: tuple[str, ...] = ("image",)
     keep: Callable[[dict[str, Any]], bool] = lambda row: True  # filter on rows without their images
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that `read` needs."""
+        return [*self.images, *self.texts]
 
     @property
     def files(self) -> str:
@@ -99,33 +104,26 @@ def _mmmu(row: dict[str, Any]) -> Question:
     return Question([part for part in parts if part != ""], [row["answer"]], subject)
 
 
-MMMU_IMAGES = tuple(f"image_{number}" for number in range(1, 8))
-
 # Repositories, splits and columns are those of the dataset cards on the hub (README.md, dataset_info); those of ChartQA
 # are of upload_chartqa.py in lmms-eval, which wrote the repository.
 DATASETS = {
-    "textvqa": LabelledSet("lmms-lab/textvqa", "validation", "vqa", ("image", "question", "answers"), _short),
+    "textvqa": LabelledSet("lmms-lab/textvqa", "validation", "vqa", ("question", "answers"), _short),
     "docvqa": LabelledSet(
-        "lmms-lab/DocVQA", "validation", "anls", ("image", "question", "question_types", "answers"), _short, "DocVQA"
+        "lmms-lab/DocVQA", "validation", "anls", ("question", "question_types", "answers"), _short, "DocVQA"
     ),
-    "chartqa": LabelledSet("lmms-lab/ChartQA", "test", "relaxed", ("image", "question", "answer", "type"), _short),
-    "ai2d": LabelledSet("lmms-lab/ai2d", "test", "choice", ("image", "question", "options", "answer"), _ai2d),
+    "chartqa": LabelledSet("lmms-lab/ChartQA", "test", "relaxed", ("question", "answer", "type"), _short),
+    "ai2d": LabelledSet("lmms-lab/ai2d", "test", "choice", ("question", "options", "answer"), _ai2d),
     "mmbench": LabelledSet(
-        "lmms-lab/MMBench",
-        "dev",
-        "choice",
-        ("image", "question", "hint", *"ABCD", "answer", "category"),
-        _mmbench,
-        "en",
+        "lmms-lab/MMBench", "dev", "choice", ("question", "hint", *"ABCD", "answer", "category"), _mmbench, "en"
     ),
     # Without the few open questions, which have a metric of their own.
     "mmmu": LabelledSet(
         "lmms-lab/MMMU",
         "validation",
         "choice",
-        ("id", "question", "options", "answer", "question_type", *MMMU_IMAGES),
+        ("id", "question", "options", "answer", "question_type"),
         _mmmu,
-        images=MMMU_IMAGES,
+        images=tuple(f"image_{number}" for number in range(1, 8)),
         keep=lambda row: row["question_type"] == "multiple-choice",
     ),
 }
@@ -140,7 +138,7 @@ def get_dataset(name: str) -> LabelledSet:
 
 
 def _load(dataset: LabelledSet, name: str, path: Path | None, revision: str) -> Dataset:
-    """Load the split's columns from the hub, or from a local copy in `path`, memory-mapped: rows are read on access."""
+    """Load the split's columns from the hub, or from a local copy in `path`; rows are read on access."""
     import httpx2
     from datasets import Image as ImageFeature
     from datasets import get_dataset_config_names, load_dataset
@@ -170,7 +168,7 @@ def _load(dataset: LabelledSet, name: str, path: Path | None, revision: str) -> 
             f"the rows of {name} have no column {missing[0]!r}, only {', '.join(rows.column_names)}; check that they"
             f" are of {dataset.repository}"
         )
-    rows = rows.select_columns(list(dataset.columns))
+    rows = rows.select_columns(dataset.columns)
     for column in dataset.images:
         rows = rows.cast_column(column, ImageFeature())
     return rows
@@ -217,7 +215,7 @@ def draw_examples(
     """
     chosen = get_dataset(dataset)
     rows = _load(chosen, dataset, path, revision)
-    texts = rows.select_columns([column for column in chosen.columns if column not in chosen.images])
+    texts = rows.select_columns(list(chosen.texts))
     numbers = [number for number, row in enumerate(texts) if chosen.keep(row)]
     if not numbers:
         raise EvaluationSetError(f"{dataset} has no usable rows; check that they are of {chosen.repository}")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL.Image import Image
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from transformers import GenerationConfig
 
 from hf2mnn.checkpoint.folder import Checkpoint
@@ -154,47 +154,37 @@ def write_reference(
     """Answer examples, write the files that `Golden` reads, and return the results; `originals` are images by name."""
     logits = 4 * len(examples) * max_new_tokens * checkpoint.text_config["vocab_size"]
     reference = ReferenceModel(checkpoint, max_new_tokens, weights, reserved=logits)
-    preprocessor, tensors, records, inputs = reference.preprocessor, {}, [], {}
+    preprocessor, tensors, inputs, answered = reference.preprocessor, {}, {}, []
     for name, original in steps("PyTorch image embeddings", originals.items(), "images"):
         image = inputs[name] = preprocessor.process_image(original)
-        arrays = {**vars(image), "original": np.array(original)}
-        tensors |= {f"images/{name}/{array}": torch.from_numpy(values) for array, values in arrays.items()}
-        tensors[f"images/{name}/embeds"] = reference.embed_image(image).contiguous()
+        arrays = {**vars(image), "original": np.array(original), "embeds": reference.embed_image(image).numpy()}
+        tensors |= {f"images/{name}/{array}": values for array, values in arrays.items()}
     for example in steps("PyTorch answers", examples, "examples"):
         images = [inputs[name] for name in example.images]
         output = reference.generate(preprocessor.input_ids(example.messages, images), images)
-        tensors |= {f"examples/{example.id}/{name}": tensor for name, tensor in output.items()}
-        records.append(
-            {
-                "id": example.id,
-                "category": example.category,
-                "language": example.language,
-                "expected": example.answers,
-                "metric": example.metric,
-                "answer": preprocessor.decode(output["answer_ids"]),
-                "messages": example.messages,
-                "prompt": preprocessor.render(example.messages),
-                "images": example.images,
-            }
-        )
+        arrays = {name: values.numpy() for name, values in output.items()}
+        tensors |= {f"examples/{example.id}/{name}": values for name, values in arrays.items()}
+        labels = (example.id, example.category, example.language, example.answers, example.metric)
+        answer, prompt = preprocessor.decode(arrays["answer_ids"]), preprocessor.render(example.messages)
+        answered.append(GoldenExample(*labels, answer, example.messages, prompt, example.images, **arrays))
     save_file(tensors, folder / TENSORS)
     # The shortest example without images, and of those with the fewest images; the last of a kind is kept.
-    lengths = {example.id: len(tensors[f"examples/{example.id}/input_ids"]) for example in examples}
-    ordered = sorted(examples, key=lambda example: (len(example.images), lengths[example.id], example.id), reverse=True)
+    ordered = sorted(answered, key=lambda e: (len(e.images), len(e.input_ids), e.id), reverse=True)
     probes, activations = {"image" if example.images else "text": example for example in ordered}, {}
     for kind, example in probes.items():
         # Without the last token, as in `prompt_and_answer`.
-        ids = [tensors[f"examples/{example.id}/input_ids"], tensors[f"examples/{example.id}/answer_ids"][:-1]]
-        recorded = reference.forward_with_taps(torch.cat(ids), [inputs[name] for name in example.images])
-        activations |= {f"{kind}/{tensor}": value for tensor, value in recorded.items()}
+        ids = torch.from_numpy(np.concatenate([example.input_ids, example.answer_ids[:-1]]))
+        recorded = reference.forward_with_taps(ids, [inputs[name] for name in example.images])
+        activations |= {f"{kind}/{tensor}": values.numpy() for tensor, values in recorded.items()}
     # One metadata entry: safetensors writes several in random order.
     metadata = {PROBES: json.dumps({kind: example.id for kind, example in probes.items()}, sort_keys=True)}
     save_file(activations, folder / ACTIVATIONS, metadata=metadata)
+    records = [{key: value for key, value in vars(e).items() if not isinstance(value, np.ndarray)} for e in answered]
     (folder / EXAMPLES).write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    labelled = [record for record in records if record["expected"] is not None]
+    labelled = [example for example in answered if example.expected is not None]
     return {
-        "examples": len(records),
+        "examples": len(answered),
         "labelled": len(labelled),
-        "right": sum(score_answer(r["metric"], r["answer"], r["expected"]) for r in labelled),
+        "right": sum(score_answer(e.metric, e.answer, e.expected) for e in labelled),
         "weights": reference.weights,
     }

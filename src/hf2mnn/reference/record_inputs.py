@@ -1,7 +1,6 @@
 """Record the inputs of a model's linear layers on a calibration set, for AWQ, GPTQ and the sensitivity of layers.
 
-Hooks record the activations of the float32 model in bfloat16. The number of rows for each layer is bounded, whatever
-the size of the set. `hf2mnn.quant.layer_inputs` reads the file without PyTorch.
+Hooks record the float32 model in bfloat16, a bounded number of rows; `hf2mnn.quant.layer_inputs` reads the file.
 """
 
 from __future__ import annotations
@@ -83,21 +82,19 @@ class LinearInputs:
 @contextmanager
 def record_linear_inputs(model: torch.nn.Module, limit: int) -> Iterator[LinearInputs]:
     """Record at most `limit` input rows of each torch.nn.Linear in forward calls inside the block."""
+    names = {module: name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     inputs = LinearInputs(limit)
     with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                hook = module.register_forward_pre_hook(lambda _, args, name=name: inputs.add(name, args[0]))
-                hooks.enter_context(hook)
+        for layer in names:
+            hook = layer.register_forward_pre_hook(lambda module, args: inputs.add(names[module], args[0]))
+            hooks.enter_context(hook)
         yield inputs
 
 
-def _ids_by_content(golden: Golden) -> dict[tuple[str, ...], str]:
+def _ids_by_content(golden: Golden) -> dict[tuple, str]:
     """Return the ids of examples by their prompt and the digests of their images."""
-    digests = {}
-    for name in golden.image_names():
-        image = golden.image(name).original
-        digests[name] = hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).hexdigest()
+    images = ((name, golden.image(name).original) for name in golden.image_names())
+    digests = {name: hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).digest() for name, image in images}
     return {(r["prompt"], *(digests[name] for name in r["images"])): r["id"] for r in golden.records}
 
 
@@ -114,20 +111,20 @@ def check_no_overlap(calibration: Golden, evaluation: Golden, path: str) -> None
 
 
 def record_layer_inputs(
-    checkpoint: Checkpoint, calibration: Golden, folder: Path, rows: int, weights: str
+    checkpoint: Checkpoint, golden: Golden, folder: Path, rows: int, weights: str
 ) -> dict[str, Any]:
-    """Write the inputs of all linear layers on the prompts and answers of a calibration set.
+    """Write at most `rows` inputs of each linear layer on the prompts and answers of a calibration set.
 
     activations.safetensors holds bfloat16 [rows, in_features] by the first layer that takes the tensor as its input, in
-    the order of the set. Its metadata `readers` is a JSON object from each layer to the name of its tensor. `rows` is
-    the most of a tensor. Returns the results for the manifest; `max_rows_per_tensor` is the number before sampling.
+    the order of the set. Its metadata `readers` is a JSON object from each layer to the name of its tensor. Returns the
+    results for the manifest; `max_rows_per_tensor` is the number before sampling.
     """
     # An upper bound: layers that share an input count each, and sorting holds a sample twice.
     samples = 2 * 2 * rows * sum(shape[1] for shape in checkpoint.shapes() if len(shape) == 2)
     reference = ReferenceModel(checkpoint, 1, weights, reserved=samples)
     with record_linear_inputs(reference.model, rows) as inputs:
-        for example in steps("PyTorch layer inputs", calibration.examples(), "examples", len(calibration.records)):
-            reference.forward(*prompt_and_answer(calibration, example))
+        for example in steps("PyTorch layer inputs", golden.examples(), "examples", len(golden.records)):
+            reference.forward(*prompt_and_answer(golden, example))
     # One metadata entry: safetensors writes several in random order.
     metadata = {"readers": json.dumps(inputs.readers, sort_keys=True)}
     tensors = {name: sample.in_order() for name, sample in sorted(inputs.samples.items())}
