@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,38 +57,34 @@ class Sample:
         return self.rows[np.argsort(self.positions)]
 
 
+@dataclass
 class LinearInputs:
-    """Sampled inputs of linear layers, at most `limit` rows each; layers with the same input tensor share a sample."""
+    """Sampled inputs of linear layers; layers with the same input tensor share a sample."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        # By the first layer that takes the tensor as its input.
-        self.samples: dict[str, Sample] = {}
-        # Name of the sample for each layer: its own, or that of the layer before (queries, keys, values; gate, up).
-        self.readers: dict[str, str] = {}
-        self._last: tuple[str, torch.Tensor | None] = ("", None)
-
-    def add(self, name: str, value: torch.Tensor) -> None:
-        """Add the input [..., in_features] of layer `name`."""
-        if value is not self._last[1]:
-            self._last = (name, value)
-        first = self._last[0]
-        if self.readers.setdefault(name, first) != first:
-            raise RuntimeError(f"{name} has the input of {first} and had that of {self.readers[name]} before")
-        if first == name:
-            sample = self.samples.setdefault(name, Sample(self.limit, value.shape[-1]))
-            sample.add(value.detach().reshape(-1, value.shape[-1]))
+    samples: dict[str, Sample] = field(default_factory=dict)  # by the first layer that takes the tensor as its input
+    readers: dict[str, str] = field(default_factory=dict)  # that layer for each one (queries, keys, values; gate, up)
 
 
 @contextmanager
 def record_linear_inputs(model: torch.nn.Module, limit: int) -> Iterator[LinearInputs]:
     """Record at most `limit` input rows of each torch.nn.Linear in forward calls inside the block."""
     names = {module: name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    inputs = LinearInputs(limit)
+    inputs, first, last = LinearInputs(), "", None
+
+    def record(module: torch.nn.Linear, args: tuple[torch.Tensor]) -> None:
+        nonlocal first, last
+        name, value = names[module], args[0]
+        if value is not last:
+            first, last = name, value
+        if inputs.readers.setdefault(name, first) != first:
+            raise RuntimeError(f"{name} has the input of {first} and had that of {inputs.readers[name]} before")
+        if first == name:
+            sample = inputs.samples.setdefault(name, Sample(limit, module.in_features))
+            sample.add(value.detach().flatten(0, -2))
+
     with ExitStack() as hooks:
-        for layer in names:
-            hook = layer.register_forward_pre_hook(lambda module, args: inputs.add(names[module], args[0]))
-            hooks.enter_context(hook)
+        for module in names:
+            hooks.enter_context(module.register_forward_pre_hook(record))
         yield inputs
 
 
