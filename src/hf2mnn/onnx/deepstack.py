@@ -1,8 +1,7 @@
 """Deepstack: features of the vision tower that the decoder adds after each of its first layers (Qwen3-VL).
 
-The input deepstack_embeds float32 [layers, tokens, hidden] is zero for text. One token broadcasts to all, as MNN's
-engine feeds zeros [layers, 1, 1]. It is inserted into the finished graph, so that all layers are identical when they
-are traced.
+The input deepstack_embeds float32 [layers, tokens, hidden] is zero for text; MNN's engine feeds zeros [layers, 1, 1].
+It is inserted into the finished graph, so that all layers are identical when they are traced.
 """
 
 from __future__ import annotations

@@ -57,10 +57,7 @@ def _operators(values: dict[ir.Value, list[ir.Usage]]) -> list[tuple]:
 
 
 class _Layers:
-    """Traced layers of a graph.
-
-    Nodes that depend on no weight of the next layer, as the first half of its normalization, belong to this layer.
-    """
+    """Traced layers; nodes that depend on no weight of the next one (half of its normalization) belong to a layer."""
 
     def __init__(self, graph: ir.Graph, prefix: str) -> None:
         self.graph, self.prefix = graph, prefix
@@ -93,7 +90,7 @@ class _Layers:
             value.name = self.renumber(value.name, old, index)
 
     def copy(self, index: int, values: dict[ir.Value, ir.Value]) -> list[ir.Node]:
-        """Return the nodes of a copy of the second layer as layer `index`; its weights, inputs and outputs are added.
+        """Add a copy of the second layer as layer `index`, but for its nodes, which are returned.
 
         `values` has the new layer's value for each entry of the second, and gets those for all its other values.
         """
@@ -121,10 +118,9 @@ class _Layers:
 
 
 def repeat_layers(model: ir.Model, prefix: str, count: int) -> bool:
-    """Extend the three traced layers of a graph to `count` layers.
+    """Extend the three traced layers of a graph to `count`; `prefix` of their weights is such as "model.layers.".
 
-    `prefix` begins the names of weights, as "model.layers." in "model.layers.0.mlp.up_proj.weight". Returns False, with
-    the graph unchanged, if the third layer does not use the second as the second uses the first.
+    Return False, with the graph unchanged, if the third layer does not use the second as the second uses the first.
     """
     layers = _Layers(model.graph, prefix)
     if not layers.nodes or _operators(layers.entries) != _operators(layers.exits):

@@ -55,10 +55,9 @@ class KVCache:
 
     def append(self, presents: np.ndarray, positions: np.ndarray) -> None:
         """Set the cache to a call's `presents`, with old and new tokens, and append the positions of the new ones."""
-        if presents.shape[3] != len(self) + positions.shape[1]:
-            raise ValueError(
-                f"{presents.shape[3]} cached tokens do not follow {len(self)} with {positions.shape[1]} more"
-            )
+        tokens, added = presents.shape[3], positions.shape[1]
+        if tokens != len(self) + added:
+            raise ValueError(f"{tokens} cached tokens do not follow {len(self)} with {added} more")
         self.past = presents
         self.positions = np.concatenate([self.positions, positions], axis=1)
 
@@ -74,14 +73,11 @@ class OnnxModel:
     """Graphs of a model, with the contents of model.json as `info`."""
 
     def __init__(self, folder: Path | str, threads: int = 0, embedding: np.ndarray | None = None) -> None:
-        """Open the graphs of the `export` stage's folder; with 0 `threads` ONNX Runtime chooses.
-
-        `embedding` is a matrix float32 [vocabulary, hidden] in place of the graph's.
-        """
+        """Open the graphs in the folder of `export`; `embedding` float32 [vocabulary, hidden] replaces the graph's."""
         self.folder = Path(folder)
         self.info = json.loads((self.folder / "model.json").read_text())
         self.family = get_family(self.info["model_type"], self.folder / "model.json")
-        names = ("decoder", "embedding", *(["vision"] if self.family.has_vision else []))
+        names = ["decoder", "embedding", "vision"] if self.family.has_vision else ["decoder", "embedding"]
         self._graphs = {name: open_session(self.folder / f"{name}.onnx", threads) for name in names}
         self._embedding = embedding
 
@@ -99,7 +95,7 @@ class OnnxModel:
         ids = np.asarray(input_ids, np.int64)
         run = self._graphs["embedding"].run
         embeds = run(None, {"input_ids": ids[None]})[0] if self._embedding is None else self._embedding[ids][None]
-        is_image = ids == self.info["image_token_id"] if self.family.has_vision else np.zeros(len(ids), bool)
+        is_image = ids == self.info.get("image_token_id", -1)
         deepstack = np.zeros((self.family.deepstack_layers, *embeds.shape[1:]), np.float32)
         if images:
             outputs = [self.embed_image(image) for image in images]
@@ -118,17 +114,15 @@ class OnnxModel:
     ) -> np.ndarray:
         """Run int64 ids [tokens] after those in the cache, and append them; a decoding step is a call with one token.
 
-        Returns:
-            Logits float32 [tokens, vocabulary] with `all_logits`, else [1, vocabulary] of the last token.
+        Return float32 logits [tokens, vocabulary] with `all_logits`, else [1, vocabulary] of the last token.
         """
-        images, input_ids, past = images or [], np.asarray(input_ids, np.int64), len(cache)
-        grids = [grid for _, grid in images]
-        positions = self.family.position_ids(input_ids, grids, self.info) + cache.next_position
+        images, input_ids = images or [], np.asarray(input_ids, np.int64)
+        positions = self.family.position_ids(input_ids, [grid for _, grid in images], self.info) + cache.next_position
         logits, presents = self._graphs["decoder"].run(
             ["logits", "presents"],
             {
                 **self.embed(input_ids, images),
-                "attention_mask": causal_mask(past, len(input_ids)),
+                "attention_mask": causal_mask(len(cache), len(input_ids)),
                 "position_ids": positions.astype(np.int32),
                 "logits_index": np.array([0 if all_logits else -1], np.int32),
                 "past_key_values": cache.past,

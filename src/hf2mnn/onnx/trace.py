@@ -1,7 +1,6 @@
 """Trace the model of transformers to an ONNX graph, without weights in memory.
 
-The model is built under FakeTensorMode, which has shapes and dtypes and no values. The graph depends on the
-configuration alone; `hf2mnn.onnx.weights` attaches the checkpoint's values to its initializers.
+Under FakeTensorMode the model has shapes and dtypes and no values; `hf2mnn.onnx.weights` attaches the checkpoint's.
 """
 
 from __future__ import annotations

@@ -77,20 +77,16 @@ def link_shards(model: ir.Model, checkpoint: Checkpoint, folder: Path) -> None:
 def save(model: ir.Model, path: Path) -> None:
     """Write `path`, and its own tensors over `MAX_INLINE_BYTES` to `path`.data, with one tensor in memory at a time.
 
-    Metadata of the exporter (stack traces with local paths, names of torch) is removed, so that a model gives the same
-    bytes on any machine.
+    Metadata of the exporter (stack traces with local paths) is removed, so that bytes are the same on any machine.
     """
+    initializers = model.graph.initializers.values()
     outputs = (value for node in model.graph for value in node.outputs)
-    values = [*outputs, *model.graph.inputs, *model.graph.initializers.values()]
-    for item in [model, model.graph, *model.graph, *values]:
+    for item in [model, model.graph, *model.graph, *outputs, *model.graph.inputs, *initializers]:
         item.metadata_props.clear()
-    own = [
-        value
-        for value in model.graph.initializers.values()
-        if not isinstance(value.const_value, ir.ExternalTensor) and value.const_value.nbytes > MAX_INLINE_BYTES
-    ]
-    tensors = [value.const_value for value in own]
-    external = convert_tensors_to_external(tensors, path.parent, f"{path.name}.data") if own else []
-    for value, tensor in zip(own, external, strict=True):
-        value.const_value = tensor
+    own = [value for value in initializers if not isinstance(value.const_value, ir.ExternalTensor)]
+    if large := [value for value in own if value.const_value.nbytes > MAX_INLINE_BYTES]:
+        tensors = [value.const_value for value in large]
+        external = convert_tensors_to_external(tensors, path.parent, f"{path.name}.data")
+        for value, tensor in zip(large, external, strict=True):
+            value.const_value = tensor
     ir.save(model, path)

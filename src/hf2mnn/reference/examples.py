@@ -70,24 +70,11 @@ def _invalid(where: object, problem: str, advice: str = "") -> EvaluationSetErro
     return EvaluationSetError(f"{where} {problem}; {advice}see docs/evaluation.md")
 
 
-def _answers(record: dict[str, Any], where: str) -> tuple[list[str] | None, str]:
-    answers, metric = record.get("answer"), record.get("metric", "exact")
-    if answers is None and "metric" in record:
-        raise _invalid(where, "has a metric and no answer", "add an answer, ")
-    if metric not in METRICS:
-        raise _invalid(where, f"has an unknown metric {metric!r}", f"choose one of {', '.join(METRICS)}, ")
-    answers = [answers] if isinstance(answers, str) else answers
-    is_list = isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)
-    if answers is not None and not is_list:
-        raise _invalid(where, "has an answer that is neither a string nor a list of strings")
-    return answers, metric
-
-
 def check_messages(messages: list[dict[str, Any]], folder: Path) -> None:
     """Check that chat templates and MNN's engine accept a conversation, and that its images are files of `folder`.
 
-    Raise ValueError if a part is of an unsupported kind or a path leads out of the folder, and TypeError, KeyError or
-    AttributeError if the structure is invalid.
+    Raise ValueError for an unsupported part or a path out of the folder, and TypeError, KeyError or AttributeError for
+    an invalid structure.
     """
     if not isinstance(messages, list):
         raise TypeError("messages must be a list")
@@ -105,7 +92,15 @@ def check_messages(messages: list[dict[str, Any]], folder: Path) -> None:
 def _parse(line: str, where: str, folder: Path) -> Example:
     try:
         record = parse_json(line)
-        answers, metric = _answers(record, where)
+        answers, metric = record.get("answer"), record.get("metric", "exact")
+        if answers is None and "metric" in record:
+            raise _invalid(where, "has a metric and no answer", "add an answer, ")
+        if metric not in METRICS:
+            raise _invalid(where, f"has an unknown metric {metric!r}", f"choose one of {', '.join(METRICS)}, ")
+        answers = [answers] if isinstance(answers, str) else answers
+        is_list = isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)
+        if answers is not None and not is_list:
+            raise _invalid(where, "has an answer that is neither a string nor a list of strings")
         category, language = record.get("category", "any"), record.get("language", "any")
         example = Example(record["id"], category, language, record["messages"], answers, metric)
         if not isinstance(category, str) or not isinstance(language, str):
@@ -130,9 +125,8 @@ def read_examples(folder: Path) -> list[Example]:
     except ValueError as error:
         raise _invalid(path, f"cannot be read ({error})") from None
     examples = [_parse(line, f"{path}:{number}", Path(folder)) for number, line in enumerate(lines, 1) if line.strip()]
-    for name, uses in Counter(example.id for example in examples).items():
-        if uses > 1:
-            raise EvaluationSetError(f"{path} uses the id {name} twice; give each example its own")
+    if twice := [name for name, uses in Counter(example.id for example in examples).items() if uses > 1]:
+        raise EvaluationSetError(f"{path} uses the id {twice[0]} twice; give each example its own")
     if not examples:
         raise _invalid(path, "holds no examples", "add some, ")
     return examples

@@ -61,17 +61,15 @@ class Preprocessor:
             ) from None
         pixels = np.asarray(features["pixel_values"], np.float32)
         grid = np.asarray(features["image_grid_thw"], np.int64)[0]
-        return ImageInput(pixels, grid, self.unpatch(pixels, grid))
+        return ImageInput(pixels, grid, self._resized(pixels, *grid.tolist()))
 
-    def unpatch(self, pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
+    def _resized(self, pixels: np.ndarray, frames: int, height: int, width: int) -> np.ndarray:
         """Reconstruct the resized image, uint8 RGB [height, width, 3], from its patches."""
-        info = self.info
-        frames, height, width = (int(size) for size in grid_thw)
-        merge, patch, temporal = info["merge_size"], info["patch_size"], info["temporal_patch_size"]
+        merge, patch, temporal = (self.info[key] for key in ("merge_size", "patch_size", "temporal_patch_size"))
         shape = (frames, height // merge, width // merge, merge, merge, 3, temporal, patch, patch)
-        cells = pixel_values.reshape(shape)[0, ..., 0, :, :]
+        cells = pixels.reshape(shape)[0, ..., 0, :, :]
         image = cells.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * patch, width * patch, 3)
-        values = (image * np.array(info["image_std"]) + np.array(info["image_mean"])) * 255
+        values = (image * np.array(self.info["image_std"]) + np.array(self.info["image_mean"])) * 255
         return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
     def render(self, messages: list[dict[str, Any]]) -> str:

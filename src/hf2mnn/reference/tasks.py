@@ -75,8 +75,7 @@ def edits(one: str, other: str) -> int:
 def anls(answer: str, expected: list[str]) -> float:
     """Return the normalized Levenshtein similarity, case-insensitive (Biten et al. 2019, arXiv:1905.13648; DocVQA).
 
-    The maximum over the labels; 0 if at least half of the longer text's characters differ. ANLS is the mean over
-    questions.
+    It is the maximum over the labels, and 0 if at least half of the longer text's characters differ.
     """
     given, *labels = (" ".join(text.lower().split()) for text in [answer, *expected])
     distance = min(edits(given, label) / max(len(given), len(label), 1) for label in labels)
