@@ -12,7 +12,6 @@ import pytest
 
 from hf2mnn.core.errors import EngineError
 from hf2mnn.evaluation.aggregate import COLUMNS
-from hf2mnn.evaluation.answers import Answer, Outputs
 from hf2mnn.evaluation.findings import (
     ANSWERS,
     FIGURES,
@@ -22,7 +21,16 @@ from hf2mnn.evaluation.findings import (
     wrong_cache,
     wrong_rendering,
 )
-from hf2mnn.evaluation.score import PARITY_COLUMNS, Scores, parity_table, score, score_fault, summarize
+from hf2mnn.evaluation.score import (
+    PARITY_COLUMNS,
+    Answer,
+    Outputs,
+    Scores,
+    parity_table,
+    score,
+    score_fault,
+    summarize,
+)
 from hf2mnn.figures import EVALUATED, TABLE, shown_in
 from hf2mnn.reference.cache_fill import SINGLE_CALL
 from hf2mnn.reference.golden import GoldenExample

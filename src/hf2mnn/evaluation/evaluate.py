@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from hf2mnn.core.errors import BundleFault
-from hf2mnn.evaluation.answers import Answer, Outputs
 from hf2mnn.evaluation.findings import SUMMARY
-from hf2mnn.evaluation.score import score, score_fault
+from hf2mnn.evaluation.score import Answer, Outputs, score, score_fault
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.reference.golden import Golden
 from hf2mnn.reference.prompts import AnswerDecoder
@@ -23,34 +22,18 @@ LOGITS = "logits.safetensors"
 
 
 def run_engine(bundle: Path, golden: Golden, max_new_tokens: int, threads: int, time_limit: float) -> Outputs:
-    """Run the evaluation set through a bundle, in a child process.
-
-    Raises:
-        BundleFault: The engine refused the bundle or crashed on it.
-        EngineError: The engine was stopped.
-    """
+    """Run the evaluation set through a bundle, in a child process, which raises the errors of `run_worker`."""
     with tempfile.TemporaryDirectory(prefix="hf2mnn-eval-") as folder:
         result, called = Path(folder, "result.safetensors"), Path(folder, "called.json")
-        job = {
-            "bundle": str(bundle.resolve()),
-            "reference": str(golden.folder.resolve()),
-            "result": str(result),
-            "called": str(called),
-            "max_new_tokens": max_new_tokens,
-            "threads": threads,
-        }
+        job = {"bundle": str(bundle.resolve()), "reference": str(golden.folder.resolve())}
+        job |= {"max_new_tokens": max_new_tokens, "threads": threads, "result": str(result), "called": str(called)}
         run_worker("hf2mnn.mnn.worker.evaluate", job, time_limit)
         as_called, outputs = json.loads(called.read_text()), Outputs()
         with safe_open(result, "np") as tensors:
-            for record in golden.records:
-                name, plain = f"examples/{record['id']}", as_called[record["id"]]
-                outputs.answers[record["id"]] = Answer(
-                    tensors.get_tensor(f"{name}/logits"),
-                    tensors.get_tensor(f"{name}/greedy_ids").tolist(),
-                    plain["answer"],
-                    plain["prompt"],
-                    plain["written"],
-                )
+            for example, plain in as_called.items():
+                logits, greedy = (tensors.get_tensor(f"examples/{example}/{name}") for name in ("logits", "greedy_ids"))
+                engine = (plain["answer"], plain["prompt"], plain["written"])
+                outputs.answers[example] = Answer(logits, greedy.tolist(), *engine)
             for name in golden.image_names():
                 outputs.embeds[name] = tensors.get_tensor(f"images/{name}/embeds")
             for name in sorted(n for n in tensors.keys() if n.startswith("parity/")):  # noqa: SIM118
@@ -72,24 +55,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Write the tables of a conversion and summary.json to `folder`; returns the summary.
 
+    Runs `bundle` in MNN's engine, or the graphs of `onnx_folder` in ONNX Runtime if it is None. `size` is in bytes and
+    `limit`, the longest answer, in tokens. With `keep_logits` also writes logits.safetensors, to recompute figures.
+
     A bundle that the engine refuses or crashes on is a result: `fault` in the summary is the message, figures are None.
-
-    Args:
-        golden: The reference.
-        onnx_folder: Folder of the export stage.
-        bundle: Bundle to run in MNN's engine; None runs the ONNX graphs in ONNX Runtime.
-        folder: Output folder.
-        size: Bytes of the conversion.
-        limit: Longest answer, in tokens.
-        threads: Threads of the runtime.
-        time_limit: Seconds after which the engine is stopped.
-        keep_logits: Also write logits.safetensors, to recompute figures.
-
-    Raises:
-        EngineError: The engine was stopped.
+    Raises EngineError if the engine was stopped.
     """
-    decode, facts = AnswerDecoder(onnx_folder), json.loads((onnx_folder / "model.json").read_text())
-    image, fault = facts.get("image_token_id"), None
+    decode, fault = AnswerDecoder(onnx_folder), None
+    image = json.loads((onnx_folder / "model.json").read_text()).get("image_token_id")
     try:
         if bundle is not None:
             outputs = run_engine(bundle, golden, limit, threads, time_limit)

@@ -7,22 +7,21 @@ from pathlib import Path
 import numpy as np
 
 from hf2mnn.core.progress import steps
-from hf2mnn.evaluation.answers import Answer, Outputs
-from hf2mnn.onnx.session import OnnxModel
+from hf2mnn.evaluation.score import Answer, Outputs
+from hf2mnn.onnx.session import Image, OnnxModel
 from hf2mnn.reference.cache_fill import logits_by_fill
 from hf2mnn.reference.golden import Golden, GoldenProbe
 
 
-def _cache_logits(model: OnnxModel, golden: Golden, probe: GoldenProbe) -> dict[str, np.ndarray]:
+def _cache_logits(model: OnnxModel, probe: GoldenProbe, images: list[Image]) -> dict[str, np.ndarray]:
     """Return the logits of a probe's text after its images for each way of filling the KV cache."""
     prefix, ids = probe.split_after_images(model.info.get("image_token_id"))
-    images = [golden.image(name) for name in probe.images]
     cache = model.new_cache()
 
     def start() -> None:
         cache.truncate(0)
         if prefix:
-            model.prefill(cache, np.array(prefix), [(image.pixel_values, image.grid_thw) for image in images])
+            model.prefill(cache, np.array(prefix), images)
 
     return logits_by_fill(
         ids,
@@ -34,20 +33,19 @@ def _cache_logits(model: OnnxModel, golden: Golden, probe: GoldenProbe) -> dict[
 
 def run_onnxruntime(onnx_folder: Path, golden: Golden, max_new_tokens: int, threads: int) -> Outputs:
     """Run the evaluation set: teacher-forced logits token by token, and greedy answers from the same prefill."""
-    model, outputs = OnnxModel(onnx_folder, threads), Outputs()
-    images = {name: golden.image(name) for name in golden.image_names()}
-    for name, image in steps("ONNX Runtime: image embeddings", images.items(), "images"):
-        embeds = model.embed_image((image.pixel_values, image.grid_thw))
-        outputs.embeds[name] = model.family.concat_outputs(embeds)
+    model, outputs, images = OnnxModel(onnx_folder, threads), Outputs(), {}
+    for name in steps("ONNX Runtime: image embeddings", golden.image_names(), "images"):
+        image = golden.image(name)
+        images[name] = (image.pixel_values, image.grid_thw)
+        outputs.embeds[name] = model.family.concat_outputs(model.embed_image(images[name]))
     for example in steps("ONNX Runtime: answers", golden.examples(), "examples", len(golden.records)):
         cache = model.new_cache()
-        patches = [(images[name].pixel_values, images[name].grid_thw) for name in example.images]
-        first = model.prefill(cache, example.input_ids, patches)
+        first = model.prefill(cache, example.input_ids, [images[name] for name in example.images])
         forced = [example.answer_ids[i : i + 1] for i in range(len(example.answer_ids) - 1)]
         logits = [first, *(model.prefill(cache, token) for token in forced)]
         cache.truncate(len(example.input_ids))
         greedy = model.greedy(cache, first[-1], max_new_tokens)
         outputs.answers[example.id] = Answer(np.concatenate(logits), greedy)
     for probe in golden.probes():
-        outputs.parity[probe.kind] = _cache_logits(model, golden, probe)
+        outputs.parity[probe.kind] = _cache_logits(model, probe, [images[name] for name in probe.images])
     return outputs

@@ -1,8 +1,11 @@
-"""Tables and figures of a runtime's outputs: positions, answers, images, KV-cache parity."""
+"""Outputs of a runtime on the evaluation set, and the tables and figures made of them.
+
+Tables: positions, answers, images, KV-cache parity.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,6 @@ from hf2mnn import metrics
 from hf2mnn.core.errors import EngineError
 from hf2mnn.evaluation.aggregate import COLUMNS as FIGURE_COLUMNS
 from hf2mnn.evaluation.aggregate import aggregate
-from hf2mnn.evaluation.answers import Answer, Outputs
 from hf2mnn.evaluation.findings import ANSWERS, FIGURES, IMAGES, PARITY, POSITIONS
 from hf2mnn.figures import EVALUATED, TABLE, shown_in
 from hf2mnn.reference.cache_fill import SINGLE_CALL
@@ -20,63 +22,67 @@ from hf2mnn.reference.golden import Golden, GoldenExample, collapse_repeats
 from hf2mnn.reference.prompts import AnswerDecoder
 from hf2mnn.reference.tasks import score_answer
 
-POSITION_COLUMNS = [
-    "id",
-    "position",
-    "after_image",
-    "kld",
-    "same_top",
-    "top5_overlap",
-    "reference_logprob",
-    "logprob",
-]
+POSITION_COLUMNS = ["id", "position", "after_image", "kld", "same_top", "top5_overlap", "reference_logprob", "logprob"]
 IMAGE_COLUMNS = ["image", "tokens", "cosine", "worst_cosine", "error"]
 PARITY_COLUMNS = ["probe", "way", "positions", "max_kld", "max_logit_change", "same_top"]
+ENGINE_COLUMNS = ("as_called", "as_called_match", "tokenizer_match", "template_match", "template_difference")
+SCORE_COLUMNS = ("reference_score", "score", "as_called_score")
 CONTEXT = 20
 """Characters shown before and after the first difference of two prompts."""
 
 
 @dataclass(frozen=True)
+class Answer:
+    """Outputs for one example; the last three are of MNN's engine, and None for other runtimes."""
+
+    logits: np.ndarray  # float32 [m, vocabulary], teacher-forced: row i follows prompt and i tokens of PyTorch's answer
+    greedy_ids: list[int]  # greedy answer, decoded with the runtime's KV cache, with the stop token
+    as_called_ids: list[int] | None = None  # answer of a plain call
+    prompt_ids: list[int] | None = None  # token ids of the reference prompt by the engine's tokenizer
+    rendered_prompt: str | None = None  # prompt that the engine renders from the conversation
+
+
+@dataclass
+class Outputs:
+    """Outputs for the evaluation set."""
+
+    answers: dict[str, Answer] = field(default_factory=dict)  # by example id
+    embeds: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [image tokens, hidden] by image
+    # Logits, float32 [tokens, vocabulary], by probe and way of filling the KV cache.
+    parity: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Scores:
-    """Results of an evaluation.
+    """Results of an evaluation."""
 
-    Attributes:
-        positions: One row for each teacher-forced position.
-        answers: One row for each example.
-        images: One row for each image.
-        parity: One row for each probe and way of filling the KV cache.
-        figures: Figures by group, with intervals (`hf2mnn.evaluation.aggregate`).
-        summary: Figures of the whole set; None where there was nothing to measure.
-    """
+    positions: pd.DataFrame  # one row for each teacher-forced position
+    answers: pd.DataFrame  # one row for each example
+    images: pd.DataFrame  # one row for each image
+    parity: pd.DataFrame  # one row for each probe and way of filling the KV cache
+    figures: pd.DataFrame  # by group, with intervals (`hf2mnn.evaluation.aggregate`)
 
-    positions: pd.DataFrame
-    answers: pd.DataFrame
-    images: pd.DataFrame
-    parity: pd.DataFrame
-    figures: pd.DataFrame
-    summary: dict[str, float | None]
+    @property
+    def summary(self) -> dict[str, float | None]:
+        """Figures of the whole set; None where there was nothing to measure."""
+        return summarize(self.figures, self.parity)
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Return the tables by the name of their file."""
-        return {
-            POSITIONS: self.positions,
-            ANSWERS: self.answers,
-            IMAGES: self.images,
-            PARITY: self.parity,
-            FIGURES: self.figures,
-        }
+        tables = {POSITIONS: self.positions, ANSWERS: self.answers, IMAGES: self.images}
+        return tables | {PARITY: self.parity, FIGURES: self.figures}
 
 
 def _position_rows(example: GoldenExample, logits: np.ndarray) -> list[tuple]:
     columns = (
-        metrics.kl_divergence(example.logits, logits).tolist(),
-        metrics.same_top(example.logits, logits).tolist(),
-        metrics.top_overlap(example.logits, logits).tolist(),
-        metrics.token_logprobs(example.logits, example.answer_ids).tolist(),
-        metrics.token_logprobs(logits, example.answer_ids).tolist(),
+        metrics.kl_divergence(example.logits, logits),
+        metrics.same_top(example.logits, logits),
+        metrics.top_overlap(example.logits, logits),
+        metrics.token_logprobs(example.logits, example.answer_ids),
+        metrics.token_logprobs(logits, example.answer_ids),
     )
-    after_image = bool(example.images)
-    return [(example.id, index, after_image, *row) for index, row in enumerate(zip(*columns, strict=True))]
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [(example.id, index, bool(example.images), *row) for index, row in enumerate(rows)]
 
 
 def first_difference(text: str, expected: str) -> str | None:
@@ -109,14 +115,7 @@ def _answer_row(example: GoldenExample, answer: Answer, decode: AnswerDecoder, i
         "repetition": metrics.repetition(answer.greedy_ids),
         # A loop that PyTorch has too is the model's, not the conversion's.
         "degenerate": metrics.ends_in_a_loop(answer.greedy_ids) and not metrics.ends_in_a_loop(reference_ids),
-        "as_called": None,
-        "as_called_match": None,
-        "tokenizer_match": None,
-        "template_match": None,
-        "template_difference": None,
-        "reference_score": None,
-        "score": None,
-        "as_called_score": None,
+        **dict.fromkeys(ENGINE_COLUMNS + SCORE_COLUMNS),
     }
     if answer.as_called_ids is not None:
         row["as_called"] = decode(answer.as_called_ids)
@@ -128,8 +127,7 @@ def _answer_row(example: GoldenExample, answer: Answer, decode: AnswerDecoder, i
         row["template_difference"] = first_difference(answer.rendered_prompt, example.prompt)
         row["template_match"] = row["template_difference"] is None
     if example.expected is not None:
-        answers = {"reference_score": example.answer, "score": text, "as_called_score": row["as_called"]}
-        for column, given in answers.items():
+        for column, given in zip(SCORE_COLUMNS, (example.answer, text, row["as_called"]), strict=True):
             row[column] = None if given is None else score_answer(example.metric, given, example.expected)
     return row
 
@@ -142,8 +140,7 @@ def _image_rows(golden: Golden, embeds: dict[str, np.ndarray]) -> list[tuple]:
             raise EngineError(
                 f"the vision tower gives {list(embedded.shape)} for {name}, PyTorch gives {list(reference.shape)}"
             )
-        cosines = metrics.cosine(reference, embedded)
-        error = metrics.relative_error(reference, embedded)
+        cosines, error = metrics.cosine(reference, embedded), metrics.relative_error(reference, embedded)
         rows.append((name, len(cosines), float(cosines.mean()), float(cosines.min()), error))
     return rows
 
@@ -151,13 +148,8 @@ def _image_rows(golden: Golden, embeds: dict[str, np.ndarray]) -> list[tuple]:
 def parity_table(logits: dict[str, dict[str, np.ndarray]]) -> pd.DataFrame:
     """Compare the logits of each way of filling the KV cache with those of a single call.
 
-    A wrong parity shows an attention that is not fused, wrong positions, or a cache that is not truncated.
-
-    Args:
-        logits: float32 [tokens, vocabulary] by probe and way.
-
-    Returns:
-        A table with PARITY_COLUMNS. `max_logit_change` is in standard deviations of the probe's logits.
+    A wrong parity shows an attention that is not fused, wrong positions, or a cache that is not truncated. Returns a
+    table with PARITY_COLUMNS; `max_logit_change` is in standard deviations of the probe's logits.
     """
     rows = []
     for probe, ways in sorted(logits.items()):
@@ -183,21 +175,16 @@ def summarize(figures: pd.DataFrame, parity: pd.DataFrame) -> dict[str, float | 
 
 
 def score(golden: Golden, outputs: Outputs, decode: AnswerDecoder, image_token_id: int | None) -> Scores:
-    """Compare a runtime's outputs with the reference.
-
-    Raises:
-        EngineError: Embeddings of an image have another shape than the reference's.
-    """
-    positions, answers = [], []
+    """Compare outputs with the reference; raise EngineError for embeddings of another shape than the reference's."""
+    rows, answers = [], []
     for example in golden.examples():
         answer = outputs.answers[example.id]
-        positions += _position_rows(example, answer.logits)
+        rows += _position_rows(example, answer.logits)
         answers.append(_answer_row(example, answer, decode, image_token_id))
-    position_table, answer_table = pd.DataFrame(positions, columns=POSITION_COLUMNS), pd.DataFrame(answers)
-    image_table = pd.DataFrame(_image_rows(golden, outputs.embeds), columns=IMAGE_COLUMNS)
-    parity = parity_table(outputs.parity)
-    figures = aggregate(position_table, answer_table, image_table)
-    return Scores(position_table, answer_table, image_table, parity, figures, summarize(figures, parity))
+    positions, answer_table = pd.DataFrame(rows, columns=POSITION_COLUMNS), pd.DataFrame(answers)
+    images = pd.DataFrame(_image_rows(golden, outputs.embeds), columns=IMAGE_COLUMNS)
+    figures = aggregate(positions, answer_table, images)
+    return Scores(positions, answer_table, images, parity_table(outputs.parity), figures)
 
 
 def score_fault(golden: Golden, decode: AnswerDecoder, image_token_id: int | None) -> Scores:
@@ -205,4 +192,4 @@ def score_fault(golden: Golden, decode: AnswerDecoder, image_token_id: int | Non
     rows = [_answer_row(example, Answer(example.logits, []), decode, image_token_id) for example in golden.examples()]
     columns = (POSITION_COLUMNS, IMAGE_COLUMNS, PARITY_COLUMNS, FIGURE_COLUMNS)
     positions, images, parity, figures = (pd.DataFrame(columns=names) for names in columns)
-    return Scores(positions, pd.DataFrame(rows), images, parity, figures, summarize(figures, parity))
+    return Scores(positions, pd.DataFrame(rows), images, parity, figures)
