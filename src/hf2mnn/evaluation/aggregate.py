@@ -20,9 +20,10 @@ Weighted = Callable[[np.ndarray], np.ndarray]
 """Function from weights [resamples, rows] to one value for each resample."""
 
 
-def _mean(values: pd.Series) -> Weighted:
+def _mean(values: pd.Series, then: Callable[[np.ndarray], np.ndarray] = np.positive) -> Weighted:
+    """Return the weighted mean, to which `then` is applied."""
     column = values.to_numpy(np.float64)
-    return lambda weights: weights @ column / weights.sum(axis=1)
+    return lambda weights: then(weights @ column / weights.sum(axis=1))
 
 
 def _quantile(values: pd.Series, share: float) -> Weighted:
@@ -38,14 +39,13 @@ def _quantile(values: pd.Series, share: float) -> Weighted:
     return of
 
 
-def _correlation(one: pd.Series, other: pd.Series) -> Weighted:
-    x, y = one.to_numpy(np.float64), other.to_numpy(np.float64)
+def _correlation(x: pd.Series, y: pd.Series) -> Weighted:
+    means = [_mean(values) for values in (x, y, x * y, x**2, y**2)]
 
     def of(weights: np.ndarray) -> np.ndarray:
-        total = weights.sum(axis=1)
-        mean_x, mean_y = weights @ x / total, weights @ y / total
-        covariance = weights @ (x * y) / total - mean_x * mean_y
-        variances = (weights @ x**2 / total - mean_x**2) * (weights @ y**2 / total - mean_y**2)
+        mean_x, mean_y, mean_xy, mean_xx, mean_yy = (mean(weights) for mean in means)
+        covariance = mean_xy - mean_x * mean_y
+        variances = (mean_xx - mean_x**2) * (mean_yy - mean_y**2)
         undefined = np.full(len(covariance), np.nan)
         return np.divide(covariance, np.sqrt(np.maximum(variances, 0)), out=undefined, where=variances > 0)
 
@@ -53,22 +53,18 @@ def _correlation(one: pd.Series, other: pd.Series) -> Weighted:
 
 
 def _position_figures(positions: pd.DataFrame) -> dict[str, Weighted]:
-    change = np.exp(positions["logprob"]) - np.exp(positions["reference_logprob"])
-    squared, lost = _mean(change**2), _mean(positions["reference_logprob"] - positions["logprob"])
-    reference, other = _mean(-positions["reference_logprob"]), _mean(-positions["logprob"])
-    averaged = {
-        figure.name: _quantile(positions[figure.column], figure.quantile)
-        if figure.quantile
-        else _mean(positions[figure.column])
-        for figure in measured_on(POSITIONS)
-        if figure.column
-    }
-    return averaged | {
-        "rms_probability_change": lambda weights: np.sqrt(squared(weights)),
-        "reference_perplexity": lambda weights: np.exp(reference(weights)),
-        "perplexity": lambda weights: np.exp(other(weights)),
-        "perplexity_ratio": lambda weights: np.exp(lost(weights)),
-        "logprob_correlation": _correlation(positions["reference_logprob"], positions["logprob"]),
+    figures = {}
+    for figure in measured_on(POSITIONS):
+        if figure.column:
+            column = positions[figure.column]
+            figures[figure.name] = _quantile(column, figure.quantile) if figure.quantile else _mean(column)
+    reference, other = positions["reference_logprob"], positions["logprob"]
+    return figures | {
+        "rms_probability_change": _mean((np.exp(other) - np.exp(reference)) ** 2, np.sqrt),
+        "reference_perplexity": _mean(-reference, np.exp),
+        "perplexity": _mean(-other, np.exp),
+        "perplexity_ratio": _mean(reference - other, np.exp),
+        "logprob_correlation": _correlation(reference, other),
     }
 
 
@@ -86,42 +82,37 @@ def _with_intervals(group: str, figures: dict[str, Weighted], examples: pd.Serie
     return rows
 
 
-def _groups(positions: pd.DataFrame, answers: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-    """Return positions and answers of the whole set, of text, of text after an image, and of categories and languages.
+def _groups(answers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the answers of the whole set, of text, of text after an image, and of categories and languages.
 
     Categories and languages are groups only where there are several.
     """
     with_image = answers["images"] > 0
-    masks = {"all": pd.Series(True, index=answers.index), "text": ~with_image, "after an image": with_image}
+    groups = {"all": answers, "text": answers[~with_image], "after an image": answers[with_image]}
     for column in ("category", "language"):
-        values = sorted(answers[column].unique())
-        masks |= {f"{column} {value}": answers[column] == value for value in values if len(values) > 1}
-    groups = {}
-    for name, mask in masks.items():
-        members = answers[mask]
-        if len(members):
-            groups[name] = (positions[positions["id"].isin(members["id"])], members)
-    return groups
+        if answers[column].nunique() > 1:
+            groups |= {f"{column} {value}": members for value, members in answers.groupby(column)}
+    return {name: members for name, members in groups.items() if len(members)}
 
 
 def aggregate(positions: pd.DataFrame, answers: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
     """Return a table with COLUMNS: each figure of each group, its 95 % interval, and the number of rows behind it."""
     rows = []
-    for group, (group_positions, group_answers) in _groups(positions, answers).items():
-        rows += _with_intervals(group, _position_figures(group_positions), group_positions["id"])
+    for group, members in _groups(answers).items():
+        own = positions[positions["id"].isin(members["id"])]
+        rows += _with_intervals(group, _position_figures(own), own["id"])
         for figure in measured_on(ANSWERS):
             # An example without a value does not count.
-            known = group_answers[group_answers[figure.column].notna()]
+            known = members.dropna(subset=figure.column)
             if len(known):
-                rows += _with_intervals(group, {figure.name: _mean(known[figure.column].astype(float))}, known["id"])
+                rows += _with_intervals(group, {figure.name: _mean(known[figure.column])}, known["id"])
     if len(images):
         tokens = images["tokens"].to_numpy(np.float64)
-
-        def over_tokens(column: str) -> Weighted:
-            values = images[column].to_numpy(np.float64)
-            return lambda weights: (weights * tokens) @ values / (weights @ tokens)
-
-        figures = {"vision_cosine": over_tokens("cosine"), "vision_error": over_tokens("error")}
+        cosine, error = _mean(images["cosine"]), _mean(images["error"])
+        figures = {
+            "vision_cosine": lambda weights: cosine(weights * tokens),
+            "vision_error": lambda weights: error(weights * tokens),
+        }
         rows += _with_intervals("all", figures, images["image"])
         worst = float(images["worst_cosine"].min())
         rows.append(("all", "worst_vision_cosine", worst, np.nan, np.nan, int(tokens.sum())))
