@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -29,16 +28,14 @@ UNITS = {figure.name: figure.unit for figure in measured_on(BENCHMARK)}
 SPREAD = {"median": 0.5, "first_quartile": 0.25, "third_quartile": 0.75, "lowest": 0.0, "highest": 1.0}
 """Quantiles of a measure over its runs."""
 TIME_LIMIT = 7200.0
+OPTIONS = ("prompt_tokens", "answer_tokens", "image_side", "lengths")
+"""Arguments of `measure` that are settings of a benchmark."""
 LENGTHS = (32, 64, 128, 256, 512)
 """Tokens in the KV cache at which its speedup is measured."""
 
 
 def parse_bundles(texts: Sequence[str]) -> dict[str, Path]:
-    """Parse NAME=FOLDER; returns folders by name.
-
-    Raises:
-        ConfigError: A text has another form, or a name occurs twice.
-    """
+    """Parse NAME=FOLDER; return folders by name, or raise ConfigError for another form or a name that occurs twice."""
     bundles = {}
     for text in texts:
         name, _, folder = text.partition("=")
@@ -70,15 +67,8 @@ def measure(
 ) -> dict[str, Any]:
     """Measure a bundle once, in a process of its own.
 
-    Args:
-        bundle: Folder of the bundle.
-        settings: Engine settings that replace those of config.json.
-        prompt_tokens: Length of the prompt.
-        answer_tokens: Length of the answer.
-        image_side: Sides of the image in pixels.
-        lengths: Tokens in the KV cache when its speedup is measured.
-        time_limit: Seconds after which the process is stopped.
-        python: Interpreter of a toolchain, whose engine runs the bundle.
+    `settings` replace those of config.json, `lengths` are the tokens in the KV cache when its speedup is measured, and
+    `python` is the interpreter of a toolchain, whose engine runs the bundle.
 
     Raises:
         BundleFault: The engine refused the bundle or crashed on it.
@@ -86,15 +76,8 @@ def measure(
     """
     with tempfile.TemporaryDirectory(prefix="hf2mnn-speed-") as folder:
         result = Path(folder, "result.json")
-        job = {
-            "bundle": str(bundle),
-            "settings": settings,
-            "prompt_tokens": prompt_tokens,
-            "answer_tokens": answer_tokens,
-            "image_side": image_side,
-            "lengths": list(lengths),
-            "result": str(result),
-        }
+        job = {"bundle": str(bundle), "settings": settings, "result": str(result), "lengths": list(lengths)}
+        job |= {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "image_side": image_side}
         try:
             run_worker("hf2mnn.mnn.worker.speed", job, time_limit, python)
         except EngineError as error:
@@ -110,14 +93,14 @@ def check_bundles(bundles: dict[str, Path]) -> dict[str, Path]:
     """
     folders = {name: check_bundle(folder) for name, folder in bundles.items()}
     models = {name: json.loads((path / MODEL_CONFIG).read_text()).get("hf2mnn") for name, path in folders.items()}
-    (first, model), *others = models.items()
-    for name in models:
-        if models[name] is None:
+    for name, model in models.items():
+        if model is None:
             raise BundleError(
                 f"{folders[name]} was not made by hf2mnn: its {MODEL_CONFIG} does not say which model it is"
             )
-    for name, other in others:
-        if other != model:
+    first = next(iter(models))
+    for name, model in models.items():
+        if model != models[first]:
             raise BundleError(f"bundles {first} and {name} are of different models; time them separately")
     return folders
 
@@ -149,44 +132,28 @@ def _measures(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 class Timings(NamedTuple):
-    """Results of interleaved runs.
+    """Results of interleaved runs."""
 
-    Attributes:
-        measures: Rows of benchmark.parquet.
-        cache: Rows of cache.parquet before they are summarized.
-        runs: Engine settings and image size by bundle, as the process reports them.
-        broken: Message by bundle that does not run.
-    """
-
-    measures: pd.DataFrame
-    cache: list[dict[str, Any]]
-    runs: dict[Any, dict[str, Any]]
-    broken: dict[Any, str]
+    measures: pd.DataFrame  # rows of benchmark.parquet
+    cache: list[dict[str, Any]]  # rows of cache.parquet before they are summarized
+    runs: dict[str, dict[str, Any]]  # engine settings and image size by bundle, as the process reports them
+    broken: dict[str, str]  # message by bundle that does not run
 
 
 def time_interleaved(
-    folders: dict[Any, Path],
-    settings: dict[str, Any],
-    options: dict[str, Any],
-    repeats: int,
-    time_limit: float,
-    pythons: Mapping[Any, Path | None] = MappingProxyType({}),
+    folders: dict[str, Path], chosen: dict[str, Any], pythons: dict[str, Path | None], time_limit: float
 ) -> Timings:
     """Time bundles in interleaved runs; a bundle that does not run is recorded and skipped.
 
-    Args:
-        folders: Bundles by name.
-        settings: Engine settings that replace those of config.json.
-        options: Further arguments of `measure`.
-        repeats: Runs of each bundle.
-        time_limit: Seconds after which one process is stopped.
-        pythons: Interpreters of toolchains by name.
+    `chosen` has the settings of the run: repeats, threads, and `OPTIONS`. Bundles in `pythons` run in the engine of a
+    toolchain, which is given by its interpreter.
 
     Raises:
         EngineError: The engine was stopped, or none of the bundles runs.
     """
+    settings, options = {"thread_num": chosen["threads"]}, {key: chosen[key] for key in OPTIONS}
     rows, cache, runs, broken = [], [], {}, {}
-    for order, (repeat, name) in enumerate(steps("speed", interleaved(list(folders), repeats), "runs")):
+    for order, (repeat, name) in enumerate(steps("speed", interleaved(list(folders), chosen["repeats"]), "runs")):
         if name in broken:
             continue
         try:
@@ -210,16 +177,10 @@ def time_interleaved(
 def time_versions(
     one: dict[str, Path], other: dict[str, Path], settings: dict[str, Any], python: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Time the bundles of two versions of a model in interleaved runs.
+    """Time the bundles of two versions of a model, given by name, in interleaved runs.
 
-    Args:
-        one: Bundles of one version by name.
-        other: Bundles of the other version.
-        settings: Content of a benchmark.json, which gives prompt, answer, image, threads and repeats.
-        python: Interpreter of the toolchain whose engine runs the other version.
-
-    Returns:
-        "measures" by bundle for each version, as "bundles" in benchmark.json.
+    `settings` is the content of a benchmark.json, and `python` the interpreter of the toolchain whose engine runs the
+    other version. Returns "measures" by bundle for each version, as "bundles" in benchmark.json.
 
     Raises:
         BundleError: A bundle is not whole.
@@ -227,11 +188,8 @@ def time_versions(
     """
     sides = {"one": one, "other": other}
     folders = {f"{side}/{name}": check_bundle(path) for side, named in sides.items() for name, path in named.items()}
-    options = {key: settings[key] for key in ("prompt_tokens", "answer_tokens", "image_side")}
-    threads = {"thread_num": settings["threads"]}
     pythons = {f"other/{name}": python for name in other}
-    options["lengths"] = []
-    frame = time_interleaved(folders, threads, options, settings["repeats"], TIME_LIMIT, pythons).measures
+    frame = time_interleaved(folders, {**settings, "lengths": []}, pythons, TIME_LIMIT).measures
     described = _measures(summarize(frame, frame["bundle"].iloc[0]))
     return [
         {name: {"measures": described[f"{side}/{name}"]} for name in named if f"{side}/{name}" in described}
@@ -240,27 +198,17 @@ def time_versions(
 
 
 def write_benchmark(
-    folders: dict[str, Path],
-    sizes: dict[str, int],
-    chosen: dict[str, Any],
-    options: dict[str, Any],
-    folder: Path,
-    time_limit: float,
+    folders: dict[str, Path], sizes: dict[str, int], chosen: dict[str, Any], folder: Path, time_limit: float
 ) -> dict[str, Any]:
     """Time bundles and write the tables and the summary to `folder`; returns the summary.
 
-    Args:
-        folders: Checked bundles by name (`check_bundles`).
-        sizes: Bytes of each bundle.
-        chosen: Settings of the run: baseline, repeats, threads and `options`.
-        options: Arguments of `measure`.
-        folder: Output folder.
-        time_limit: Seconds after which one process is stopped.
+    `folders` are checked (`check_bundles`), `sizes` are in bytes, and `chosen` has the baseline and the settings of
+    `time_interleaved`.
 
     Raises:
         EngineError: The engine was stopped, or none of the bundles runs.
     """
-    timings = time_interleaved(folders, {"thread_num": chosen["threads"]}, options, chosen["repeats"], time_limit)
+    timings = time_interleaved(folders, chosen, {}, time_limit)
     engines = {name: timings.runs[name]["engine"] for name in folders if name in timings.runs}
     base = chosen["baseline"] if chosen["baseline"] in engines else next(iter(engines))
     timings.measures.to_parquet(folder / MEASURES, index=False)
@@ -271,7 +219,7 @@ def write_benchmark(
     table.to_csv(folder / TABLE, index=False)
     measures = _measures(table)
     summary = {
-        "machine": describe_machine() | {"MNN": tool_versions("MNN")["MNN"]},
+        "machine": describe_machine() | tool_versions("MNN"),
         **chosen,
         "baseline": base,
         "broken": timings.broken,

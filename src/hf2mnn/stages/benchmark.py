@@ -47,6 +47,6 @@ def run(
     with open_stage(STAGE, destination, folders, chosen) as stage:
         manifests = stage.inputs.items()
         sizes = {name: sum(entry["size"] for entry in manifest.outputs.values()) for name, manifest in manifests}
-        summary = write_benchmark(folders, sizes, chosen, options, stage.folder, time_limit)
+        summary = write_benchmark(folders, sizes, chosen, stage.folder, time_limit)
         stage.results["machine"] = summary["machine"]
     print_speed(summary)
