@@ -45,27 +45,16 @@ PROMPTS = (
 
 @dataclass
 class Trial:
-    """Settings that are timed with the others of their group.
+    """Settings that are timed with the others of their group."""
 
-    Attributes:
-        group: Setting that varies in the group.
-        label: Its value.
-        settings: All settings.
-        kld: Mean KL divergence in nats from the predictions with `EXACT`.
-        seconds: Time of a request in each repeat; empty if `kld` exceeds the bound.
-        decode_tokens_per_s: Answer tokens a second in each repeat.
-        peak_mb: Peak memory in each repeat.
-        chosen: Whether these settings are the best of their group.
-    """
-
-    group: str
-    label: str
-    settings: Settings
-    kld: float
-    seconds: list[float] = field(default_factory=list)
-    decode_tokens_per_s: list[float] = field(default_factory=list)
-    peak_mb: list[float] = field(default_factory=list)
-    chosen: bool = False
+    group: str  # setting that varies in the group
+    label: str  # its value
+    settings: Settings  # all settings
+    kld: float  # mean KL divergence in nats from the predictions with `EXACT`
+    seconds: list[float] = field(default_factory=list)  # of a request in each repeat; empty if `kld` exceeds the bound
+    decode_tokens_per_s: list[float] = field(default_factory=list)  # in each repeat
+    peak_mb: list[float] = field(default_factory=list)  # in each repeat
+    chosen: bool = False  # whether these settings are the best of their group
 
     @property
     def median(self) -> float:
@@ -81,23 +70,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Result of the search.
-
-    Attributes:
-        trials: All trials in order.
-        max_kld: Bound on the KL divergence.
-        changed: Settings to change.
-        before: Present settings in the last comparison; None if there was none.
-        after: Best settings in the last comparison; None if they are not faster.
-        verdict: Result in words.
-    """
+    """Result of the search."""
 
     trials: list[Trial]
-    max_kld: float
-    changed: Settings
-    before: Trial | None
-    after: Trial | None
-    verdict: str
+    max_kld: float  # bound on the KL divergence
+    changed: Settings  # settings to change
+    before: Trial | None  # present settings in the last comparison; None if there was none
+    after: Trial | None  # best settings in the last comparison; None if they are not faster
+    verdict: str  # result in words
 
 
 def better(present: Trial, other: Trial) -> bool:
@@ -127,22 +107,12 @@ def values_of(setting: str, quantized: bool, memory: str, available: int) -> lis
 
 
 class Tuner:
-    """Trials of one bundle."""
+    """Trials of one bundle; `request` has the lengths of prompt and answer and the sides of the image."""
 
-    def __init__(
-        self,
-        bundle: Path,
-        prompt_tokens: int,
-        answer_tokens: int,
-        image_side: int,
-        repeats: int,
-        time_limit: float,
-        scratch: Path,
-    ) -> None:
+    def __init__(self, bundle: Path, request: dict[str, int], repeats: int, time_limit: float, scratch: Path) -> None:
         self.bundle, self.repeats, self.time_limit, self.scratch = bundle, repeats, time_limit, scratch
-        self.request = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "image_side": image_side}
-        self.config = json.loads((bundle / CONFIG).read_text())
-        self.present = decoder_settings(self.config)
+        self.request = request
+        self.present = decoder_settings(json.loads((bundle / CONFIG).read_text()))
         self._exact: np.ndarray | None = None
         self._klds: dict[str, float] = {}
         self.trials: list[Trial] = []
@@ -154,15 +124,9 @@ class Tuner:
     def _predictions(self, settings: Settings) -> np.ndarray:
         """Return logits, float32 [positions, vocabulary]."""
         path = self.scratch / "logits.npy"
-        job = {
-            "bundle": str(self.bundle),
-            "settings": settings,
-            "prompts": PROMPTS,
-            "image_side": self.request["image_side"],
-            "limit": ANSWER_TOKENS,
-            "answers": str(self.scratch / "answers.json"),
-            "logits": str(path),
-        }
+        job = {"bundle": str(self.bundle), "settings": settings, "image_side": self.request["image_side"]}
+        job |= {"prompts": PROMPTS, "limit": ANSWER_TOKENS}
+        job |= {"answers": str(self.scratch / "answers.json"), "logits": str(path)}
         try:
             run_worker("hf2mnn.mnn.worker.probe", job, self.time_limit)
         except EngineError as error:
@@ -200,13 +164,11 @@ class Tuner:
         quantized = any(formats.get(part, {}).get("bits", 32) < 16 for part in ("decoder", "vision"))
         own = self.kld(self.present)
         bound = max(own, NEGLIGIBLE) if max_kld is None else max_kld
-        start = self.present if own <= bound else {**self.present, **EXACT}
-        best = start
+        best = start = self.present if own <= bound else {**self.present, **EXACT}
         for setting in steps("tune", settings, "settings"):
-            values = values_of(setting, quantized, best["memory"], cores())
-            others = [
-                self.trial(setting, value, {**best, setting: value}) for value in values if value != best[setting]
-            ]
+            tried = values_of(setting, quantized, best["memory"], cores())
+            values = [value for value in tried if value != best[setting]]
+            others = [self.trial(setting, value, best | {setting: value}) for value in values]
             allowed = [trial for trial in others if trial.kld <= bound]
             present = self.trial(setting, best[setting], best)
             if allowed:
@@ -214,23 +176,20 @@ class Tuner:
                 fastest = choose(present, allowed)
                 fastest.chosen, best = True, fastest.settings
             self.trials += [present, *others] if others else []
-        return self._decide(start, best, own, bound)
-
-    def _decide(self, start: Settings, best: Settings, own: float, bound: float) -> Tuned:
-        before = after = None
+        compared = []
         if best != self.present:
-            before, after = self.trial("all", "present", self.present), self.trial("all", "best", best)
-            self.time([before, after])
-            self.trials += [before, after]
+            compared = [self.trial("all", "present", self.present), self.trial("all", "best", best)]
+            self.time(compared)
+            self.trials += compared
+        before, after = compared or (None, None)
         if start != self.present:
             verdict = f"the present settings exceed the bound (mean KLD {own:.2g} > {bound:.2g})"
         elif after is None or not better(before, after):
             verdict, best = "no settings are faster beyond the spread: the present settings stay", self.present
         else:
             verdict = f"a request takes {after.median / before.median:.2f} times as long"
-        for trial in (before, after):
-            if trial is not None:
-                trial.chosen = trial.settings == best
+        for trial in compared:
+            trial.chosen = trial.settings == best
         return Tuned(self.trials, bound, self._changed(best), before, after if best != self.present else None, verdict)
 
 
@@ -254,18 +213,10 @@ def tune_bundle(
     time_limit: float = 7200,
     dry_run: bool = False,
 ) -> Tuned:
-    """Find the fastest settings within a bound on the KL divergence, and write them to the bundle.
+    """Find the fastest settings within a bound on the KL divergence, and write them to the bundle unless `dry_run`.
 
-    Args:
-        bundle: Folder of the bundle.
-        settings: Settings to tune.
-        prompt_tokens: Length of the prompt.
-        answer_tokens: Length of the answer.
-        image_side: Sides of the image in pixels.
-        repeats: Runs of each trial.
-        max_kld: Bound in nats; None for the larger of the present settings' own divergence and `NEGLIGIBLE`.
-        time_limit: Seconds after which one process is stopped.
-        dry_run: Write nothing.
+    `max_kld` is the bound in nats; None for the larger of the present settings' own divergence and `NEGLIGIBLE`. Each
+    trial of `settings` is timed `repeats` times, in processes that are stopped after `time_limit` seconds.
 
     Raises:
         ConfigError: A setting is none of `SETTINGS`.
@@ -277,16 +228,16 @@ def tune_bundle(
             hint = suggest(setting, SETTINGS, listed=True)
             raise ConfigError(f"setting {setting!r} cannot be tuned; use {', '.join(SETTINGS)}{hint}")
     folder = check_bundle(bundle)
+    request = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "image_side": image_side}
     with tempfile.TemporaryDirectory(prefix="hf2mnn-tune-") as scratch:
-        tuner = Tuner(folder, prompt_tokens, answer_tokens, image_side, repeats, time_limit, Path(scratch))
-        tuned = tuner.tune(settings, max_kld)
+        tuned = Tuner(folder, request, repeats, time_limit, Path(scratch)).tune(settings, max_kld)
     if tuned.changed and not dry_run:
         described = {
             "settings": tuned.changed,
-            "request": {**tuner.request, "repeats": repeats},
+            "request": {**request, "repeats": repeats},
             "seconds": {"before": tuned.before.median, "after": tuned.after.median},
             "mean_kld": {"before": tuned.before.kld, "after": tuned.after.kld, "bound": tuned.max_kld},
-            "machine": describe_machine() | {"MNN": tool_versions("MNN")["MNN"]},
+            "machine": describe_machine() | tool_versions("MNN"),
         }
         write_settings(folder, tuned.changed, described)
     return tuned
