@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,38 +17,32 @@ from hf2mnn.reference.golden import as_matrix
 
 Value = Callable[[str], np.ndarray]
 """Function from the name of a value to the value, computed by the ONNX graph from MNN's tap points."""
+LINEAR_LAYER, ROTATION = "linear layer", "rotary position embedding"
+"""Kinds of operators with patterns of their own."""
 INDEX = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """A tap point whose local error exceeds its tolerance.
+    """A tap point whose local error exceeds its tolerance."""
 
-    Attributes:
-        point: Name of the tap point.
-        operator: Kind of the operator that computes it.
-        actual: MNN's values, [rows, values].
-        expected: Values that the ONNX graph computes from MNN's own inputs, [rows, values].
-        tolerance: Allowed relative error.
-        last_axis: Size of the value's last axis; for a query or key that of a head.
-    """
-
-    point: str
-    operator: str
-    actual: np.ndarray
-    expected: np.ndarray
-    tolerance: float
-    last_axis: int
+    point: str  # name of the tap point
+    operator: str  # kind of the operator that computes it
+    actual: np.ndarray  # MNN's values, [rows, values]
+    expected: np.ndarray  # values that the ONNX graph computes from MNN's own inputs, [rows, values]
+    tolerance: float  # allowed relative error
+    last_axis: int  # size of the value's last axis; for a query or key that of a head
 
 
-def _siblings(point: str, model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
-    """Yield the same linear layer of every block, with the node that computes it."""
-    pattern = re.compile(INDEX.sub(r".\\d+.", re.escape(point).replace(r"\.", ".")))
+def _siblings(point: str, model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Return the nodes that compute the same linear layer of every block, by module."""
+    siblings = {}
     for node in model.graph.node:
-        for name in node.input:
-            weight = WEIGHT.fullmatch(name) if node.op_type in ("MatMul", "Gemm") else None
-            if weight and pattern.fullmatch(weight["module"]):
-                yield weight["module"], node
+        for name in node.input if node.op_type in ("MatMul", "Gemm") else ():
+            weight = WEIGHT.fullmatch(name)
+            if weight and INDEX.sub(".*.", weight["module"]) == INDEX.sub(".*.", point):
+                siblings[weight["module"]] = node
+    return siblings
 
 
 def _apply(matrices: Matrices, module: str, node: onnx.NodeProto, x: np.ndarray) -> np.ndarray:
@@ -60,7 +54,7 @@ def _apply(matrices: Matrices, module: str, node: onnx.NodeProto, x: np.ndarray)
 
 
 def _swapped_weights(deviation: Deviation, model: onnx.ModelProto, source: Path, value: Value) -> str:
-    nodes = dict(_siblings(deviation.point, model))
+    nodes = _siblings(deviation.point, model)
     if deviation.point not in nodes:
         return ""
     x = as_matrix(value(next(name for name in nodes[deviation.point].input if ".weight" not in name)))
@@ -80,17 +74,16 @@ def _flipped_sign(deviation: Deviation, unrotated: np.ndarray) -> str:
     a flipped sign, one half or both are those of z e^(-it) = z^2 / (z e^(it)).
     """
     shape = (len(deviation.expected), -1, 2, deviation.last_axis // 2)
-    values = (unrotated, deviation.expected, deviation.actual)
-    z, expected, actual = (value.reshape(shape).astype(np.float64) for value in values)
-    z, rotated = z[:, :, 0] + 1j * z[:, :, 1], expected[:, :, 0] + 1j * expected[:, :, 1]
+    halves = (value.reshape(shape).astype(np.float64) for value in (unrotated, deviation.expected, deviation.actual))
+    z, rotated, actual = (half[:, :, 0] + 1j * half[:, :, 1] for half in halves)
     inverse = np.divide(z**2, rotated, out=np.zeros_like(z), where=np.abs(rotated) > 1e-12)
-    halves = {
-        "first": (actual[:, :, 0], rotated.real, inverse.real),
-        "second": (actual[:, :, 1], rotated.imag, inverse.imag),
-    }
-    close = max(deviation.tolerance, 1e-3)
-    flipped = [name for name, (half, _, wrong) in halves.items() if relative_error(wrong, half) <= close]
-    intact = [name for name, (half, right, _) in halves.items() if relative_error(right, half) <= close]
+
+    def equal_halves(right: np.ndarray) -> list[str]:
+        pairs = {"first": (right.real, actual.real), "second": (right.imag, actual.imag)}
+        close = max(deviation.tolerance, 1e-3)
+        return [name for name, (expected, half) in pairs.items() if relative_error(expected, half) <= close]
+
+    flipped, intact = equal_halves(inverse), equal_halves(rotated)
     if not flipped or len(flipped) + len(intact) < 2:
         return ""
     return f"a sign is flipped in {'both halves' if len(flipped) == 2 else f'the {flipped[0]} half'} of the rotation"
@@ -99,17 +92,13 @@ def _flipped_sign(deviation: Deviation, unrotated: np.ndarray) -> str:
 def recognize_pattern(deviation: Deviation, model: onnx.ModelProto, source: Path, value: Value) -> str:
     """Describe what the operator computes instead; "" if no known pattern matches.
 
-    Args:
-        deviation: The tap point.
-        model: ONNX graph of the part.
-        source: File of the graph.
-        value: Function from names of the graph to values.
+    `model` is the ONNX graph of the part, and `source` its file.
     """
     if not deviation.actual.any():
         return "it gives only zeros"
-    if deviation.operator == "linear layer":
+    if deviation.operator == LINEAR_LAYER:
         return _swapped_weights(deviation, model, source, value)
-    if deviation.operator == "rotary position embedding":
+    if deviation.operator == ROTATION:
         attention, _, last = deviation.point.rpartition(".")
         projection = f"{attention}.{'q' if last == 'query' else 'k'}_proj"
         if any(projection in node.output for node in model.graph.node):

@@ -21,7 +21,7 @@ import pandas as pd
 from safetensors.numpy import load_file, save_file
 
 from hf2mnn.core.files import link_or_copy
-from hf2mnn.evaluation.fault_patterns import Deviation, recognize_pattern
+from hf2mnn.evaluation.fault_patterns import LINEAR_LAYER, ROTATION, Deviation, recognize_pattern
 from hf2mnn.families import get_family
 from hf2mnn.metrics import cosine, relative_error
 from hf2mnn.mnn.bundle import CONFIG, PARTS
@@ -35,40 +35,29 @@ from hf2mnn.onnx.tap_points import add_outputs, outputs_by_module, replace_with_
 from hf2mnn.quant.awq import folded_tap_points
 from hf2mnn.reference.golden import Golden, GoldenProbe, as_matrix, evenly_spaced
 
-COLUMNS = [
-    "probe",
-    "part",
-    "order",
-    "point",
-    "operator",
-    "onnx_error",
-    "onnx_cosine",
-    "mnn_error",
-    "mnn_cosine",
-    "local_error",
-    "tolerance",
-    "onnx_tolerance",
-    "detail",
-]
+ERRORS = ["onnx_error", "onnx_cosine", "mnn_error", "mnn_cosine", "local_error"]
+COLUMNS = ["probe", "part", "order", "point", "operator", *ERRORS, "tolerance", "onnx_tolerance", "detail"]
+OPERATORS = {
+    "MatMul": LINEAR_LAYER,
+    "Gemm": LINEAR_LAYER,
+    "Conv": "convolution",
+    "Mul": "normalization",
+    "LayerNormalization": "normalization",
+    "Add": "sum",
+}
+"""Names of ONNX operators in the table; others keep their own."""
 ONNX_TOLERANCE = 1e-3
 """Accumulated error of the ONNX graph: another order of float32 sums brings 1e-6, a wrong operator 0.1 and more."""
 
 
 @dataclass(frozen=True)
 class GraphInputs:
-    """Inputs of one graph for one probe.
+    """Inputs of one graph for one probe."""
 
-    Attributes:
-        probe: Kind of the probe.
-        part: vision or decoder.
-        onnx: Inputs of the ONNX graph by name.
-        mnn: Inputs of MNN's graph by name, in order.
-    """
-
-    probe: str
-    part: str
-    onnx: dict[str, np.ndarray]
-    mnn: dict[str, np.ndarray]
+    probe: str  # kind of the probe
+    part: str  # vision or decoder
+    onnx: dict[str, np.ndarray]  # inputs of the ONNX graph by name
+    mnn: dict[str, np.ndarray]  # inputs of MNN's graph by name, in order
 
 
 def graph_inputs(probe: GoldenProbe, golden: Golden, facts: dict[str, Any]) -> list[GraphInputs]:
@@ -139,30 +128,22 @@ def run_mnn(
 ) -> list[dict[str, np.ndarray]]:
     """Run a bundle's graphs in a child process.
 
-    Args:
-        bundle: Folder of the bundle.
-        inputs: Inputs of each run.
-        graphs: The bundle's graphs by part.
-        wanted: Names of the values to return, by part.
-        threads: Threads of the engine.
-        time_limit: Seconds after which the engine is stopped.
-
-    Returns:
-        Values by name for each run.
+    `inputs` has one item for each run; `graphs` and `wanted`, the names of the values to return, are by part. Returns
+    values by name for each run.
     """
-    with tempfile.TemporaryDirectory(prefix="hf2mnn-layers-") as scratch:
-        jobs, outputs = [], {}
+    with tempfile.TemporaryDirectory(prefix="hf2mnn-layers-") as name:
+        scratch, jobs, outputs = Path(name).resolve(), [], {}
         for part in sorted({run.part for run in inputs}):
             file = PARTS[part][0]
             graph, outputs[part] = graphs[part].with_outputs(wanted[part])
-            write_graph(graph, Path(scratch, file))
-            link_or_copy(bundle / f"{file}.weight", Path(scratch, f"{file}.weight"))
+            write_graph(graph, scratch / file)
+            link_or_copy(bundle / f"{file}.weight", scratch / f"{file}.weight")
         for index, run in enumerate(inputs):
-            fed, result = Path(scratch, f"{index}-fed.safetensors"), Path(scratch, f"{index}.safetensors")
-            save_file({name: np.ascontiguousarray(array) for name, array in run.mnn.items()}, fed)
-            job = {"graph": str(Path(scratch, PARTS[run.part][0]).resolve()), "part": run.part}
+            job = {"graph": str(scratch / PARTS[run.part][0]), "part": run.part}
             job |= {"inputs": list(run.mnn), "outputs": list(outputs[run.part].values())}
-            jobs.append(job | {"fed": str(fed.resolve()), "result": str(result.resolve())})
+            job |= {"fed": str(scratch / f"{index}-fed.safetensors"), "result": str(scratch / f"{index}.safetensors")}
+            save_file({name: np.ascontiguousarray(array) for name, array in run.mnn.items()}, job["fed"])
+            jobs.append(job)
         job = {"bundle": str(bundle.resolve()), "graphs": jobs, "threads": threads}
         run_worker("hf2mnn.mnn.worker.layers", job, time_limit)
         results = [load_file(job["result"]) for job in jobs]
@@ -183,14 +164,10 @@ def rounding_error(bits: int) -> float:
 
 
 def tolerance(linear: bool, bits: int, settings: dict[str, Any]) -> float:
-    """Return the allowed local error of an operator.
+    """Return the allowed local error of an operator; `linear` if it is a linear layer or convolution with `bits`.
 
-    Activations rounded to 8 bits, with a few large ones, add up to 0.05 to the error of quantized weights.
-
-    Args:
-        linear: Whether it is a linear layer or a convolution.
-        bits: Bits of its weights.
-        settings: `precision` and `memory` of the engine.
+    `settings` have the engine's `precision` and `memory`. Activations rounded to 8 bits, with a few large ones, add up
+    to 0.05 to the error of quantized weights.
     """
     allowed = 1e-2 if settings["precision"] == "low" else 1e-3 if bits < 32 else 1e-4
     if linear and bits < 16:
@@ -201,19 +178,12 @@ def tolerance(linear: bool, bits: int, settings: dict[str, Any]) -> float:
 def _operator(point: str, node: onnx.NodeProto) -> str:
     last = point.rpartition(".")[2]
     if last in ("query", "key"):
-        return "rotary position embedding"
+        return ROTATION
     if last == "context":
         return "attention"
-    names = {"MatMul": "linear layer", "Gemm": "linear layer", "Conv": "convolution", "Mul": "normalization"}
-    names |= {"LayerNormalization": "normalization", "Add": "sum"}
-    if any(name == f"{point}.bias" for name in node.input) and node.op_type == "Add":
-        return "linear layer"
-    return names.get(node.op_type, node.op_type)
-
-
-def _bits(graph: Graph) -> dict[str, int]:
-    """Return the bits of each linear layer's weights by the name of its value."""
-    return {weight.name.removesuffix(LINEAR): weight.bits for weight in graph.weights()}
+    if node.op_type == "Add" and f"{point}.bias" in node.input:
+        return LINEAR_LAYER
+    return OPERATORS.get(node.op_type, node.op_type)
 
 
 def compare_graph(
@@ -227,14 +197,8 @@ def compare_graph(
 ) -> list[dict[str, Any]]:
     """Compare one graph on one probe; returns rows of COLUMNS.
 
-    Args:
-        inputs: Inputs of the graph.
-        onnx_graph: The ONNX graph.
-        pytorch: PyTorch's stored rows by tap point.
-        mnn: MNN's values by name.
-        graph: The bundle's graph.
-        settings: The engine's settings.
-        threads: Threads of ONNX Runtime.
+    `pytorch` has PyTorch's stored rows by tap point, and `mnn` MNN's values by name; `graph` is the bundle's graph, and
+    `settings` are the engine's.
     """
     names = [name for _, name in onnx_graph.points]
     exact = onnx_graph.run(inputs.onnx, names, {}, threads)
@@ -242,32 +206,31 @@ def compare_graph(
     mnn = {name: value.reshape(exact[name].shape) for name, value in mnn.items() if value.size == exact[name].size}
     replaced = {point: mnn[name] for point, name in onnx_graph.points if name in mnn and point == name}
     local = onnx_graph.run(inputs.onnx, names, replaced, threads)
+    known = local | replaced
 
     @cache
     def value(name: str) -> np.ndarray:
-        if name in replaced:
-            return replaced[name]
-        return local[name] if name in local else onnx_graph.run(inputs.onnx, [name], replaced, threads)[name]
+        return known[name] if name in known else onnx_graph.run(inputs.onnx, [name], replaced, threads)[name]
+
+    def accumulated(runtime: str, point: str, values: np.ndarray) -> dict[str, float]:
+        reference, stored = pytorch[point], values[evenly_spaced(len(values))]
+        cosines = cosine(reference, stored)
+        return {f"{runtime}_error": relative_error(reference, stored), f"{runtime}_cosine": float(cosines.mean())}
 
     producers = {output: node for node in onnx_graph.model.graph.node for output in node.output}
-    bits = _bits(graph)
+    bits = {weight.name.removesuffix(LINEAR): weight.bits for weight in graph.weights()}
     fewest, rows = min(bits.values(), default=32), []
     for order, (point, name) in enumerate(onnx_graph.points):
-        operator, reference, values = _operator(point, producers[name]), pytorch[point], as_matrix(exact[name])
-        stored = evenly_spaced(len(values))
-        linear = operator in ("linear layer", "convolution")
+        operator = _operator(point, producers[name])
+        allowed = tolerance(operator in (LINEAR_LAYER, "convolution"), bits.get(name, fewest), settings)
         row = {"probe": inputs.probe, "part": inputs.part, "order": order, "point": point, "operator": operator}
-        row |= {"onnx_error": relative_error(reference, values[stored]), "onnx_tolerance": ONNX_TOLERANCE}
-        row |= {"onnx_cosine": float(cosine(reference, values[stored]).mean()), "detail": ""}
-        row["tolerance"] = tolerance(linear, bits.get(name, fewest), settings)
+        row |= {"tolerance": allowed, "onnx_tolerance": ONNX_TOLERANCE, "detail": ""}
+        row |= accumulated("onnx", point, as_matrix(exact[name]))
         if name in mnn:
             actual, expected = as_matrix(mnn[name]), as_matrix(local[name])
-            row |= {"mnn_error": relative_error(reference, actual[stored])}
-            row |= {"mnn_cosine": float(cosine(reference, actual[stored]).mean())}
-            row |= {"local_error": relative_error(expected, actual)}
-            if row["local_error"] > row["tolerance"]:
-                last_axis = exact[name].shape[-1]
-                deviation = Deviation(point, operator, actual, expected, row["tolerance"], last_axis)
+            row |= accumulated("mnn", point, actual) | {"local_error": relative_error(expected, actual)}
+            if row["local_error"] > allowed:
+                deviation = Deviation(point, operator, actual, expected, allowed, exact[name].shape[-1])
                 row["detail"] = recognize_pattern(deviation, onnx_graph.model, onnx_graph.source, value)
         rows.append(row)
     return rows
@@ -282,22 +245,10 @@ def compare_layers(
     threads: int,
     time_limit: float,
 ) -> pd.DataFrame:
-    """Compare all tap points of all probes.
+    """Compare all tap points of all probes; raise EngineError if a graph of the bundle does not run.
 
-    Args:
-        golden: The reference.
-        onnx_folder: Folder of the export stage.
-        facts: model.json.
-        bundle: Folder of the bundle.
-        graphs: The bundle's graphs by part.
-        threads: Threads of the runtimes.
-        time_limit: Seconds after which the engine is stopped.
-
-    Returns:
-        A table with COLUMNS, one row for each tap point of each probe, in the order of computation.
-
-    Raises:
-        EngineError: A graph of the bundle does not run.
+    `facts` is model.json, and `graphs` are the bundle's graphs by part. Returns a table with COLUMNS, one row for each
+    tap point of each probe, in the order of computation.
     """
     probes = {probe.kind: probe for probe in golden.probes()}
     inputs = [run for probe in probes.values() for run in graph_inputs(probe, golden, facts)]
