@@ -65,10 +65,7 @@ def wrong_template(bundle: Path, onnx_folder: Path) -> list[Finding]:
 def wrong_tokens(golden: Golden, tokens: dict[str, list[int]], image_token_id: int | None) -> list[Finding]:
     """Report prompts that the bundle's tokenizer encodes to other ids than transformers.
 
-    Args:
-        golden: The reference.
-        tokens: Ids by example, with one image token for each image.
-        image_token_id: Id of an image token.
+    `tokens` are the bundle's ids by example, with one image token for each image.
     """
     wrong, shifts, first = 0, set(), ""
     for example in golden.examples():
@@ -76,10 +73,9 @@ def wrong_tokens(golden: Golden, tokens: dict[str, list[int]], image_token_id: i
             continue
         expected = collapse_repeats(example.input_ids, image_token_id)
         ids = np.array(tokens[example.id])
-        same_length = len(ids) == len(expected)
-        if not same_length or (ids != expected).any():
+        if not np.array_equal(ids, expected):
             wrong, first = wrong + 1, first or example.id
-            shifts.add(int(ids[0] - expected[0]) if same_length and np.ptp(ids - expected) == 0 else None)
+            shifts.add(int(ids[0] - expected[0]) if len(ids) == len(expected) and np.ptp(ids - expected) == 0 else None)
     if not wrong:
         return []
     (shift,) = shifts if len(shifts) == 1 else (None,)
@@ -96,9 +92,8 @@ def wrong_embedding(bundle: Path, onnx_folder: Path) -> list[Finding]:
 def wrong_rows(blocks: Iterable[tuple[np.ndarray, np.ndarray]], tied: dict[str, Any] | None) -> str | None:
     """Describe embedding rows that differ from the checkpoint's; None if there are none.
 
-    Args:
-        blocks: Stored rows and the checkpoint's rows rounded to bfloat16, float32 [rows, hidden], a block at a time.
-        tied: Settings of an embedding that is the quantized lm_head; its rows may differ by the rounding of their bits.
+    `blocks` have stored rows and the checkpoint's rows rounded to bfloat16, float32 [rows, hidden]. `tied` are the
+    settings of an embedding that is the quantized lm_head, whose rows may differ by the rounding of their bits.
     """
     wrong, count, shifts = 0, 0, dict.fromkeys(SHIFTS, 0)
     allowed = rounding_error(tied["quant_bit"]) if tied else 0.0

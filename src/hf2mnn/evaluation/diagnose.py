@@ -18,29 +18,12 @@ from hf2mnn.reference.golden import Golden
 
 
 def diagnose(
-    golden: Golden,
-    onnx_folder: Path,
-    baseline: Path,
-    bundle: Path,
-    folder: Path,
-    threads: int,
-    time_limit: float,
+    golden: Golden, onnx_folder: Path, baseline: Path, bundle: Path, folder: Path, threads: int, time_limit: float
 ) -> list[Finding]:
-    """Write layers.parquet, budget.parquet and findings.json to `folder`.
+    """Write layers.parquet, budget.parquet and findings.json to `folder`; `baseline` is the folder of that stage.
 
-    A bundle that does not run is a finding, not a failure: what was measured before is written.
-
-    Args:
-        golden: The reference.
-        onnx_folder: Folder of the export stage.
-        baseline: Folder of the baseline stage.
-        bundle: Folder of the bundle.
-        folder: Output folder.
-        threads: Threads of the runtimes.
-        time_limit: Seconds after which the engine is stopped.
-
-    Raises:
-        EngineError: The engine was stopped.
+    A bundle that does not run is a finding, not a failure: what was measured before is written. Raises EngineError if
+    the engine was stopped.
     """
     facts = json.loads((onnx_folder / "model.json").read_text())
     graphs = {part: read_graph(bundle / PARTS[part][0]) for part in parts_in(onnx_folder)}

@@ -19,16 +19,7 @@ from hf2mnn.core.files import link_or_copy, sha256
 from hf2mnn.core.progress import steps
 from hf2mnn.evaluation.findings import CONVERSION, PREPROCESSING, TOTAL
 from hf2mnn.metrics import kl_divergence
-from hf2mnn.mnn.bundle import (
-    CONFIG,
-    DECODER,
-    EMBEDDING,
-    MODEL_CONFIG,
-    TOKENIZER,
-    VISION,
-    embedding_table,
-    table_blocks,
-)
+from hf2mnn.mnn.bundle import CONFIG, DECODER, EMBEDDING, MODEL_CONFIG, TOKENIZER, VISION, embedding_table, table_blocks
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.quant.embedding import TIED, embedding_blocks, read_tied
 from hf2mnn.reference.golden import Golden, sample_examples
@@ -41,8 +32,6 @@ BUNDLE = "bundle"
 EXACT_LOGITS, RESIZED_LOGITS, EMBEDDING_LOGITS = "exact.safetensors", "resized.safetensors", "embedding.safetensors"
 TOKENS = "tokens.json"
 """Files of the baseline stage, beside the float32 bundle."""
-EXACT = {"precision": "high", "memory": "high"}
-"""The engine's most exact settings."""
 
 Logits = dict[str, np.ndarray]
 """Teacher-forced logits, float32 [answer tokens, vocabulary], by example."""
@@ -50,25 +39,15 @@ Logits = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Configuration:
-    """One run of the engine: files of one or two bundles, and settings.
+    """One run of the engine: files of one or two bundles, and settings, which are the most exact ones by default."""
 
-    Attributes:
-        decoder: Bundle of the decoder.
-        vision: Bundle of the vision tower.
-        embedding: Bundle of the embedding.
-        rest: Bundle of the model's settings and the tokenizer.
-        precision: Setting of the engine.
-        memory: Setting of the engine.
-        resize: Whether the engine resizes the images itself.
-    """
-
-    decoder: Path
-    vision: Path
-    embedding: Path
-    rest: Path
-    precision: str
-    memory: str
-    resize: bool = False
+    decoder: Path  # bundle of the decoder
+    vision: Path  # bundle of the vision tower
+    embedding: Path  # bundle of the embedding
+    rest: Path  # bundle of the model's settings and the tokenizer
+    precision: str = "high"
+    memory: str = "high"
+    resize: bool = False  # whether the engine resizes the images itself
 
     @property
     def weight_files(self) -> list[Path]:
@@ -98,7 +77,7 @@ class Runs:
     @property
     def exact(self) -> Configuration:
         """The float32 bundle with the engine's most exact settings."""
-        return Configuration(self.base, self.base, self.base, self.base, **EXACT)
+        return Configuration(self.base, self.base, self.base, self.base)
 
     def save_baseline(self, folder: Path) -> None:
         """Run what the diagnoses of all variants compare with: the float32 bundle, also with the engine's resizing."""
@@ -116,36 +95,35 @@ class Runs:
             self._embedding_logits[self._embedding_key(self.base)] = load_file(folder / EMBEDDING_LOGITS)
         self._tokens[sha256(self.base / TOKENIZER)] = json.loads((folder / TOKENS).read_text())
 
-    def logits(self, configuration: Configuration) -> Logits:
+    def logits(self, run: Configuration) -> Logits:
         """Return the logits of a configuration."""
-        key = configuration.key
+        key = run.key
         if key not in self._logits:
-            self._logits[key] = self._run(configuration)
+            self._logits[key] = self._run(run)
         return self._logits[key]
 
     def tokens(self, bundle: Path) -> dict[str, list[int]]:
         """Return the token ids of the examples' prompts by the tokenizer of a bundle that has run."""
         return self._tokens.get(sha256(bundle / TOKENIZER), {})
 
-    def _run(self, configuration: Configuration) -> Logits:
+    def _run(self, run: Configuration) -> Logits:
         with tempfile.TemporaryDirectory(prefix="hf2mnn-budget-") as name:
             folder = Path(name)
-            files = {path.name: path for path in configuration.rest.iterdir() if path.is_file()}
-            files |= {path.name: path for path in configuration.weight_files}
+            files = {path.name: path for path in run.rest.iterdir() if path.is_file()}
+            files |= {path.name: path for path in run.weight_files}
             for path in files.values():
                 link_or_copy(path.resolve(), folder / path.name)
             # The settings say where the embedding is, so this key comes from the embedding's bundle.
-            settings, tied = json.loads((folder / MODEL_CONFIG).read_text()), read_tied(configuration.embedding)
+            settings, tied = json.loads((folder / MODEL_CONFIG).read_text()), read_tied(run.embedding)
             if settings.pop(TIED, None) != tied:
                 (folder / MODEL_CONFIG).unlink()
                 (folder / MODEL_CONFIG).write_text(json.dumps(settings | ({TIED: tied} if tied else {})))
             result, tokens = folder / "logits.safetensors", folder / "tokens.json"
             job = {"bundle": str(folder), "reference": str(self.golden.folder.resolve()), "examples": self.examples}
-            job |= {"settings": {"precision": configuration.precision, "memory": configuration.memory}}
-            job |= {"threads": self.threads, "resize": configuration.resize}
-            job |= {"result": str(result), "tokens": str(tokens)}
+            job |= {"settings": {"precision": run.precision, "memory": run.memory}, "resize": run.resize}
+            job |= {"threads": self.threads, "result": str(result), "tokens": str(tokens)}
             run_worker("hf2mnn.mnn.worker.forced", job, self.time_limit)
-            self._tokens[sha256(configuration.rest / TOKENIZER)] = json.loads(tokens.read_text())
+            self._tokens[sha256(run.rest / TOKENIZER)] = json.loads(tokens.read_text())
             return load_file(result)
 
     def is_exact_embedding(self, bundle: Path) -> bool:
@@ -188,15 +166,12 @@ def divergence(one: Logits, other: Logits) -> float:
 def budget(runs: Runs, bundle: Path) -> pd.DataFrame:
     """Return a table with COLUMNS: the divergence of each source, and the total from PyTorch.
 
-    Raises:
-        EngineError: A run failed.
+    Raises EngineError if a run failed.
     """
-    base, config = runs.base, json.loads((bundle / CONFIG).read_text())
-    precision, memory = config["precision"], config["memory"]
-    exact = runs.exact
-    weights = Configuration(bundle, bundle, bundle, bundle, **EXACT)
-    low_memory = replace(weights, memory=memory)
-    as_configured = replace(low_memory, precision=precision)
+    config = json.loads((bundle / CONFIG).read_text())
+    base, exact, weights = runs.base, runs.exact, Configuration(bundle, bundle, bundle, bundle)
+    low_memory = replace(weights, memory=config["memory"])
+    as_configured = replace(low_memory, precision=config["precision"])
     pairs = {
         "vision weights": (exact, replace(exact, vision=bundle)),
         "decoder weights": (exact, replace(exact, decoder=bundle)),
@@ -205,12 +180,11 @@ def budget(runs: Runs, bundle: Path) -> pd.DataFrame:
         "fp16 arithmetic": (low_memory, as_configured),
         PREPROCESSING: (exact, replace(exact, resize=True)),
     }
-    examples = set(runs.examples)
-    pytorch = {example.id: example.logits for example in runs.golden.examples() if example.id in examples}
+    pytorch = {example.id: example.logits for example in runs.golden.examples() if example.id in runs.examples}
     count = sum(len(rows) for rows in pytorch.values())
     # The float32 bundle has a bfloat16 embedding. Where that is inexact, ONNX Runtime separates its error.
     rounded, own = (pytorch if runs.is_exact_embedding(each) else runs.with_embedding(each) for each in (base, bundle))
     sources = {CONVERSION: divergence(rounded, runs.logits(exact)), "embedding": divergence(pytorch, own)}
     sources |= {source: divergence(runs.logits(one), runs.logits(other)) for source, (one, other) in pairs.items()}
-    sources |= {TOTAL: divergence(pytorch, runs.logits(as_configured))}
+    sources[TOTAL] = divergence(pytorch, runs.logits(as_configured))
     return pd.DataFrame([(source, value, count) for source, value in sources.items()], columns=COLUMNS)

@@ -34,17 +34,11 @@ Quantized weights bring up to 0.01, since activations are rounded for each call;
 
 @dataclass(frozen=True)
 class Finding:
-    """Cause of error.
+    """Cause of error."""
 
-    Attributes:
-        part: settings, tokenizer, template, embedding, vision, decoder, cache or engine.
-        point: Tap point (`hf2mnn.reference.golden`) or configuration key; None if there is none.
-        message: Text for the user.
-    """
-
-    part: str
-    point: str | None
-    message: str
+    part: str  # settings, tokenizer, template, embedding, vision, decoder, cache or engine
+    point: str | None  # tap point (`hf2mnn.reference.golden`) or configuration key; None if there is none
+    message: str  # text for the user
 
 
 def wrong_cache(parity: pd.DataFrame) -> list[Finding]:
