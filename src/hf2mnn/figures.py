@@ -2,8 +2,7 @@
 
 To add a figure, add one entry to `FIGURES` and the code that computes it. A figure of positions or answers with a
 `column` (and, for a percentile, a `quantile`) needs no code beyond that column. `python -m hf2mnn.figures` prints
-docs/figures.md.
-This module imports nothing of the package, so that config can build the schema of the gates from it.
+docs/figures.md. This module imports nothing of the package, so that config can build the schema of the gates from it.
 """
 
 from __future__ import annotations
@@ -30,8 +29,6 @@ HIGHER, LOWER = "higher", "lower"
 
 def short(value: float) -> str:
     """Format a number with two significant digits."""
-    if not value:
-        return "0"
     return f"{value:.2g}" if abs(value) < 99.5 else f"{value:.0f}"
 
 
@@ -42,10 +39,6 @@ def readable_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.2f} GB"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1g} %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,7 @@ class Unit:
 
 UNITS = {
     "nats": Unit(),
-    "share": Unit(_percent, highest=1),
+    "share": Unit(lambda share: f"{100 * share:.1g} %" if 0 < share < 0.001 else f"{100 * share:.1f} %", highest=1),
     "ratio": Unit("{:.4f}".format),
     "correlation": Unit("{:.5f}".format, lowest=-1, highest=1),
     "relative error": Unit(),
@@ -117,10 +110,6 @@ class Figure:
     def measure_head(self) -> str:
         """Column head in a table of the benchmark: label and unit."""
         return f"{self.label} {UNITS[self.unit].scale[0]}"
-
-    def text(self, value: float) -> str:
-        """Format a value that is not missing."""
-        return UNITS[self.unit].format(value)
 
     def keeps(self, value: float | None, bound: float) -> bool:
         """Return whether a value keeps a bound; NaN keeps none."""

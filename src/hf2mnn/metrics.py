@@ -47,8 +47,7 @@ def cosine(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return the cosine of each pair of rows; 0 if one row is all zero."""
     reference, other = reference.astype(np.float64), other.astype(np.float64)
     norms = np.linalg.norm(reference, axis=-1) * np.linalg.norm(other, axis=-1)
-    dots = (reference * other).sum(axis=-1)
-    return np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
+    return np.divide((reference * other).sum(axis=-1), norms, out=np.zeros_like(norms), where=norms > 0)
 
 
 def relative_error(reference: np.ndarray, other: np.ndarray) -> float:
@@ -75,17 +74,10 @@ def repetition(tokens: Sequence[int], n: int = 4) -> float:
 
 
 def ends_in_a_loop(tokens: Sequence[int], times: int = 4, shortest: int = 12) -> bool:
-    """Return whether an answer ends in a loop.
-
-    Args:
-        tokens: The answer.
-        times: Smallest number of repetitions.
-        shortest: Smallest length of the loop in tokens.
-    """
-    tokens = list(tokens)
+    """Return whether an answer ends in a loop: a piece `times` times or more, of at least `shortest` tokens in all."""
     for period in range(1, len(tokens) // times + 1):
         length = max(times * period, shortest)
         tail = tokens[-length:]
-        if len(tail) == length and all(tail[i] == tail[i - period] for i in range(period, length)):
+        if len(tail) == length and tail[period:] == tail[:-period]:
             return True
     return False

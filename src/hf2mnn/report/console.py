@@ -44,7 +44,7 @@ def cell(column: str, value: object) -> str:
     """Format a value of a column; a dash where nothing was measured."""
     if pd.isna(value):
         return "-"
-    return FIGURES[column].text(value) if column in FIGURES else str(value)
+    return UNITS[FIGURES[column].unit].format(value) if column in FIGURES else str(value)
 
 
 def shown(unit: str, value: float, spread: float | None = None) -> str:
