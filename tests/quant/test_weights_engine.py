@@ -14,10 +14,9 @@ import pytest
 
 from hf2mnn.metrics import relative_error
 from hf2mnn.quant import write
-from hf2mnn.quant.formats import WeightFormat
+from hf2mnn.quant.formats import DENSE, WeightFormat
 from hf2mnn.quant.rounding import round_rows
 from hf2mnn.quant.variant import choose_formats
-from hf2mnn.quant.weights import DENSE
 from one_layer import Model, convert, engine_outputs, quantize
 
 INPUTS = 128

@@ -23,8 +23,8 @@ from hf2mnn.metrics import relative_error
 from hf2mnn.mnn.convert import run_converter, write_graph
 from hf2mnn.mnn.graph import Graph
 from hf2mnn.quant.blob import pack, parse_sparse
-from hf2mnn.quant.formats import WeightFormat
-from hf2mnn.quant.weights import DENSE, INT8, SPARSE, operators
+from hf2mnn.quant.formats import DENSE, INT8, SPARSE, WeightFormat
+from hf2mnn.quant.weights import operators
 from hostile import cases
 from one_layer import Model, convert, engine_outputs, read_model, write_onnx
 

@@ -24,7 +24,8 @@ from hf2mnn.mnn.engine_facts import BACKENDS, FILE_DEFAULTS, PRECISIONS, SAMPLER
 from hf2mnn.mnn.graph import LINEAR, Graph
 from hf2mnn.mnn.tokenizer_file import TokenizerFile, read_tokenizer
 from hf2mnn.quant.embedding import TIED, embedding_in_weights, parse_tied
-from hf2mnn.quant.weights import DENSE, Operator, WeightFile, operators
+from hf2mnn.quant.formats import DENSE
+from hf2mnn.quant.weights import Operator, WeightFile, operators
 
 DEVICE_SETTINGS = {"backend_type": BACKENDS, **dict.fromkeys(("precision", "memory", "power"), PRECISIONS)}
 SETTING_VALUES = DEVICE_SETTINGS | {"sampler_type": SAMPLERS}

@@ -36,10 +36,8 @@ FOLDED = "folded.safetensors"
 class Scales:
     """Scales of folds, float32 vectors by module."""
 
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
-    """Factors of the columns of a balance layer's weight."""
-    rows: dict[str, np.ndarray] = field(default_factory=dict)
-    """Divisors of the rows of a smooth layer's weight, or of a normalization's gamma and beta."""
+    columns: dict[str, np.ndarray] = field(default_factory=dict)  # factors of the columns of a balance layer
+    rows: dict[str, np.ndarray] = field(default_factory=dict)  # divisors of rows of a smooth layer, or gamma and beta
 
     def add(self, fold: Fold, scales: np.ndarray) -> None:
         """Add the scales of a fold, float32 [output channels of `fold.smooth_layer`]."""

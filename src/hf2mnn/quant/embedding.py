@@ -14,7 +14,7 @@ import numpy as np
 
 from hf2mnn.checkpoint.tensors import StoredTensor
 from hf2mnn.core.errors import BundleError, QuantizationError
-from hf2mnn.mnn.bundle import DECODER, EMBEDDING, MODEL_CONFIG, embedding_table, table_blocks
+from hf2mnn.mnn.bundle import DECODER, EMBEDDING, MODEL_CONFIG, ROWS_AT_ONCE, embedding_table, table_blocks
 from hf2mnn.mnn.bundle_config import read_config
 from hf2mnn.mnn.engine_facts import QUANTIZED_EMBEDDING_BITS, TIE_EMBEDDINGS_KEYS
 from hf2mnn.quant.blob import SCALE_TYPES, Quantized, header, unpack
@@ -23,6 +23,7 @@ from hf2mnn.quant.weights import Operator
 
 TIED = "tie_embeddings"
 """Key of llm_config.json with the position of an embedding in lm_head."""
+RowPairs = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
 def check_tied(model: dict[str, Any], form: WeightFormat) -> None:
@@ -92,9 +93,7 @@ def _read(path: Path, offset: int, size: int) -> bytes:
     return content
 
 
-def embedding_rows(
-    path: Path, tied: dict[str, Any] | None, table: StoredTensor
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def embedding_rows(path: Path, tied: dict[str, Any] | None, table: StoredTensor) -> RowPairs:
     """Yield rows of an embedding as the engine reads them, with those of the checkpoint's `table` in bfloat16.
 
     Both are float32 [rows, hidden], some rows at a time. `path` is the file of the embedding, or the weight file of the
@@ -106,20 +105,19 @@ def embedding_rows(
         dtype = SCALE_TYPES[16 if tied["alpha_dtype"] == "fp16" else 32]
         stored = np.frombuffer(_read(path, tied["alpha_offset"], tied["alpha_size"]), dtype).astype(np.float32)
         alpha = stored.reshape(vocabulary, hidden // (tied["quant_block"] or hidden), -1)
-    start = 0
-    for exact in table_blocks(table):
-        end = start + len(exact)
+    for index, exact in enumerate(table_blocks(table)):
+        start = index * ROWS_AT_ONCE
         content = _read(path, offset + start * hidden * bits // 8, len(exact) * hidden * bits // 8)
         if tied is None:
             rows = np.frombuffer(content, ml_dtypes.bfloat16).reshape(exact.shape).astype(np.float32)
         else:
-            q, pairs = unpack(content, exact.size, bits).reshape(exact.shape), alpha[start:end]
-            rows = Quantized(q, pairs[:, :, -1], pairs[:, :, 0] if pairs.shape[2] == 2 else None).dequantize()
+            q, pairs = unpack(content, exact.size, bits), alpha[start : start + len(exact)]
+            zero_points = pairs[:, :, 0] if pairs.shape[2] == 2 else None
+            rows = Quantized(q.reshape(exact.shape), pairs[:, :, -1], zero_points).dequantize()
         yield rows, exact.astype(ml_dtypes.bfloat16).astype(np.float32)
-        start = end
 
 
-def embedding_blocks(bundle: Path, onnx_folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def embedding_blocks(bundle: Path, onnx_folder: Path) -> RowPairs:
     """Yield rows of a bundle's embedding and of the checkpoint's, as `embedding_rows` does."""
     tied = read_tied(bundle)
     path = bundle / (f"{DECODER}.weight" if tied else EMBEDDING)

@@ -49,8 +49,7 @@ def _gptq(rows, block, low, high, symmetric, half, Hinv, steps, shares, q, scale
             W[:, lane] = rows[min(start + lane, count - 1)]
         for index in range(inputs // block):
             begin, end = index * block, (index + 1) * block
-            for lane in range(LANES):
-                w_min[lane] = w_max[lane] = W[begin, lane]
+            w_min[:], w_max[:] = W[begin], W[begin]
             for i in range(begin + 1, end):
                 for lane in range(LANES):
                     w_min[lane] = min(w_min[lane], W[i, lane])

@@ -1,7 +1,7 @@
 """Mixed precision: the formats of operators with the smallest expected divergence within a budget.
 
-Errors of operators that are small and independent add up. So a plan chooses one format for each operator with the
-smallest sum of divergences whose sum of bytes is within the budget: a multiple-choice knapsack problem, solved exactly.
+Small, independent errors of operators add up, so the sum of divergences is minimized within a sum of bytes: a
+multiple-choice knapsack problem, solved exactly.
 """
 
 from __future__ import annotations
@@ -44,10 +44,9 @@ def expected_divergence(measured: pd.DataFrame, errors: np.ndarray) -> np.ndarra
     if table.empty:
         return np.zeros(len(errors))
     known, divergence = np.log(table["weight_error"]), np.log(np.maximum(table["mean_kld"], SMALLEST_KLD))
-    # A larger error with a smaller divergence is noise.
-    divergence = np.maximum.accumulate(divergence)
     wanted = np.log(np.maximum(errors, 1e-9))
-    inside = np.interp(wanted, known, divergence)
+    # A larger error with a smaller divergence is noise.
+    inside = np.interp(wanted, known, np.maximum.accumulate(divergence))
     beyond = np.minimum(wanted - known.iloc[0], 0) + np.maximum(wanted - known.iloc[-1], 0)
     return np.exp(inside + 2 * beyond)
 
@@ -130,10 +129,9 @@ def with_bytes(candidates: pd.DataFrame, layers: list[Operator]) -> pd.DataFrame
         form = WeightFormat(row.bits, row.block)
         return sum(size(operator.outputs, operator.inputs, form) for operator in by_name[row.operator])
 
-    rows = candidates[candidates["operator"].isin(by_name)].copy()
-    rows["bytes"] = list(map(stored_bytes, rows.itertuples()))
-    rows["weights"] = [sum(operator.size for operator in by_name[name]) for name in rows["operator"]]
-    return rows
+    rows = candidates[candidates["operator"].isin(by_name)]
+    weights = [sum(operator.size for operator in by_name[name]) for name in rows["operator"]]
+    return rows.assign(bytes=list(map(stored_bytes, rows.itertuples())), weights=weights)
 
 
 def make_plan(

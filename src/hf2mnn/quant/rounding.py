@@ -98,10 +98,7 @@ def _refit(sums, total, weighted, symmetric, half, s, z):
 
 @njit(nogil=True, cache=True)
 def search_scales(W, h, w_min, w_max, low, high, symmetric, half, steps, shares, best, scales, zero_points):
-    """Set the scales and zero points of a tile to the best ones of a search (mse).
-
-    `steps` and `shares` are from `search_steps`; `best` [4, LANES] is scratch: the sums of the best step.
-    """
+    """Search the scales and zero points of a tile (mse) by `search_steps`; `best` has the sums of the best step."""
     middle = F(0.5) * (low + high)
     s, z, sums = np.empty(LANES, F), np.empty(LANES, F), np.empty((4, LANES), F)
     total, weighted = ZERO, np.zeros(LANES, F)
@@ -128,8 +125,7 @@ def search_scales(W, h, w_min, w_max, low, high, symmetric, half, steps, shares,
         elif step == REFIT:
             _refit(sums, total, weighted, symmetric, half, s, z)
         else:
-            for lane in range(LANES):
-                s[lane], z[lane] = scales[lane], zero_points[lane]
+            s[:], z[:] = scales, zero_points
             _refit(best, total, weighted, symmetric, half, s, z)
         _errors(W, h, s, z, low, high, sums)
         # Selected without a branch, so that the loop is vectorized.

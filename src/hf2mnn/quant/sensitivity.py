@@ -1,8 +1,7 @@
 """Sensitivity: divergence of the answers when one operator alone is quantized.
 
-PyTorch predicts the answers of the calibration set with one weight replaced by its quantized form, for a few numbers of
-bits. The measure is the mean KL divergence from the predictions of the original model. The error of the weight is
-computed for every format that an operator could have.
+PyTorch predicts the answers of the calibration set with one weight quantized, for a few numbers of bits. The measure is
+the mean KL divergence from the predictions of the original model. Weight errors are computed for all possible formats.
 """
 
 from __future__ import annotations

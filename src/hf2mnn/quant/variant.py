@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,7 @@ class Choice:
     decoder: WeightFormat
     vision: WeightFormat
     engine: EngineSettings
-    plan: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    """Settings of operators that differ from their part's, by part and operator."""
+    plan: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)  # overrides, by part and operator
     embedding: str = "file"  # or "lm_head" if the engine reads the embedding from the decoder's last layer
 
     def settings(self) -> dict[str, Any]:
@@ -65,7 +63,7 @@ def check_format(operator: Operator, form: WeightFormat) -> WeightFormat:
 
 
 def choose_formats(
-    layers: Iterable[Operator], base: WeightFormat, overrides: dict[str, dict[str, Any]], part: str
+    layers: list[Operator], base: WeightFormat, overrides: dict[str, dict[str, Any]], part: str
 ) -> dict[str, WeightFormat]:
     """Return the format of every operator of a part: `base`, with a plan's `overrides` by operator."""
     known = {operator.name: operator for operator in layers}
@@ -92,8 +90,7 @@ class Part:
 
     def formats(self, choice: Choice, methods: Methods) -> dict[str, WeightFormat]:
         """Return the format of each operator by name. Raise QuantizationError if one cannot be stored in its format."""
-        base, plan = getattr(choice, self.name), choice.plan.get(self.name, {})
-        formats = choose_formats(self.operators, base, plan, self.name)
+        formats = choose_formats(self.operators, getattr(choice, self.name), choice.plan.get(self.name, {}), self.name)
         return {layer.name: methods.resolve(layer, formats[layer.name]) for layer in self.operators}
 
     def write(
@@ -124,7 +121,7 @@ def make_variant(
     """Write a bundle to `folder`; its bytes do not depend on the number of threads.
 
     Return `weights`, `weight_bytes` and `bits_per_weight` of all operators, and `embedding_bytes` beside lm_head. Raise
-    QuantizationError if an operator cannot be stored in its format, ConversionError if MNN's converter wrote another.
+    QuantizationError if an operator cannot have its format, ConversionError if the written file has other weights.
     """
     model = json.loads((onnx_folder / "model.json").read_text())
     rows, tied = [], None

@@ -16,9 +16,8 @@ from hf2mnn.mnn.graph import FLOAT16, LINEAR, Graph, Op, check_size
 from hf2mnn.onnx.initializers import load_graph
 from hf2mnn.onnx.tap_points import outputs_by_module
 from hf2mnn.quant import blob
+from hf2mnn.quant.formats import DENSE, INT8, SPARSE
 
-DENSE, SPARSE, INT8 = 1, 2, 4
-"""`quanParameter.type` of quantized weights: see `hf2mnn.quant.blob`, or an int8 for each weight."""
 FRAME = re.compile(r"__\d+$")
 """Suffix of the convolutions into which the converter splits a three-dimensional one (the patch embedding)."""
 MAX_WEIGHTS = (1 << 31) - 1

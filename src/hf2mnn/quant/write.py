@@ -22,19 +22,12 @@ from hf2mnn.mnn.graph import FLOAT16, Graph, Op
 from hf2mnn.quant.blob import SCALE_TYPES, Quantized, header, pack, scale_bytes, squared_error, squares
 from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.rounding import Method
-from hf2mnn.quant.weights import DENSE, Operator, WeightFile
+from hf2mnn.quant.weights import Operator, WeightFile
 
 WEIGHTS_AT_ONCE = 1 << 19
 """Weights of a chunk, which one thread processes: 2 MB of float32, which fit into caches."""
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Parameters of mallopt, from glibc's malloc.h."""
-KEPT_BYTES = 32 << 20
-"""Largest value that glibc accepts for M_MMAP_THRESHOLD."""
-
-FLOAT16_SETTINGS = {"type": FLOAT16, "useInt32": False, "quantScale": 0.0, "scaleIn": 0.0, "scaleOut": 0.0}
-FLOAT16_SETTINGS |= {"aMaxOrBits": 0, "aMin": 0, "readType": 0, "has_scaleInt": False, "shapeInt32": False}
-FLOAT16_SETTINGS |= {"weightSize": 0, "scaleStorage": "FP32"}
-"""`quanParameter` of a float16 weight."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT_BYTES = -1, -3, 32 << 20
+"""Parameters of mallopt, from glibc's malloc.h, and the largest value that it accepts for M_MMAP_THRESHOLD."""
 
 Chunk = tuple[bytes, bytes, float, float]
 """Encoded rows of an operator: weights, scales, sum of squared errors, sum of squared weights."""
@@ -87,19 +80,6 @@ def _encode(
     return pool.map(encode, range(0, operator.outputs, step))
 
 
-def _settings(operator: Operator, form: WeightFormat, wide: bool) -> dict[str, Any]:
-    """Return `quanParameter` of the graph for a weight of at most 16 bits."""
-    if form.bits == 16:
-        return dict(FLOAT16_SETTINGS)
-    settings = FLOAT16_SETTINGS | {"type": DENSE, "quantScale": 1.0, "aMaxOrBits": form.bits, "shapeInt32": wide}
-    settings["scaleStorage"] = "FP16" if form.scale_bits == 16 else "FP32"
-    if not form.symmetric:
-        # aMin 1: the stored zero point is the weight at q = 0. It is smaller than the weight at the lowest q, so its
-        # float16 is closer, and the engine reads embeddings from no other form.
-        settings |= {"aMin": 1, "readType": operator.outputs * form.blocks(operator.inputs)}
-    return settings
-
-
 def _append(
     out: BinaryIO, main: dict[str, Any], operator: Operator, bias: bytes, form: WeightFormat, chunks: Iterable[Chunk]
 ) -> dict[str, Any]:
@@ -119,7 +99,8 @@ def _append(
     if form.bits == 32:
         main["external"] = [start, sizes[0], len(bias)]
     else:
-        main |= {"quanParameter": _settings(operator, form, wide), "external": [start, *sizes, len(bias), 0]}
+        parameters = form.parameters(operator.outputs, operator.inputs, wide)
+        main |= {"quanParameter": parameters, "external": [start, *sizes, len(bias), 0]}
     row = {"operator": operator.name, "outputs": operator.outputs, "inputs": operator.inputs, **asdict(form)}
     return row | {"bytes": sum(sizes), "weight_error": (error / norm) ** 0.5 if norm else 0.0}
 
