@@ -8,7 +8,6 @@ from Welleck et al., Neural Text Generation with Unlikelihood Training, 2020.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -62,7 +61,7 @@ def relative_error(reference: np.ndarray, other: np.ndarray) -> float:
     return float(difference / size) if size else float(np.inf if difference else 0.0)
 
 
-def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+def common_prefix(one: Sequence, other: Sequence) -> int:
     """Return the length of the common prefix of two token lists or texts."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
