@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_structure, tree_unflatten
+from transformers import PreTrainedConfig
 
 from hf2mnn.core.errors import ExportError
 from hf2mnn.families import Family, VisionFamily
@@ -82,15 +83,14 @@ def _quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
-def build_fake(config: transformers.PreTrainedConfig, family: Family) -> tuple[torch.nn.Module, FakeTensorMode]:
+def build_fake(config: PreTrainedConfig, family: Family) -> tuple[torch.nn.Module, FakeTensorMode]:
     """Build the model without values, except its rotary tables, which are computed and not stored in checkpoints."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model = getattr(transformers, family.architecture)._from_config(config, dtype=torch.float32).eval()
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__.endswith("RotaryEmbedding"):
-                setattr(module, name, type(child)(child.config))
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            model.set_submodule(name, type(module)(module.config))
     family.prepare(model)
     return model, mode
 
@@ -130,7 +130,7 @@ def _trace(
     return model
 
 
-def trace_decoder(config: transformers.PreTrainedConfig, family: Family, repeat: bool = True) -> ir.Model:
+def trace_decoder(config: PreTrainedConfig, family: Family, repeat: bool = True) -> ir.Model:
     """Return the decoder graph without deepstack and without values of its initializers; `repeat` copies layers."""
     text = config.get_text_config()
     model, mode = build_fake(config, family)
@@ -201,9 +201,7 @@ def _join_caches(graph: ir.Graph, layers: int, kv_heads: int, head_dim: int) -> 
     graph.outputs.append(joined)
 
 
-def trace_vision(
-    config: transformers.PreTrainedConfig, family: VisionFamily, sample: dict, repeat: bool = True
-) -> ir.Model:
+def trace_vision(config: PreTrainedConfig, family: VisionFamily, sample: dict, repeat: bool = True) -> ir.Model:
     """Return the vision graph; `sample` has arrays with the shapes and dtypes of its inputs; `repeat` copies blocks."""
     model, mode = build_fake(config, family)
     visual = model.get_submodule(family.vision)

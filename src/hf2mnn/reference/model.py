@@ -103,13 +103,13 @@ def override_weight(module: torch.nn.Module, weight: torch.Tensor) -> Iterator[N
         setattr(module, name, original)
 
 
-def _load_tensors(checkpoint: Checkpoint, mapped: bool) -> torch.nn.Module:
+def _load_tensors(checkpoint: Checkpoint) -> torch.nn.Module:
     """Build the model and copy the checkpoint's tensors to it; matrices are dequantized or mapped.
 
     For AWQ and GPTQ checkpoints, transformers needs kernels of other packages, most of which run in float16 on a GPU.
     Here the model has the exact float32 values of their quantized weights.
     """
-    config = load_config(checkpoint)
+    config, mapped = load_config(checkpoint), not checkpoint.quantization
     with _skip_matrix_allocation() if mapped else nullcontext(), transformers_errors(checkpoint), no_init_weights():
         model = model_class(checkpoint)._from_config(config, dtype=torch.float32)
         if (checkpoint.folder / "generation_config.json").exists():
@@ -121,7 +121,7 @@ def _load_tensors(checkpoint: Checkpoint, mapped: bool) -> torch.nn.Module:
     for parameter, value in parameters.items():
         checkpoint.check_shape(parameter, value.shape)
         value.copy_(checkpoint.tensor(parameter))
-    if checkpoint.quantization:
+    if not mapped:
         checkpoint.prequantized_layers.check_biases({checkpoint.find(parameter) for parameter in parameters})
     return model
 
@@ -152,7 +152,7 @@ def load_model(checkpoint: Checkpoint, weights: str = "resident") -> torch.nn.Mo
     an unsupported quantization.
     """
     if checkpoint.quantization or weights == "mapped":
-        return _load_tensors(checkpoint, mapped=not checkpoint.quantization).eval()
+        return _load_tensors(checkpoint).eval()
     with transformers_errors(checkpoint):
         model, report = model_class(checkpoint).from_pretrained(
             checkpoint.folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True

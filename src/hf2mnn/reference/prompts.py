@@ -88,15 +88,14 @@ class Preprocessor:
 
     def input_ids(self, messages: list[dict[str, Any]], images: list[ImageInput]) -> np.ndarray:
         """Return the token ids of a prompt, int64 [tokens], with one image token for each merged patch."""
-        ids = self.tokenizer(self.render(messages), add_special_tokens=False).input_ids
+        ids = np.array(self.tokenizer(self.render(messages), add_special_tokens=False).input_ids, np.int64)
         if not has_vision(self.info):
-            return np.array(ids, np.int64)
-        image_token, merged = self.info["image_token_id"], self.info["merge_size"] ** 2
-        if ids.count(image_token) != len(images):
+            return ids
+        is_image, merged = ids == self.info["image_token_id"], self.info["merge_size"] ** 2
+        if (written := is_image.sum()) != len(images):
             raise EvaluationSetError(
-                f"the chat template writes {ids.count(image_token)} images and the messages have {len(images)};"
-                " correct the messages"
+                f"the chat template writes {written} images and the messages have {len(images)}; correct the messages"
             )
         counts = np.ones(len(ids), int)
-        counts[np.equal(ids, image_token)] = [image.grid_thw.prod() // merged for image in images]
-        return np.repeat(np.array(ids, np.int64), counts)
+        counts[is_image] = [image.grid_thw.prod() // merged for image in images]
+        return np.repeat(ids, counts)
