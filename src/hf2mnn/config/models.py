@@ -16,7 +16,7 @@ HUB_REVISION = "Commit (best), tag or branch of the repository; by default main,
 
 def _release(value: Any) -> Any:
     if isinstance(value, float):
-        raise ValueError("this is a number, of which YAML drops trailing zeros: put the release in quotes")
+        raise ValueError("YAML reads this as a number and drops trailing zeros: put the release in quotes")
     if not isinstance(value, str) or not RELEASE.fullmatch(value):
         raise ValueError(f"{value!r} is not a release: give a complete one, like '3.5.0'")
     return value

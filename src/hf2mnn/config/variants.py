@@ -113,7 +113,7 @@ class Variant(Weights):
     @model_validator(mode="after")
     def _check_budget(self) -> Variant:
         if self.auto != (self.budget is not None):
-            raise ValueError("bits: auto needs a budget, and a budget needs bits: auto")
+            raise ValueError("give bits: auto and a budget together, or neither")
         if self.auto:
             parse_budget(self.budget)
             for key in ("vision", "plan", "symmetric", "scale_bits", "block"):

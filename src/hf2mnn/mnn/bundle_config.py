@@ -40,7 +40,7 @@ def outside_paths(bundle: Path, config: dict[str, Any]) -> Iterator[tuple[str, A
 
 
 def check_paths(bundle: Path, names: tuple[str, ...]) -> None:
-    """Raise BundleError if one of the configuration files `names` names a file outside the bundle."""
+    """Raise BundleError if one of these configuration files refers to a path outside the bundle."""
     for name in names:
         for key, value, reason in outside_paths(bundle, read_config(bundle, name)) if (bundle / name).exists() else ():
             raise BundleError(

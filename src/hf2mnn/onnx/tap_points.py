@@ -87,7 +87,7 @@ def outputs_by_module(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def add_outputs(model: onnx.ModelProto, names: list[str]) -> None:
-    """Make values outputs of the graph."""
+    """Add intermediate tensors to the outputs of the graph."""
     present = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names if name not in present)
 

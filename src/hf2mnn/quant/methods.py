@@ -28,7 +28,7 @@ class Methods(Method):
         self._methods["checkpoint"] = Prequantized(Checkpoint(checkpoint) if checkpoint else None)
 
     def resolve(self, operator: Operator, form: WeightFormat) -> WeightFormat:
-        """Return the format in which an operator is stored, by the method of `form`."""
+        """Return the format in which the method of `form` stores an operator."""
         return form if form.bits >= 16 else self._methods[form.method].resolve(operator, form)
 
     def prepare(self, operator: Operator, form: WeightFormat) -> RoundRows:

@@ -24,7 +24,7 @@ def run(
     ],
     variants: Annotated[str, typer.Option(help="Variants in order, JSON: name, required, gates.")],
 ) -> None:
-    """Put all conversions of a model in one table with a verdict, and on one page with the evidence.
+    """Write the table of a model's conversions with their verdicts, and the page with the evidence.
 
     Example: hf2mnn report shapes-vl results/shapes-vl
         --variants '[{"name": "int4", "required": false, "gates": {"mean_kld": 0.1}}]'

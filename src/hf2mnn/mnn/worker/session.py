@@ -105,7 +105,7 @@ class EngineSession:
 
 
 class ModelSession(EngineSession):
-    """A bundle of hf2mnn, loaded, with its model.json (`info`); tokens get the positions of transformers."""
+    """Loaded bundle of hf2mnn with its model.json (`info`). Its position ids are those of transformers."""
 
     def __init__(self, bundle: Path, threads: int = 0, settings: dict[str, Any] | None = None) -> None:
         super().__init__(bundle, threads, settings)
