@@ -70,8 +70,8 @@ from hf2mnn.mnn.bundle import (
 )
 from hf2mnn.mnn.convert import convert_onnx, read_graph, write_graph
 from hf2mnn.mnn.tokenizer import write_tokenizer
-from hf2mnn.quant.awq import Scales, folded_tap_points
 from hf2mnn.quant.blob import pack, unpack
+from hf2mnn.quant.folding import Scales, folded_tap_points
 from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.gptq import gptq_rows
 from hf2mnn.quant.methods import CALIBRATED, Methods

@@ -27,7 +27,8 @@ from hf2mnn.mnn.bundle import PARTS, EngineSettings
 from hf2mnn.mnn.convert import read_graph, write_graph
 from hf2mnn.onnx.session import causal_mask
 from hf2mnn.quant import write
-from hf2mnn.quant.awq import FOLDED, FoldedWeights, Scales, folded_tap_points, search_fold
+from hf2mnn.quant.awq import search_fold
+from hf2mnn.quant.folding import FOLDED, FoldedWeights, Scales, folded_tap_points
 from hf2mnn.quant.formats import WeightFormat
 from hf2mnn.quant.layer_inputs import Activations
 from hf2mnn.quant.methods import Methods

@@ -32,7 +32,7 @@ from hf2mnn.onnx.deepstack import DEEPSTACK
 from hf2mnn.onnx.initializers import load_graph, stored_initializers
 from hf2mnn.onnx.session import causal_mask, open_session
 from hf2mnn.onnx.tap_points import add_outputs, outputs_by_module, replace_with_inputs, select_tap_points
-from hf2mnn.quant.awq import folded_tap_points
+from hf2mnn.quant.folding import folded_tap_points
 from hf2mnn.reference.golden import Golden, GoldenProbe, as_matrix, evenly_spaced
 
 ERRORS = ["onnx_error", "onnx_cosine", "mnn_error", "mnn_cosine", "local_error"]

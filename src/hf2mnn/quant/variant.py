@@ -17,8 +17,8 @@ from hf2mnn.mnn.bundle import EMBEDDING, GRAPHS, PARTS, TOKENIZER, EngineSetting
 from hf2mnn.mnn.convert import read_graph, write_graph
 from hf2mnn.mnn.graph import check_size
 from hf2mnn.onnx.initializers import stored_initializers
-from hf2mnn.quant.awq import FOLDED, FoldedWeights, folded_tap_points
 from hf2mnn.quant.embedding import check_tied, tied_settings
+from hf2mnn.quant.folding import FOLDED, FoldedWeights, folded_tap_points
 from hf2mnn.quant.formats import LM_HEAD, WeightFormat
 from hf2mnn.quant.methods import Methods
 from hf2mnn.quant.weights import ModelWeights, Operator, module_names, operators

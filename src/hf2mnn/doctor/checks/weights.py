@@ -13,7 +13,7 @@ from hf2mnn.doctor.artifacts import MnnModel, sampled_rows
 from hf2mnn.doctor.checks.files import CONVERT_AGAIN
 from hf2mnn.doctor.findings import Finding, Findings, Severity
 from hf2mnn.mnn.graph import FLOAT16
-from hf2mnn.quant.awq import FOLDED
+from hf2mnn.quant.folding import FOLDED
 from hf2mnn.quant.formats import LM_HEAD
 from hf2mnn.quant.weights import Operator
 
