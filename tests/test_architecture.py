@@ -126,8 +126,8 @@ def test_rule_file_has_one_rule_that_runs_the_command_of_the_stage(name: str) ->
 
 
 @pytest.mark.parametrize("path", STAGE_FILES, ids=lambda path: path.stem)
-def test_stage_is_wiring_of_30_to_95_lines(path: Path) -> None:
-    assert 30 <= len(path.read_text(encoding="utf-8").splitlines()) <= 95
+def test_stage_is_wiring_of_30_to_80_lines(path: Path) -> None:
+    assert 30 <= len(path.read_text(encoding="utf-8").splitlines()) <= 80
 
 
 @pytest.mark.parametrize("path", STAGE_FILES, ids=lambda path: path.stem)

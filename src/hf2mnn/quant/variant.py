@@ -10,6 +10,8 @@ from typing import Any
 import pandas as pd
 from safetensors.numpy import save_file
 
+from hf2mnn.config.load import parse_option
+from hf2mnn.config.variants import Engine, Weights
 from hf2mnn.core.errors import ConversionError, QuantizationError
 from hf2mnn.core.files import link_or_copy
 from hf2mnn.families import get_family
@@ -37,6 +39,17 @@ class Choice:
     engine: EngineSettings
     plan: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)  # overrides, by part and operator
     embedding: str = "file"  # or "lm_head" if the engine reads the embedding from the decoder's last layer
+
+    @classmethod
+    def from_options(
+        cls, decoder: str, vision: str, engine: str, plan: dict[str, dict[str, dict[str, Any]]], embedding: str
+    ) -> Choice:
+        """Parse the options --decoder, --vision and --engine of the command line, which are JSON."""
+        forms = [
+            WeightFormat(**parse_option(Weights, text, option))
+            for text, option in ((decoder, "--decoder"), (vision, "--vision"))
+        ]
+        return cls(*forms, EngineSettings(**parse_option(Engine, engine, "--engine")), plan, embedding)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that a manifest records; the plan is an input of its own."""

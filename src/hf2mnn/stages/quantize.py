@@ -44,20 +44,11 @@ def run(
     Example: hf2mnn quantize results/shapes-vl/onnx results/shapes-vl/graphs --out results/shapes-vl/bundles/int4
         --decoder '{"bits": 4, "block": 64}' --vision '{"bits": 8}'
     """
-    from hf2mnn.config.load import parse_option
     from hf2mnn.config.plan import load_plan
-    from hf2mnn.config.variants import Engine, Weights
-    from hf2mnn.mnn.bundle import EngineSettings
-    from hf2mnn.quant.formats import WeightFormat
     from hf2mnn.quant.variant import Choice
 
-    choice = Choice(
-        WeightFormat(**parse_option(Weights, decoder, "--decoder")),
-        WeightFormat(**parse_option(Weights, vision, "--vision")),
-        EngineSettings(**parse_option(Engine, engine, "--engine")),
-        load_plan(plan).model_dump(exclude_none=True) if plan else {},
-        embedding,
-    )
+    overrides = load_plan(plan).model_dump(exclude_none=True) if plan else {}
+    choice = Choice.from_options(decoder, vision, engine, overrides, embedding)
     return quantize(onnx, graphs, destination, choice, threads, calibration, checkpoint, plan)
 
 
