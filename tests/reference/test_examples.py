@@ -7,11 +7,14 @@ import struct
 import tracemalloc
 import zlib
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
+from transformers.image_utils import load_image
 
 from hf2mnn.core.errors import EvaluationSetError
 from hf2mnn.reference.examples import read_examples, read_image
@@ -147,11 +150,37 @@ def test_a_text_with_a_line_separator_in_it_is_one_line(tmp_path: Path) -> None:
     assert example.messages[0]["content"] == "a\u2028b\x85c"
 
 
-def test_images_become_rgb_whatever_they_were(tmp_path: Path) -> None:
-    for mode in ("L", "RGBA", "P", "1"):
-        Image.new(mode, (3, 5)).save(tmp_path / f"{mode}.png")
-        image = read_image(tmp_path / f"{mode}.png")
-        assert (image.mode, image.size) == ("RGB", (3, 5))
+def pixels(mode: str) -> Image.Image:
+    """Return an image with many values, of which some are transparent if the mode has that."""
+    image = Image.linear_gradient("L").resize((24, 16)).transpose(Image.Transpose.ROTATE_90)
+    if mode == "I;16":
+        return Image.fromarray((np.array(image).astype(np.uint16) << 8) + 7)
+    return Image.merge(mode, [image] * len(mode)) if mode in ("LA", "RGBA", "CMYK") else image.convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        *((mode, "png") for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "transparent P", "transparent L")),
+        *((mode, "jpg") for mode in ("L", "RGB", "CMYK")),
+        *((mode, "webp") for mode in ("RGB", "RGBA")),
+        *((mode, "tif") for mode in ("1", "I;16", "LA", "CMYK")),
+    ],
+)
+def test_images_are_those_of_transformers(mode: str, suffix: str, tmp_path: Path) -> None:
+    """In RGB, and upright by EXIF, as phones write photographs."""
+    more = {"transparency": 3} if mode.startswith("transparent") else {}
+    for orientation in (None, *range(10)):
+        exif = Image.Exif()
+        if orientation is not None:
+            exif[ExifTags.Base.Orientation] = orientation
+        path = tmp_path / f"{orientation}.{suffix}"
+        pixels(mode.removeprefix("transparent ")).save(path, exif=exif.tobytes(), **more)
+        # From memory: PIL 13.0 loses the orientation of some TIFF files that it maps.
+        image, expected = read_image(path), load_image(Image.open(BytesIO(path.read_bytes())))
+        assert (image.mode, image.size) == ("RGB", expected.size)
+        assert expected.size == ((24, 16) if orientation in (5, 6, 7, 8) else (16, 24))
+        np.testing.assert_array_equal(np.array(image), np.array(expected))
 
 
 def test_an_invalid_image_is_named(tmp_path: Path) -> None:

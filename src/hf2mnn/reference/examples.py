@@ -19,7 +19,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hf2mnn.core.errors import EvaluationSetError
 from hf2mnn.core.untrusted import parse_json, path_inside, read_bytes
@@ -137,15 +137,20 @@ def image_files(examples: list[Example], folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in sorted({name for example in examples for name in example.images})}
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return an image upright and in RGB, as `transformers.image_utils.load_image` does (which loads torch)."""
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
 def read_image(path: Path) -> Image.Image:
-    """Read an RGB image, or raise EvaluationSetError if the file is missing or is not an image."""
+    """Read an image with `as_rgb`, or raise EvaluationSetError if the file is missing or is not an image."""
     try:
         with warnings.catch_warnings():
             # PIL only warns up to twice its limit of pixels.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # From memory: reading a file, PIL allocates any length that a chunk claims.
             with Image.open(BytesIO(read_bytes(path, MAX_FILE_BYTES)), formats=IMAGE_FORMATS) as image:
-                return image.convert("RGB")
+                return as_rgb(image)
     except FileNotFoundError:
         raise EvaluationSetError(f"there is no image {path}; add it or correct its name") from None
     except MemoryError:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from hf2mnn.core.errors import EvaluationSetError, suggest
-from hf2mnn.reference.examples import NAME
+from hf2mnn.reference.examples import NAME, as_rgb
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -178,7 +178,7 @@ def _content(part: str | Image.Image, folder: Path) -> dict[str, str]:
     """Return a part of a message; an image is saved under its digest, so that questions share it."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    image = part.convert("RGB")
+    image = as_rgb(part)
     name = f"images/{hashlib.sha256(f'{image.size}'.encode() + image.tobytes()).hexdigest()[:16]}.png"
     if not (folder / name).exists():
         image.save(folder / name)
