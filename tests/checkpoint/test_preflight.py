@@ -129,6 +129,10 @@ REFUSED = {
         change("preprocessor_config.json", merge_size=4),
         ["merge_size 4", "MNN's engine has 2 built in"],
     ),
+    "no settings of images": (
+        lambda folder: (folder / "preprocessor_config.json").unlink(),
+        ["has no processor_config.json or preprocessor_config.json"],
+    ),
     "a config that transformers refuses": (configure(hidden_size="128"), ["hidden_size"]),
 }
 

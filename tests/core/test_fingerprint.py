@@ -209,13 +209,15 @@ NOT_DECLARED = {
     "convert": {"onnx-ir": SHARED, "torch": SHARED},
     "calibrate": {"pillow": RECORDED, "tokenizers": RECORDED},
     "sensitivity": {"onnx": SHARED, "pillow": RECORDED, "tokenizers": RECORDED},
-    "plan": dict.fromkeys(("MNN", "numba", "onnx", "onnx-ir", "tokenizers", "torch"), SHARED),
-    "quantize": dict.fromkeys(("onnx-ir", "tokenizers", "torch"), SHARED),
-    "baseline": dict.fromkeys(("numba", "onnx-ir", "onnxruntime", "scipy", "tokenizers", "torch"), SHARED),
+    "plan": dict.fromkeys(("MNN", "numba", "onnx", "onnx-ir", "tokenizers", "torch", "transformers"), SHARED),
+    "quantize": dict.fromkeys(("onnx-ir", "tokenizers", "torch", "transformers"), SHARED),
+    "baseline": dict.fromkeys(
+        ("numba", "onnx-ir", "onnxruntime", "scipy", "tokenizers", "torch", "transformers"), SHARED
+    ),
     "evaluate": {**dict.fromkeys(("onnx", "onnx-ir", "torch"), SHARED), "transformers": RECORDED},
     "diagnose": {**dict.fromkeys(("onnx-ir", "tokenizers", "torch"), SHARED), "numba": EXACT},
-    "benchmark": dict.fromkeys(("onnx", "onnx-ir", "tokenizers", "torch"), SHARED),
-    "compare": dict.fromkeys(("onnx", "onnx-ir", "tokenizers", "torch"), SHARED),
+    "benchmark": dict.fromkeys(("onnx", "onnx-ir", "tokenizers", "torch", "transformers"), SHARED),
+    "compare": dict.fromkeys(("onnx", "onnx-ir", "tokenizers", "torch", "transformers"), SHARED),
 }
 """Reachable tools that a stage does not declare, with the reason."""
 

@@ -29,10 +29,10 @@ from faults import (
     zeroed_norm,
 )
 from faulty_bundles import edit_graph
+from hf2mnn.checkpoint.facts import chat_template
 from hf2mnn.config.variants import GeneralGates
 from hf2mnn.evaluation import error_budget
 from hf2mnn.mnn.bundle import DECODER, TOKENIZER, VISION
-from hf2mnn.mnn.checkpoint_tokenizer import chat_template
 from hf2mnn.mnn.convert import read_graph
 from hf2mnn.mnn.graph import Graph
 from hf2mnn.mnn.tokenizer import write_tokenizer

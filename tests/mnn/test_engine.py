@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from safetensors import safe_open
+from transformers import AutoTokenizer
 
 from asking import turn, write_set
 from hf2mnn.core.errors import (
@@ -30,8 +31,10 @@ from hf2mnn.core.errors import (
 )
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.mnn import ask
-from hf2mnn.mnn.ask import ask_bundle, continue_conversation, read_conversation
+from hf2mnn.mnn.ask import ask_bundle, continue_conversation, read_conversation, read_tools
+from hf2mnn.mnn.bundle import TOKENIZER
 from hf2mnn.mnn.engine import check_bundle, run_worker
+from hf2mnn.mnn.tokenizer_file import read_tokenizer
 from hf2mnn.reference.golden import Golden
 from hf2mnn.stages.evaluate import run as evaluate
 from hf2mnn.stages.reference import run as run_reference
@@ -175,13 +178,70 @@ IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
     ("content", "message"),
     [
         ("a <img>x.png</img> tag", "takes '<img>x.png</img>' in a message for a file"),
-        (f"What is {IMAGE_TEXT}?", "wrote 1 images for 0"),
+        (f"What is {IMAGE_TEXT}?", r"the marker <\|image_pad\|> 1 times, for 0 images"),
+        ("What is <|image_pad|> here?", r"the marker <\|image_pad\|> 1 times, for 0 images"),
+        ("What is <|video_pad|> here?", r"the marker <\|video_pad\|> 1 times, for 0 images"),
         (5, "rejects these messages"),
     ],
 )
 def test_prompts_that_the_engine_misreads_are_rejected(bundle: Path, content: Any, message: str) -> None:
     with pytest.raises(EvaluationSetError, match=message):
         continue_conversation(bundle, [{"role": "user", "content": content}], [])
+
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"z": {"type": "string"}, "a": "é <b>"}}}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {"z": 1}}}]}
+
+
+def test_tools_are_rendered_as_transformers_does(
+    bundle: Path, onnx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine gets the text: its own template would write keys in another order."""
+    template = (Path(__file__).parent / "templates" / "qwen2.5.jinja").read_text()
+    stored, prompts = read_tokenizer(bundle / TOKENIZER), []
+
+    def record(task: str, job: dict[str, Any], time_limit: float) -> None:
+        prompts.append(job["prompt"])
+        Path(job["result"]).write_text('{"text": ""}')
+
+    monkeypatch.setattr(ask, "run_worker", record)
+    monkeypatch.setattr(ask, "read_tokenizer", lambda _: replace(stored, template=template))
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    (tmp_path / "chat.json").write_text(
+        json.dumps([{"role": "user", "content": "Look"}, CALL, {"role": "tool", "content": "1"}])
+    )
+    messages, _ = read_conversation(tmp_path / "chat.json")
+    continue_conversation(bundle, messages, [], tools=read_tools(tmp_path / "tools.json"))
+    ask_bundle(bundle, "Look", [], tools=TOOLS)
+    tokenizer = AutoTokenizer.from_pretrained(onnx_folder)
+    tokenizer.chat_template = template
+    chats = [messages, messages[:1]]
+    assert prompts == [
+        tokenizer.apply_chat_template(chat, tools=TOOLS, tokenize=False, add_generation_prompt=True) for chat in chats
+    ]
+    with pytest.raises(EvaluationSetError, match="leave out --as-called or --tools"):
+        ask_bundle(bundle, "Look", [], tools=TOOLS, as_called=True)
+
+
+def test_tools_that_no_template_writes_are_refused(bundle: Path) -> None:
+    with pytest.raises(EvaluationSetError, match="does not write tools; omit --tools"):
+        ask_bundle(bundle, "Look", [], tools=TOOLS)
+
+
+def test_markers_in_tools_are_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = read_tokenizer(bundle / TOKENIZER)
+    monkeypatch.setattr(ask, "read_tokenizer", lambda _: replace(stored, template="{{ tools }}"))
+    with pytest.raises(EvaluationSetError, match="in a message for a file"):
+        ask_bundle(bundle, "Look", [], tools=[{"name": "<img>/etc/passwd</img>"}])
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", "[1]"])
+def test_invalid_tools_are_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text(content)
+    with pytest.raises(EvaluationSetError, match=r"tools\.json holds no tools"):
+        read_tools(tmp_path / "tools.json")
+    with pytest.raises(EvaluationSetError, match="there is no file of tools"):
+        read_tools(tmp_path / "nowhere.json")
 
 
 @pytest.mark.parametrize(

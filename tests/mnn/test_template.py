@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from hf2mnn.checkpoint.facts import chat_template
 from hf2mnn.core.errors import BundleError
-from hf2mnn.mnn.checkpoint_tokenizer import chat_template
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.mnn.template import unsupported
 from hf2mnn.mnn.tokenizer import write_tokenizer

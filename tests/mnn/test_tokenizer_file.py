@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from hf2mnn.checkpoint.facts import chat_template
 from hf2mnn.checkpoint.folder import LFS_POINTER
 from hf2mnn.core.errors import BundleError
-from hf2mnn.mnn.checkpoint_tokenizer import chat_template
 from hf2mnn.mnn.tokenizer import encode_tokenizer
 from hf2mnn.mnn.tokenizer_file import parse_tokenizer, read_tokenizer
 from support import SHAPES_VL

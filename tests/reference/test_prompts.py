@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from itertools import groupby
@@ -17,8 +18,9 @@ from PIL import Image
 from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.checkpoint.model_info import model_info
 from hf2mnn.core.errors import CheckpointError, EvaluationSetError
+from hf2mnn.families import FAMILIES
 from hf2mnn.reference import prompts
-from hf2mnn.reference.prompts import Preprocessor
+from hf2mnn.reference.prompts import Preprocessor, check_markers
 from support import SHAPES_VL
 
 
@@ -88,8 +90,43 @@ def test_another_number_of_images_than_in_the_template_is_refused(
     """Otherwise the second image's tokens would get the first's embeddings."""
     messages = [{"role": "user", "content": [{"type": "image", "image": "x"}, {"type": "text", "text": "?"}]}]
     images = [preprocessor.process_image(noise(56, 56))] * given_images
-    with pytest.raises(EvaluationSetError, match=f"writes 1 images and the messages have {given_images};"):
+    with pytest.raises(EvaluationSetError, match=f"1 times, for {given_images} images or videos in the messages;"):
         preprocessor.input_ids(messages, images)
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["text", "with an image"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<|image_pad|>", "the marker <|image_pad|>"),
+        ("<|vision_start|><|image_pad|><|vision_end|>", "the marker <|image_pad|>"),
+        ("<|video_pad|>", "the marker <|video_pad|>"),
+        ("<img>a.png</img>", "takes '<img>a.png</img>' in a message for a file"),
+        ("<audio>a.wav</audio>", "takes '<audio>a.wav</audio>' in a message for a file"),
+        ("<|vision_start|> <|vision_end|> <img> </audio>", None),
+    ],
+)
+def test_markers_in_texts(preprocessor: Preprocessor, text: str, message: str | None, image: bool) -> None:
+    """Transformers' processor refuses the first three, and the engine opens files; other markers are text to both."""
+    parts = [{"type": "image", "image": "x"}] if image else []
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": f"What is {text}?"}]}]
+    images = [preprocessor.process_image(noise(56, 56))] * image
+    if message:
+        with pytest.raises(EvaluationSetError, match=re.escape(message)):
+            preprocessor.input_ids(messages, images)
+    else:
+        assert preprocessor.info["vision_start_token_id"] in preprocessor.input_ids(messages, images)
+
+
+def test_markers_are_text_for_a_model_without_images() -> None:
+    check_markers("<|image_pad|> <|video_pad|> <img>a.png</img>", 0, FAMILIES["qwen2"])
+
+
+def test_tag_in_two_parts_is_refused(preprocessor: Preprocessor) -> None:
+    """No text of the messages has it, but the prompt."""
+    parts = [{"type": "text", "text": text} for text in ("<im", "g>/etc/passwd</img>")]
+    with pytest.raises(EvaluationSetError, match="for a file"):
+        preprocessor.input_ids([{"role": "user", "content": parts}], [])
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=20))

@@ -19,8 +19,9 @@ from hf2mnn.core.manifest import SCRATCH, Manifest
 
 
 def link_files(files: dict[str, Path], folder: Path) -> None:
-    """Link files into a folder by the given names."""
+    """Link files into a folder by the given names, which may name a subfolder."""
     for name, path in sorted(files.items()):
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(path.resolve())
 
 

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
+TEMPLATES = "additional_chat_templates"
+"""Folder of chat templates by name, the only one that transformers reads inside a checkpoint."""
 FILES = (
-    *("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template.json", "chat_template.jinja", INDEX, "*.safetensors"),
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "chat_template.json", "chat_template.jinja", f"{TEMPLATES}/*.jinja", INDEX, "*.safetensors"),
 )
 """The only files that stages read. Nothing else is downloaded or linked, so no code of a repository arrives."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -108,29 +110,9 @@ class Checkpoint:
         return family
 
     @cached_property
-    def image_settings(self) -> dict[str, Any]:
-        """Settings of the image processor; empty for a text model."""
-        return read_json(self.folder / "preprocessor_config.json") if self.family.has_vision else {}
-
-    @cached_property
     def tied(self) -> bool:
         """Whether lm_head shares the weight of the embedding."""
         return bool(self.config.get("tie_word_embeddings") or self.text_config.get("tie_word_embeddings"))
-
-    @cached_property
-    def stop_ids(self) -> list[int]:
-        """Ids of the tokens that end an answer, from generation_config.json or else config.json."""
-        path = self.folder / "generation_config.json"
-        eos = read_json(path).get("eos_token_id") if path.exists() else None
-        eos = self.text_config.get("eos_token_id") if eos is None else eos
-        if eos is None:
-            raise CheckpointError(
-                f"{self.folder} has no eos_token_id in generation_config.json or config.json; add it to one of them"
-            )
-        ids = eos if isinstance(eos, list) else [eos]
-        if any(type(number) is not int for number in ids):
-            raise CheckpointError(f"{self.folder} has an invalid eos_token_id {eos!r}; download it again")
-        return ids
 
     @cached_property
     def shards(self) -> dict[str, Path]:
@@ -252,7 +234,7 @@ class Checkpoint:
 
     def check(self) -> None:
         """Raise CheckpointError for a missing, incomplete or unsupported file; the model is not built."""
-        _ = self.family, self.stop_ids, self.image_settings
+        _ = self.family
         if not (self.folder / "tokenizer.json").exists():
             raise CheckpointError(
                 f"{self.folder} has no tokenizer.json: download it, or write it with"

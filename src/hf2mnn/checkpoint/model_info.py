@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from hf2mnn.checkpoint.facts import image_settings, stop_ids
 from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.families import VisionFamily
@@ -36,7 +37,7 @@ def check_model_info(info: dict[str, Any], source: object) -> None:
         if type(info.get(key)) is not int or not _is_number(info[key], 1 if key in counts else 0):
             raise invalid(key)
     for key in ("min_pixels", "max_pixels"):
-        if info.get(key) is not None and not _is_number(info[key], 0):
+        if vision and not _is_number(info.get(key), 1):
             raise invalid(key)
     for key, minimum in (("image_mean", -INT32_MAX), ("image_std", 1e-6)) if vision else ():
         values = info.get(key)
@@ -46,7 +47,7 @@ def check_model_info(info: dict[str, Any], source: object) -> None:
 
 def model_info(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the contents of model.json for a checkpoint; CheckpointError for a missing or invalid value."""
-    config, text = checkpoint.config, checkpoint.text_config
+    config, text, family = checkpoint.config, checkpoint.text_config, checkpoint.family
     heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
     divisible = type(heads) is int and type(hidden) is int and heads > 0
     info = {
@@ -55,8 +56,9 @@ def model_info(checkpoint: Checkpoint) -> dict[str, Any]:
         "num_key_value_heads": text.get("num_key_value_heads") or heads,
         "head_dim": text.get("head_dim") or (hidden // heads if divisible else None),
         "tie_word_embeddings": checkpoint.tied,
-        "stop_ids": checkpoint.stop_ids,
-        **checkpoint.family.model_info(config, checkpoint.image_settings),
+        "stop_ids": stop_ids(checkpoint.folder),
+        **family.model_info(config),
+        **(image_settings(checkpoint.folder) if family.has_vision else {}),
     }
     check_model_info(info, f"the configuration in {checkpoint.folder}")
     return info

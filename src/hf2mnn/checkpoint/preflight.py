@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from hf2mnn.checkpoint.facts import SETTINGS, asking_transformers, chat_template, load_image_processor, read_object
 from hf2mnn.checkpoint.folder import INDEX, Checkpoint, check_no_pointer, checkpoint_files, path_in, read_json
 from hf2mnn.checkpoint.model_info import COUNTS, model_info
 from hf2mnn.checkpoint.prequantized import QWEIGHT, WEIGHT
@@ -22,6 +25,7 @@ CODE = "auto_map"
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Keys of config.json that make transformers load compiled code if they name a hub's repository."""
 MISMATCH = "they are not of the same model"
+MAX_MIN_PIXELS = 1 << 24  # an untrusted limit must not make each image fill the memory
 
 
 def check_files(checkpoint: Checkpoint) -> None:
@@ -30,7 +34,7 @@ def check_files(checkpoint: Checkpoint) -> None:
     A link could make any file of the machine part of a bundle. A clone without LFS has pointers in place of weights.
     """
     for path in map(Path, checkpoint_files(checkpoint.folder)):
-        path_in(checkpoint.folder, path.name, str(checkpoint.folder))
+        path_in(checkpoint.folder, path.relative_to(checkpoint.folder).as_posix(), str(checkpoint.folder))
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is not a regular file; replace it by the checkpoint's file")
         check_no_pointer(path)
@@ -47,9 +51,8 @@ def _json_objects(value: Any) -> Iterator[dict[str, Any]]:
 
 def check_code(checkpoint: Checkpoint) -> None:
     """Check that no file requests remote code: it never runs, and the model may differ without it."""
-    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
-        path = checkpoint.folder / name
-        for settings in _json_objects(read_json(path)) if path.exists() else ():
+    for path in (checkpoint.folder / name for name in SETTINGS):
+        for settings in _json_objects(read_object(path)):
             if settings.get(CODE):
                 raise CheckpointError(
                     f"{path} requests remote code ({CODE}: {settings[CODE]!r}), which is never run; if the classes of"
@@ -90,8 +93,30 @@ def check_images(checkpoint: Checkpoint) -> None:
         if vision.get(config_key, value) != value:
             raise CheckpointError(
                 f"config.json of {checkpoint.folder} has {config_key} {vision[config_key]!r}, its"
-                f" preprocessor_config.json {key} {value}; {MISMATCH}"
+                f" image processor {key} {value}; {MISMATCH}"
             )
+
+
+def check_image_settings(checkpoint: Checkpoint) -> None:
+    """Check that an image of one colour gets the size and the pixels from transformers that model.json describes."""
+    family = checkpoint.family
+    if not isinstance(family, VisionFamily):
+        return
+    info, folder, colour = model_info(checkpoint), checkpoint.folder, np.array([10, 100, 250], np.uint8)
+    width, height = 100, 61
+    if info["min_pixels"] > MAX_MIN_PIXELS:
+        raise CheckpointError(f"{folder} enlarges images to {info['min_pixels']} pixels; choose another checkpoint")
+    with asking_transformers(folder, "image processor"):
+        image = np.broadcast_to(colour, (height, width, len(colour)))
+        features = load_image_processor(folder)(images=[image], return_tensors="np")
+        pixels = features["pixel_values"].reshape(len(features["pixel_values"]), len(colour), -1)
+    grid = [1, *(side // info["patch_size"] for side in reversed(family.image_size(width, height, info)))]
+    expected = ((colour / 255 - info["image_mean"]) / info["image_std"])[:, None]
+    if features["image_grid_thw"].tolist() != [grid] or not np.allclose(pixels, expected, rtol=1e-4, atol=1e-4):
+        raise CheckpointError(
+            f"the image processor of {folder} changes images otherwise than by size, mean and deviation, which is not"
+            " supported; choose another checkpoint"
+        )
 
 
 def check_index(checkpoint: Checkpoint) -> None:
@@ -173,7 +198,8 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{path} is not a tokenizer ({type(error).__name__}: {error}); download it again"
         ) from None
-    rows = model_info(checkpoint)["vocab_size"]
+    info = model_info(checkpoint)
+    rows = info["vocab_size"]
     if largest >= rows:
         raise CheckpointError(
             f"{path} has the token {tokens[largest]!r} with id {largest}, but the model's vocabulary has {rows};"
@@ -187,7 +213,7 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
                 f"config.json of {checkpoint.folder} has {key} {number}, which is {token} in tokenizer.json, not"
                 f" {text!r}; {MISMATCH}"
             )
-    for number in checkpoint.stop_ids:
+    for number in info["stop_ids"]:
         if number not in tokens:
             raise CheckpointError(
                 f"{checkpoint.folder} has eos_token_id {number}, which tokenizer.json does not have; {MISMATCH}"
@@ -196,6 +222,8 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
 
 def check_checkpoint(checkpoint: Checkpoint) -> None:
     """Check everything that does not need the weights; CheckpointError for the first fault."""
-    cheap_checks = (check_files, Checkpoint.check, check_code, check_depth, check_images, check_index, check_tokenizer)
-    for check in (*cheap_checks, check_weights):  # the last one builds the model, without its weights
+    cheap_checks = (check_files, check_code, Checkpoint.check, check_depth, check_images, check_index)
+    # The last one builds the model, without its weights.
+    for check in (*cheap_checks, check_image_settings, check_tokenizer, check_weights):
         check(checkpoint)
+    chat_template(checkpoint.folder)

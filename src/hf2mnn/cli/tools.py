@@ -119,6 +119,9 @@ def ask(
     conversation: Annotated[
         Path | None, typer.Option(help="JSON file of messages, in place of a prompt; the last one is answered.")
     ] = None,
+    tools: Annotated[
+        Path | None, typer.Option(help="JSON file with a list of tools, for a chat template that writes them.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 512,
     threads: Annotated[int, typer.Option(help="Threads; 0 for the number in the bundle.", min=0)] = 0,
     time_limit: Annotated[float, typer.Option(help="Seconds after which the engine is stopped.", min=1)] = 600,
@@ -127,13 +130,14 @@ def ask(
     ] = False,
 ) -> None:
     """Ask a bundle a question in MNN's engine."""
-    from hf2mnn.mnn.ask import ask_bundle, continue_conversation, read_conversation
+    from hf2mnn.mnn.ask import ask_bundle, continue_conversation, read_conversation, read_tools
 
     if (prompt is None) == (conversation is None):
         raise Hf2mnnError("give either a prompt or --conversation FILE")
     if conversation and (image or system):
         raise Hf2mnnError("--conversation has its own images and system prompt: leave out --image and --system")
     options = {"threads": threads, "time_limit": time_limit, "as_called": as_called}
+    options["tools"] = read_tools(tools) if tools else None
     if conversation:
         print(continue_conversation(bundle, *read_conversation(conversation), max_new_tokens, **options))
     else:

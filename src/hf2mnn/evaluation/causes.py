@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hf2mnn.checkpoint.facts import chat_template
 from hf2mnn.evaluation.findings import Finding, out_of_tolerance
 from hf2mnn.evaluation.layers import rounding_error
 from hf2mnn.mnn.bundle import MODEL_CONFIG, TOKENIZER, model_settings
 from hf2mnn.mnn.bundle_config import read_config
-from hf2mnn.mnn.checkpoint_tokenizer import chat_template
 from hf2mnn.mnn.graph import Graph
 from hf2mnn.quant.embedding import embedding_blocks, read_tied
 from hf2mnn.reference.golden import Golden, collapse_repeats

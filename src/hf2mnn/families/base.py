@@ -55,6 +55,7 @@ class Family:
     has_vision = False
     special_tokens: ClassVar[dict[str, str]] = {}  # tokens whose ids config.json must hold, by key
     image_placeholder = ""  # text that the chat template writes for an image
+    image_token = video_token = ""  # text of the tokens for which transformers puts media, whoever wrote them
     decoder = "model"  # module without lm_head
     legacy_prefixes: ClassVar[tuple[tuple[str, str], ...]] = ()  # of parameter names, with those in old checkpoints
     position_rows = 1  # rows of the position ids: 3 with M-RoPE
@@ -119,8 +120,8 @@ class Family:
         """
         return np.arange(len(input_ids), dtype=np.int64)[None]
 
-    def model_info(self, config: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
-        """Return the family's entries of model.json, from config.json and preprocessor_config.json."""
+    def model_info(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the family's entries of model.json, from config.json."""
         return {}
 
     def engine_config(self, info: dict[str, Any]) -> dict[str, Any]:

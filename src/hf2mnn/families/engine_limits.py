@@ -10,4 +10,5 @@ MERGE_SIZE = 2  # patches merged in each direction; an image's sides are multipl
 TEMPORAL_PATCH_SIZE = 2  # frames of a patch; an image is repeated
 WINDOW = 4  # merged patches in each direction of a window (`vit_merger_window_size`), with the input `window_index`
 DEEPSTACK_LAYERS = 3  # of `deepstack_embeds` where a prompt has no image (`Omni::load`, `Omni::embedding`)
+MEDIA_TAGS = r"<(img|audio)>.*?</\1>"  # text that stands for a file, with images (`Omni::tokenizer_encode`)
 IMAGE_SIZE = 420  # side in pixels of an image without height and width: key `image_size`, 448 without the key

@@ -41,13 +41,13 @@ class Qwen3VL(VisionFamily):
                 f" engine adds the features of {self.deepstack_layers} blocks; choose another checkpoint"
             )
 
-    def model_info(self, config: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
+    def model_info(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the family's entries of model.json, with the side of the grid of learned positions."""
         positions = (config.get("vision_config") or {}).get("num_position_embeddings", 2304)
         side = round(positions**0.5) if isinstance(positions, int) and positions > 0 else 0
         if side**2 != positions:
             raise self._faulty_config(f"an invalid vision_config.num_position_embeddings (not a square): {positions!r}")
-        return {**super().model_info(config, processor), "num_grid_per_side": side}
+        return {**super().model_info(config), "num_grid_per_side": side}
 
     def prepare(self, model: torch.nn.Module) -> None:
         """Interleave the M-RoPE tables of time, height and width by one gather.

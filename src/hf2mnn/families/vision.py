@@ -18,9 +18,6 @@ from hf2mnn.families.engine_limits import IMAGE_SIZE, MERGE_SIZE, PATCH_SIZE, TE
 if TYPE_CHECKING:
     import torch
 
-# Defaults of transformers' Qwen2VLImageProcessor for keys that preprocessor_config.json lacks.
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 MASKED = np.finfo(np.float32).min  # value of an attention mask where a query must not attend to a key
 BUILT_IN = {"temporal_patch_size": TEMPORAL_PATCH_SIZE, "merge_size": MERGE_SIZE}
 """Constants of MNN's engine that no configuration changes; `VisionFamily.patch_size` is one too."""
@@ -31,9 +28,10 @@ class VisionFamily(Family):
     """Decoder with a vision tower."""
 
     has_vision = True
-    image_placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
+    image_token, video_token = "<|image_pad|>", "<|video_pad|>"
+    image_placeholder = f"<|vision_start|>{image_token}<|vision_end|>"
     special_tokens: ClassVar = {
-        "image_token_id": "<|image_pad|>",
+        "image_token_id": image_token,
         "vision_start_token_id": "<|vision_start|>",
         "vision_end_token_id": "<|vision_end|>",
     }
@@ -62,20 +60,10 @@ class VisionFamily(Family):
         if not isinstance(config["vision_config"], dict):
             raise self._faulty_config(f"an invalid vision_config: {config['vision_config']!r}")
 
-    def model_info(self, config: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
-        """Return the family's entries of model.json: token ids, and the settings of the image processor."""
-        size = processor["size"] if isinstance(processor.get("size"), dict) else {}
-        return {
-            **{key: config.get(key) for key in self.special_tokens},
-            "patch_size": processor.get("patch_size", 14),
-            "temporal_patch_size": processor.get("temporal_patch_size", 2),
-            "merge_size": processor.get("merge_size", 2),
-            "vision_depth": (config.get("vision_config") or {}).get("depth", 32),
-            "image_mean": processor.get("image_mean", CLIP_MEAN),
-            "image_std": processor.get("image_std", CLIP_STD),
-            "min_pixels": processor.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
-            "max_pixels": processor.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"),
-        }
+    def model_info(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the family's entries of model.json: token ids, and the depth of the vision tower."""
+        ids = {key: config.get(key) for key in self.special_tokens}
+        return {**ids, "vision_depth": (config.get("vision_config") or {}).get("depth", 32)}
 
     def tower_arguments(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Map the inputs of the vision graph to the arguments of the tower's forward in transformers.
@@ -152,7 +140,7 @@ class VisionFamily(Family):
                 f"an image of {width} x {height} pixels has an aspect ratio over {MAX_ASPECT_RATIO}; crop it"
             )
         unit = info["patch_size"] * info["merge_size"]
-        low, high = info["min_pixels"] or 0, info["max_pixels"] or float("inf")
+        low, high = info["min_pixels"], info["max_pixels"]
         sides = [round(side / unit) * unit for side in (width, height)]
         if math.prod(sides) > high:
             scale = math.sqrt(width * height / high)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ from PIL import Image
 from hf2mnn.checkpoint.model_info import check_model_info
 from hf2mnn.core.errors import BundleError, EvaluationSetError
 from hf2mnn.core.untrusted import read_json
-from hf2mnn.families import get_family
+from hf2mnn.families import Family, get_family
 from hf2mnn.mnn.bundle import MODEL_CONFIG, TOKENIZER
 from hf2mnn.mnn.bundle_config import read_config
 from hf2mnn.mnn.engine import check_bundle, run_worker
-from hf2mnn.mnn.engine_facts import MEDIA_TAGS
 from hf2mnn.mnn.template import render
 from hf2mnn.mnn.tokenizer_file import read_tokenizer
 from hf2mnn.reference.examples import check_messages, image_names, read_image
+from hf2mnn.reference.prompts import check_markers
 
 
 def read_conversation(path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
@@ -43,17 +42,34 @@ def read_conversation(path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     return messages, [path.parent / name for name in image_names(messages)]
 
 
-def _prompt(folder: Path, messages: list[dict[str, Any]]) -> str:
-    """Render messages with the chat template of the tokenizer file."""
+def read_tools(path: Path) -> list[dict[str, Any]]:
+    """Read tools from a JSON file, a list of objects as `apply_chat_template` of transformers takes it."""
+    try:
+        tools = read_json(path)
+        if not isinstance(tools, list) or not tools or not all(isinstance(tool, dict) for tool in tools):
+            raise ValueError("it is not a list of objects")
+    except FileNotFoundError:
+        raise EvaluationSetError(f"there is no file of tools {path}") from None
+    except (OSError, ValueError) as error:
+        raise EvaluationSetError(f"{path} holds no tools ({error}); see docs/bundle.md") from None
+    return tools
+
+
+def _prompt(
+    folder: Path, family: Family, messages: list[dict[str, Any]], images: int, tools: list[dict[str, Any]] | None
+) -> str:
+    """Render messages and tools with the chat template of the tokenizer file."""
     tokenizer = read_tokenizer(folder / TOKENIZER)
     tokens = {"eos_token": tokenizer.eos, "bos_token": tokenizer.bos}
-    prompt = render(tokenizer.template, messages, {name: text for name, text in tokens.items() if text})
+    tokens = {name: text for name, text in tokens.items() if text}
+    prompt = render(tokenizer.template, messages, tokens, tools)
     if prompt is None:
         raise EvaluationSetError(
             f"the chat template of {folder} rejects these messages; check their roles, order and contents"
         )
-    if tag := re.search(MEDIA_TAGS, prompt):
-        raise EvaluationSetError(f"the engine takes {tag[0][:80]!r} in a message for a file; change this text")
+    if tools and prompt == render(tokenizer.template, messages, tokens):
+        raise EvaluationSetError(f"the chat template of {folder} does not write tools; omit --tools")
+    check_markers(prompt, images, family)
     return prompt
 
 
@@ -65,11 +81,13 @@ def continue_conversation(
     threads: int = 0,
     time_limit: float = 600,
     as_called: bool = False,
+    tools: list[dict[str, Any]] | None = None,
 ) -> str:
     """Return the engine's greedy answer to a conversation with `image_files` in the order of its images.
 
     With `threads` 0 the number is that of config.json. With `as_called` the engine renders the template, resizes the
-    images and counts positions. By default this package does so as transformers, because the engine differs.
+    images and counts positions. By default this package does so as transformers, because the engine differs. `tools`
+    are those of `read_tools`.
 
     Raise BundleError if the bundle is incomplete, changed, or not from hf2mnn, EvaluationSetError if an image cannot be
     read or the template rejects the messages, and EngineError if the engine failed.
@@ -82,12 +100,9 @@ def continue_conversation(
     family = get_family(info.get("model_type"), folder)
     if image_files and not family.has_vision:
         raise EvaluationSetError(f"{folder} is a {family.model_type} model, which has no image input; omit the images")
-    prompt = _prompt(folder, messages)
-    if family.has_vision and (count := prompt.count(family.image_placeholder)) != len(image_files):
-        raise EvaluationSetError(
-            f"the chat template wrote {count} images for {len(image_files)} in the messages; remove"
-            f" {family.image_placeholder} from their texts"
-        )
+    if as_called and tools:
+        raise EvaluationSetError("the engine's template writes tools otherwise; leave out --as-called or --tools")
+    prompt = _prompt(folder, family, messages, len(image_files), tools)
     with tempfile.TemporaryDirectory(prefix="hf2mnn-ask-") as scratch:
         images = []
         for index, file in enumerate(image_files):

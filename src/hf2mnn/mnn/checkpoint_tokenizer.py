@@ -10,7 +10,6 @@ begin-of-text tokens itself, so post-processors that add them are ignored.
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf2mnn.checkpoint.facts import chat_template, read_object, stop_ids
 from hf2mnn.checkpoint.folder import read_json
 from hf2mnn.core.errors import CheckpointError
-from hf2mnn.core.untrusted import read_bytes
 from hf2mnn.mnn.template import render
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -61,7 +60,7 @@ class CheckpointTokenizer:
 
 
 def read_checkpoint_tokenizer(checkpoint: Path) -> CheckpointTokenizer:
-    """Read tokenizer.json, tokenizer_config.json, generation_config.json and the chat template of a checkpoint.
+    """Read tokenizer.json and tokenizer_config.json of a checkpoint, its chat template and its stop ids.
 
     Raise CheckpointError if a file, the chat template or every end-of-text token is missing, or a part of the tokenizer
     is not supported.
@@ -76,8 +75,8 @@ def read_checkpoint_tokenizer(checkpoint: Path) -> CheckpointTokenizer:
         _check_options(spec, added)
         meta_spaces = _meta_spaces(spec.get("normalizer"), spec.get("pre_tokenizer"))
         ids = spec["model"]["vocab"] | {token["content"]: token["id"] for token in added}
-        stop = _stop_ids(checkpoint, config, ids)
         eos, bos = (_token_text(config.get(key)) for key in ("eos_token", "bos_token"))
+        stop = _stop_ids(checkpoint, eos, ids)
         template = chat_template(checkpoint)
         if meta_spaces and meta_spaces.prepend == "first":
             _check_first(template, {"bos_token": bos, "eos_token": eos}, added)
@@ -100,35 +99,6 @@ def invalid_tokenizer(path: Path, *errors: type[Exception]) -> Iterator[None]:
         raise CheckpointError(
             f"{path} is not a tokenizer of the tokenizers library: {error!r}; save it again"
         ) from error
-
-
-def chat_template(checkpoint: Path) -> str:
-    """Return the chat template as Jinja, but not the engine, reads it: newlines normalized, the last one removed."""
-    path = checkpoint / "chat_template.jinja"
-    try:
-        if path.is_file():
-            template = read_bytes(path).decode()
-        else:
-            path = checkpoint / "chat_template.json"
-            stored = read_object(path) or read_object(path := checkpoint / "tokenizer_config.json")
-            template = stored.get("chat_template")
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if not isinstance(template, str | None):
-            raise TypeError(f"it is a {type(template).__name__}")
-        template and template.encode()
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the chat template is invalid ({error}); save it again") from None
-    if not template:
-        raise CheckpointError(
-            f"{checkpoint} has no chat template; add one as chat_template.jinja or in tokenizer_config.json"
-        )
-    return re.sub(r"\r\n|\r", "\n", template).removesuffix("\n")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of a checkpoint, empty if there is no file."""
-    return read_json(path) if path.is_file() else {}
 
 
 def components(spec: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -198,25 +168,13 @@ def _check_options(spec: dict[str, Any], added: list[dict[str, Any]]) -> None:
             raise UnsupportedError("model", f"BPE with {option}")
 
 
-def _stop_ids(checkpoint: Path, config: dict[str, Any], ids: dict[str, int]) -> list[int]:
-    listed = read_object(checkpoint / "generation_config.json").get("eos_token_id")
-    stop = {listed} if isinstance(listed, int) else set(listed or [])
-    if text := _token_text(config.get("eos_token")):
-        if text not in ids:
-            raise CheckpointError(
-                f"{checkpoint / 'tokenizer_config.json'}: eos_token {text!r} is not a token; name one of the vocabulary"
-            )
-        stop.add(ids[text])
-    if any(type(number) is not int or not 0 <= number < 1 << 31 for number in stop):
+def _stop_ids(checkpoint: Path, eos: str, ids: dict[str, int]) -> list[int]:
+    """Return the stop ids of the checkpoint and the id of `eos`, at which applications stop too."""
+    if eos and eos not in ids:
         raise CheckpointError(
-            f"{checkpoint / 'generation_config.json'}: eos_token_id {listed!r} holds no token ids; save it again"
+            f"{checkpoint / 'tokenizer_config.json'}: eos_token {eos!r} is not a token; name one of the vocabulary"
         )
-    if not stop:
-        raise CheckpointError(
-            f"{checkpoint} names no end-of-text token, so the engine would never stop; set eos_token in"
-            " tokenizer_config.json or eos_token_id in generation_config.json"
-        )
-    return sorted(stop)
+    return sorted({*stop_ids(checkpoint), *([ids[eos]] if eos else [])})
 
 
 def _token_text(token: str | dict[str, Any] | None) -> str:

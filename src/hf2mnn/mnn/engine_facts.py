@@ -69,8 +69,6 @@ Source: diskembedding.cpp. Used by: doctor.checks.embedding, quant.embedding, qu
 
 # Images and positions -------------------------------------------------------------------------------------------------
 
-MEDIA_TAGS = r"<(img|audio)>.*?</\1>"
-"""Text that stands for a file, with images. Source: `Omni::tokenizer_encode` in omni.cpp. Used by: mnn.ask."""
 IMAGE_TAG = "<img>image_{}</img>"
 """Text of a prompt that stands for an image in memory, by number.
 Source: `Omni::processImageContent` in omni.cpp. Used by: mnn.worker.probe, mnn.worker.question, mnn.worker.session,

@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
 from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hf2mnn.core.errors import BundleError
 from hf2mnn.core.untrusted import TEMPLATE_SECONDS, time_limited
@@ -57,33 +55,32 @@ class Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _raise_exception(message: str) -> str:
-    raise TemplateError(message)
+def environment() -> Environment:
+    """Return a Jinja environment that parses chat templates as that of transformers does."""
+    return Environment(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, Generation])
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, **options: Any) -> str:
-    """Return JSON without Jinja's escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+def without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages without the keys whose value is None, as transformers' `apply_chat_template` renders them."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
-def environment(kind: type[Environment] = Environment) -> Environment:
-    """Return a Jinja environment with the options of transformers for chat templates."""
-    jinja = kind(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, Generation])
-    jinja.filters["tojson"] = _tojson
-    jinja.globals["raise_exception"] = _raise_exception
-    jinja.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return jinja
-
-
-def render(template: str, chat: list[dict[str, Any]], tokens: dict[str, str]) -> str | None:
+def render(
+    template: str, chat: list[dict[str, Any]], tokens: dict[str, str], tools: list[dict[str, Any]] | None = None
+) -> str | None:
     """Render a chat as transformers does, with `tokens` (eos_token and bos_token); None if the template rejects it.
 
-    The template is untrusted: it runs in a sandbox and for at most TEMPLATE_SECONDS.
+    The template is untrusted: transformers runs it in a sandbox, and here for at most TEMPLATE_SECONDS.
     """
-    sandbox = environment(ImmutableSandboxedEnvironment)
+    from transformers.utils.chat_template_utils import render_jinja_template  # takes most of a second
+
     try:
         with time_limited(TEMPLATE_SECONDS):
-            return sandbox.from_string(template).render(messages=chat, add_generation_prompt=True, **tokens)
+            chats = [without_nulls(chat)]
+            (text,), _ = render_jinja_template(
+                chats, tools, chat_template=template, add_generation_prompt=True, **tokens
+            )
+            return text
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError, TimeoutError):
         return None
 
@@ -214,4 +211,5 @@ def engine_messages(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
 
     The engine replaces a message of the role `json` by the message in its content.
     """
-    return [{"role": "json", "content": json.dumps(message, ensure_ascii=False)} for message in messages]
+    contents = [json.dumps(message, ensure_ascii=False) for message in without_nulls(messages)]
+    return [{"role": "json", "content": content} for content in contents]

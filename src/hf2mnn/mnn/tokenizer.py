@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel
 
+from hf2mnn.checkpoint.facts import DEFAULT, chat_template, chat_templates, read_object
 from hf2mnn.core.errors import BundleError, CheckpointError
 from hf2mnn.core.files import atomic_file
 from hf2mnn.mnn import engine_facts, template
@@ -33,11 +34,9 @@ from hf2mnn.mnn.checkpoint_tokenizer import (
     CheckpointTokenizer,
     MetaSpaces,
     UnsupportedError,
-    chat_template,
     components,
     invalid_tokenizer,
     read_checkpoint_tokenizer,
-    read_object,
 )
 from hf2mnn.mnn.engine_facts import SPLIT_BEHAVIORS, Decoder, Model, Normalizer, PreTokenizer
 
@@ -115,8 +114,13 @@ def tokenizer_differences(checkpoint: Path) -> list[str]:
     if words := unreached_words(checkpoint):
         examples = ", ".join(map(repr, words[:3]))
         messages.append(f"{len(words)} words of one token become several tokens of the same text ({examples})")
+    text, others = chat_template(checkpoint), sorted(chat_templates(checkpoint).keys() - {DEFAULT})
+    if others:
+        messages.append(f"the bundle has the chat template {DEFAULT}, not {', '.join(others)}")
+    if "tojson" in text:
+        messages.append("the engine writes the keys of tools and their arguments in another order")
     try:
-        constructs = template.unsupported(chat_template(checkpoint))
+        constructs = template.unsupported(text)
     except BundleError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from None
     if constructs:

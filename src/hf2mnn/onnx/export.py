@@ -31,7 +31,7 @@ import onnx_ir as ir
 from onnx.external_data_helper import uses_external_data
 
 from hf2mnn.checkpoint.architecture import load_config, transformers_errors
-from hf2mnn.checkpoint.folder import Checkpoint
+from hf2mnn.checkpoint.folder import Checkpoint, checkpoint_files
 from hf2mnn.checkpoint.model_info import model_info
 from hf2mnn.core.errors import ExportError
 from hf2mnn.families import VisionFamily
@@ -42,7 +42,6 @@ from hf2mnn.onnx.weights import attach_weights, link_shards, save
 
 SAMPLE_GRID = np.array([1, 4, 6])  # all sizes differ, so that tracing cannot mistake one for another
 COPIED_SUFFIXES = (".json", ".txt", ".jinja")
-NOT_COPIED = ("manifest.json", "model.safetensors.index.json")
 
 
 def embedding_graph(name: str, vocabulary: int, hidden: int) -> ir.Model:
@@ -97,6 +96,8 @@ def export_graphs(checkpoint: Checkpoint, folder: Path) -> None:
         save(model, folder / f"{name}.onnx")
         check_graph(folder / f"{name}.onnx")
     (folder / "model.json").write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED:
-            shutil.copyfile(path, folder / path.name)
+    for path in map(Path, checkpoint_files(checkpoint.folder)):
+        if path.suffix in COPIED_SUFFIXES and not path.name.endswith(".index.json"):
+            copy = folder / path.relative_to(checkpoint.folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)

@@ -55,7 +55,9 @@ class Example:
 
 
 def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the parts of a message; content that is a string is one text part."""
+    """Return the parts of a message; content that is a string is one text part, and a call of tools may have none."""
+    if message.get("content") is None and message.get("tool_calls"):
+        return []
     content = message["content"]
     return content if isinstance(content, list) else [{"type": "text", "text": content}]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from hf2mnn.checkpoint.facts import chat_template, load_image_processor, load_tokenizer
 from hf2mnn.checkpoint.model_info import has_vision
 from hf2mnn.core.errors import CheckpointError, EvaluationSetError
 from hf2mnn.core.untrusted import TEMPLATE_SECONDS, time_limited
+from hf2mnn.families import Family, get_family
+from hf2mnn.families.engine_limits import MEDIA_TAGS
 from hf2mnn.reference.golden import ImageInput
 
 if TYPE_CHECKING:
@@ -29,27 +33,36 @@ class AnswerDecoder:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
 
+def check_markers(prompt: str, images: int, family: Family) -> None:
+    """Check that a prompt has the marker of each image, and no other mark of a file; else raise EvaluationSetError.
+
+    A template writes one marker for each image. Others are in the texts of messages and tools: transformers would look
+    for their image or video and fails, and the engine opens what stands between its tags. For a model without image
+    input they are text.
+    """
+    if not family.has_vision:
+        return
+    if tag := re.search(MEDIA_TAGS, prompt):
+        raise EvaluationSetError(f"the engine takes {tag[0][:80]!r} in a message for a file; change this text")
+    markers = {family.image_token: images, family.image_placeholder: images, family.video_token: 0}
+    for marker, expected in markers.items():
+        if (count := prompt.count(marker)) != expected:
+            raise EvaluationSetError(
+                f"the prompt has the marker {marker} {count} times, for {expected} images or videos in the messages;"
+                " remove it from their texts"
+            )
+
+
 class Preprocessor:
     """Chat template, tokenizer and image processor of a checkpoint."""
 
     def __init__(self, folder: Path, info: dict[str, Any]) -> None:
         """Load them from a folder of the `fetch` or the `export` stage; `info` is the contents of model.json."""
-        from transformers import AutoImageProcessor, AutoTokenizer
-
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            if has_vision(info):
-                self.processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # for invalid files these libraries raise exceptions of any type
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(
-                f"the tokenizer or image processor of {folder} cannot be loaded: {reason}; download it again"
-            ) from None
-        if not self.tokenizer.chat_template:
-            raise CheckpointError(
-                f"{folder} has no chat template; add chat_template.jinja, or a chat_template to tokenizer_config.json"
-            )
-        self.folder, self.info, self.decode = folder, info, AnswerDecoder(folder)
+        self.folder, self.info, self.family = folder, info, get_family(info["model_type"], folder)
+        self.tokenizer, self.template = load_tokenizer(folder), chat_template(folder)
+        self.decode = AnswerDecoder(folder)
+        if self.family.has_vision:
+            self.processor = load_image_processor(folder)
 
     def process_image(self, image: Image.Image) -> ImageInput:
         """Resize and normalize an image and cut it into patches; an aspect ratio over 200 is an EvaluationSetError."""
@@ -79,7 +92,9 @@ class Preprocessor:
         """
         try:
             with time_limited(TEMPLATE_SECONDS):
-                return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                return self.tokenizer.apply_chat_template(
+                    messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+                )
         except Exception as error:  # a template may raise any exception
             raise CheckpointError(
                 f"the chat template of {self.folder} fails ({type(error).__name__}: {error}); correct the template or"
@@ -87,15 +102,16 @@ class Preprocessor:
             ) from None
 
     def input_ids(self, messages: list[dict[str, Any]], images: list[ImageInput]) -> np.ndarray:
-        """Return the token ids of a prompt, int64 [tokens], with one image token for each merged patch."""
-        ids = np.array(self.tokenizer(self.render(messages), add_special_tokens=False).input_ids, np.int64)
+        """Return the token ids of a prompt, int64 [tokens], with one image token for each merged patch.
+
+        Raise EvaluationSetError as `check_markers`.
+        """
+        prompt = self.render(messages)
+        check_markers(prompt, len(images), self.family)
+        ids = np.array(self.tokenizer(prompt, add_special_tokens=False).input_ids, np.int64)
         if not has_vision(self.info):
             return ids
         is_image, merged = ids == self.info["image_token_id"], self.info["merge_size"] ** 2
-        if (written := is_image.sum()) != len(images):
-            raise EvaluationSetError(
-                f"the chat template writes {written} images and the messages have {len(images)}; correct the messages"
-            )
         counts = np.ones(len(ids), int)
         counts[is_image] = [image.grid_thw.prod() // merged for image in images]
         return np.repeat(ids, counts)

@@ -20,7 +20,7 @@ from hf2mnn.core.progress import steps
 from hf2mnn.reference.examples import Example
 from hf2mnn.reference.golden import ACTIVATIONS, EXAMPLES, PROBES, TENSORS, Golden, GoldenExample, ImageInput
 from hf2mnn.reference.model import choose_weight_storage, load_model
-from hf2mnn.reference.prompts import Preprocessor
+from hf2mnn.reference.prompts import Preprocessor, check_markers
 from hf2mnn.reference.tap_recorder import record_tap_points
 from hf2mnn.reference.tasks import score_answer
 
@@ -125,13 +125,22 @@ def prompt_and_answer(golden: Golden, example: GoldenExample) -> tuple[torch.Ten
 
 
 def usable_examples(examples: list[Example], checkpoint: Checkpoint, folder: Path) -> list[Example]:
-    """Return the examples that the model accepts: without image input, those without images."""
+    """Return the examples that the model accepts: without image input, those without images.
+
+    Raise EvaluationSetError for the first one whose prompt `check_markers` refuses, before the model is loaded.
+    """
     usable = [example for example in examples if checkpoint.family.has_vision or not example.images]
     if not usable:
         raise EvaluationSetError(
             f"every example of {folder} has images, and {checkpoint.family.model_type} models have no image input;"
             " choose a set with texts"
         )
+    preprocessor = Preprocessor(checkpoint.folder, model_info(checkpoint))
+    for example in usable:
+        try:
+            check_markers(preprocessor.render(example.messages), len(example.images), checkpoint.family)
+        except EvaluationSetError as error:
+            raise EvaluationSetError(f"example {example.id!r} of {folder}: {error}") from None
     if skipped := len(examples) - len(usable):
         print(f"skipping {skipped} of {len(examples)} examples: they have images, and the model has no image input")
     return usable

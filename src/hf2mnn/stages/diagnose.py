@@ -12,7 +12,7 @@ from hf2mnn.core.stage import Footprint, Stage, open_stage
 
 STAGE = Stage(
     "diagnose",
-    tools=("MNN", "onnx", "onnxruntime", "numpy"),
+    tools=("MNN", "onnx", "onnxruntime", "numpy", "transformers"),
     # The engine, and ONNX Runtime with one graph at a time.
     footprint=Footprint(1500, 4.4, 60, 240),
     inputs={"reference": "reference", "onnx": "export", "baseline": "baseline", "bundle": "quantize"},

@@ -52,7 +52,7 @@ def run(
         if destination.resolve() == path.resolve():
             raise CheckpointError(f"{destination} is the checkpoint itself; give --out another folder")
         checkpoint = _checked(path, destination)
-        name, links = str(path), {Path(file).name: Path(file) for file in checkpoint_files(path)}
+        name, links = str(path), {str(Path(file).relative_to(path)): Path(file) for file in checkpoint_files(path)}
         described = {"paths": {"path": path}, "tools": ()}
     else:
         chosen = load_pin(pin) if pin is not None else pin_repository(repository, revision, hub)

@@ -21,7 +21,7 @@ from hf2mnn.checkpoint.hub.base import RESUME, USE_FILES, CorruptedError, Hub, P
 from hf2mnn.checkpoint.hub.pin import COMMIT, HASHES, Digest, Pin, matches
 from hf2mnn.core.errors import CheckpointError
 
-REQUIRED = ("config.json", "preprocessor_config.json", "tokenizer.json")
+REQUIRED = ("config.json", "tokenizer.json")
 """Files without which an earlier download counts as incomplete."""
 LOG_IN = "log in with 'hf auth login' (or set HF_TOKEN)"
 
@@ -109,16 +109,18 @@ class HuggingFace(Hub):
             if not ref.is_file():
                 return None
             commit = ref.read_text().strip()
-        for link in (folder / "snapshots" / commit).glob("*"):
-            if matches(link.name, patterns) and link.exists():
+        snapshot = folder / "snapshots" / commit
+        for link in snapshot.rglob("*"):
+            name = link.relative_to(snapshot).as_posix()
+            if matches(name, patterns) and link.exists():
                 blob = link.resolve().name
                 kind = next((kind for kind, pattern in HASHES.items() if pattern.fullmatch(blob)), None)
                 if kind is None:
                     return None
-                files[link.name] = Digest(link.stat().st_size, kind, blob)
+                files[name] = Digest(link.stat().st_size, kind, blob)
         required = set(REQUIRED if patterns is FILES else patterns)
         if INDEX in files:
-            required |= set(read_json(folder / "snapshots" / commit / INDEX).get("weight_map", {}).values())
+            required |= set(read_json(snapshot / INDEX).get("weight_map", {}).values())
         elif not any(name.endswith(".safetensors") for name in files):
             return None
         return Pin("huggingface", repository, commit, revision, files) if required <= files.keys() else None

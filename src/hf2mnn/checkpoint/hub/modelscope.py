@@ -103,7 +103,7 @@ class ModelScope(Hub):
                 "model",
                 name,
                 revision=pin.branch,
-                local_dir=self.paths(pin, name)[0].parent,
+                local_dir=self.paths(pin, name)[0].parents[name.count("/")],
                 file_size=pin.files[name].size,
                 expected_sha256=pin.files[name].expected,
                 progress_callbacks=[lambda *_: position.begin()],

@@ -30,8 +30,11 @@ REVISION = re.compile(r"(?!.*\.\.)[\w][\w./+-]*")  # branches and tags become pa
 
 
 def matches(name: str, patterns: Sequence[str] = FILES) -> bool:
-    """Return whether stages read a file of this name; files in subfolders are never read."""
-    return FILE_NAME.fullmatch(name) is not None and any(fnmatch(name, pattern) for pattern in patterns)
+    """Return whether stages read a file of this name; in a subfolder only if a pattern names the subfolder."""
+    level = name.count("/")
+    return all(map(FILE_NAME.fullmatch, name.split("/"))) and any(
+        level == pattern.count("/") and fnmatch(name, pattern) for pattern in patterns
+    )
 
 
 def check_names(repository: str, *revisions: str) -> None:
