@@ -94,7 +94,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
         path, query = unquote(parts.path), parse_qs(parts.query)
-        name = query.get("FilePath", [path.rpartition("/")[2]])[0]
+        resolved = path.partition("/resolve/")[2].partition("/")[2]
+        name = query.get("FilePath", [resolved or path.rpartition("/")[2]])[0]
         if path == "/api/agent-harnesses":  # an optional request of the client
             return self.reply(404)
         self.served.requests.append(f"{self.command} {path}" + (f"/{name}" if "FilePath" in query else ""))

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from hf2mnn.checkpoint.folder import TEMPLATES
 from hf2mnn.checkpoint.hub import download
 from hf2mnn.checkpoint.hub.base import TransientError, retry
 from hf2mnn.checkpoint.hub.download import pin_repository
@@ -219,6 +220,21 @@ def test_adapter_from_a_hub(
         set_endpoint(OFFLINE, monkeypatch)
         again = Manifest.load(fetch_checkpoint(tmp_path / "again", checkpoint, **adapter))
         assert again.digest() == manifest.digest()
+
+
+@pytest.mark.parametrize("name", HUBS)
+def test_chat_templates_in_a_subfolder(
+    name: str, hub: Served, caches: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are downloaded from the one subfolder that transformers reads, and again taken from the cache."""
+    hub.files[f"{TEMPLATES}/tool_use.jinja"] = b"tools"
+    manifest = assert_complete(fetch_checkpoint(tmp_path / "checkpoint", repository="owner/name", hub=name), hub)
+    assert f"{TEMPLATES}/tool_use.jinja" in manifest.outputs
+    hub.requests.clear()
+    if name == "huggingface":  # whose cache records the commits of branches
+        set_endpoint(OFFLINE, monkeypatch)
+    assert_complete(fetch_checkpoint(tmp_path / "again", repository="owner/name", hub=name), hub)
+    assert hub.of(f"{TEMPLATES}/tool_use.jinja") == []
 
 
 @pytest.mark.parametrize("name", HUBS)
