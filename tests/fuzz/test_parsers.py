@@ -34,7 +34,8 @@ from hf2mnn.core.manifest import Manifest
 from hf2mnn.mnn.bundle import CONFIG, MODEL_CONFIG
 from hf2mnn.mnn.bundle_config import check_paths
 from hf2mnn.mnn.graph import Graph
-from hf2mnn.mnn.tokenizer import encode_tokenizer, nfc_replacements
+from hf2mnn.mnn.nfc import nfc_replacements
+from hf2mnn.mnn.tokenizer import encode_tokenizer
 from hf2mnn.onnx.initializers import float_values, stored_initializers
 from hf2mnn.quant.blob import Quantized, header, pack, parse_header, parse_sparse, scale_bytes, unpack
 from hf2mnn.quant.weights import WeightFile, operators

@@ -178,6 +178,8 @@ IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
     ("content", "message"),
     [
         ("a <img>x.png</img> tag", "takes '<img>x.png</img>' in a message for a file"),
+        ("a\0b", "the engine cannot read these messages: a text has U\\+0000"),
+        ("a \udcff", "is no character"),
         (f"What is {IMAGE_TEXT}?", r"the marker <\|image_pad\|> 1 times, for 0 images"),
         ("What is <|image_pad|> here?", r"the marker <\|image_pad\|> 1 times, for 0 images"),
         ("What is <|video_pad|> here?", r"the marker <\|video_pad\|> 1 times, for 0 images"),

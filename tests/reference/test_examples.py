@@ -110,6 +110,27 @@ def test_unsupported_parts_are_refused_by_name(part: dict[str, Any], named: str,
         read_examples(write(tmp_path, GOOD, {"id": "x", "messages": [{"role": "user", "content": content}]}))
 
 
+UNREADABLE = [
+    ("a\0b", "U\\+0000"),
+    ("a \ud83d", "is no character"),
+    ("\u597d" * 10_001, "30003 bytes without a break"),
+    ("a" * 30_001, "30001 bytes"),
+    ("!" * 30_001, "30001 bytes"),
+]
+
+
+@pytest.mark.parametrize(("text", "named"), UNREADABLE, ids=["NUL", "surrogate", "Chinese", "letters", "punctuation"])
+def test_text_that_the_engine_cannot_encode_is_refused(text: str, named: str, tmp_path: Path) -> None:
+    for content in (text, [{"type": "text", "text": text}]):
+        with pytest.raises(EvaluationSetError, match=named):
+            read_examples(write(tmp_path, {"id": "x", "messages": [{"role": "user", "content": content}]}))
+
+
+def test_long_texts_with_breaks_are_read(tmp_path: Path) -> None:
+    text = "\u597d" * 9_000 + "\uff0c" + "a" * 9_000 + " 1" * 30_000
+    assert read_examples(write(tmp_path, {"id": "x", "messages": [{"role": "user", "content": text}]}))
+
+
 def test_an_image_without_a_type_counts(tmp_path: Path) -> None:
     """Templates accept it by its key."""
     content = [{"image": "a.png"}, {"type": "text", "text": "and"}, {"type": "image", "image": "b.png"}]

@@ -95,6 +95,22 @@ def test_settings_hold_quantization_layout_and_plan(evidence: Evidence) -> None:
     assert provenance.variant_settings(replace(evidence, variants=evidence.variants[:1])) is None
 
 
+def test_texts_with_other_token_ids(evidence: Evidence) -> None:
+    folders = evidence.stage_folders()
+    assert provenance.tokenizer_differences(folders) is None
+    group = {
+        "kind": "marks",
+        "script": "ARABIC",
+        "texts": 8,
+        "different": 2,
+        "share": 0.25,
+        "examples": ["\u0644\u0651"],
+    }
+    manifest = replace(evidence.manifests["checkpoint"], results={"tokenizer_differences": [group]})
+    ((name, cells),) = provenance.tokenizer_differences(folders | {"graphs": manifest}).rows
+    assert (name, [cell.text for cell in cells]) == ("marks ARABIC", ["2 of 8 (25.0%)", r"'\u0644\u0651'"])
+
+
 def test_resources_and_files_of_each_stage(evidence: Evidence) -> None:
     folders = evidence.stage_folders()
     rows = dict(provenance.stage_resources(folders).rows)

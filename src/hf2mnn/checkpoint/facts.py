@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf2mnn.checkpoint.folder import read_json
+from hf2mnn.checkpoint.tokenizer import load_tokenizer
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.families import FAMILIES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
     from transformers.image_processing_utils import BaseImageProcessor
 
 IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -49,14 +49,6 @@ def asking_transformers(folder: Path, what: str) -> Iterator[None]:
         raise CheckpointError(
             f"the {what} of {folder} cannot be loaded by transformers: {reason}; correct the file, or download it again"
         ) from None
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint."""
-    from transformers import AutoTokenizer
-
-    with asking_transformers(folder, "tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_image_processor(folder: Path) -> BaseImageProcessor:

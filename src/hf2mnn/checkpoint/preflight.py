@@ -15,6 +15,7 @@ from hf2mnn.checkpoint.facts import SETTINGS, asking_transformers, chat_template
 from hf2mnn.checkpoint.folder import INDEX, Checkpoint, check_no_pointer, checkpoint_files, path_in, read_json
 from hf2mnn.checkpoint.model_info import COUNTS, model_info
 from hf2mnn.checkpoint.prequantized import QWEIGHT, WEIGHT
+from hf2mnn.checkpoint.tokenizer import load_tokenizer
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.families.vision import BUILT_IN, VisionFamily
 
@@ -173,50 +174,32 @@ def check_weights(checkpoint: Checkpoint) -> None:
             )
 
 
-def tokens_of(tokenizer: dict[str, Any]) -> dict[int, str]:
-    """Return the text of every token id of a tokenizer.json; any error if its layout is another."""
-    vocabulary = tokenizer["model"]["vocab"]
-    if isinstance(vocabulary, dict):
-        tokens = {int(number): text for text, number in vocabulary.items()}
-    else:
-        tokens = {number: entry[0] for number, entry in enumerate(vocabulary)}
-    return tokens | {int(token["id"]): token["content"] for token in tokenizer.get("added_tokens") or []}
-
-
 def check_tokenizer(checkpoint: Checkpoint) -> None:
     """Check that token ids are rows of the embedding, and that config.json names the right special tokens.
 
     A vocabulary larger than the tokenizer is common: rows of the embedding are padded.
     """
-    path = checkpoint.folder / "tokenizer.json"
-    try:
-        tokens = tokens_of(read_json(path))
-        largest = max(tokens)
-        if not all(isinstance(text, str) for text in tokens.values()):
-            raise TypeError("a token is not a string")
-    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(
-            f"{path} is not a tokenizer ({type(error).__name__}: {error}); download it again"
-        ) from None
+    tokens = {number: text for text, number in load_tokenizer(checkpoint.folder).get_vocab().items()}
+    largest = max(tokens, default=0)
     info = model_info(checkpoint)
     rows = info["vocab_size"]
     if largest >= rows:
         raise CheckpointError(
-            f"{path} has the token {tokens[largest]!r} with id {largest}, but the model's vocabulary has {rows};"
-            f" {MISMATCH}"
+            f"the tokenizer of {checkpoint.folder} has the token {tokens[largest]!r} with id {largest}, but the model's"
+            f" vocabulary has {rows}; {MISMATCH}"
         )
     for key, text in checkpoint.family.special_tokens.items():
         number = checkpoint.config[key]
         if tokens.get(number) != text:
             token = repr(tokens[number]) if number in tokens else "no token"
             raise CheckpointError(
-                f"config.json of {checkpoint.folder} has {key} {number}, which is {token} in tokenizer.json, not"
-                f" {text!r}; {MISMATCH}"
+                f"config.json of {checkpoint.folder} has {key} {number}, which is {token} of the tokenizer,"
+                f" not {text!r}; {MISMATCH}"
             )
     for number in info["stop_ids"]:
         if number not in tokens:
             raise CheckpointError(
-                f"{checkpoint.folder} has eos_token_id {number}, which tokenizer.json does not have; {MISMATCH}"
+                f"{checkpoint.folder} has eos_token_id {number}, which the tokenizer does not have; {MISMATCH}"
             )
 
 

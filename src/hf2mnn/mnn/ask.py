@@ -19,7 +19,7 @@ from hf2mnn.mnn.bundle_config import read_config
 from hf2mnn.mnn.engine import check_bundle, run_worker
 from hf2mnn.mnn.template import render
 from hf2mnn.mnn.tokenizer_file import read_tokenizer
-from hf2mnn.reference.examples import check_messages, image_names, read_image
+from hf2mnn.reference.examples import check_messages, check_text, image_names, read_image
 from hf2mnn.reference.prompts import check_markers
 
 
@@ -69,6 +69,10 @@ def _prompt(
         )
     if tools and prompt == render(tokenizer.template, messages, tokens):
         raise EvaluationSetError(f"the chat template of {folder} does not write tools; omit --tools")
+    try:
+        check_text(prompt)
+    except ValueError as error:
+        raise EvaluationSetError(f"the engine cannot read these messages: {error}") from None
     check_markers(prompt, images, family)
     return prompt
 

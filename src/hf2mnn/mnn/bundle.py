@@ -24,7 +24,7 @@ from hf2mnn.mnn.adapt import adapt_decoder, adapt_vision, restore_linear_layers,
 from hf2mnn.mnn.convert import CUSTOM_OPERATORS, FUSE, convert_onnx
 from hf2mnn.mnn.graph import Graph, check_fused, check_size, check_supported
 from hf2mnn.mnn.nc4hw4 import Layout, to_nc4hw4
-from hf2mnn.mnn.tokenizer import tokenizer_differences, write_tokenizer
+from hf2mnn.mnn.tokenizer import template_differences, write_tokenizer
 from hf2mnn.onnx.initializers import load_graph, small_constants, stored_initializers
 
 DECODER, VISION = "llm.mnn", "visual.mnn"
@@ -101,7 +101,7 @@ def convert_model(onnx_folder: Path, folder: Path) -> dict[str, Any]:
         convert_vision(onnx_folder, folder)
     write_embedding(onnx_folder, folder)
     write_tokenizer(onnx_folder, folder / TOKENIZER)
-    for difference in tokenizer_differences(onnx_folder):
+    for difference in template_differences(onnx_folder):
         print(f"tokenizer: {difference}", flush=True)
     if not layout.reason:
         return {"decoder_layout": layout.name}

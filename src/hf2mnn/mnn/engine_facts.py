@@ -143,8 +143,6 @@ class Decoder(IntEnum):
 
 SPLIT_BEHAVIORS = {"Isolated": 0, "Removed": 1}
 """Behaviors of a Split that run as in tokenizers. Source: tokenizer/tokenizer.cpp. Used by: mnn.tokenizer."""
-CLEAN_UP_SPACES = 1
-"""Flag: decoding removes spaces before punctuation. Source: tokenizer/tokenizer.cpp. Used by: mnn.tokenizer."""
 
 # Chat templates -------------------------------------------------------------------------------------------------------
 

@@ -11,34 +11,30 @@ inside a word where no merge crosses a word boundary.
 
 from __future__ import annotations
 
-import functools
-import json
 import re
 import struct
-import unicodedata
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel
 
-from hf2mnn.checkpoint.facts import DEFAULT, chat_template, chat_templates, read_object
+from hf2mnn.checkpoint.facts import DEFAULT, chat_template, chat_templates
 from hf2mnn.core.errors import BundleError, CheckpointError
 from hf2mnn.core.files import atomic_file
 from hf2mnn.mnn import engine_facts, template
 from hf2mnn.mnn.checkpoint_tokenizer import (
     BYTE_TOKENS,
     META_SPACE,
-    TOKENIZER_FILE,
     CheckpointTokenizer,
     MetaSpaces,
     UnsupportedError,
     components,
-    invalid_tokenizer,
     read_checkpoint_tokenizer,
+    unsupported_parts,
 )
 from hf2mnn.mnn.engine_facts import SPLIT_BEHAVIORS, Decoder, Model, Normalizer, PreTokenizer
+from hf2mnn.mnn.nfc import nfc_replacements
+from hf2mnn.mnn.whole_words import MARK, WholeWords
 
 _u8, _u32 = struct.Struct("<B").pack, struct.Struct("<I").pack
 
@@ -66,7 +62,7 @@ def encode_tokenizer(checkpoint: Path) -> bytes:
     """Return the bytes of tokenizer.mtok for a checkpoint; raise CheckpointError as `read_checkpoint_tokenizer`."""
     tokenizer = read_checkpoint_tokenizer(checkpoint)
     spec, added, stop = tokenizer.spec, tokenizer.added, tokenizer.stop
-    with invalid_tokenizer(tokenizer.path):
+    with unsupported_parts(checkpoint):
         special = [token["id"] for token in added if token["special"]]
         kind, ids = f"{engine_facts.TOKENIZER_MAGIC} {engine_facts.PIPELINE}", " ".join(map(str, special + stop))
         return b"".join(
@@ -74,49 +70,27 @@ def encode_tokenizer(checkpoint: Path) -> bytes:
                 f"{kind}\n{len(special)} {len(stop)} 0\n{ids}\n".encode(),
                 _meta_space_parts(tokenizer.meta_spaces, spec["model"]["merges"])
                 if tokenizer.meta_spaces
-                else _normalizer(spec.get("normalizer")) + _pre_tokenizer(spec.get("pre_tokenizer")),
+                else _normalizer(spec["normalizer"]) + _words(spec["pre_tokenizer"], tokenizer.whole_words),
                 _model(tokenizer),
-                _decoder(spec.get("decoder"), tokenizer.meta_spaces is None),
+                _decoder(spec["decoder"], tokenizer.meta_spaces is None),
                 _u32(len(added)),
                 *map(_added_token, added),
                 _u32(len(tokenizer.template.encode())),
                 tokenizer.template.encode(),
                 _string(tokenizer.eos),
-                _u8(engine_facts.CLEAN_UP_SPACES if tokenizer.clean_up_spaces else 0),
+                _u8(0),  # transformers cleans up no spaces after BPE
                 _string(tokenizer.bos),
             ]
         )
 
 
-def unreached_words(checkpoint: Path) -> list[str]:
-    """Return texts of tokens that only `ignore_merges` reaches; raise CheckpointError for an invalid tokenizer.json."""
-    path = checkpoint / TOKENIZER_FILE
-    stored, unreached = read_object(path), []
-    with invalid_tokenizer(path, Exception):  # the library raises bare exceptions
-        if not stored["model"].get("ignore_merges"):
-            return []
-        tokenizer = Tokenizer.from_str(json.dumps(stored))
-        merging = Tokenizer.from_str(json.dumps(stored | {"model": stored["model"] | {"ignore_merges": False}}))
-        for token, number in stored["model"]["vocab"].items():
-            if [piece.id for piece in merging.model.tokenize(token)] != [number]:
-                text = tokenizer.decoder.decode([token])
-                if [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == [token]:
-                    unreached.append(text)
-    return unreached
+def template_differences(checkpoint: Path) -> list[str]:
+    """Return a message for each way in which the engine renders the chat template differently.
 
-
-def tokenizer_differences(checkpoint: Path) -> list[str]:
-    """Return a message for each difference of the engine that a checkpoint's tokenizer and chat template cause.
-
-    docs/bundle.md lists all known differences. Raise CheckpointError if the chat template or the tokenizer is invalid.
+    docs/bundle.md lists all known differences. Raise CheckpointError if the chat template is invalid.
     """
-    messages = []
-    if words := unreached_words(checkpoint):
-        examples = ", ".join(map(repr, words[:3]))
-        messages.append(f"{len(words)} words of one token become several tokens of the same text ({examples})")
     text, others = chat_template(checkpoint), sorted(chat_templates(checkpoint).keys() - {DEFAULT})
-    if others:
-        messages.append(f"the bundle has the chat template {DEFAULT}, not {', '.join(others)}")
+    messages = [f"the bundle has the chat template {DEFAULT}, not {', '.join(others)}"] if others else []
     if "tojson" in text:
         messages.append("the engine writes the keys of tools and their arguments in another order")
     try:
@@ -128,44 +102,6 @@ def tokenizer_differences(checkpoint: Path) -> list[str]:
     return messages
 
 
-@functools.cache
-def nfc_replacements() -> tuple[tuple[str, str], ...]:
-    """Return NFC as string replacements, to be applied in order, each to the whole text.
-
-    MNN's exporter writes NFC as a table of single code points, which does not compose, and replaces the joiner of emoji
-    sequences and most control characters by spaces. Here canonical singletons come first, then base and mark to
-    composed character, shorter compositions before longer ones, conjoining Hangul jamo included. They cost the engine
-    0.3 ms for a short text, 2 ms for 10 kB of English and 95 ms for 10 kB of Korean. Characters come from Python's
-    Unicode data and results from tokenizers, whose NFC is the one to match. The list is complete for single characters
-    and for marks in canonical order; see docs/bundle.md for others.
-    """
-    nfc = functools.cache(NFC().normalize_str)
-    singletons: dict[str, str] = {}
-    composed: list[str] = []
-    pairs: dict[str, str] = {}
-    for character in map(chr, range(0x110000)):
-        codes = unicodedata.decomposition(character)
-        decomposition = "" if codes.startswith("<") else "".join(chr(int(code, 16)) for code in codes.split())
-        if not decomposition:
-            continue
-        if nfc(character) != character:
-            singletons[character] = nfc(character)
-        elif nfc(decomposition) == character:
-            pairs[decomposition] = character
-            composed.append(character)
-    # A mark after a composed character may belong before the mark inside that character.
-    marks = sorted({pair[1] for pair in pairs})
-    for character in composed:
-        for mark in marks:
-            if (text := character + mark) not in pairs and nfc(text) != text:
-                pairs[text] = nfc(text)
-    for syllable in map(chr, range(0xAC00, 0xD7A4)):
-        jamo = unicodedata.normalize("NFD", syllable)
-        pairs[jamo if len(jamo) == 2 else unicodedata.normalize("NFC", jamo[:2]) + jamo[2]] = syllable
-    depth = {text: len(unicodedata.normalize("NFD", text)) for text in pairs}
-    return (*singletons.items(), *sorted(pairs.items(), key=lambda pair: (depth[pair[0]], pair)))
-
-
 def _meta_space_parts(words: MetaSpaces, merges: list[Any]) -> bytes:
     """Return normalizer and pre-tokenizer for words with meta spaces."""
     steps = [_u8(Normalizer.REPLACE) + _string(META_SPACE) + _string(" ")]
@@ -175,10 +111,10 @@ def _meta_space_parts(words: MetaSpaces, merges: list[Any]) -> bytes:
     if words.prepend == "always":
         splits.append(_u8(PreTokenizer.METASPACE) + _string(" ") + _u8(True))
     # A merge that crosses words joins the end of one and the beginning of the next.
-    texts = ("".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges)
+    texts = map("".join, merges)
     if words.split_runs or not any(META_SPACE in text.lstrip(META_SPACE) for text in texts):
         pattern = SPLIT_EACH if words.split_runs else SPLIT_RUNS
-        splits.append(_u8(PreTokenizer.SPLIT) + _string(pattern) + _u8(False) + _u8(SPLIT_BEHAVIORS["Isolated"]))
+        splits.append(_split(pattern, "Isolated"))
     splits.append(_u8(PreTokenizer.METASPACE) + _string(META_SPACE) + _u8(False))
     return _sequence(Normalizer.SEQUENCE, steps) + _sequence(PreTokenizer.SEQUENCE, splits)
 
@@ -199,22 +135,36 @@ def _normalizer(spec: dict[str, Any] | None) -> bytes:
     return _sequence(Normalizer.SEQUENCE, parts)
 
 
+def _words(spec: dict[str, Any] | None, whole_words: WholeWords) -> bytes:
+    """Return the pre-tokenizer of byte-level BPE, with a mark before words of one token."""
+    splitter = _pre_tokenizer(spec)
+    if not whole_words.pieces:
+        return splitter
+    mark = _u8(PreTokenizer.METASPACE) + _string(MARK) + _u8(True)
+    return _sequence(PreTokenizer.SEQUENCE, [splitter, mark, _split(whole_words.pattern, "Removed")])
+
+
+def _split(pattern: str, behavior: str, invert: bool = False) -> bytes:
+    return _u8(PreTokenizer.SPLIT) + _string(pattern) + _u8(invert) + _u8(SPLIT_BEHAVIORS[behavior])
+
+
 def _pre_tokenizer(spec: dict[str, Any] | None) -> bytes:
     if spec is None:
         return _u8(PreTokenizer.NONE)
     match spec["type"]:
         case "ByteLevel":
-            if spec["add_prefix_space"]:
-                raise UnsupportedError("pre-tokenizer", "ByteLevel with add_prefix_space")
-            return _u8(PreTokenizer.BYTE_LEVEL) + _u8(spec.get("use_regex", True))
+            letters = _u8(PreTokenizer.BYTE_LEVEL) + _u8(spec["use_regex"])
+            prefix = _u8(PreTokenizer.METASPACE) + _string(" ") + _u8(True)
+            return _sequence(PreTokenizer.SEQUENCE, [prefix, letters]) if spec["add_prefix_space"] else letters
         case "Split":
             pattern, behavior = spec["pattern"].get("Regex"), spec["behavior"]
             if not pattern or not pattern.isascii() or not _SUPPORTED_PATTERN.fullmatch(pattern):
                 raise UnsupportedError("pre-tokenizer", f"Split by {spec['pattern']!r}")
             if behavior not in SPLIT_BEHAVIORS:
                 raise UnsupportedError("pre-tokenizer", f"Split with the behavior {behavior}")
-            flags = _u8(spec["invert"]) + _u8(SPLIT_BEHAVIORS[behavior])
-            return _u8(PreTokenizer.SPLIT) + _string(pattern) + flags
+            return _split(pattern, behavior, spec["invert"])
+        case "Digits":
+            return _split(r"\p{N}" if spec["individual_digits"] else r"\p{N}+", "Isolated")
         case "Sequence":
             return _sequence(PreTokenizer.SEQUENCE, [_pre_tokenizer(part) for part in spec["pretokenizers"]])
         case kind:
@@ -259,16 +209,13 @@ def _model(tokenizer: CheckpointTokenizer) -> bytes:
         unambiguous = vocab.get(encoded, token["id"]) == token["id"]
         texts[token["id"]] = encoded if unambiguous and not token["special"] else ""
 
-    merges: dict[tuple[int, int], int] = {}
-    for rank, merge in enumerate(tokenizer.spec["model"]["merges"]):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        if left not in vocab or right not in vocab or left + right not in vocab:
-            raise CheckpointError(
-                f"{tokenizer.path}: merge {rank} names a token that is not in the vocabulary; save it again"
-            )
-        merges[vocab[left], vocab[right]] = rank
-
-    entries = sorted(texts.items(), key=lambda entry: (entry[1].encode(), entry[0]))
+    merges = [(vocab[left], vocab[right]) for left, right in tokenizer.spec["model"]["merges"]]
+    marked, joins = {}, []
+    if tokenizer.whole_words.pieces:
+        marked, joins = tokenizer.whole_words.entries(vocab, len(texts))
+    ranks = {pair: rank for rank, pair in enumerate([*merges, *joins])}
+    pairs = [*texts.items(), *((number, text) for text, number in marked.items())]
+    entries = sorted(pairs, key=lambda entry: (entry[1].encode(), entry[0]))
     row = struct.Struct("<III")
     return b"".join(
         [
@@ -276,9 +223,9 @@ def _model(tokenizer: CheckpointTokenizer) -> bytes:
             _u32(len(entries)),
             _u8(bool(tokenizer.spec["model"].get("byte_fallback"))),
             _u8(False),  # the pre-tokenizer maps bytes; with True the engine would map them again
-            _u32(len(merges)),
+            _u32(len(ranks)),
             *(_string(text) + _u32(number) for number, text in entries),
-            *(row.pack(left, right, rank) for (left, right), rank in sorted(merges.items())),
+            *(row.pack(left, right, rank) for (left, right), rank in sorted(ranks.items())),
         ]
     )
 
@@ -286,7 +233,7 @@ def _model(tokenizer: CheckpointTokenizer) -> bytes:
 def _check_vocabulary(tokenizer: CheckpointTokenizer) -> None:
     spec, vocabulary = tokenizer.spec, tokenizer.spec["model"]["vocab"].keys()
     if tokenizer.meta_spaces is None:
-        kinds = [part["type"] for part in components(spec.get("pre_tokenizer"), "pretokenizers")]
+        kinds = [part["type"] for part in components(spec["pre_tokenizer"], "pretokenizers")]
         if "ByteLevel" not in kinds or not vocabulary >= set(ByteLevel.alphabet()):
             raise UnsupportedError("model", "BPE that is not byte-level")
     elif not spec["model"].get("byte_fallback") or not vocabulary >= BYTE_TOKENS:
@@ -295,7 +242,7 @@ def _check_vocabulary(tokenizer: CheckpointTokenizer) -> None:
     # added tokens after a gap.
     if sorted(tokenizer.ids.values()) != list(range(len(tokenizer.ids))):
         raise CheckpointError(
-            f"{tokenizer.path}: the ids of tokens and added tokens are not 0, 1, 2, ...; save it again"
+            f"{tokenizer.folder}: the ids of tokens and added tokens are not 0, 1, 2, ...; save the tokenizer again"
         )
 
 

@@ -20,6 +20,7 @@ from hf2mnn.checkpoint.folder import LFS_POINTER
 from hf2mnn.core.errors import BundleError
 from hf2mnn.core.untrusted import read_bytes
 from hf2mnn.mnn.engine_facts import PIPELINE, TOKENIZER_KINDS, TOKENIZER_MAGIC, Decoder, Model, Normalizer, PreTokenizer
+from hf2mnn.mnn.whole_words import MARK
 
 HUGGINGFACE = "huggingface"
 MAX_SIZE = 1 << 28  # bytes of a file; the largest vocabularies have a few million
@@ -39,6 +40,7 @@ class TokenizerFile:
     template: str = ""
     eos: str = ""
     bos: str = ""
+    whole_words: bool = False  # whether `ignore_merges` is written as marked words
 
     @property
     def known(self) -> set[int]:
@@ -154,8 +156,11 @@ def _vocabulary(cursor: _Cursor, count: int, extra: int = 0) -> dict[int, bytes]
     return tokens
 
 
-def _model(cursor: _Cursor) -> tuple[dict[int, bytes], dict[tuple[bytes, bytes], int]]:
-    """Read vocabulary and merges."""
+def _model(cursor: _Cursor) -> tuple[dict[int, bytes], dict[tuple[bytes, bytes], int], bool]:
+    """Read vocabulary and merges, and whether whole words are marked (`mnn.whole_words`).
+
+    The mark, beginnings of marked words and their merges follow all others and are left out.
+    """
     code, count = cursor.number("B"), cursor.number("I")
     if code == Model.BPE:
         cursor.raw(2)
@@ -164,22 +169,26 @@ def _model(cursor: _Cursor) -> tuple[dict[int, bytes], dict[tuple[bytes, bytes],
         rows = np.frombuffer(cursor.raw(12 * merges), "<u4").reshape(-1, 3).tolist()
         if any(left not in tokens or right not in tokens for left, right, _ in rows):
             cursor.fail("a merge names a token that is not in the vocabulary")
-        return tokens, {(tokens[left], tokens[right]): rank for left, right, rank in rows}
+        mark = next((number for number, text in tokens.items() if text == MARK.encode()), None)
+        joins = min((rank for left, _, rank in rows if left == mark), default=None)
+        ranks = {(tokens[left], tokens[right]): rank for left, right, rank in rows if joins is None or rank < joins}
+        known = tokens if joins is None else {number: text for number, text in tokens.items() if number < mark}
+        return known, ranks, joins is not None
     if code == Model.WORDPIECE:
         for _ in range(2):
             cursor.string()
         cursor.number("I")
-        return _vocabulary(cursor, count), {}
+        return _vocabulary(cursor, count), {}, False
     if code == Model.UNIGRAM:
         cursor.raw(5)
-        return _vocabulary(cursor, count, 8), {}
+        return _vocabulary(cursor, count, 8), {}, False
     return cursor.fail(f"its model has the unknown code {code}")
 
 
 def _read_binary(cursor: _Cursor, special: tuple[int, ...], stop: tuple[int, ...]) -> TokenizerFile:
     _skip_part(cursor, NORMALIZERS)
     _skip_part(cursor, PRE_TOKENIZERS)
-    tokens, merges = _model(cursor)
+    tokens, merges, whole_words = _model(cursor)
     _skip_part(cursor, DECODERS)
     added = {}
     for _ in range(cursor.count(9)):
@@ -190,7 +199,8 @@ def _read_binary(cursor: _Cursor, special: tuple[int, ...], stop: tuple[int, ...
     if cursor.left:
         cursor.raw(1)
     bos = cursor.text()
-    return TokenizerFile(TOKENIZER_KINDS[PIPELINE], special, stop, tokens, merges, added, template, eos, bos)
+    kind = TOKENIZER_KINDS[PIPELINE]
+    return TokenizerFile(kind, special, stop, tokens, merges, added, template, eos, bos, whole_words)
 
 
 def _read_lines(cursor: _Cursor, kind: str, special: tuple[int, ...], stop: tuple[int, ...]) -> TokenizerFile:

@@ -12,6 +12,7 @@ them, or absent. `metric`, a key of `hf2mnn.reference.tasks.METRICS`, compares a
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ NAME = "examples.jsonl"
 MAX_FILE_BYTES = 1 << 28
 # PIL has others, among them PostScript, for which it starts an interpreter.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+UNBROKEN = re.compile(r"[^\W\d_]{1000,}|[^\w\s]{1000,}|\s{1000,}")  # not split by byte-level BPE
+MAX_UNBROKEN = 30_000
+"""Bytes of a run of letters, punctuation or white space: MNN's engine merges it in quadratic time, this one in 32 s."""
 # Kinds of message parts that chat templates accept and evaluation sets must not have.
 UNSUPPORTED_PARTS = {
     "video": "a video, which MNN 3.6.1 cannot read; add its frames as images",
@@ -54,6 +59,23 @@ class Example:
         return image_names(self.messages)
 
 
+def check_text(text: str) -> None:
+    """Raise ValueError for text that MNN's engine cannot encode, or not in useful time.
+
+    Its Python binding drops text after U+0000 and ends the process at a lone surrogate, which UTF-8 does not have.
+    """
+    if "\0" in text:
+        raise ValueError("a text has U+0000, after which the engine reads nothing; remove it")
+    if surrogate := LONE_SURROGATE.search(text):
+        raise ValueError(f"a text has {surrogate[0]!r}, which is no character (invalid UTF-8); remove it")
+    for run in UNBROKEN.finditer(text):
+        if (size := len(run[0].encode())) > MAX_UNBROKEN:
+            raise ValueError(
+                f"a text has {size} bytes without a break ({run[0][:20]!r}...), which takes the engine more than half a"
+                " minute; add spaces or punctuation"
+            )
+
+
 def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the parts of a message; content that is a string is one text part, and a call of tools may have none."""
     if message.get("content") is None and message.get("tool_calls"):
@@ -75,8 +97,8 @@ def _invalid(where: object, problem: str, advice: str = "") -> EvaluationSetErro
 def check_messages(messages: list[dict[str, Any]], folder: Path) -> None:
     """Check that chat templates and MNN's engine accept a conversation, and that its images are files of `folder`.
 
-    Raise ValueError for an unsupported part or a path out of the folder, and TypeError, KeyError or AttributeError for
-    an invalid structure.
+    Raise ValueError for an unsupported part, text that the engine cannot encode, or a path out of the folder, and
+    TypeError, KeyError or AttributeError for an invalid structure.
     """
     if not isinstance(messages, list):
         raise TypeError("messages must be a list")
@@ -85,6 +107,7 @@ def check_messages(messages: list[dict[str, Any]], folder: Path) -> None:
         if not isinstance(message["role"], str) or not all(isinstance(part.get("text", ""), str) for part in parts):
             raise TypeError("role and text must be strings")
         for part in parts:
+            check_text(part.get("text", ""))
             if unsupported := ({part.get("type", "text")} | part.keys()) & UNSUPPORTED_PARTS.keys():
                 raise ValueError(f"a part of it is {UNSUPPORTED_PARTS[min(unsupported)]}")
     for name in image_names(messages):

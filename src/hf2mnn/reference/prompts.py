@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from hf2mnn.checkpoint.facts import chat_template, load_image_processor, load_tokenizer
+from hf2mnn.checkpoint.facts import chat_template, load_image_processor
 from hf2mnn.checkpoint.model_info import has_vision
+from hf2mnn.checkpoint.tokenizer import load_tokenizer
 from hf2mnn.core.errors import CheckpointError, EvaluationSetError
 from hf2mnn.core.untrusted import TEMPLATE_SECONDS, time_limited
 from hf2mnn.families import Family, get_family
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class AnswerDecoder:
-    """Decode answers with tokenizer.json of a folder and the tokenizers library, for PyTorch and every conversion."""
+    """Decode answers with the tokenizer of a folder, for PyTorch and every conversion."""
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer = load_tokenizer(folder).backend_tokenizer
 
     def __call__(self, ids: Sequence[int]) -> str:
         """Return the text without special tokens and surrounding white space."""

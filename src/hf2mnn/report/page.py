@@ -138,6 +138,7 @@ def render_page(evidence: Evidence, table: pd.DataFrame) -> str:
         total=len(golden.records),
         checkpoint=provenance.checkpoint_origin(evidence),
         settings=provenance.variant_settings(evidence),
+        tokenizer=provenance.tokenizer_differences(folders),
         commands=[provenance.command_line(manifest) for manifest in folders.values()],
         resources=provenance.stage_resources(folders),
         files=provenance.listed_files(folders),

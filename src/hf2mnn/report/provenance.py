@@ -75,6 +75,17 @@ def variant_settings(evidence: Evidence) -> Table | None:
     return Table("Settings of each variant", columns, rows, wraps=True) if rows else None
 
 
+def tokenizer_differences(folders: Mapping[str, Manifest]) -> Table | None:
+    """Return a table of the convert stage's texts that the engine and transformers encode differently."""
+    rows = []
+    for manifest in folders.values():
+        for group in manifest.results.get("tokenizer_differences", ()):
+            share = f"{group['different']} of {group['texts']} ({group['share']:.1%})"
+            examples = ", ".join(map(ascii, group["examples"]))
+            rows.append((" ".join(filter(None, (group["kind"], group["script"]))), [Cell(share), Cell(examples)]))
+    return Table("Texts with other token ids", ["kind", "different", "examples"], rows, wraps=True) if rows else None
+
+
 def stage_resources(folders: Mapping[str, Manifest]) -> Table:
     """Return a table of each stage's wall time, peak memory, digest and tool versions."""
     rows = []

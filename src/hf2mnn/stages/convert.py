@@ -19,12 +19,14 @@ STAGE = Stage(
 
 
 def run(onnx: OnnxArgument, destination: Out) -> Path:
-    """Convert the ONNX graphs to MNN graphs without weights, and check that every attention is fused.
+    """Convert the ONNX graphs to MNN graphs without weights, check that every attention is fused, compare tokenizers.
 
     Example: hf2mnn convert results/shapes-vl/onnx --out results/shapes-vl/graphs
     """
-    from hf2mnn.mnn.bundle import convert_model
+    from hf2mnn.mnn.bundle import TOKENIZER, convert_model
+    from hf2mnn.mnn.tokenizer_probe import compare_tokenizers
 
     with open_stage(STAGE, destination, {"onnx": onnx}) as stage:
         stage.results.update(convert_model(onnx, stage.folder))
+        stage.results["tokenizer_differences"] = compare_tokenizers(onnx, stage.folder / TOKENIZER)
     return destination

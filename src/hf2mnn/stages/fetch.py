@@ -75,8 +75,10 @@ def _checked(folder: Path, destination: Path) -> Checkpoint:
     from hf2mnn.checkpoint.folder import Checkpoint
     from hf2mnn.checkpoint.preflight import check_checkpoint
     from hf2mnn.checkpoint.size import check_resources
+    from hf2mnn.mnn.tokenizer import encode_tokenizer
 
     checkpoint = Checkpoint(folder)
     check_checkpoint(checkpoint)
+    encode_tokenizer(folder)  # refuses what the engine cannot read, before anything is computed
     check_resources(folder, destination, conversion_memory_mb)
     return checkpoint

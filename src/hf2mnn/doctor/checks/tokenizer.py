@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hf2mnn.checkpoint.tokenizer import load_tokenizer
 from hf2mnn.core.errors import BundleError
 from hf2mnn.doctor.artifacts import Bundle
 from hf2mnn.doctor.checks.config import IDS
@@ -11,8 +12,9 @@ from hf2mnn.doctor.findings import Finding, Findings, Severity
 from hf2mnn.families import get_family
 from hf2mnn.mnn.engine_facts import IMAGE_DEFAULTS
 from hf2mnn.mnn.template import unsupported
-from hf2mnn.mnn.tokenizer import encode_tokenizer, unreached_words
+from hf2mnn.mnn.tokenizer import encode_tokenizer
 from hf2mnn.mnn.tokenizer_file import HUGGINGFACE, TokenizerFile, parse_tokenizer
+from hf2mnn.mnn.whole_words import find_whole_words
 
 COMPARED = ("pipeline", HUGGINGFACE)
 """Kinds of file that store tokens like the checkpoint."""
@@ -103,15 +105,16 @@ def tokenizer_differs(bundle: Bundle) -> Findings:
 
 
 def tokenizer_merges(bundle: Bundle) -> Findings:
-    """Report words that are one token by ignore_merges, which the engine does not implement."""
-    if bundle.checkpoint is None or bundle.tokenizer.kind not in COMPARED:
+    """Report words that are one token by ignore_merges, unless the file marks them: the engine only merges."""
+    if bundle.checkpoint is None or bundle.tokenizer.kind not in COMPARED or bundle.tokenizer.whole_words:
         return
-    if words := unreached_words(bundle.checkpoint.folder):
-        named = ", ".join(map(repr, words[:NAMED]))
+    tokenizer = load_tokenizer(bundle.checkpoint.folder)
+    if words := [*find_whole_words(tokenizer).pieces]:
+        named = ", ".join(repr(tokenizer.convert_tokens_to_string([word])) for word in words[:NAMED])
         message = "some words that are one token are encoded as several"
         evidence = f"ignore_merges of the checkpoint; no merges produce {len(words)} tokens ({named})"
         effect = "the model reads these words, most of them rare, in an encoding that is rarer in its training"
-        cure = "feed the engine the ids of the checkpoint's tokenizer where that matters"
+        cure = TAKE_CHECKPOINTS
         yield Finding(bundle.file("tokenizer_file").name, message, evidence, effect, cure, severity=Severity.WARNING)
 
 
