@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from hf2mnn.checkpoint.folder import FILES, INDEX, Checkpoint
+from hf2mnn.checkpoint.folder import FILES, Checkpoint
 from hf2mnn.checkpoint.size import check_disk
 from hf2mnn.checkpoint.tensors import file_header
+from hf2mnn.checkpoint.weight_files import INDEX
 from hf2mnn.core.errors import CheckpointError, Hf2mnnError
 from hf2mnn.core.files import sha256
 from hf2mnn.core.manifest import Manifest, stage_folder, tool_versions
@@ -199,13 +200,14 @@ def tensor_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a model's tensors by the names that transformers saves; no weights are allocated."""
     import torch
     import transformers
+    from transformers.core_model_loading import revert_weight_conversion
 
-    family = FAMILIES[config.model_type]
-    tied = bool(config.tie_word_embeddings)
     with torch.device("meta"):
-        model = getattr(transformers, family.architecture)(config)
-    # save_pretrained writes the oldest names, those of the hub's checkpoints.
-    return {family.tensor_names(name, tied)[-1]: tuple(value.shape) for name, value in model.state_dict().items()}
+        model = getattr(transformers, FAMILIES[config.model_type].architecture)(config)
+    stored = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    # save_pretrained writes the oldest names, those of the hub's checkpoints; all at once, it would sort them.
+    names = {name: next(iter(revert_weight_conversion(model, {name: value}))) for name, value in stored.items()}
+    return {names[name]: tuple(value.shape) for name, value in stored.items()}
 
 
 def split(shapes: dict[str, tuple[int, ...]], shards: int) -> list[list[Tensor]]:
@@ -247,7 +249,7 @@ def copy_tokenizer(tokenizer: Path, folder: Path, config: PreTrainedConfig) -> N
         if not (tokenizer / name).is_file():
             raise CheckpointError(f"{tokenizer} has no {name}: give the folder of a model with the tokenizer to copy")
     for name in FILES:
-        if name not in ("config.json", INDEX) and (tokenizer / name).is_file():
+        if name != "config.json" and (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
     model, text = Checkpoint(tokenizer), config.get_text_config()
     ids_by_config = ((config, VISION_IDS if vision else (), model.config), (text, TEXT_IDS, model.text_config))

@@ -493,7 +493,7 @@ def test_full_disk_is_detected_before_the_download(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 1000))
     message = fetch_error(tmp_path, "huggingface")
     assert "GB free" in message
-    assert len(hub.requests) == 1
+    assert not [request for request in hub.requests if request.endswith(".safetensors")]
 
 
 @pytest.mark.parametrize("name", HUBS)
@@ -564,7 +564,7 @@ def test_pin_command_prints_the_commit_and_writes_digests(
     assert set(stored["files"]) == set(hub.files) - UNUSED
     weights = hub.files[FIRST]
     assert stored["files"][FIRST] == {"size": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
-    assert len(hub.requests) == 1
+    assert not [request for request in hub.requests if request.endswith(".safetensors")]
 
 
 @pytest.mark.parametrize("name", HUBS)

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from hf2mnn.checkpoint.folder import INDEX, Checkpoint
+from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.checkpoint.preflight import check_checkpoint
 from hf2mnn.checkpoint.tensors import layout
+from hf2mnn.checkpoint.weight_files import INDEX
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.stages.fetch import run as fetch_checkpoint
 
@@ -63,19 +64,17 @@ def test_pickled_weights_that_an_index_names_are_refused(checkpoint: Path) -> No
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_pickled_weights_beside_safetensors_are_never_read(indexed: bool, checkpoint: Path, tmp_path: Path) -> None:
-    """Without an index, transformers does not recognize the safetensors and would load the pickle."""
+    """Without an index, transformers finds no safetensors and would load the pickle."""
     from hf2mnn.reference.model import load_model
 
     (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
     if not indexed:
         (checkpoint / INDEX).unlink()
+        assert f"transformers loads model.safetensors or the files of {INDEX}" in check_error(checkpoint)
+        return
     source = fetch_checkpoint(tmp_path / "checkpoint", checkpoint)
     assert not (source / "pytorch_model.bin").exists()
-    if indexed:
-        load_model(Checkpoint(checkpoint))
-    else:
-        with pytest.raises(CheckpointError):
-            load_model(Checkpoint(checkpoint))
+    load_model(Checkpoint(checkpoint))
     assert not (tmp_path / "trapped").exists()
 
 
@@ -132,8 +131,9 @@ def test_an_index_names_only_safetensors_of_its_folder(name: str, checkpoint: Pa
 
 def test_tensor_in_two_files_is_refused(checkpoint: Path) -> None:
     """PyTorch would load one of them, and the conversion the other."""
-    (checkpoint / INDEX).unlink()
-    shutil.copyfile(checkpoint / FIRST, checkpoint / "consolidated.safetensors")
+    shutil.copyfile(checkpoint / FIRST, checkpoint / "other.safetensors")
+    weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
+    change(checkpoint / INDEX, weight_map=weight_map | {"x": "other.safetensors"})
     assert "both hold" in check_error(checkpoint)
 
 
@@ -192,11 +192,11 @@ def test_invalid_header_is_refused(content: bytes, tmp_path: Path) -> None:
     [
         ({"num_hidden_layers": 10**9}, {}, "has 1000000000 layers"),
         ({}, {"depth": 10**9}, "has 1000000000 layers"),
-        ({"num_hidden_layers": 2**40}, {}, "invalid num_hidden_layers: 1099511627776"),
-        ({"num_attention_heads": 0}, {}, "invalid num_attention_heads: 0"),
-        ({"vocab_size": "640"}, {}, "invalid vocab_size: '640'"),
-        ({"vocab_size": True}, {}, "invalid vocab_size: True"),
-        ({"hidden_size": 128.5}, {}, "invalid hidden_size: 128.5"),
+        ({"num_hidden_layers": 2**40, "layer_types": None}, {}, "has 1099511627776 layers"),
+        ({"num_attention_heads": 0}, {}, "division or modulo by zero"),
+        ({"vocab_size": "640"}, {}, "'vocab_size' expected int, got str (value: '640')"),
+        ({"vocab_size": True}, {}, "'vocab_size' expected int, got bool (value: True)"),
+        ({"hidden_size": 128.5}, {}, "'hidden_size' expected int, got float (value: 128.5)"),
     ],
 )
 def test_impossible_size_is_refused(text: dict[str, Any], vision: dict[str, Any], part: str, checkpoint: Path) -> None:

@@ -11,14 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf2mnn.checkpoint.folder import INDEX, Checkpoint
+from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.checkpoint.preflight import check_checkpoint
+from hf2mnn.checkpoint.weight_files import INDEX
 from hf2mnn.core.errors import CheckpointError
 from prequantized_layers import write_prequantized
 from support import SHAPES_VL
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-NORM = "model.norm.weight"
+NORM, MLP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
+EMBEDDING, VISION_BIAS = "model.embed_tokens.weight", "visual.blocks.0.norm1.bias"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 
 
@@ -49,16 +51,6 @@ def remove_key(key: str) -> Callable[[Path], None]:
     return edit
 
 
-def index(name: str, file: str | None) -> Callable[[Path], None]:
-    """Return an edit that maps a tensor to `file` in the index, or removes it there."""
-
-    def edit(folder: Path) -> None:
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"] | {name: file}
-        change(INDEX, weight_map={key: value for key, value in weight_map.items() if value})(folder)
-
-    return edit
-
-
 def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     """Return an edit of the weights that also removes the index."""
 
@@ -70,6 +62,11 @@ def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
         save_file(tensors, folder / "model.safetensors")
 
     return edit
+
+
+def spoil(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    """Return an edit of one value of a tensor."""
+    return lambda tensors: tensors[name].view(-1)[3:4].fill_(value) and None
 
 
 def tokens(*added: tuple[int, str], remove: str | None = None) -> Callable[[Path], None]:
@@ -94,15 +91,12 @@ REFUSED = {
         lambda folder: (folder / SECOND).write_bytes((folder / SECOND).read_bytes()[:-1]),
         [SECOND],
     ),
-    "the index names another shard": (index(NORM, FIRST), [INDEX, f"{NORM} in {FIRST}", SECOND]),
-    "the index names a missing tensor": (index("model.x.weight", FIRST), ["model.x.weight", FIRST]),
-    "the index lacks a tensor": (index(NORM, None), [SECOND, NORM, "does not name"]),
-    "config of another width": (configure(intermediate_size=512), ["mlp.", "[256, 128]", "[512, 128]"]),
+    "config of another width": (configure(intermediate_size=512), ["mlp.down_proj", "[128, 256]", "[128, 512]"]),
     "config of another vocabulary": (configure(vocab_size=1024), ["embed_tokens", "[640, 128]", "[1024, 128]"]),
     "config of more layers": (configure(num_hidden_layers=2, layer_types=None), ["no weight for", "layers.1"]),
     "config of fewer layers": (
         edit_weights(lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.ones(2, 2)})),
-        ["model.layers.1.mlp.up_proj.weight", "the model of its config.json does not have"],
+        ["layers.1.mlp.up_proj.weight", "the model of its config.json does not have"],
     ),
     "a weight is missing": (edit_weights(lambda t: t.pop(NORM)), ["no weight for", "norm.weight"]),
     "a weight has another shape": (edit_weights(lambda t: t.update({NORM: torch.ones(64)})), [NORM, "[64]", "[128]"]),
@@ -123,9 +117,40 @@ REFUSED = {
         ["transformers cannot load the tokenizer"],
     ),
     # transformers uses 32 for the missing key, other programs the number of heads.
-    "a config without a required count": (
-        remove_key("num_key_value_heads"),
-        ["has no num_key_value_heads"],
+    "a config without a required count": (remove_key("num_key_value_heads"), ["k_proj", "[64]", "[256]"]),
+    "a config without a vision tower": (change("config.json", vision_config=None), ["visual", "of the same model"]),
+    "a sliding window": (
+        configure(use_sliding_window=True, sliding_window=64, max_window_layers=0, layer_types=None),
+        ["'sliding_atten"],
+    ),
+    "dynamic rotary positions": (
+        configure(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        ["'dynamic'"],
+    ),
+    "a quantization without its config": (
+        edit_weights(lambda t: t.update({MLP: t[MLP].to(torch.float8_e4m3fn), f"{MLP}_scale_inv": torch.ones(1)})),
+        [MLP, "dtype F8_E4M3", "no scales"],
+    ),
+    "8-bit weights without their config": (
+        edit_weights(lambda t: t.update({MLP: t[MLP].to(torch.int8), MLP.replace("weight", "SCB"): torch.ones(256)})),
+        [MLP, "dtype I8", "no scales"],
+    ),
+    "scales without their config": (
+        edit_weights(lambda t: t.update({f"{MLP}_scale": torch.ones(1)})),
+        [f"{MLP}_scale", "a quantization_config that belongs to them was removed"],
+    ),
+    "a bias that the model lacks": (
+        edit_weights(lambda t: t.update({MLP.replace("weight", "bias"): torch.ones(256)})),
+        ["mlp.up_proj.bias is not zero"],
+    ),
+    "NaN in the vision tower": (
+        edit_weights(spoil("visual.blocks.0.norm1.bias", torch.nan)),
+        ["visual.blocks.0.norm1.bias"],
+    ),
+    "infinity in a norm": (edit_weights(spoil(NORM, -torch.inf)), ["NaN or infinite", NORM]),
+    "NaN in the embedding": (
+        edit_weights(spoil("model.embed_tokens.weight", torch.nan)),
+        ["model.embed_tokens.weight"],
     ),
     "patches of another size than the engine's": (
         change("preprocessor_config.json", patch_size=16),
@@ -173,10 +198,5 @@ def test_prequantized_layers_must_match_the_config(bases: dict[bool, Path], tmp_
     write_prequantized(bases[True], tmp_path / "prequantized", "awq", old=False)
     configure(intermediate_size=512)(tmp_path / "prequantized")
     message = check_error(tmp_path / "prequantized")
-    assert "qweight of shape [256, 128]" in message
-    assert "[512, 128]" in message
-
-
-def test_no_weight_is_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("a weight was read"))
-    check_checkpoint(Checkpoint(checkpoint))
+    assert "qweight of shape [128, 256]" in message
+    assert "[128, 512]" in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +26,6 @@ def test_every_family_has_a_small_checkpoint() -> None:
     assert {shape.model_type for shape in SHAPES.values()} == set(FAMILIES)
 
 
-@pytest.mark.parametrize(
-    ("parameter", "legacy"),
-    [
-        ("model.language_model.layers.3.self_attn.q_proj.bias", "model.layers.3.self_attn.q_proj.bias"),
-        ("model.language_model.embed_tokens.weight", "model.embed_tokens.weight"),
-        ("model.language_model.norm.weight", "model.norm.weight"),
-        ("model.visual.blocks.0.attn.qkv.weight", "visual.blocks.0.attn.qkv.weight"),
-        ("model.visual.merger.mlp.2.bias", "visual.merger.mlp.2.bias"),
-    ],
-)
-def test_parameters_have_a_legacy_name(parameter: str, legacy: str) -> None:
-    """Published checkpoints of Qwen2-VL and Qwen2.5-VL have the legacy names."""
-    for name in ("qwen2_vl", "qwen2_5_vl"):
-        assert FAMILIES[name].tensor_names(parameter, tied=True) == [parameter, legacy]
-
-
-def test_a_tied_lm_head_is_the_embedding_and_an_untied_one_never_is(family: Family) -> None:
-    """An untied checkpoint without lm_head must be refused, not run with the embedding."""
-    embedding = family.tensor_names(family.embedding, tied=True)
-    assert family.tensor_names("lm_head.weight", tied=True) == embedding
-    assert family.tensor_names("lm_head.weight", tied=False) == ["lm_head.weight"]
-
-
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_folds_name_existing_modules(name: str) -> None:
     """A fold of a missing layer would be skipped silently."""
@@ -66,7 +44,6 @@ def test_folds_name_existing_modules(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ({"use_sliding_window": True}, "sliding window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         ({"num_experts": 8}, r"mixture of experts \(num_experts\)"),
@@ -85,19 +62,31 @@ def test_unsupported_features_are_refused(family: Family, text: dict[str, Any], 
 
 @pytest.mark.parametrize("rope", [{"type": "mrope"}, {"rope_type": "default"}, {"rope_type": "yarn"}, None])
 def test_the_rope_parameters_of_published_checkpoints_are_accepted(rope: dict[str, Any] | None) -> None:
-    """Published ones have {"type": "mrope"}, newly saved ones "default"; a window that is off may still have a size."""
-    config = dict.fromkeys(("image_token_id", "vision_start_token_id", "vision_end_token_id"), 1)
-    text = {"rope_parameters": rope, "use_sliding_window": False, "sliding_window": 32768}
-    FAMILIES["qwen2_vl"].check({**config, "vision_config": {}}, text)
+    """Published ones have {"type": "mrope"}, newly saved ones "default"."""
+    FAMILIES["qwen2_vl"].check({"vision_config": {}}, SOUND | {"rope_parameters": rope})
 
 
-def test_mistral_has_a_sliding_window_by_default() -> None:
-    """Its window has no switch, and is on if config.json has no size."""
-    rope = {"rope_parameters": SOUND["rope_parameters"]}
-    for text in (rope, rope | {"sliding_window": 4096}):
-        with pytest.raises(CheckpointError, match="sliding window"):
-            FAMILIES["mistral"].check({}, text)
-    FAMILIES["mistral"].check({}, SOUND)
+@pytest.mark.parametrize(
+    ("model_type", "settings", "windowed"),
+    [
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 64}, False),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}, False),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, True),
+        ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention"] * 2}, False),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 64, "no_rope_layers": [1, 0]}, True),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": None}, False),
+        ("mistral", {}, True),
+        ("mistral", {"sliding_window": 64}, True),
+        ("mistral", {"sliding_window": None}, False),
+        ("llama", {"sliding_window": 64}, False),
+    ],
+)
+def test_a_window_matters_only_in_layers_that_transformers_gives_one(
+    model_type: str, settings: dict[str, Any], windowed: bool
+) -> None:
+    config = transformers.AutoConfig.for_model(model_type, num_hidden_layers=2, **settings).to_dict()
+    with pytest.raises(CheckpointError, match="sliding_attention") if windowed else nullcontext():
+        FAMILIES[model_type].check(config, config)
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen3_next", None])

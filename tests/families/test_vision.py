@@ -153,24 +153,6 @@ def test_learned_positions_are_interpolated_as_in_transformers(height: int, widt
     assert [inputs[name].dtype for name in ("idx_tensor", "weight_tensor")] == ["i4", "f4"]
 
 
-def test_every_parameter_of_the_model_has_a_name_in_a_saved_checkpoint(
-    family: VisionFamily, model: transformers.PreTrainedModel
-) -> None:
-    """Every weight of the real class has its own tensor."""
-    names = [name for name, _ in model.named_parameters()]
-    legacy = [family.tensor_names(name, tied=False)[-1] for name in names]
-    assert len(set(legacy)) == len(names) > 30
-    if family.legacy_prefixes:
-        prefixes = ("model.layers.", "model.embed_tokens.", "model.norm.", "visual.", "lm_head.")
-        assert all(name.startswith(prefixes) for name in legacy)
-
-
-@pytest.mark.parametrize("key", ["image_token_id", "vision_start_token_id", "vision_end_token_id", "vision_config"])
-def test_a_config_that_lacks_an_id_is_refused(key: str) -> None:
-    with pytest.raises(CheckpointError, match=key):
-        FAMILIES["qwen2_vl"].check({k: v for k, v in CONFIG.items() if k != key}, CONFIG["text_config"])
-
-
 @pytest.mark.parametrize(
     ("model_type", "vision", "message"),
     [

@@ -23,11 +23,11 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from hf2mnn.checkpoint.adapter import Adapter
-from hf2mnn.checkpoint.folder import ADAPTER_FILES, Checkpoint
+from hf2mnn.checkpoint.folder import ADAPTER_FILES, Checkpoint, read_json
 from hf2mnn.checkpoint.hub.pin import load_pin
-from hf2mnn.checkpoint.model_info import model_info
-from hf2mnn.checkpoint.preflight import check_code, check_depth, check_files, check_index, check_tokenizer
+from hf2mnn.checkpoint.preflight import check_code, check_depth, check_features, check_files, check_tokenizer
 from hf2mnn.checkpoint.tensors import layout
+from hf2mnn.checkpoint.weight_files import weight_files
 from hf2mnn.config.load import load_config
 from hf2mnn.config.plan import load_plan
 from hf2mnn.core.manifest import Manifest
@@ -253,9 +253,7 @@ def test_safetensors(content: bytes, folder: Path) -> None:
     (target / "model.safetensors").write_bytes(content)
     survive(layout, target / "model.safetensors")
     checkpoint = Checkpoint(target)
-    survive(
-        lambda: (checkpoint.shards, checkpoint.headers, checkpoint.shapes(), checkpoint.prequantized_layers.check())
-    )
+    survive(lambda: (checkpoint.headers, checkpoint.shapes(), checkpoint.prequantized_layers.check()))
 
 
 @cases()
@@ -270,19 +268,16 @@ def test_safetensors(content: bytes, folder: Path) -> None:
 def test_index(content: bytes, folder: Path) -> None:
     target = folder_without(folder, INDEX)
     (target / INDEX).write_bytes(content)
-    survive(lambda: check_index(Checkpoint(target)))
+    survive(lambda: weight_files({INDEX}, lambda name: read_json(target / name), target))
 
 
 def read_checkpoint(folder: Path) -> None:
-    from hf2mnn.checkpoint.architecture import load_config as load_model_config
-
     checkpoint = Checkpoint(folder)
     check_files(checkpoint)
     checkpoint.check()
     check_code(checkpoint)
     check_depth(checkpoint)
-    model_info(checkpoint)
-    load_model_config(checkpoint)
+    check_features(checkpoint)
 
 
 @cases()

@@ -175,11 +175,11 @@ def test_a_complete_checkpoint_loads(folder: Path) -> None:
 
 def test_a_missing_weight_is_named(folder: Path) -> None:
     edit_weights(folder, lambda tensors: tensors.pop(WEIGHT))
-    with pytest.raises(CheckpointError, match=r"has no weight model\.language_model\.layers\.2\.mlp\."):
+    with pytest.raises(CheckpointError, match=r"has no weight for model\.language_model\.layers\.2\.mlp\."):
         load_model(Checkpoint(folder))
 
 
 def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
     edit_weights(folder, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT][:100].clone()}))
-    with pytest.raises(CheckpointError, match="transformers cannot build the model of"):
+    with pytest.raises(CheckpointError, match=r"of shape \[100, 256\], but its config\.json requires \[768, 256\]"):
         load_model(Checkpoint(folder))

@@ -156,7 +156,7 @@ def templated(tmp_path: Path) -> Callable[[str], Preprocessor]:
 
     def make(template: str) -> Preprocessor:
         for path in SHAPES_VL.iterdir():
-            if path.suffix == ".json":
+            if path.suffix in (".json", ".safetensors"):
                 shutil.copyfile(path, tmp_path / path.name)
         (tmp_path / "chat_template.jinja").write_text(template)
         return Preprocessor(tmp_path, model_info(Checkpoint(tmp_path)))

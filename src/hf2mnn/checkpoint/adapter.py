@@ -17,8 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf2mnn.checkpoint.folder import ADAPTER_FILES, PICKLED, Checkpoint, check_no_pointer, path_in, read_json
+from hf2mnn.checkpoint.folder import ADAPTER_FILES, HEAD, Checkpoint, check_no_pointer, path_in, read_json
 from hf2mnn.checkpoint.tensors import StoredTensor, layout
+from hf2mnn.checkpoint.weight_files import PICKLED
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.core.untrusted import time_limited
 
@@ -26,11 +27,10 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG, WEIGHTS = ADAPTER_FILES
-HEAD = "lm_head.weight"
 PREFIX, BASE = "base_model.model.", ".base_layer."
 LINEAR, EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE = "lora_magnitude_vector"
-FACTOR = re.compile(rf"(?P<module>.+)\.(?P<kind>{'|'.join(map(re.escape, (*LINEAR, *EMBEDDING, MAGNITUDE)))})")
+FACTOR = re.compile(rf"(?P<module>.+)\.(?P<kind>{'|'.join(map(re.escape, (*LINEAR, *EMBEDDING, MAGNITUDE)))})\Z")
 MERGE_WITH_PEFT = "merge it with PEFT (merge_and_unload) and convert the result"
 OTHER_MODEL = "give the adapter's base model"
 MAX_NUMBER = 1e9  # largest rank or alpha
@@ -163,11 +163,16 @@ class Adapter:
             )
         settings = self.settings
         from hf2mnn.checkpoint.architecture import meta_model  # loads torch, which takes seconds
+        from hf2mnn.checkpoint.loading import parameter_names
 
         model = meta_model(checkpoint)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        parameters = {old: name for name in shapes for old in reversed(checkpoint.family.tensor_names(name, False))}
-        factors, replacements = self._by_parameter(parameters | {name: name for name in shapes}, checkpoint.folder)
+        weights = {name: FACTOR.sub(r"\g<module>.weight", name).replace(BASE, ".") for name in self._tensors}
+        parameters = parameter_names(model, weights.values())
+        for name, weight in weights.items():
+            if parameters[weight] not in shapes:
+                raise self._error(f"holds {name}, which {checkpoint.folder} has no parameter for", OTHER_MODEL)
+        factors, replacements = self._by_parameter({name: parameters[weight] for name, weight in weights.items()})
         for parameter, (name, tensor) in replacements.items():
             self._check_shape(name, tensor, shapes[parameter])
             if (BASE in name) != (f"{parameter.rpartition('.')[0]}.weight" in factors):
@@ -193,18 +198,15 @@ class Adapter:
         tensors = {parameter: tensor for parameter, (_, tensor) in replacements.items()}
         return {name: Change(tensors.get(name), loras.get(name)) for name in shapes if name in changed}
 
-    def _by_parameter(self, parameters: dict[str, str], base: Path) -> tuple[dict[str, tuple], dict[str, tuple]]:
+    def _by_parameter(self, parameters: dict[str, str]) -> tuple[dict[str, tuple], dict[str, tuple]]:
         """Return low-rank factors (module, tensors by kind) and replacements (name, tensor) by parameter.
 
-        `parameters` maps the names of all transformers releases to current ones; modules and names are the adapter's.
+        `parameters` maps the adapter's tensors to parameters; modules and names are the adapter's.
         """
         factors, replacements = {}, {}
         for name, tensor in self._tensors.items():
-            match = FACTOR.fullmatch(name)
-            parameter = parameters.get(f"{match['module']}.weight" if match else name.replace(BASE, "."))
-            if parameter is None:
-                raise self._error(f"holds {name}, which {base} has no parameter for", OTHER_MODEL)
-            if match:
+            parameter = parameters[name]
+            if match := FACTOR.fullmatch(name):
                 module, tensors = factors.setdefault(parameter, (match["module"], {}))
                 duplicate = module != match["module"] or match["kind"] in tensors
                 tensors[match["kind"]] = tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import transformers
@@ -42,13 +43,19 @@ def load_config(checkpoint: Checkpoint) -> transformers.PreTrainedConfig:
     return config
 
 
+def load_settings(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of the model and of its decoder as transformers has them, with its defaults."""
+    config = load_config(checkpoint)
+    return config.to_dict(), config.get_text_config().to_dict()
+
+
 def model_class(checkpoint: Checkpoint) -> type[transformers.PreTrainedModel]:
     """Return the transformers class of the checkpoint's family."""
     return getattr(transformers, checkpoint.family.architecture)
 
 
 def meta_model(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
-    """Build the model of config.json with parameters on the device "meta": shapes without values."""
+    """Build the model of config.json in float32 with parameters on the device "meta": shapes without values."""
     config = load_config(checkpoint)
     with transformers_errors(checkpoint), torch.device("meta"):
-        return model_class(checkpoint)(config)
+        return model_class(checkpoint)._from_config(config, dtype=torch.float32)

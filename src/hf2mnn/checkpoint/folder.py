@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from hf2mnn.checkpoint.prequantized import QWEIGHT, WEIGHT, PrequantizedLayers, PrequantizedLinear, Quantization
+from hf2mnn.checkpoint.prequantized import QWEIGHT, PrequantizedLayers, PrequantizedLinear, Quantization
 from hf2mnn.checkpoint.tensors import Layout, StoredTensor, layout
+from hf2mnn.checkpoint.weight_files import INDICES, used_files, weight_files
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.core.untrusted import path_inside
 from hf2mnn.core.untrusted import read_json as read_untrusted
@@ -19,18 +21,19 @@ from hf2mnn.families import Family, get_family
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"
 """Folder of chat templates by name, the only one that transformers reads inside a checkpoint."""
 FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "chat_template.json", "chat_template.jinja", f"{TEMPLATES}/*.jinja", INDEX, "*.safetensors"),
+    *("merges.txt", "chat_template.json", "chat_template.jinja", f"{TEMPLATES}/*.jinja", f"*{INDICES}"),
+    "*.safetensors",
 )
-"""The only files that stages read. Nothing else is downloaded or linked, so no code of a repository arrives."""
+"""The only files that stages read; of weights, those of `weight_files`. Nothing else is downloaded or linked, so no
+code of a repository arrives."""
+HEAD = "lm_head.weight"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files of a LoRA adapter, in a folder of its own."""
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # suffixes of pickled weights: loading them runs code
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -71,9 +74,17 @@ def check_no_pointer(path: Path) -> None:
 
 
 def checkpoint_files(folder: str | Path | None, patterns: Sequence[str] = FILES) -> list[str]:
-    """Return the files of a local checkpoint that stages read; none for None or a missing folder."""
+    """Return the files of a local checkpoint that stages read; none for None or a missing folder.
+
+    Where the files of the weights are unknown, all are returned: the fetch stage reports what is wrong.
+    """
     root = Path(folder) if folder else None
-    return sorted({str(path) for pattern in patterns for path in root.glob(pattern)}) if root else []
+    paths = {path for pattern in patterns for path in root.glob(pattern)} if root else set()
+    names = {path.relative_to(root).as_posix() for path in paths}
+    if patterns is FILES:
+        with suppress(CheckpointError):
+            names = used_files(names, lambda name: read_json(root / name), root)
+    return sorted(str(root / name) for name in names)
 
 
 class Checkpoint:
@@ -104,38 +115,20 @@ class Checkpoint:
 
     @cached_property
     def family(self) -> Family:
-        """Architecture of the model, checked for unsupported features."""
-        family = get_family(self.config.get("model_type"), self.folder / "config.json")
-        family.check(self.config, self.text_config)
-        return family
+        """Architecture of the model."""
+        return get_family(self.config.get("model_type"), self.folder / "config.json")
 
     @cached_property
-    def tied(self) -> bool:
-        """Whether lm_head shares the weight of the embedding."""
-        return bool(self.config.get("tie_word_embeddings") or self.text_config.get("tie_word_embeddings"))
-
-    @cached_property
-    def shards(self) -> dict[str, Path]:
-        """Safetensors file of each tensor."""
-        return {name: tensor.path for name, tensor in self.headers.items()}
-
     @cached_property
     def headers(self) -> dict[str, Layout]:
-        """Header entries of all tensors, by name."""
-        if (self.folder / INDEX).exists():
-            weight_map = read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise CheckpointError(f"{self.folder}/{INDEX} has no weight_map; download it again")
-            names = sorted(set(weight_map.values()))
-        else:
-            names = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        if not names:
-            raise CheckpointError(f"{self.folder} has no *.safetensors: {self._convert_pickled()}")
+        """Header entries of all tensors in the files of the weights, by name."""
+        names = {path.name for path in self.folder.iterdir()} if self.config else set()
+        index, files = weight_files(names, lambda name: read_json(self.folder / name), self.folder)
         tensors: dict[str, Layout] = {}
-        for name in names:
-            path = self._shard(name)
+        for name in files:
+            path = path_in(self.folder, name, str(self.folder / index if index else self.folder))
             if not path.is_file():
-                raise CheckpointError(f"{path} is missing, but {INDEX} names it; download it again")
+                raise CheckpointError(f"{path} is missing, but {index} names it; download it again")
             check_no_pointer(path)
             stored = layout(path)
             if duplicates := tensors.keys() & stored:
@@ -146,29 +139,6 @@ class Checkpoint:
                 )
             tensors |= stored
         return tensors
-
-    def _convert_pickled(self) -> str:
-        """Return the advice for a checkpoint without safetensors."""
-        names = (path.name for path in self.folder.iterdir() if path.suffix in PICKLED)
-        pickled = min(names, default="pytorch_model.bin")
-        return (
-            f"download them; pickled weights ({pickled}) can run code and are never read, so convert those that you"
-            " trust with transformers'"
-            " AutoModelForImageTextToText.from_pretrained(FOLDER, weights_only=True).save_pretrained(NEW)"
-        )
-
-    def _shard(self, name: str) -> Path:
-        """Return the path of a file that the index names; CheckpointError unless it is one of this folder."""
-        index = self.folder / INDEX
-        if name.endswith(PICKLED):
-            raise CheckpointError(f"{index} names {name}, not a safetensors file: {self._convert_pickled()}")
-        try:
-            path = path_inside(self.folder, name)
-        except ValueError as error:
-            raise CheckpointError(f"{index} names a file that is not read: {error}; download it again") from None
-        if path.parent != self.folder or path.suffix != ".safetensors":
-            raise CheckpointError(f"{index} names {name!r}, not a safetensors file of its folder; download it again")
-        return path
 
     @cached_property
     def quantization(self) -> Quantization | None:
@@ -181,18 +151,26 @@ class Checkpoint:
         """Reader of the prequantized layers."""
         return PrequantizedLayers(self.folder, self.quantization, self.headers)
 
-    def find(self, parameter: str) -> str:
-        """Return the checkpoint's own name of a parameter of the transformers model: names differ between releases.
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Name of the stored tensor of each parameter of the transformers model; see `map_parameters`."""
+        from hf2mnn.checkpoint.loading import map_parameters  # loads torch, which takes seconds
 
-        For a prequantized layer, return the name of its qweight.
-        """
-        for name in self.family.tensor_names(parameter, self.tied):
-            for stored in (name, name.removesuffix(WEIGHT) + QWEIGHT):
-                if stored in self.shards:
-                    return stored
-        raise CheckpointError(
-            f"{self.folder} has no weight for {parameter}; its safetensors and config.json are not of the same model"
-        )
+        return map_parameters(self)
+
+    @property
+    def tied(self) -> bool:
+        """Whether lm_head shares the weight of the embedding."""
+        return self.find(HEAD) == self.find(self.family.embedding)
+
+    def find(self, parameter: str) -> str:
+        """Return the name of the stored tensor of a parameter, of a prequantized layer that of its qweight."""
+        if parameter not in self.names:
+            raise CheckpointError(
+                f"{self.folder} has no weight for {parameter}; its safetensors and config.json are not of the same"
+                " model"
+            )
+        return self.names[parameter]
 
     def prequantized(self, parameter: str) -> PrequantizedLinear | None:
         """Read a prequantized weight as stored; return None for a floating-point one."""
@@ -203,34 +181,22 @@ class Checkpoint:
         """Return where a floating-point weight is stored; None for a prequantized one or an unsupported dtype."""
         return self.headers[self.find(parameter)].stored()
 
-    def shape(self, parameter: str) -> tuple[int, ...]:
-        """Return the shape of a weight from the file's header."""
-        name = self.find(parameter)
-        if name.endswith(QWEIGHT):
-            return self.prequantized_layers.shape(name.removesuffix(QWEIGHT))
-        return self.headers[name].shape
-
     def shapes(self) -> list[tuple[int, ...]]:
         """Return the shapes of all stored tensors from the files' headers; bit-packed tensors as stored."""
         return [tensor.shape for tensor in self.headers.values()]
 
-    def check_shape(self, parameter: str, expected: Sequence[int]) -> None:
-        """Raise CheckpointError where the checkpoint and the model have different shapes for a parameter."""
-        if (shape := self.shape(parameter)) != tuple(expected):
-            raise CheckpointError(
-                f"{self.folder} has {self.find(parameter)} of shape {list(shape)}, but its config.json requires"
-                f" {list(expected)}; config and weights are not of the same model"
-            )
-
-    def tensor(self, parameter: str) -> torch.Tensor:
-        """Read one weight: a prequantized one dequantized exactly to float32, any other in its stored dtype."""
-        if linear := self.prequantized(parameter):
+    def read(self, name: str) -> torch.Tensor:
+        """Read a stored tensor: a qweight as its layer's weight, exactly in float32, any other in its stored dtype."""
+        if name.endswith(QWEIGHT):
             import torch
 
-            return torch.from_numpy(linear.dequantize())
-        name = self.find(parameter)
-        with safe_open(self.shards[name], "pt") as tensors:
+            return torch.from_numpy(self.prequantized_layers.read(name.removesuffix(QWEIGHT)).dequantize())
+        with safe_open(self.headers[name].path, "pt") as tensors:
             return tensors.get_tensor(name)
+
+    def tensor(self, parameter: str) -> torch.Tensor:
+        """Read the weight of a parameter, as `read`."""
+        return self.read(self.find(parameter))
 
     def check(self) -> None:
         """Raise CheckpointError for a missing, incomplete or unsupported file; the model is not built."""

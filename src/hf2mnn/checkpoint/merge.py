@@ -13,13 +13,13 @@ from dataclasses import replace
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from hf2mnn.checkpoint.adapter import HEAD, Change, Lora
-from hf2mnn.checkpoint.folder import INDEX, Checkpoint, read_json
+from hf2mnn.checkpoint.adapter import Change, Lora
+from hf2mnn.checkpoint.folder import HEAD, Checkpoint, read_json
 from hf2mnn.checkpoint.size import check_disk
 from hf2mnn.checkpoint.tensors import Layout, StoredTensor, file_header, layout
 from hf2mnn.core.errors import CheckpointError
@@ -108,14 +108,14 @@ def _changed_tensors(checkpoint: Checkpoint, changes: dict[str, Change]) -> dict
     shards: dict[str, dict[str, _Output]] = {}
     for parameter, change in changes.items():
         name = checkpoint.find(parameter)
-        base, shard = change.replacement or checkpoint.stored(parameter), checkpoint.shards[name]
+        base, shard = change.replacement or checkpoint.stored(parameter), checkpoint.headers[name].path
         if base is None:
             raise CheckpointError(
                 f"{shard} holds {name} with a dtype to which no adapter can be added; save the checkpoint as float32,"
                 " float16 or bfloat16"
             )
         if parameter == HEAD:  # from now on a tensor of its own, even if it was tied
-            name, shard = HEAD, checkpoint.shards.get(HEAD, shard)
+            name, shard = HEAD, checkpoint.headers[HEAD].path if HEAD in checkpoint.headers else shard
         # Resolve now: links are replaced while tensors are read, and lm_head may come from the embedding's shard.
         base = replace(base, path=base.path.resolve())
         content = _merged_bytes(name, base, change.lora)
@@ -123,31 +123,23 @@ def _changed_tensors(checkpoint: Checkpoint, changes: dict[str, Change]) -> dict
     return shards
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _untie(folder: Path, shard: str) -> None:
-    """Record that lm_head, now stored in `shard`, is not tied to the embedding."""
+def _untie(folder: Path) -> None:
+    """Record that lm_head, now a tensor of its own, is not tied to the embedding."""
     config = read_json(folder / "config.json")
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             part["tie_word_embeddings"] = False
-    _write_json(folder / "config.json", config)
-    if (folder / INDEX).exists():
-        index = read_json(folder / INDEX)
-        index["weight_map"][HEAD] = shard
-        _write_json(folder / INDEX, index)
+    with atomic_file(folder / "config.json") as partial:
+        partial.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def merge(checkpoint: Checkpoint, changes: dict[str, Change], folder: Path) -> dict[str, Path]:
     """Write the changed shards of `checkpoint` into `folder`, in place of links; return the original files by name.
 
-    If a tied lm_head becomes a tensor of its own, config.json and the index change as well. Raise CheckpointError if
+    If a tied lm_head becomes a tensor of its own, config.json changes as well. Raise CheckpointError if
     the disk is too small, or a merged weight is not finite.
     """
-    old = {path.name: path.resolve() for path in checkpoint.shards.values()}
+    old = {path.name: path.resolve() for path in {tensor.path for tensor in checkpoint.headers.values()}}
     shards = {}
     for shard, changed in _changed_tensors(checkpoint, changes).items():
         unchanged = {
@@ -169,5 +161,5 @@ def merge(checkpoint: Checkpoint, changes: dict[str, Change], folder: Path) -> d
     originals = {shard: old[shard] for shard in sorted(shards)}
     if checkpoint.tied and HEAD in changes:
         originals["config.json"] = (checkpoint.folder / "config.json").resolve()
-        _untie(folder, next(shard for shard, tensors in shards.items() if any(t.name == HEAD for t in tensors)))
+        _untie(folder)
     return originals

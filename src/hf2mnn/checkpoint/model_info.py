@@ -47,7 +47,9 @@ def check_model_info(info: dict[str, Any], source: object) -> None:
 
 def model_info(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the contents of model.json for a checkpoint; CheckpointError for a missing or invalid value."""
-    config, text, family = checkpoint.config, checkpoint.text_config, checkpoint.family
+    from hf2mnn.checkpoint.architecture import load_settings  # loads torch, which takes seconds
+
+    (config, text), family = load_settings(checkpoint), checkpoint.family
     heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
     divisible = type(heads) is int and type(hidden) is int and heads > 0
     info = {

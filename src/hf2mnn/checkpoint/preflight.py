@@ -1,26 +1,24 @@
-"""Check a checkpoint's headers and JSON files before any expensive stage runs.
-
-No weights are read, except the scales, zero points and biases of prequantized layers.
-"""
+"""Check a checkpoint before any expensive stage runs: its JSON files, its headers, and at last its weights' values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from hf2mnn.checkpoint.architecture import load_settings
 from hf2mnn.checkpoint.facts import SETTINGS, asking_transformers, chat_template, load_image_processor, read_object
-from hf2mnn.checkpoint.folder import INDEX, Checkpoint, check_no_pointer, checkpoint_files, path_in, read_json
-from hf2mnn.checkpoint.model_info import COUNTS, model_info
-from hf2mnn.checkpoint.prequantized import QWEIGHT, WEIGHT
+from hf2mnn.checkpoint.folder import Checkpoint, check_no_pointer, checkpoint_files, path_in
+from hf2mnn.checkpoint.model_info import model_info
+from hf2mnn.checkpoint.tensors import EXPONENTS, is_finite
 from hf2mnn.checkpoint.tokenizer import load_tokenizer
 from hf2mnn.core.errors import CheckpointError
+from hf2mnn.core.progress import BYTES, progress
 from hf2mnn.families.vision import BUILT_IN, VisionFamily
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from hf2mnn.machine.hardware import cores
 
 CODE = "auto_map"
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -68,14 +66,20 @@ def check_code(checkpoint: Checkpoint) -> None:
 
 
 def check_depth(checkpoint: Checkpoint) -> None:
-    """Check that config.json has no more layers than there are tensors, before the architecture is built."""
-    info = model_info(checkpoint)
-    for key in ("num_hidden_layers", "vision_depth"):
-        if info.get(key, 0) > len(checkpoint.shards):
-            raise CheckpointError(
-                f"config.json of {checkpoint.folder} has {info[key]} layers, and its safetensors have"
-                f" {len(checkpoint.shards)} tensors; {MISMATCH}"
-            )
+    """Check that config.json has no more layers than there are tensors, before transformers makes a list of them."""
+    for part in _json_objects(checkpoint.config):
+        for key in ("num_hidden_layers", "depth"):
+            layers = part.get(key)
+            if type(layers) is int and layers > len(checkpoint.headers):
+                raise CheckpointError(
+                    f"config.json of {checkpoint.folder} has {layers} layers, and its safetensors have"
+                    f" {len(checkpoint.headers)} tensors; {MISMATCH}"
+                )
+
+
+def check_features(checkpoint: Checkpoint) -> None:
+    """Check that the model has no feature that would be converted wrongly."""
+    checkpoint.family.check(*load_settings(checkpoint))
 
 
 def check_images(checkpoint: Checkpoint) -> None:
@@ -83,7 +87,7 @@ def check_images(checkpoint: Checkpoint) -> None:
     family = checkpoint.family
     if not isinstance(family, VisionFamily):
         return
-    info, vision = model_info(checkpoint), checkpoint.config["vision_config"]
+    info, vision = model_info(checkpoint), load_settings(checkpoint)[0]["vision_config"]
     for key, value in {**BUILT_IN, "patch_size": family.patch_size}.items():
         if info[key] != value:
             raise CheckpointError(
@@ -120,58 +124,24 @@ def check_image_settings(checkpoint: Checkpoint) -> None:
         )
 
 
-def check_index(checkpoint: Checkpoint) -> None:
-    """Check that the index names exactly the tensors of the shards."""
-    path = checkpoint.folder / INDEX
-    if not path.exists():
-        return
-    shards, weight_map = checkpoint.shards, read_json(path)["weight_map"]  # `shards` has validated the index
-    for name, file in sorted(weight_map.items()):
-        if name not in shards:
-            raise CheckpointError(f"{path} names {name} in {file}, which does not hold it; {MISMATCH}")
-        if shards[name].name != file:
-            raise CheckpointError(
-                f"{path} names {name} in {file}, but {shards[name].name} holds it; download both again"
-            )
-    if unnamed := shards.keys() - weight_map.keys():
-        name = min(unnamed)
-        raise CheckpointError(f"{shards[name]} holds {name}, which {path} does not name; {MISMATCH}")
-
-
-def check_defaults(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
-    """Check that values missing in config.json have the same default here and in `config`, loaded by transformers."""
-    text, info = config.get_text_config(), model_info(checkpoint)
-    loaded = {key: getattr(text, key, None) for key in COUNTS}
-    loaded["tie_word_embeddings"] = bool(config.tie_word_embeddings)
-    for key, value in loaded.items():
-        if value is not None and value != info[key]:
-            raise CheckpointError(
-                f"config.json of {checkpoint.folder} has no {key}: transformers uses {value}, and {info[key]} is usual;"
-                " add it to the file"
-            )
-    if kinds := set(getattr(text, "layer_types", None) or ()) - {"full_attention"}:
-        raise CheckpointError(
-            f"config.json of {checkpoint.folder} has no layer_types, and transformers uses {min(kinds)} for some"
-            " layers, which is not supported; add layer_types to the file"
-        )
-
-
 def check_weights(checkpoint: Checkpoint) -> None:
-    """Check that every parameter of the architecture is stored in its shape, and no unknown weight besides."""
-    from hf2mnn.checkpoint.architecture import meta_model  # loads torch, which takes seconds
+    """Check that transformers finds every parameter of the architecture, and drops no weight."""
+    _ = checkpoint.names
 
-    model = meta_model(checkpoint)
-    check_defaults(checkpoint, model.config)
-    parameters = model.state_dict()
-    for parameter, value in parameters.items():
-        checkpoint.check_shape(parameter, value.shape)
-    used = {checkpoint.find(parameter) for parameter in parameters}
-    # Other tensors are harmless: biases that GPTQ writes for every layer, rotary tables, a tied lm_head.
-    for name in sorted(checkpoint.shards.keys() - used):
-        if name.endswith((WEIGHT, QWEIGHT)) and name != "lm_head.weight":
-            raise CheckpointError(
-                f"{checkpoint.folder} holds {name}, which the model of its config.json does not have; {MISMATCH}"
-            )
+
+def check_values(checkpoint: Checkpoint) -> None:
+    """Check that no weight has NaN or infinite values; of prequantized layers, `Checkpoint.check` reads the scales."""
+    used = {name: checkpoint.headers[name] for name in sorted(set(checkpoint.names.values()))}
+    tensors = {name: tensor for name, tensor in used.items() if tensor.dtype in EXPONENTS}
+    size = sum(tensor.size for tensor in tensors.values())
+    with progress("checking weights", size, BYTES) as bar, ThreadPoolExecutor(cores()) as pool:
+        for name, finite in zip(tensors, pool.map(is_finite, tensors.values()), strict=True):
+            if not finite:
+                raise CheckpointError(
+                    f"{tensors[name].path} has NaN or infinite values in {name}, with which every answer is wrong;"
+                    " download it again, or take another checkpoint"
+                )
+            bar.update(tensors[name].size)
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -180,23 +150,21 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
     A vocabulary larger than the tokenizer is common: rows of the embedding are padded.
     """
     tokens = {number: text for text, number in load_tokenizer(checkpoint.folder).get_vocab().items()}
-    largest = max(tokens, default=0)
-    info = model_info(checkpoint)
-    rows = info["vocab_size"]
-    if largest >= rows:
+    largest, (config, text) = max(tokens, default=0), load_settings(checkpoint)
+    if largest >= text["vocab_size"]:
         raise CheckpointError(
             f"the tokenizer of {checkpoint.folder} has the token {tokens[largest]!r} with id {largest}, but the model's"
-            f" vocabulary has {rows}; {MISMATCH}"
+            f" vocabulary has {text['vocab_size']}; {MISMATCH}"
         )
-    for key, text in checkpoint.family.special_tokens.items():
-        number = checkpoint.config[key]
-        if tokens.get(number) != text:
-            token = repr(tokens[number]) if number in tokens else "no token"
+    for key, token in checkpoint.family.special_tokens.items():
+        number = config[key]
+        if tokens.get(number) != token:
+            actual = repr(tokens[number]) if number in tokens else "no token"
             raise CheckpointError(
-                f"config.json of {checkpoint.folder} has {key} {number}, which is {token} of the tokenizer,"
-                f" not {text!r}; {MISMATCH}"
+                f"config.json of {checkpoint.folder} has {key} {number}, which is {actual} of the tokenizer, not"
+                f" {token!r}; {MISMATCH}"
             )
-    for number in info["stop_ids"]:
+    for number in model_info(checkpoint)["stop_ids"]:
         if number not in tokens:
             raise CheckpointError(
                 f"{checkpoint.folder} has eos_token_id {number}, which the tokenizer does not have; {MISMATCH}"
@@ -204,9 +172,8 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> None:
-    """Check everything that does not need the weights; CheckpointError for the first fault."""
-    cheap_checks = (check_files, check_code, Checkpoint.check, check_depth, check_images, check_index)
-    # The last one builds the model, without its weights.
-    for check in (*cheap_checks, check_image_settings, check_tokenizer, check_weights):
+    """Check everything, cheap checks first; CheckpointError for the first fault."""
+    cheap = (check_files, check_code, Checkpoint.check, check_depth, check_features, check_images, check_image_settings)
+    for check in (*cheap, check_tokenizer, check_weights, check_values):
         check(checkpoint)
     chat_template(checkpoint.folder)

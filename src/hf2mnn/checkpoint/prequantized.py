@@ -236,16 +236,3 @@ class PrequantizedLayers:
         """Check every layer as `read` does, without reading its qweight."""
         for layer in self.names:
             self._checked(layer)
-
-    def check_biases(self, used: set[str]) -> None:
-        """Raise CheckpointError for a bias that is neither zero nor in `used`, the tensors that the model uses.
-
-        AutoGPTQ stores a bias for every layer, zeros where the model has none.
-        """
-        for layer in self.names:
-            bias = f"{layer}.bias"
-            if bias in self.tensors and bias not in used and np.count_nonzero(self._tensor(bias)):
-                raise self._error(
-                    f"{bias} is not zero, but the model of config.json has no bias there; config and weights are not of"
-                    " the same model"
-                )

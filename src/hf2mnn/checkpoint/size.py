@@ -37,7 +37,8 @@ def _size_of_folder(folder: Path) -> Size:
     for name, tensor in checkpoint.headers.items():
         bit_packed = checkpoint.quantization and name.endswith(QWEIGHT)
         weights += prod(tensor.shape) * (32 // checkpoint.quantization.bits if bit_packed else 1)
-    return Size(float(weights), float(checkpoint.text_config["vocab_size"] * checkpoint.text_config["hidden_size"]))
+    text = checkpoint.text_config  # as stored: transformers' own settings would take seconds
+    return Size(float(weights), float(text["vocab_size"] * text["hidden_size"]))
 
 
 def model_size(path: str | None, pin: str | None) -> Size:

@@ -23,6 +23,7 @@ from hf2mnn.core.untrusted import parse_json
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """Supported weight dtypes, by their names in safetensors."""
+BLOCK = 1 << 21  # bytes that are checked at a time, few enough for a core's cache
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,28 @@ class Layout:
         """Return the tensor, or None if its dtype is not one of `FLOATS`."""
         dtype = FLOATS.get(self.dtype)
         return StoredTensor(self.path, dtype, self.shape, self.offset) if dtype else None
+
+
+EXPONENTS = {
+    "F64": np.uint64(0x7FF0_0000_0000_0000),
+    "F32": np.uint32(0x7F80_0000),
+    "F16": np.uint16(0x7C00),
+    "BF16": np.uint16(0x7F80),
+}
+"""Bits of the exponent in the floating-point dtypes of safetensors; NaN and infinity have all of them."""
+
+
+def is_finite(tensor: Layout) -> bool:
+    """Return whether a tensor of a dtype of `EXPONENTS` has neither NaN nor infinite values."""
+    exponent = EXPONENTS[tensor.dtype]
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
+        for begin in range(0, tensor.size, BLOCK):
+            words = np.fromfile(file, exponent.dtype, min(BLOCK, tensor.size - begin) // exponent.itemsize)
+            words &= exponent
+            if words.max() == exponent:
+                return False
+    return True
 
 
 def layout(path: Path) -> dict[str, Layout]:

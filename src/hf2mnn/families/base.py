@@ -57,10 +57,9 @@ class Family:
     image_placeholder = ""  # text that the chat template writes for an image
     image_token = video_token = ""  # text of the tokens for which transformers puts media, whoever wrote them
     decoder = "model"  # module without lm_head
-    legacy_prefixes: ClassVar[tuple[tuple[str, str], ...]] = ()  # of parameter names, with those in old checkpoints
     position_rows = 1  # rows of the position ids: 3 with M-RoPE
     deepstack_layers = 0  # decoder layers after which features of the vision tower are added (Qwen3-VL)
-    window_by_default = False  # a sliding window has no switch (Mistral); else it may be off and still have a size
+    window_in_all_layers = False  # a sliding window has no layer_types (Mistral)
     # Types whose frequencies do not depend on the sequence length.
     rope_types: ClassVar[frozenset[str]] = frozenset({"default", "linear", "llama3", "yarn"})
 
@@ -70,15 +69,16 @@ class Family:
         return f"{self.decoder}.embed_tokens.weight"
 
     def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:
-        """Raise CheckpointError if config.json is invalid or has a feature that would be converted wrongly."""
+        """Raise CheckpointError if the model has a feature that would be converted wrongly.
+
+        `config` and `text_config` are the settings that transformers has for the model and for its decoder.
+        """
         if experts := [key for key in EXPERT_KEYS if text_config.get(key)]:
             raise self._unsupported(f"a mixture of experts ({experts[0]})")
-        window = text_config.get("use_sliding_window")
-        if window or (self.window_by_default and text_config.get("sliding_window", 4096) is not None):
-            raise self._unsupported("sliding window attention")
-        types = text_config.get("layer_types") or []
-        others = sorted({str(name) for name in types} - {"full_attention"}) if isinstance(types, list) else [types]
-        if others:
+        types = set(text_config.get("layer_types") or ())
+        if self.window_in_all_layers and text_config.get("sliding_window") is not None:
+            types.add("sliding_attention")
+        if others := sorted(types - {"full_attention"}):
             raise self._unsupported(f"layers of type {others[0]!r}")
         rope = text_config.get("rope_parameters") or text_config.get("rope_scaling") or {}
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
@@ -96,15 +96,6 @@ class Family:
 
     def _faulty_config(self, fault: str) -> CheckpointError:
         return CheckpointError(f"config.json of this {self.model_type} checkpoint has {fault}; download it again")
-
-    def tensor_names(self, parameter: str, tied: bool) -> list[str]:
-        """Return the names of a parameter in checkpoints, newest first; `tied` if lm_head is the embedding."""
-        if parameter == "lm_head.weight":
-            return self.tensor_names(self.embedding, tied) if tied else ["lm_head.weight"]
-        for prefix, legacy in self.legacy_prefixes:
-            if parameter.startswith(prefix):
-                return [parameter, legacy + parameter.removeprefix(prefix)]
-        return [parameter]
 
     def language_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """Return the decoder without lm_head."""

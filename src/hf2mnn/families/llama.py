@@ -15,4 +15,4 @@ class Mistral(Family):
 
     model_type = "mistral"
     architecture = "MistralForCausalLM"
-    window_by_default = True
+    window_in_all_layers = True

@@ -23,7 +23,6 @@ class Qwen3VL(VisionFamily):
 
     model_type = "qwen3_vl"
     architecture = "Qwen3VLForConditionalGeneration"
-    legacy_prefixes = ()
     patch_size = QWEN3_VL_PATCH_SIZE
     identical_blocks = False
     mlp_input_layers: ClassVar = ("linear_fc1",)

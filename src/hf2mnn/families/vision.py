@@ -36,8 +36,6 @@ class VisionFamily(Family):
         "vision_end_token_id": "<|vision_end|>",
     }
     decoder, vision = "model.language_model", "model.visual"  # modules; the second with its projector
-    # transformers 4.52 moved these modules into `model`; published checkpoints are older.
-    legacy_prefixes = (("model.language_model.", "model."), ("model.visual.", "visual."))
     position_rows = 3
     rope_types = Family.rope_types | {"mrope"}
     patch_size = PATCH_SIZE
@@ -51,14 +49,6 @@ class VisionFamily(Family):
         "attention_mask": {1: "patches", 2: "patches"},
     }
     full_attention_blocks: str | None = None  # attribute of the tower: indices of blocks with full attention; None: all
-
-    def check(self, config: dict[str, Any], text_config: dict[str, Any]) -> None:
-        """Check that all features are supported, and that the keys of image input are there."""
-        super().check(config, text_config)
-        if missing := [key for key in (*self.special_tokens, "vision_config") if key not in config]:
-            raise self._faulty_config(f"no {missing[0]}")
-        if not isinstance(config["vision_config"], dict):
-            raise self._faulty_config(f"an invalid vision_config: {config['vision_config']!r}")
 
     def model_info(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the family's entries of model.json: token ids, and the depth of the vision tower."""

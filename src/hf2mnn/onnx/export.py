@@ -30,8 +30,9 @@ import onnx
 import onnx_ir as ir
 from onnx.external_data_helper import uses_external_data
 
-from hf2mnn.checkpoint.architecture import load_config, transformers_errors
+from hf2mnn.checkpoint.architecture import transformers_errors
 from hf2mnn.checkpoint.folder import Checkpoint, checkpoint_files
+from hf2mnn.checkpoint.loading import resolved_config
 from hf2mnn.checkpoint.model_info import model_info
 from hf2mnn.core.errors import ExportError
 from hf2mnn.families import VisionFamily
@@ -73,7 +74,7 @@ def check_graph(path: Path) -> None:
 def export_graphs(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the graphs, model.json, and the checkpoint's configuration and tokenizer files."""
     checkpoint.check()
-    config = load_config(checkpoint)
+    config = resolved_config(checkpoint)
     family, info = checkpoint.family, model_info(checkpoint)
     with transformers_errors(checkpoint):
         build_fake(config, family)

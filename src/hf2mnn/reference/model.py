@@ -17,8 +17,9 @@ from safetensors import safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.initialization import no_init_weights
 
-from hf2mnn.checkpoint.architecture import load_config, model_class, transformers_errors
+from hf2mnn.checkpoint.architecture import model_class, transformers_errors
 from hf2mnn.checkpoint.folder import Checkpoint
+from hf2mnn.checkpoint.loading import resolved_config
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.machine.hardware import available_memory
 
@@ -75,19 +76,18 @@ def _skip_matrix_allocation() -> AbstractContextManager:
 def _map_matrices(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Map the weights of linear layers and embeddings of a model that was built under `_skip_matrix_allocation`.
 
-    A tied lm_head shares the mapping of the embedding. A missing weight or another shape is a CheckpointError.
+    A tied lm_head shares the mapping of the embedding.
     """
     modules = {name: module for name, module in model.named_modules() if type(module) in MAPPED_CLASSES}
     sizes = [module.weight.numel() for module in modules.values() if isinstance(module, torch.nn.Linear)]
     buffer = torch.empty(max(sizes, default=0))
     # One mapping for each file: safe_open maps the whole file.
-    files = {path: safe_open(path, "pt") for path in set(checkpoint.shards.values())}
+    files = {path: safe_open(path, "pt") for path in {tensor.path for tensor in checkpoint.headers.values()}}
     for name, module in modules.items():
-        checkpoint.check_shape(f"{name}.weight", module.weight.shape)
         stored = checkpoint.find(f"{name}.weight")
         del module._parameters["weight"]
         module.__class__ = MAPPED_CLASSES[type(module)]
-        module.stored, module.buffer = files[checkpoint.shards[stored]].get_tensor(stored), buffer
+        module.stored, module.buffer = files[checkpoint.headers[stored].path].get_tensor(stored), buffer
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def _load_tensors(checkpoint: Checkpoint) -> torch.nn.Module:
     For AWQ and GPTQ checkpoints, transformers needs kernels of other packages, most of which run in float16 on a GPU.
     Here the model has the exact float32 values of their quantized weights.
     """
-    config, mapped = load_config(checkpoint), not checkpoint.quantization
+    config, mapped = resolved_config(checkpoint), not checkpoint.quantization
     with _skip_matrix_allocation() if mapped else nullcontext(), transformers_errors(checkpoint), no_init_weights():
         model = model_class(checkpoint)._from_config(config, dtype=torch.float32)
         if (checkpoint.folder / "generation_config.json").exists():
@@ -117,12 +117,8 @@ def _load_tensors(checkpoint: Checkpoint) -> torch.nn.Module:
     model.tie_weights()
     if mapped:
         _map_matrices(model, checkpoint)
-    parameters = model.state_dict()
-    for parameter, value in parameters.items():
-        checkpoint.check_shape(parameter, value.shape)
+    for parameter, value in model.state_dict().items():
         value.copy_(checkpoint.tensor(parameter))
-    if not mapped:
-        checkpoint.prequantized_layers.check_biases({checkpoint.find(parameter) for parameter in parameters})
     return model
 
 
@@ -148,18 +144,11 @@ def choose_weight_storage(checkpoint: Checkpoint, weights: str, reserved: int = 
 def load_model(checkpoint: Checkpoint, weights: str = "resident") -> torch.nn.Module:
     """Load the model in float32 and evaluation mode; `choose_weight_storage` explains `weights`.
 
-    Raise CheckpointError if a weight is missing (transformers would initialize it at random), has another shape, or has
-    an unsupported quantization.
+    Raise CheckpointError for weights that transformers would load wrongly; see `map_parameters`.
     """
+    _ = checkpoint.names
     if checkpoint.quantization or weights == "mapped":
         return _load_tensors(checkpoint).eval()
     with transformers_errors(checkpoint):
-        model, report = model_class(checkpoint).from_pretrained(
-            checkpoint.folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True
-        )
-    if report["missing_keys"]:
-        raise CheckpointError(
-            f"{checkpoint.folder} has no weight {min(report['missing_keys'])}: its safetensors files do not fit its"
-            " config.json; download it again"
-        )
+        model = model_class(checkpoint).from_pretrained(checkpoint.folder, dtype=torch.float32, use_safetensors=True)
     return model.eval()

@@ -21,6 +21,7 @@ from hf2mnn.reference.examples import Example
 from hf2mnn.reference.golden import ACTIVATIONS, EXAMPLES, PROBES, TENSORS, Golden, GoldenExample, ImageInput
 from hf2mnn.reference.model import choose_weight_storage, load_model
 from hf2mnn.reference.prompts import Preprocessor, check_markers
+from hf2mnn.reference.proof import prove
 from hf2mnn.reference.tap_recorder import record_tap_points
 from hf2mnn.reference.tasks import score_answer
 
@@ -161,7 +162,7 @@ def write_reference(
     weights: str,
 ) -> dict[str, Any]:
     """Answer examples, write the files that `Golden` reads, and return the results; `originals` are images by name."""
-    logits = 4 * len(examples) * max_new_tokens * checkpoint.text_config["vocab_size"]
+    logits = 4 * len(examples) * max_new_tokens * model_info(checkpoint)["vocab_size"]
     reference = ReferenceModel(checkpoint, max_new_tokens, weights, reserved=logits)
     preprocessor, tensors, inputs, answered = reference.preprocessor, {}, {}, []
     for name, original in steps("PyTorch image embeddings", originals.items(), "images"):
@@ -180,6 +181,9 @@ def write_reference(
     # The shortest example without images, and of those with the fewest images; the last of a kind is kept.
     ordered = sorted(answered, key=lambda e: (len(e.images), len(e.input_ids), e.id), reverse=True)
     probes, activations = {"image" if example.images else "text": example for example in ordered}, {}
+    shortest = probes.get("image") or probes["text"]
+    prompt = torch.from_numpy(shortest.input_ids), [inputs[name] for name in shortest.images]
+    compared = prove(reference, checkpoint, *prompt)
     for kind, example in probes.items():
         # Without the last token, as in `prompt_and_answer`.
         ids = torch.from_numpy(np.concatenate([example.input_ids, example.answer_ids[:-1]]))
@@ -196,4 +200,5 @@ def write_reference(
         "labelled": len(labelled),
         "right": sum(score_answer(e.metric, e.answer, e.expected) for e in labelled),
         "weights": reference.weights,
+        "equal_to_transformers": compared,
     }

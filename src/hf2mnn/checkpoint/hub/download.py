@@ -6,12 +6,15 @@ Not `snapshot_download` of the clients: it checks no user-provided files, and st
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from hf2mnn.checkpoint.folder import FILES
+from hf2mnn.checkpoint.folder import FILES, read_json
 from hf2mnn.checkpoint.hub.base import RESUME, USE_FILES, CorruptedError, Hub, Position, TransientError, retry, warn
 from hf2mnn.checkpoint.hub.pin import Pin, check_names
 from hf2mnn.checkpoint.size import check_disk
+from hf2mnn.checkpoint.weight_files import used_files
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.core.progress import BYTES, progress
 
@@ -34,19 +37,26 @@ def pin_repository(
 ) -> Pin:
     """Return the current commit of a branch or tag of owner/name, with the files that match a pattern.
 
+    Of weights, only the files that transformers loads; config.json and an index of shards are downloaded to know them.
     If the hub cannot be reached, return the commit of the last download. The revision None is the default branch.
     """
     client = get_hub(hub)
     revision = client.default if revision is None else revision
     check_names(repository, revision)
     try:
-        return retry(lambda: client.find(repository, revision, patterns))
+        pin = retry(lambda: client.find(repository, revision, patterns))
     except TransientError as error:
         pin = client.find_offline(repository, revision, patterns)
         if pin is None:
             raise
         warn(f"{error}; using the last download, commit {pin.revision}")
+    if patterns is not FILES:
         return pin
+
+    def read(name: str) -> dict[str, Any]:
+        return read_json(_cached(client, pin, name) or _download(client, pin, name))
+
+    return replace(pin, files={name: pin.files[name] for name in used_files(pin.files, read, repository)})
 
 
 def _user_provided(folder: Path, pin: Pin) -> dict[str, Path]:

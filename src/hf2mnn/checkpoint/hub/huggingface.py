@@ -16,9 +16,10 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_url
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
-from hf2mnn.checkpoint.folder import FILES, INDEX, read_json
+from hf2mnn.checkpoint.folder import FILES, read_json
 from hf2mnn.checkpoint.hub.base import RESUME, USE_FILES, CorruptedError, Hub, Position, TransientError, status_error
 from hf2mnn.checkpoint.hub.pin import COMMIT, HASHES, Digest, Pin, matches
+from hf2mnn.checkpoint.weight_files import weight_files
 from hf2mnn.core.errors import CheckpointError
 
 REQUIRED = ("config.json", "tokenizer.json")
@@ -103,7 +104,7 @@ class HuggingFace(Hub):
 
     def find_offline(self, repository: str, revision: str, patterns: Sequence[str]) -> Pin | None:
         """Return the pin from the client's cache, which names files by their hashes and has a folder per commit."""
-        folder, commit, files = self._folder(repository), revision, {}
+        folder, commit, files, required = self._folder(repository), revision, {}, {*patterns}
         if not COMMIT.fullmatch(revision):
             ref = folder / "refs" / revision
             if not ref.is_file():
@@ -118,11 +119,12 @@ class HuggingFace(Hub):
                 if kind is None:
                     return None
                 files[name] = Digest(link.stat().st_size, kind, blob)
-        required = set(REQUIRED if patterns is FILES else patterns)
-        if INDEX in files:
-            required |= set(read_json(snapshot / INDEX).get("weight_map", {}).values())
-        elif not any(name.endswith(".safetensors") for name in files):
-            return None
+        required = set(patterns)
+        if patterns is FILES:
+            try:
+                required = {*REQUIRED, *weight_files(files, lambda name: read_json(snapshot / name), repository)[1]}
+            except CheckpointError:
+                return None
         return Pin("huggingface", repository, commit, revision, files) if required <= files.keys() else None
 
     def paths(self, pin: Pin, name: str) -> list[Path]:
