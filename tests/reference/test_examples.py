@@ -122,8 +122,10 @@ UNREADABLE = [
 @pytest.mark.parametrize(("text", "named"), UNREADABLE, ids=["NUL", "surrogate", "Chinese", "letters", "punctuation"])
 def test_text_that_the_engine_cannot_encode_is_refused(text: str, named: str, tmp_path: Path) -> None:
     for content in (text, [{"type": "text", "text": text}]):
+        record = json.dumps({"id": "x", "messages": [{"role": "user", "content": content}]})  # a surrogate as an escape
+        (tmp_path / "examples.jsonl").write_text(record)
         with pytest.raises(EvaluationSetError, match=named):
-            read_examples(write(tmp_path, {"id": "x", "messages": [{"role": "user", "content": content}]}))
+            read_examples(tmp_path)
 
 
 def test_long_texts_with_breaks_are_read(tmp_path: Path) -> None:

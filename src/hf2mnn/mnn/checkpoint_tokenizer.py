@@ -111,10 +111,8 @@ def _meta_spaces(normalizer: dict[str, Any] | None, splitter: dict[str, Any] | N
         if steps == [{"type": "Prepend", "prepend": META_SPACE}, replace]:
             return MetaSpaces("text", split_runs=False)
         return MetaSpaces("never", split_runs=False) if steps == [replace] else None
-    if normalizer is None and splitter is not None and splitter["type"] == "Metaspace":
-        scheme = splitter.get("prepend_scheme") or ("always" if splitter.get("add_prefix_space", True) else "never")
-        if splitter["replacement"] == META_SPACE and scheme in ("always", "first", "never"):
-            return MetaSpaces(scheme, splitter.get("split") is not False)
+    if normalizer is None and splitter and (splitter["type"], splitter.get("replacement")) == ("Metaspace", META_SPACE):
+        return MetaSpaces(splitter["prepend_scheme"], splitter["split"])
     return None
 
 

@@ -213,7 +213,7 @@ def _model(tokenizer: CheckpointTokenizer) -> bytes:
     marked, joins = {}, []
     if tokenizer.whole_words.pieces:
         marked, joins = tokenizer.whole_words.entries(vocab, len(texts))
-    ranks = {pair: rank for rank, pair in enumerate([*merges, *joins])}
+    ranks = {pair: rank for rank, pair in enumerate(dict.fromkeys([*merges, *joins]))}
     pairs = [*texts.items(), *((number, text) for text, number in marked.items())]
     entries = sorted(pairs, key=lambda entry: (entry[1].encode(), entry[0]))
     row = struct.Struct("<III")

@@ -24,7 +24,7 @@ _NEVER = "\x80"  # matches nothing, but makes the engine use std::wregex, whose 
 
 @dataclass(frozen=True)
 class WholeWords:
-    """Words of one token, by token: their pieces after merging."""
+    """Words of one token that merging alone splits; `pieces` are what it leaves of each, by token."""
 
     pieces: dict[str, list[str]] = field(default_factory=dict)
 
@@ -46,11 +46,10 @@ class WholeWords:
             for piece in pieces:
                 text += piece
                 merges[left, vocabulary[piece]] = None
-                if text not in vocabulary:
-                    left = ids.setdefault(text, first + len(ids) - len(self.pieces))
                 if text.removeprefix(MARK) in self.pieces:
                     text = text.removeprefix(MARK)
-                    left = vocabulary[text]
+                helper = first + len(ids) - len(self.pieces)
+                left = vocabulary[text] if text in vocabulary else ids.setdefault(text, helper)
         return ids, list(merges)
 
 

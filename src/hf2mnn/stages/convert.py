@@ -13,7 +13,7 @@ from hf2mnn.core.stage import Footprint, Stage, open_stage
 STAGE = Stage(
     "convert",
     tools=("MNN", "onnx", "tokenizers", "transformers"),
-    footprint=Footprint(500, 0.02, 10, 2),
+    footprint=Footprint(700, 0.02, 10, 2),
     inputs={"onnx": "export"},
 )
 

@@ -15,7 +15,7 @@ from hf2mnn.stages import conversion_memory_mb
 if TYPE_CHECKING:
     from hf2mnn.checkpoint.folder import Checkpoint
 
-STAGE = Stage("fetch", tools=("torch", "transformers", "numba"), footprint=Footprint(700, 0, 240, 30))
+STAGE = Stage("fetch", tools=("torch", "transformers", "numba"), footprint=Footprint(900, 0, 240, 30))
 
 
 def run(
