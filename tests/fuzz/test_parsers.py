@@ -23,9 +23,18 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from hf2mnn.checkpoint.adapter import Adapter
+from hf2mnn.checkpoint.facts import chat_template
 from hf2mnn.checkpoint.folder import ADAPTER_FILES, Checkpoint, read_json
 from hf2mnn.checkpoint.hub.pin import load_pin
-from hf2mnn.checkpoint.preflight import check_code, check_depth, check_features, check_files, check_tokenizer
+from hf2mnn.checkpoint.preflight import (
+    check_code,
+    check_depth,
+    check_features,
+    check_files,
+    check_image_settings,
+    check_images,
+    check_tokenizer,
+)
 from hf2mnn.checkpoint.tensors import layout
 from hf2mnn.checkpoint.weight_files import weight_files
 from hf2mnn.config.load import load_config
@@ -273,11 +282,10 @@ def test_index(content: bytes, folder: Path) -> None:
 
 def read_checkpoint(folder: Path) -> None:
     checkpoint = Checkpoint(folder)
-    check_files(checkpoint)
-    checkpoint.check()
-    check_code(checkpoint)
-    check_depth(checkpoint)
-    check_features(checkpoint)
+    checks = (check_files, check_code, Checkpoint.check, check_depth, check_features, check_images)
+    for check in (*checks, check_image_settings):
+        check(checkpoint)
+    chat_template(folder)
 
 
 @cases()
@@ -291,12 +299,21 @@ def test_config(content: bytes, folder: Path) -> None:
     survive(read_checkpoint, target)
 
 
-@pytest.mark.parametrize("name", ["preprocessor_config.json", "generation_config.json"])
+IMAGES = json.loads((SHAPES_VL / "preprocessor_config.json").read_text())
+OTHER_SETTINGS = {
+    "preprocessor_config.json": IMAGES,
+    "processor_config.json": {"image_processor": IMAGES, "processor_class": "Qwen2VLProcessor"},
+    "generation_config.json": json.loads((SHAPES_VL / "generation_config.json").read_text()),
+    "chat_template.json": {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
 @cases(5, 2000)
 @given(data=st.data())
 def test_other_settings(name: str, data: st.DataObject, folder: Path) -> None:
     target = folder_without(folder, name)
-    (target / name).write_bytes(data.draw(json_files(json.loads((SHAPES_VL / name).read_text()))))
+    (target / name).write_bytes(data.draw(json_files(OTHER_SETTINGS[name])))
     survive(read_checkpoint, target)
 
 
