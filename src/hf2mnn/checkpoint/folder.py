@@ -119,7 +119,6 @@ class Checkpoint:
         return get_family(self.config.get("model_type"), self.folder / "config.json")
 
     @cached_property
-    @cached_property
     def headers(self) -> dict[str, Layout]:
         """Header entries of all tensors in the files of the weights, by name."""
         names = {path.name for path in self.folder.iterdir()} if self.config else set()
