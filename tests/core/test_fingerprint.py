@@ -204,18 +204,20 @@ TOOLS = {
 """Packages whose release can change a result, by the name of their module."""
 SHARED = "a module that several stages share imports it, but this stage does not call that function"
 RECORDED = "prompts and images are inputs that the reference stage recorded"
+REFUSED = "it refuses a tokenizer that cannot be written, and writes none"
 EXACT = "it decodes integers, which every release does alike"
 NOT_DECLARED = {
     "convert": {"onnx-ir": SHARED, "torch": SHARED},
-    "calibrate": {"pillow": RECORDED, "tokenizers": RECORDED},
-    "sensitivity": {"onnx": SHARED, "pillow": RECORDED, "tokenizers": RECORDED},
+    "fetch": {"tokenizers": REFUSED},
+    "calibrate": {"pillow": RECORDED},
+    "sensitivity": {"onnx": SHARED, "pillow": RECORDED},
     "plan": dict.fromkeys(("MNN", "numba", "onnx", "onnx-ir", "tokenizers", "torch", "transformers"), SHARED),
     "quantize": dict.fromkeys(("onnx-ir", "tokenizers", "torch", "transformers"), SHARED),
     "baseline": dict.fromkeys(
         ("numba", "onnx-ir", "onnxruntime", "scipy", "tokenizers", "torch", "transformers"), SHARED
     ),
     "evaluate": {**dict.fromkeys(("onnx", "onnx-ir", "torch"), SHARED), "transformers": RECORDED},
-    "diagnose": {**dict.fromkeys(("onnx-ir", "tokenizers", "torch"), SHARED), "numba": EXACT},
+    "diagnose": {**dict.fromkeys(("onnx-ir", "tokenizers", "torch", "transformers"), SHARED), "numba": EXACT},
     "benchmark": dict.fromkeys(("onnx", "onnx-ir", "tokenizers", "torch", "transformers"), SHARED),
     "compare": dict.fromkeys(("onnx", "onnx-ir", "tokenizers", "torch", "transformers"), SHARED),
 }
