@@ -24,6 +24,7 @@ from hf2mnn.mnn.graph import Graph
 
 FILE_CHECKS = {check.__name__ for check in (*CHECKS[MnnModel], *CHECKS[OnnxFile])} | {
     "file_changed",
+    "settings_edited",
     "vision_bits",
     "not_examined",
 }

@@ -115,7 +115,7 @@ REPORT = ("report", "m", "nowhere")
         ((*QUANTIZE, "--decoder", '{"bits": 4}', "--vision", "[8]"), "--vision: "),
         ((*QUANTIZE, "--decoder", '{"bits": 4}', "--engine", '{"threads": 0}'), "--engine: threads: "),
         (("evaluate", "--reference", "nowhere", "--onnx", "x", "--out", "x"), "nowhere has no manifest.json"),
-        (DIAGNOSE, "nowhere has no manifest.json"),
+        (DIAGNOSE, "there is no bundle"),
         ((*BENCHMARK, "--bundle", "int4=nowhere"), "nowhere"),
         ((*BENCHMARK, "--bundle", "nowhere"), "give NAME=FOLDER"),
         ((*BENCHMARK, "--bundle", "int4=a", "--bundle", "int4=b"), "'int4' is given twice"),
@@ -263,3 +263,25 @@ def test_a_signal_stops_a_stage_even_while_an_object_is_freed() -> None:
     assert process.returncode == 128 + signal.SIGTERM
     assert printed.startswith("error: stopped by SIGTERM; ")
     assert printed.count("\n") == 1
+
+
+def test_paths_of_a_home_directory_are_expanded(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves ~ after "=" and in quotes."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "set").mkdir()
+    record = {"id": "a", "messages": [{"role": "user", "content": "~/x"}]}
+    (tmp_path / "set" / "examples.jsonl").write_text(json.dumps(record))
+    assert run("examples", "--path=~/set", "--out", "~/made")[0] == 0
+    assert "~/x" in (tmp_path / "made" / "examples.jsonl").read_text()
+    assert run("verify", "~/made", "~/made")[0] == 0
+    code, _, message = run("benchmark", "--bundle", "a=~/nowhere", "--baseline", "a", "--out", "x")
+    assert code == 1 and f"there is no bundle {tmp_path}/nowhere" in message
+
+
+def test_a_missing_package_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    code, _, message = run("examples", "--dataset", "docvqa", "--out", "x")
+    assert (code, message.count("\n")) == (1, 1)
+    assert (
+        message.startswith("error: the environment ") and "has no Python module datasets: run 'make setup'" in message
+    )

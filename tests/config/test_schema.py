@@ -319,10 +319,12 @@ def test_broken_checkpoint_is_left_to_the_fetch_stage(tmp_path: Path, stored: st
         (b"models: {m: [", "is not valid YAML"),
         (b"models:\n\t- x", "is not valid YAML"),
         (b"- models", "config: "),
+        (b"models: {}\nthreads: 1\nmodels: {}", "'models' twice, in lines 1 and 3"),
+        (b"models:\n  x: y: z", "not valid YAML: mapping values are not allowed here at line 2, column 7: x: y: z"),
         (b"", "config: "),
         ("models: {ä: 1}".encode("latin-1"), "config.yaml"),
     ],
-    ids=["open bracket", "tab", "list", "empty", "not utf-8"],
+    ids=["open bracket", "tab", "list", "duplicate", "colon", "empty", "not utf-8"],
 )
 def test_invalid_file_is_refused(tmp_path: Path, written: bytes, message: str) -> None:
     path = tmp_path / "config.yaml"
@@ -529,3 +531,30 @@ def test_number_is_bits_per_weight(bits: float) -> None:
 )
 def test_number_with_a_unit_is_the_size_of_the_bundle(text: str, size: int) -> None:
     assert parse_budget(text) == Budget(bundle_bytes=size)
+
+
+def test_paths_of_a_home_directory_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a path may be; one of an unknown user stays, and Snakemake says that it is missing."""
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse_config(
+        {
+            "models": {
+                "a": {"source": {"path": "~/a", "adapter": "~/lora"}, "evaluation": "~/set", "calibration": "~/other"},
+                "b": {"source": {"pin": "~/pin.json", "files": "~/files"}, "evaluation": "~nobody-here/set"},
+                "c": {"source": {"repository": "~/c"}, "evaluation": {"dataset": "docvqa", "path": "~/docvqa"}},
+            },
+            "variants": {"int4": {"bits": 4, "plan": "~/plan.yaml"}},
+        }
+    )
+    a, b, c = (config.models[name] for name in "abc")
+    assert (a.source.path, a.source.adapter) == ("/home/me/a", "/home/me/lora")
+    assert (a.evaluation, a.calibration) == ("/home/me/set", "/home/me/other")
+    assert (b.source.pin, b.source.files) == ("/home/me/pin.json", "/home/me/files")
+    assert (b.evaluation, c.evaluation.path) == ("~nobody-here/set", "/home/me/docvqa")
+    assert c.source.repository == "~/c", "no path"
+    assert config.variants["int4"].plan == "/home/me/plan.yaml"
+
+
+def test_duplicate_keys_in_an_option_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--decoder: it has the key 'bits' twice, in line 1: remove one"):
+        parse_option(Weights, '{"bits": 4, "bits": 8}', "--decoder")

@@ -59,6 +59,15 @@ def test_other_errors_have_no_message(error: Exception, tmp_path: Path) -> None:
     assert machine_errno(error) is None and machine_message(error, tmp_path) is None
 
 
+def test_a_missing_package_has_a_message_in_a_stage_too(tmp_path: Path) -> None:
+    missing = pytest.raises(MachineError, match="has no Python module torchvision: run 'make setup'")
+    with missing, atomic_folder(tmp_path / "made"):
+        import torchvision.nothing  # noqa: F401
+    message = machine_message(ImportError("libcuda.so.1: cannot open shared object file"), tmp_path)
+    assert "cannot import a Python module (libcuda.so.1: cannot open" in message
+    assert machine_message(ModuleNotFoundError("", name="hf2mnn.nothing"), tmp_path) is None, "a bug of this package"
+
+
 @pytest.mark.parametrize("atomic", [atomic_folder, atomic_file])
 def test_message_has_the_final_folder_on_a_full_disk(atomic: type, tmp_path: Path) -> None:
     """Not the hidden folder that a stage writes to, which no longer exists."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hf2mnn.config.plan import load_plan
 from hf2mnn.core.errors import MAX_MESSAGE, CheckpointError, ConfigError, ManifestError
@@ -185,3 +188,56 @@ def test_a_manifest_names_only_files_of_its_folder(name: str, tmp_path: Path) ->
     (folder / "manifest.json").write_text(json.dumps(stored))
     with pytest.raises(ManifestError, match=r"is not a manifest \(.*(leads out|is a link)"):
         Manifest.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("a: 1\nb: 2\na: 3", "a", "lines 1 and 3"),
+        ("x:\n  a: 1\n  'a': 2", "a", "lines 2 and 3"),
+        ("x: {a: 1, a: 2}", "a", "line 1"),
+        ('{"x": 1,\n "y": {"b": "}{\\"a\\":", "a": [{"a": 1}],\n\n "a": 2}}', "a", "lines 2 and 4"),
+        ('{"a": 1,\n "\\u0061": 2}', "a", "lines 1 and 2"),
+    ],
+)
+def test_duplicate_keys_are_refused_with_their_lines(text: str, key: str, lines: str) -> None:
+    with pytest.raises(ValueError, match=f"key '{key}' twice, in {lines}: remove one"):
+        parse_yaml(text.encode())
+    if text.startswith("{"):
+        with pytest.raises(ValueError, match=f"key '{key}' twice, in {lines}: remove one"):
+            parse_json(text)
+
+
+@given(st.dictionaries(st.text(), st.integers(), min_size=1), st.data())
+def test_any_duplicate_key_of_json_is_found(value: dict[str, int], data: st.DataObject) -> None:
+    """Whatever the keys are: brackets, quotes, escapes."""
+    repeated = data.draw(st.sampled_from(sorted(value)))
+    lines = [f"{json.dumps(key)}: {number}," for key, number in value.items()]
+    first = list(value).index(repeated) + 2
+    text = "\n".join(["{", *lines, f"{json.dumps(repeated)}: 0", "}"])
+    with pytest.raises(ValueError, match=f"twice, in lines {first} and {len(value) + 2}: remove one"):
+        parse_json(text)
+
+
+def test_keys_that_a_merge_overrides_are_no_duplicates() -> None:
+    text = "a: &a {x: 1}\nb: &b\n  <<: *a\n  x: 2\nc:\n  <<: *b\n  x: 3"
+    assert parse_yaml(text.encode()) == {"a": {"x": 1}, "b": {"x": 2}, "c": {"x": 3}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nbits: 8: 3", "at line 2, column 8: bits: 8: 3"),
+        ("a:\n\tb: 1", "character '\\t' that cannot start any token at line 2, column 1"),
+        ("a: [1\nb: 2", "expected ',' or ']', but got ':' at line 2, column 2: b: 2"),
+        ("a: *x", "undefined alias 'x' at line 1, column 4: a: *x"),
+        ("a: 1\nb: \x01", "special characters are not allowed at line 2, column 4"),
+    ],
+)
+def test_errors_of_yaml_have_line_column_and_text(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_yaml(text.encode())
+
+
+def test_a_byte_order_mark_is_accepted() -> None:
+    assert parse_yaml(b"\xef\xbb\xbfa: 1") == parse_json(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}

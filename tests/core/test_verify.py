@@ -13,6 +13,7 @@ from hf2mnn.core.errors import ManifestError
 from hf2mnn.core.files import sha256
 from hf2mnn.core.manifest import NAME, Manifest, stage_folder
 from hf2mnn.core.verify import FORMER_FOLDERS, damaged_stages, refuse_former_layout, verify_folder
+from hf2mnn.mnn.bundle_config import EngineSettings, written_config
 from support import run_cli
 
 FILES = {"llm.mnn": b"graph", "llm.mnn.weight": bytes(range(256)) * 9, "sub/config.json": b"{}"}
@@ -66,6 +67,20 @@ def test_every_byte_is_read_for_unchanged_time_and_size(made: Path) -> None:
     path.write_bytes(FILES["llm.mnn.weight"][::-1])
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert list(verify_folder(made).damaged) == ["llm.mnn.weight"]
+
+
+def test_edited_settings_are_printed_and_are_no_failure(tmp_path: Path) -> None:
+    folder, engine = tmp_path / "bundle", {"precision": "low", "memory": "low", "threads": 4}
+    folder.mkdir()
+    config = written_config(EngineSettings(**engine), vision=False, embedding=False)
+    (folder / "config.json").write_text(json.dumps(config))
+    Manifest("quantize", settings={"engine": engine}).save(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"thread_num": 1}))
+    done = run_cli("verify", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    edited, summary = done.stdout.splitlines()
+    assert edited == f"{folder}: edited: thread_num 4 -> 1" and "but for these settings" in summary
+    assert damaged_stages(tmp_path) == [], "Snakemake takes it for no damage either"
 
 
 def test_unlisted_files_are_reported(made: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,10 +59,27 @@ def test_one_byte_flipped(bundle: Path, name: str) -> None:
         assert errors(bundle) == {"file_changed"}
 
 
-def test_edited_settings_are_a_warning(bundle: Path) -> None:
+@pytest.mark.parametrize(
+    ("edit", "check", "severity", "evidence"),
+    [
+        ({"thread_num": 1}, "settings_edited", Severity.ADVICE, "thread_num 4 -> 1"),
+        ({"thread_num": "1"}, "file_changed", Severity.WARNING, "thread_num: input should be a valid integer"),
+        ({"llm_model": "visual.mnn"}, "file_changed", Severity.WARNING, 'llm_model is "visual.mnn" in place of'),
+    ],
+)
+def test_edited_settings_are_told_from_damage(
+    edit: dict[str, Any], check: str, severity: Severity, evidence: str, bundle: Path
+) -> None:
+    path = unlink_copy(bundle / CONFIG)
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    (finding,) = [found for found in file_findings(bundle).values() if found.where == CONFIG]
+    assert (finding.check, finding.severity) == (check, severity) and evidence in finding.evidence
+
+
+def test_a_reformatted_configuration_has_no_finding(bundle: Path) -> None:
     with unlink_copy(bundle / CONFIG).open("a") as file:
         file.write("\n")
-    assert {f.check: f.severity for f in file_findings(bundle).values()} == {"file_changed": Severity.WARNING}
+    assert file_findings(bundle) == {}
 
 
 def test_weight_file_of_another_bundle(results: Path, bundle: Path) -> None:

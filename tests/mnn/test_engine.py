@@ -171,6 +171,30 @@ def test_system_prompt_is_first_message(bundle: Path, monkeypatch: pytest.Monkey
     assert prompts[0] == prompts[1] != prompts[2]
 
 
+def test_edited_settings_hold_for_questions(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """System prompt, length of the answer, and variables of the template; an option overrides the first two."""
+    jobs: list[dict[str, Any]] = []
+
+    def record(task: str, job: dict[str, Any], time_limit: float) -> None:
+        jobs.append(job)
+        Path(job["result"]).write_text('{"text": ""}')
+
+    monkeypatch.setattr(ask, "run_worker", record)
+    ask_bundle(copy, "Which?", [], system="Be brief.")
+    config = json.loads((copy / "config.json").read_text())
+    changes = {"max_new_tokens": 3, "system_prompt": "Be brief.", "jinja": {"context": {"enable_thinking": False}}}
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    ask_bundle(copy, "Which?", [])
+    ask_bundle(copy, "Which?", [], 5, system="Be long.")
+    assert [job["max_new_tokens"] for job in jobs] == [512, 3, 5]
+    assert jobs[0]["prompt"] == jobs[1]["prompt"] != jobs[2]["prompt"] and "Be brief." not in jobs[2]["prompt"]
+    monkeypatch.setattr(ask, "render", lambda template, messages, variables: str(variables["enable_thinking"]))
+    with pytest.raises(EvaluationSetError, match="wrote 0 images for 1"):
+        ask_bundle(copy, "Which?", [copy])
+    ask_bundle(copy, "Which?", [])
+    assert jobs[3]["prompt"] == "False"
+
+
 IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 import tracemalloc
@@ -17,6 +18,7 @@ from PIL import ExifTags, Image
 from transformers.image_utils import load_image
 
 from hf2mnn.core.errors import EvaluationSetError
+from hf2mnn.reference import examples
 from hf2mnn.reference.examples import read_examples, read_image
 from support import SHAPES_VL
 
@@ -166,6 +168,24 @@ def test_a_set_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         read_examples(tmp_path)
 
 
+def test_an_image_without_access_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests may run as root, who has access to everything."""
+
+    def denied(*_: object) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", "image.png")
+
+    monkeypatch.setattr(examples, "read_bytes", denied)
+    with pytest.raises(EvaluationSetError, match=r"image\.png cannot be read \(Permission denied\)"):
+        read_image(tmp_path / "image.png")
+
+
+def test_a_byte_order_mark_before_the_first_line_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "examples.jsonl").write_text(
+        json.dumps({"id": "a", "messages": [{"role": "user", "content": "?"}]}), encoding="utf-8-sig"
+    )
+    assert [example.id for example in read_examples(tmp_path)] == ["a"]
+
+
 def test_a_text_with_a_line_separator_in_it_is_one_line(tmp_path: Path) -> None:
     """U+2028 and U+0085 are valid inside a JSON string, and str.splitlines would split there."""
     record = {"id": "x", "messages": [{"role": "user", "content": "a\u2028b\x85c"}]}
@@ -216,6 +236,10 @@ def test_an_invalid_image_is_named(tmp_path: Path) -> None:
     for name in ("cut", "empty", "text", "folder"):
         with pytest.raises(EvaluationSetError, match=rf"{name}\.png is not an image"):
             read_image(tmp_path / f"{name}.png")
+    for name in ("empty", "text"):
+        with pytest.raises(EvaluationSetError, match=r"it is none of PNG, JPEG, .*; convert it") as refused:
+            read_image(tmp_path / f"{name}.png")
+        assert " object at 0x" not in str(refused.value)
     with pytest.raises(EvaluationSetError, match=r"there is no image .*nowhere\.png"):
         read_image(tmp_path / "nowhere.png")
 

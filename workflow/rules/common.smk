@@ -3,7 +3,6 @@ import re
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
-from snakemake.logging import logger
 
 from hf2mnn.checkpoint.size import model_size
 from hf2mnn.cli import arguments
@@ -11,7 +10,6 @@ from hf2mnn.cli.run_messages import print_needs, print_outcome
 from hf2mnn.config.load import parse_config
 from hf2mnn.core.errors import Hf2mnnError
 from hf2mnn.core.fingerprint import fingerprint
-from hf2mnn.core.verify import damaged_stages, refuse_former_layout
 from hf2mnn.stages import stage_named
 
 STORAGE = workflow.storage_settings
@@ -20,14 +18,11 @@ CORES = None if workflow.remote_exec else workflow.resource_settings.cores
 
 try:
     CONFIG = parse_config(config)
-    refuse_former_layout(Path("results"))
 except Hf2mnnError as error:
     raise WorkflowError(str(error)) from None
 
 if CONFIG.toolchains and STORAGE.default_storage_provider:
     raise WorkflowError("object storage does not keep toolchains, which are environments (docs/kubernetes.md)")
-for message in damaged_stages(Path("results")) if workflow.is_main_process else []:
-    logger.warning(message)
 
 
 def names(values):

@@ -10,13 +10,15 @@ import sys
 import threading
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from hf2mnn import __version__
 from hf2mnn.cli import tools
 from hf2mnn.core.errors import Hf2mnnError, suggest
+from hf2mnn.core.files import user_path
 from hf2mnn.core.machine_errors import machine_message
 from hf2mnn.core.stage import set_command
 from hf2mnn.stages import ORDER
@@ -45,6 +47,21 @@ app = typer.Typer(
 )
 
 
+class Command(TyperCommand):
+    """Command that expands ~ and ~user at the beginning of paths, which a shell leaves in quotes and after "="."""
+
+    def invoke(self, context: typer.Context) -> Any:
+        """Run the command with the expanded paths."""
+        context.params = {name: _expanded(value) for name, value in context.params.items()}
+        return super().invoke(context)
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(part) for part in value]
+    return user_path(value) if isinstance(value, Path) else value
+
+
 def _add_stage(name: str) -> None:
     """Add `run` of a stage: the paragraphs of its docstring before the examples are the help, these the epilog."""
     run = import_module(f"hf2mnn.stages.{name}").run
@@ -57,6 +74,8 @@ def _add_stage(name: str) -> None:
 for stage in ORDER:
     _add_stage(stage)
 app.registered_commands += tools.app.registered_commands
+for registered in app.registered_commands:
+    registered.cls = Command
 
 
 def _print_version(wanted: bool) -> None:

@@ -100,11 +100,12 @@ def verify(
 ) -> None:
     """Compare every byte of a bundle, or of another stage's folder, with its manifest.
 
-    It needs no network and no other folder.
+    It needs no network and no other folder. Edited run-time settings of a bundle are named, and are no damage.
     """
-    from hf2mnn.core.verify import print_verdicts, verify_folder
+    from hf2mnn.core.verify import print_verdicts
+    from hf2mnn.mnn.bundle_config import verify_bundle
 
-    verdicts = [verify_folder(folder) for folder in folders]
+    verdicts = [verify_bundle(folder) for folder in folders]
     print_verdicts(verdicts, as_json)
     if not all(verdict.intact for verdict in verdicts):
         raise typer.Exit(1)
@@ -122,7 +123,9 @@ def ask(
     tools: Annotated[
         Path | None, typer.Option(help="JSON file with a list of tools, for a chat template that writes them.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 512,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest answer in tokens; 0 for the number in the bundle.", min=0)
+    ] = 0,
     threads: Annotated[int, typer.Option(help="Threads; 0 for the number in the bundle.", min=0)] = 0,
     time_limit: Annotated[float, typer.Option(help="Seconds after which the engine is stopped.", min=1)] = 600,
     as_called: Annotated[

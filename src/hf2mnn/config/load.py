@@ -12,7 +12,7 @@ from hf2mnn.config.models import Model
 from hf2mnn.config.plan import read_yaml
 from hf2mnn.config.schema import Config
 from hf2mnn.core.errors import ConfigError
-from hf2mnn.core.untrusted import read_json
+from hf2mnn.core.untrusted import parse_json, read_json
 from hf2mnn.families import FAMILIES
 
 
@@ -35,9 +35,13 @@ def load_config(path: Path) -> Config:
 def parse_option(kind: type[BaseModel], text: str, option: str) -> Any:
     """Return a block of the configuration in an option as JSON, with defaults; raise ConfigError if it is invalid."""
     try:
-        return kind.model_validate_json(text).model_dump(exclude_none=True)
+        given = kind.model_validate_json(text).model_dump(exclude_none=True)
+        parse_json(text)  # refuses duplicate keys
+        return given
     except ValidationError as error:
         raise ConfigError(error_message(kind, error, option)) from None
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from None
 
 
 def _check_blocks(config: Config, model: str, described: Model) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, get_args, get_origin
 
@@ -26,6 +27,10 @@ def _name(value: str) -> str:
 
 Name = Annotated[str, AfterValidator(_name)]
 """Name of a model, variant, revision or toolchain, which becomes a part of a path."""
+
+
+Local = Annotated[str, AfterValidator(os.path.expanduser)]
+"""Path that a user gives; ~ and ~user at its beginning are expanded."""
 
 
 class Block(BaseModel):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from hf2mnn.config.messages import FOLDER, LABELLED, REPOSITORY, Block, Name
+from hf2mnn.config.messages import FOLDER, LABELLED, REPOSITORY, Block, Local, Name
 
 RELEASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 Dataset = Literal["textvqa", "docvqa", "chartqa", "ai2d", "mmbench", "mmmu"]
@@ -29,7 +29,7 @@ def canonical(package: str) -> str:
 
 def _folder_or(block: type[Block], tag: str) -> Any:
     """Return the type of a key that is either the path of a folder or a block."""
-    tagged = Annotated[str, Tag(FOLDER)] | Annotated[block, Tag(tag)]
+    tagged = Annotated[Local, Tag(FOLDER)] | Annotated[block, Tag(tag)]
     return Annotated[tagged, Discriminator(lambda value: tag if isinstance(value, dict | block) else FOLDER)]
 
 
@@ -44,14 +44,14 @@ class AdapterRepository(Block):
 class PartialSource(Block):
     """Keys of a source that one revision has different from the others."""
 
-    path: str | None = Field(None, description="Folder with config.json, relative to Snakemake's working directory.")
+    path: Local | None = Field(None, description="Folder with config.json, relative to Snakemake's working directory.")
     hub: Literal["huggingface", "modelscope"] = Field("huggingface", description="Hub of the repository.")
     repository: str | None = Field(None, description="owner/name on the hub.")
     revision: str | None = Field(None, description=HUB_REVISION)
-    pin: str | None = Field(
+    pin: Local | None = Field(
         None, description="File of 'hf2mnn pin': hub, repository, commit, and sizes and hashes of its files."
     )
-    files: str | None = Field(
+    files: Local | None = Field(
         None, description="Folder of user-provided files: those that match are used and not downloaded."
     )
     adapter: _folder_or(AdapterRepository, REPOSITORY) | None = Field(
@@ -79,7 +79,7 @@ class LabelledSet(Block):
 
     dataset: Dataset = Field(description="Name of the data set.")
     samples: int = Field(100, ge=1, description="Questions to draw.")
-    path: str | None = Field(None, description="Folder with a local copy; by default it is downloaded from the hub.")
+    path: Local | None = Field(None, description="Folder with a local copy; by default it is downloaded from the hub.")
     revision: str = Field("main", description="Commit (best), tag or branch of the data set on the hub.")
     seed: int = Field(0, description="Seed of the draw.")
 
@@ -95,7 +95,7 @@ class Model(Block):
         "evaluation/general",
         description="Folder with examples.jsonl and its images, or a labelled data set to draw questions from.",
     )
-    calibration: str = Field(
+    calibration: Local = Field(
         "evaluation/calibration",
         description="Folder like that of evaluation, with other examples: for awq, gptq and bits: auto.",
     )

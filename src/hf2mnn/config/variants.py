@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, RootModel, create_model, model_validator
 
 from hf2mnn.config.budget import parse_budget
-from hf2mnn.config.messages import Block, Name
+from hf2mnn.config.messages import Block, Local, Name
 from hf2mnn.figures import HIGHER, UNITS, Figure, gated
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16, 32]
@@ -98,7 +98,7 @@ class Variant(Weights):
     budget: float | str | None = Field(
         None, description="For bits: auto. Bits per weight with scales (4.25), or the bundle's size (850MB)."
     )
-    plan: str | None = Field(None, description="A plan.yaml: settings by operator, which override the variant's.")
+    plan: Local | None = Field(None, description="A plan.yaml: settings by operator, which override the variant's.")
     embedding: Literal["file", "lm_head"] = Field(
         "file",
         description="Where the engine reads the embedding: a bfloat16 file, or the quantized lm_head of a tied model.",

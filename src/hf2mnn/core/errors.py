@@ -32,7 +32,7 @@ class Hf2mnnError(Exception):
 
 
 class MachineError(Hf2mnnError):
-    """The machine has no disk space or memory left, or denies access to a path."""
+    """The machine has no disk space or memory left, denies access to a path, or lacks a Python package."""
 
 
 class ConfigError(Hf2mnnError):

@@ -21,6 +21,11 @@ PARALLEL_FILES = 4  # files to hash at the same time
 _remembered: dict[tuple[int, ...], str] = {}  # sha256 of large files by device and state
 
 
+def user_path(path: str | Path) -> Path:
+    """Return a path that a user gives, with ~ or ~user at its beginning expanded; an unknown user's stays."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises for an unknown user
+
+
 def file_state(path: Path) -> list[int]:
     """Return inode, size in bytes and modification time in ns: they change when a file is written or replaced."""
     state = path.stat()

@@ -1,4 +1,4 @@
-"""Messages for failures of the machine: no disk space, no memory, no access."""
+"""Messages for failures of the machine: no disk space, no memory, no access, a missing package."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +65,10 @@ def disk_full_message(folder: Path) -> str:
 
 def machine_message(error: BaseException, folder: Path) -> str | None:
     """Return the message for a failure of the machine while `folder` was written to, or None for another error."""
+    if isinstance(error, ImportError) and not (error.name or "").startswith("hf2mnn"):
+        missing = isinstance(error, ModuleNotFoundError) and error.name
+        problem = f"has no Python module {error.name}" if missing else f"cannot import a Python module ({error})"
+        return f"the environment {sys.prefix} {problem}: run 'make setup', or install requirements.txt into it"
     code = machine_errno(error)
     if code is None:
         return None

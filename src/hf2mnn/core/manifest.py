@@ -20,6 +20,7 @@ from hf2mnn.machine.usage import cpu_seconds, peak_mb
 
 NAME = "manifest.json"
 LAYOUT = 2  # version of the names of stages, folders and manifest entries; others are refused
+EDITABLE = {"quantize": "config.json"}  # file with settings that users may edit, by stage
 SCRATCH = ".scratch"  # folder for temporary files in the folder of a running stage
 DIGESTED = ("stage", "inputs", "settings", "tools", "outputs", "hf2mnn")  # entries that `Manifest.digest` covers
 MARKER = ".hf2mnn"
@@ -115,6 +116,17 @@ class Manifest:
                     f" delete {self.folder} and run its stage again"
                 )
         return self.folder
+
+    @property
+    def settings_file(self) -> Path | None:
+        """File with settings that users may edit (`hf2mnn.mnn.bundle_config`), if the folder has one."""
+        name = EDITABLE.get(self.stage)
+        return self.folder / name if name in self.outputs and (self.folder / name).is_file() else None
+
+    def accept_edits(self) -> None:
+        """Let the entry of the settings file be that of the present file, so that the digest changes with edits."""
+        if path := self.settings_file:
+            self.outputs[path.name] = {"size": path.stat().st_size, "sha256": files.sha256(path)}
 
     def _marker(self) -> dict[str, list[int]]:
         """Return the contents of MARKER; empty where it is missing or invalid."""

@@ -54,7 +54,7 @@ class StageRun:
 def open_stage(
     stage: Stage,
     destination: Path,
-    inputs: Mapping[str, Path | None] | None = None,
+    inputs: Mapping[str, Path | Manifest | None] | None = None,
     settings: Mapping[str, Any] | None = None,
     *,
     files: Mapping[str, Path] | None = None,
@@ -69,13 +69,14 @@ def open_stage(
     Args:
         stage: Declaration of the stage.
         destination: Output folder; replaced as a whole.
-        inputs: Folders of other stages by name; None for an input that is not used.
+        inputs: Folders of other stages by name, or their verified manifests; None for an input that is not used.
         settings: Settings that change the results, for the manifest.
         files: User-provided files by name; their sha256 counts as an input.
         paths: Locations of inputs that no stage wrote, for the reader of a report.
         tools: Packages to record in place of `stage.tools`.
     """
-    manifests = {name: Manifest.load(folder) for name, folder in (inputs or {}).items() if folder is not None}
+    given = {name: folder for name, folder in (inputs or {}).items() if folder is not None}
+    manifests = {name: one if isinstance(one, Manifest) else Manifest.load(one) for name, one in given.items()}
     for name, read in manifests.items():
         expected = stage.inputs.get(name)
         if expected and read.stage != expected:
@@ -83,7 +84,8 @@ def open_stage(
                 f"{read.folder} is a folder of the stage '{read.stage}', but 'hf2mnn {stage.name}' needs one of"
                 f" '{expected}' as {name}: give that folder"
             )
-        read.verify()
+        if read is not given[name]:
+            read.verify()
     digests = {name: manifest.digest() for name, manifest in manifests.items()}
     digests |= {name: sha256(path) for name, path in (files or {}).items()}
     provenance = {name: origin for read in manifests.values() for name, origin in read.provenance.items()}

@@ -12,11 +12,14 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import yaml
+from yaml.reader import ReaderError
 
 MAX_BYTES = 1 << 26
 """Size of a JSON file; the largest tokenizers have half of it. As Python objects it takes about twenty times that."""
@@ -26,6 +29,7 @@ MAX_NAME, MAX_PATH = 255, 1024  # bytes of a file name, and characters of a path
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # name of a file in a hub's cache: its hash
 TEMPLATE_SECONDS = 10.0  # time limit of a chat template; valid ones take milliseconds
 JSON_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+JSON_TOKEN = re.compile(rf"(?P<key>{JSON_STRING.pattern})(?=\s*:)|{JSON_STRING.pattern}|[\[{{\]}}]", re.DOTALL)
 BRACKET = re.compile(r"[\[{\]}]")
 TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
 
@@ -64,14 +68,38 @@ def check_shape(value: Any, limit: int = MAX_CONTAINERS) -> None:
         raise ValueError(TOO_DEEP)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON; refuse duplicate keys, of which programs take either the first or the last value."""
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        known: set[str] = set()
-        duplicate = next(key for key, _ in pairs if key in known or known.add(key))
-        raise ValueError(f"it has the key {duplicate[:80]!r} twice")
-    return value
+def _refuse_duplicates(keys: Iterable[tuple[str, int]]) -> None:
+    """Refuse equal keys of an object, given with their lines: programs take either the first or the last value."""
+    lines: dict[str, int] = {}
+    for key, line in keys:
+        if key in lines:
+            both = f"line {line}" if line == lines[key] else f"lines {lines[key]} and {line}"
+            raise ValueError(f"it has the key {key[:80]!r} twice, in {both}: remove one of them")
+        lines[key] = line
+
+
+def _refuse_duplicates_in(text: str) -> None:
+    """Refuse the first duplicate key in JSON that is valid up to the end of its object."""
+    line, start, objects = 1, 0, []
+    for match in JSON_TOKEN.finditer(text):
+        line, start = line + text.count("\n", start, match.start()), match.start()
+        if match[0] in "{[":
+            objects.append([])
+        elif match[0] in "}]":
+            _refuse_duplicates(objects.pop())
+        elif match["key"]:
+            objects[-1].append((json.loads(match["key"]), line))
+
+
+class _Loader(yaml.SafeLoader):
+    """Loader of YAML with safe tags that refuses duplicate keys."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        # Here and not in a constructor, since keys that "<<" merges are no duplicates.
+        named = (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
+        _refuse_duplicates((key.value, key.start_mark.line + 1) for key in named)
+        return node
 
 
 def _finite(text: str) -> float:
@@ -86,25 +114,34 @@ def parse_json(content: bytes | str, finite: bool = True) -> Any:
     text = content if isinstance(content, str) else content.decode(json.detect_encoding(content), "surrogatepass")
     check_nesting(text)
     kinds = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
-    value = json.loads(text, object_pairs_hook=_unique_keys, **kinds)
+
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            _refuse_duplicates_in(text)
+        return value
+
+    value = json.loads(text, object_pairs_hook=unique_keys, **kinds)
     check_shape(value)
     return value
 
 
 def parse_yaml(content: bytes, limit: int = MAX_CONTAINERS) -> Any:
     """Parse YAML in UTF-8 with safe tags only, and at most `limit` lists and mappings at one depth."""
-    import yaml
-
     text, depth = content.decode(), 0
     try:
         # The parser of events is iterative, the composer of values recursive.
-        for event in yaml.parse(text, yaml.SafeLoader):
+        for event in yaml.parse(text, _Loader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise ValueError(TOO_DEEP)
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except (yaml.YAMLError, AttributeError) as error:  # AttributeError: an invalid tag
-        raise ValueError(" ".join(str(error).split())) from None
+        message = str(error).replace('in "<unicode string>", ', "at ")
+        if isinstance(error, ReaderError):
+            before = text[: error.position].split("\n")
+            message = f"{error.reason} at line {len(before)}, column {len(before[-1]) + 1}"
+        raise ValueError(" ".join(message.split()).replace(" ^", ";").rstrip(";")) from None
     check_shape(value, limit)
     return value
 

@@ -25,6 +25,7 @@ class Verdict:
     files: int = 0  # number of files in the manifest
     bytes: int = 0  # their total size
     damaged: dict[str, str] = field(default_factory=dict)  # difference from the manifest, by file
+    edited: dict[str, str] = field(default_factory=dict)  # "old -> new" by run-time setting, which is no damage
     unlisted: list[str] = field(default_factory=list)  # files that the manifest does not list, which is no damage
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -73,10 +74,13 @@ def print_verdicts(verdicts: list[Verdict], as_json: bool) -> None:
     for verdict in verdicts:
         for name, difference in verdict.damaged.items():
             print(f"{verdict.folder}: {name} {difference}")
+        for key, change in verdict.edited.items():
+            print(f"{verdict.folder}: edited: {key} {change}")
         for name in verdict.unlisted:
             print(f"{verdict.folder}: {name} is not listed in {NAME}")
         if verdict.intact:
-            written = f"as hf2mnn {verdict.hf2mnn} wrote them ({verdict.stage}, digest {verdict.digest[:12]})"
+            but = " but for these settings" if verdict.edited else ""
+            written = f"as hf2mnn {verdict.hf2mnn} wrote them{but} ({verdict.stage}, digest {verdict.digest[:12]})"
             print(f"{verdict.folder}: {verdict.files} files, {verdict.bytes:,} bytes, {written}")
         else:
             print(f"{verdict.folder}: {len(verdict.damaged)} files are damaged; copy them or run the stage again")
@@ -85,16 +89,17 @@ def print_verdicts(verdicts: list[Verdict], as_json: bool) -> None:
 def damaged_stages(results: Path) -> list[str]:
     """Return a message for each stage folder below `results` with a missing file or one of another size.
 
-    No file is read. Snakemake does not notice such damage, because it compares the times of folders.
+    Hardly any file is read. Snakemake does not notice such damage, because it compares the times of folders.
     """
     messages = []
     for folder in stage_folders(results):
         try:
-            outputs = Manifest.load(folder).outputs
+            manifest = Manifest.load(folder)
         except ManifestError as error:
             messages.append(str(error))
             continue
-        for name, expected in outputs.items():
+        manifest.accept_edits()
+        for name, expected in manifest.outputs.items():
             if difference := file_damage(folder / name, expected, read=False):
                 repair = f"delete {folder} and run 'snakemake --cores N {folder}'"
                 messages.append(f"{folder / name} {difference}; if it is needed, {repair}")

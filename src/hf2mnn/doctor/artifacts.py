@@ -20,16 +20,13 @@ from hf2mnn.core.manifest import Manifest
 from hf2mnn.mnn.bundle import CONFIG
 from hf2mnn.mnn.bundle_config import read_config
 from hf2mnn.mnn.convert import read_graph
-from hf2mnn.mnn.engine_facts import BACKENDS, FILE_DEFAULTS, PRECISIONS, SAMPLERS
+from hf2mnn.mnn.engine_facts import FILE_DEFAULTS, RUN_TIME_SETTINGS
 from hf2mnn.mnn.graph import LINEAR, Graph
 from hf2mnn.mnn.tokenizer_file import TokenizerFile, read_tokenizer
 from hf2mnn.quant.embedding import TIED, embedding_in_weights, parse_tied
 from hf2mnn.quant.formats import DENSE
 from hf2mnn.quant.weights import Operator, WeightFile, operators
 
-DEVICE_SETTINGS = {"backend_type": BACKENDS, **dict.fromkeys(("precision", "memory", "power"), PRECISIONS)}
-SETTING_VALUES = DEVICE_SETTINGS | {"sampler_type": SAMPLERS}
-"""Values of run-time settings that the engine knows; it takes a default for any other without an error."""
 LAYER = re.compile(r"\blayers?[./_](\d+)\b")
 """Index of a decoder layer in an operator name, as transformers' modules and their exporters write it."""
 
@@ -224,5 +221,5 @@ class Bundle:
 
     def locate(self, key: str) -> str:
         """Return the configuration file in which a key is, or belongs, and the key."""
-        runtime = key in self.runtime or key in FILE_DEFAULTS or key in SETTING_VALUES
+        runtime = key in self.runtime or key in FILE_DEFAULTS or key in RUN_TIME_SETTINGS
         return f"{CONFIG if runtime else self.file('llm_config').name}: {key}"

@@ -21,6 +21,8 @@ def run_check(check: Check, artifact: Any) -> Findings:
             yield replace(finding, check=check.__name__)
     except (Hf2mnnError, OSError):
         return
+    except ImportError:
+        raise
     except Exception as error:  # the contents are untrusted, and the other checks must run
         where = str(artifact.folder if isinstance(artifact, Bundle) else artifact.path)
         message = f"the check {check.__name__} failed on the contents of these files"

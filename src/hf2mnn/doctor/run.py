@@ -148,8 +148,9 @@ def _job(bundle: Bundle, prompt: str, result: Path) -> dict[str, Any]:
     except BundleError:  # run the engine with the invalid tokenizer
         template, tokens = "", {"eos_token": "", "bos_token": ""}
     jinja, question = bundle.model.get("jinja"), {"role": "user", "content": prompt}
-    if isinstance(jinja, dict) and isinstance(jinja.get("eos"), str):
-        tokens["eos_token"] = jinja["eos"]
+    if isinstance(jinja, dict):
+        tokens |= {"eos_token": jinja["eos"]} if isinstance(jinja.get("eos"), str) else {}
+        tokens |= jinja["context"] if isinstance(jinja.get("context"), dict) else {}
     return {
         "bundle": str(bundle.folder.resolve()),
         "prompt": prompt,

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from hf2mnn.core.errors import BundleError, BundleFault, ConfigError, EngineError
-from hf2mnn.core.manifest import tool_versions
+from hf2mnn.core.files import user_path
+from hf2mnn.core.manifest import Manifest, tool_versions
 from hf2mnn.core.progress import steps
 from hf2mnn.figures import BENCHMARK, measured_on
 from hf2mnn.machine.hardware import describe_machine
-from hf2mnn.mnn.bundle import MODEL_CONFIG
+from hf2mnn.mnn.bundle_config import MODEL_CONFIG, read_config
 from hf2mnn.mnn.engine import check_bundle, run_worker
 
 MEASURES, TABLE, SUMMARY, CACHE = "benchmark.parquet", "benchmark.csv", "benchmark.json", "cache.parquet"
@@ -43,7 +44,7 @@ def parse_bundles(texts: Sequence[str]) -> dict[str, Path]:
             raise ConfigError(f"--bundle {text!r}: give NAME=FOLDER")
         if name in bundles:
             raise ConfigError(f"--bundle {text!r}: the name {name!r} is given twice")
-        bundles[name] = Path(folder)
+        bundles[name] = user_path(folder)
     return bundles
 
 
@@ -85,24 +86,24 @@ def measure(
         return json.loads(result.read_text())
 
 
-def check_bundles(bundles: dict[str, Path]) -> dict[str, Path]:
-    """Return absolute folders by name.
+def check_bundles(bundles: dict[str, Path]) -> dict[str, Manifest]:
+    """Return verified manifests by name; their folders are absolute.
 
     Raises:
         BundleError: A bundle is not whole, was not made by hf2mnn, or is of another model.
     """
-    folders = {name: check_bundle(folder) for name, folder in bundles.items()}
-    models = {name: json.loads((path / MODEL_CONFIG).read_text()).get("hf2mnn") for name, path in folders.items()}
+    checked = {name: check_bundle(folder) for name, folder in bundles.items()}
+    models = {name: read_config(bundle.folder, MODEL_CONFIG).get("hf2mnn") for name, bundle in checked.items()}
     for name, model in models.items():
         if model is None:
             raise BundleError(
-                f"{folders[name]} was not made by hf2mnn: its {MODEL_CONFIG} does not say which model it is"
+                f"{checked[name].folder} was not made by hf2mnn: its {MODEL_CONFIG} does not say which model it is"
             )
     first = next(iter(models))
     for name, model in models.items():
         if model != models[first]:
             raise BundleError(f"bundles {first} and {name} are of different models; time them separately")
-    return folders
+    return checked
 
 
 def summarize(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
@@ -187,7 +188,9 @@ def time_versions(
         EngineError: The engine was stopped, or none of the bundles runs.
     """
     sides = {"one": one, "other": other}
-    folders = {f"{side}/{name}": check_bundle(path) for side, named in sides.items() for name, path in named.items()}
+    folders = {
+        f"{side}/{name}": check_bundle(path).folder for side, named in sides.items() for name, path in named.items()
+    }
     pythons = {f"other/{name}": python for name in other}
     frame = time_interleaved(folders, {**settings, "lengths": []}, pythons, TIME_LIMIT).measures
     described = _measures(summarize(frame, frame["bundle"].iloc[0]))

@@ -20,6 +20,7 @@ from hf2mnn.core.progress import steps
 from hf2mnn.evaluation.findings import CONVERSION, PREPROCESSING, TOTAL
 from hf2mnn.metrics import kl_divergence
 from hf2mnn.mnn.bundle import CONFIG, DECODER, EMBEDDING, MODEL_CONFIG, TOKENIZER, VISION, embedding_table, table_blocks
+from hf2mnn.mnn.bundle_config import decoder_settings
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.quant.embedding import TIED, embedding_blocks, read_tied
 from hf2mnn.reference.golden import Golden, sample_examples
@@ -168,7 +169,7 @@ def budget(runs: Runs, bundle: Path) -> pd.DataFrame:
 
     Raises EngineError if a run failed.
     """
-    config = json.loads((bundle / CONFIG).read_text())
+    config = decoder_settings(json.loads((bundle / CONFIG).read_text()))
     base, exact, weights = runs.base, runs.exact, Configuration(bundle, bundle, bundle, bundle)
     low_memory = replace(weights, memory=config["memory"])
     as_configured = replace(low_memory, precision=config["precision"])

@@ -25,6 +25,7 @@ from hf2mnn.evaluation.fault_patterns import LINEAR_LAYER, ROTATION, Deviation, 
 from hf2mnn.families import get_family
 from hf2mnn.metrics import cosine, relative_error
 from hf2mnn.mnn.bundle import CONFIG, PARTS
+from hf2mnn.mnn.bundle_config import decoder_settings, vision_settings
 from hf2mnn.mnn.convert import write_graph
 from hf2mnn.mnn.engine import run_worker
 from hf2mnn.mnn.graph import LINEAR, Graph
@@ -259,7 +260,7 @@ def compare_layers(
     }
     config, rows = json.loads((bundle / CONFIG).read_text()), []
     for run, values in zip(inputs, run_mnn(bundle, inputs, graphs, wanted, threads, time_limit), strict=True):
-        settings = config["mllm"] if run.part == "vision" else config
+        settings = vision_settings(config) if run.part == "vision" else decoder_settings(config)
         pytorch, graph = probes[run.probe].tap_points, graphs[run.part]
         rows += compare_graph(run, onnx_graphs[run.part], pytorch, values, graph, settings, threads)
     return pd.DataFrame(rows, columns=COLUMNS)

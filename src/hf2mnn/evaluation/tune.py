@@ -227,7 +227,7 @@ def tune_bundle(
         if setting not in SETTINGS:
             hint = suggest(setting, SETTINGS, listed=True)
             raise ConfigError(f"setting {setting!r} cannot be tuned; use {', '.join(SETTINGS)}{hint}")
-    folder = check_bundle(bundle)
+    folder = check_bundle(bundle).folder
     request = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "image_side": image_side}
     with tempfile.TemporaryDirectory(prefix="hf2mnn-tune-") as scratch:
         tuned = Tuner(folder, request, repeats, time_limit, Path(scratch)).tune(settings, max_kld)

@@ -14,8 +14,7 @@ from hf2mnn.checkpoint.model_info import check_model_info
 from hf2mnn.core.errors import BundleError, EvaluationSetError
 from hf2mnn.core.untrusted import read_json
 from hf2mnn.families import Family, get_family
-from hf2mnn.mnn.bundle import MODEL_CONFIG, TOKENIZER
-from hf2mnn.mnn.bundle_config import read_config
+from hf2mnn.mnn.bundle_config import CONFIG, MAX_NEW_TOKENS, MODEL_CONFIG, TOKENIZER, read_config
 from hf2mnn.mnn.engine import check_bundle, run_worker
 from hf2mnn.mnn.template import render
 from hf2mnn.mnn.tokenizer_file import read_tokenizer
@@ -56,18 +55,23 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
 
 
 def _prompt(
-    folder: Path, family: Family, messages: list[dict[str, Any]], images: int, tools: list[dict[str, Any]] | None
+    folder: Path,
+    family: Family,
+    messages: list[dict[str, Any]],
+    context: dict[str, Any],
+    images: int,
+    tools: list[dict[str, Any]] | None,
 ) -> str:
-    """Render messages and tools with the chat template of the tokenizer file."""
+    """Render messages and tools with the chat template of the tokenizer file; `context` are further variables of it."""
     tokenizer = read_tokenizer(folder / TOKENIZER)
     tokens = {"eos_token": tokenizer.eos, "bos_token": tokenizer.bos}
-    tokens = {name: text for name, text in tokens.items() if text}
-    prompt = render(tokenizer.template, messages, tokens, tools)
+    variables = {name: text for name, text in tokens.items() if text} | context
+    prompt = render(tokenizer.template, messages, variables, tools)
     if prompt is None:
         raise EvaluationSetError(
             f"the chat template of {folder} rejects these messages; check their roles, order and contents"
         )
-    if tools and prompt == render(tokenizer.template, messages, tokens):
+    if tools and prompt == render(tokenizer.template, messages, variables):
         raise EvaluationSetError(f"the chat template of {folder} does not write tools; omit --tools")
     try:
         check_text(prompt)
@@ -81,7 +85,7 @@ def continue_conversation(
     bundle: Path,
     messages: list[dict[str, Any]],
     image_files: list[Path],
-    max_new_tokens: int = 512,
+    max_new_tokens: int = 0,
     threads: int = 0,
     time_limit: float = 600,
     as_called: bool = False,
@@ -89,14 +93,14 @@ def continue_conversation(
 ) -> str:
     """Return the engine's greedy answer to a conversation with `image_files` in the order of its images.
 
-    With `threads` 0 the number is that of config.json. With `as_called` the engine renders the template, resizes the
-    images and counts positions. By default this package does so as transformers, because the engine differs. `tools`
-    are those of `read_tools`.
+    With `threads` or `max_new_tokens` 0 the number is that of config.json, whose system prompt and variables of the
+    template apply too. With `as_called` the engine renders the template, resizes the images and counts positions. By
+    default this package does so as transformers, because the engine differs. `tools` are those of `read_tools`.
 
     Raise BundleError if the bundle is incomplete, changed, or not from hf2mnn, EvaluationSetError if an image cannot be
     read or the template rejects the messages, and EngineError if the engine failed.
     """
-    folder = check_bundle(bundle)
+    folder = check_bundle(bundle).folder
     info = read_config(folder, MODEL_CONFIG).get("hf2mnn")
     if not isinstance(info, dict):
         raise BundleError(f"{folder / MODEL_CONFIG} has no key hf2mnn: make the bundle with 'hf2mnn quantize'")
@@ -106,7 +110,10 @@ def continue_conversation(
         raise EvaluationSetError(f"{folder} is a {family.model_type} model, which has no image input; omit the images")
     if as_called and tools:
         raise EvaluationSetError("the engine's template writes tools otherwise; leave out --as-called or --tools")
-    prompt = _prompt(folder, family, messages, len(image_files), tools)
+    config = read_config(folder, CONFIG)
+    if config.get("system_prompt") and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": config["system_prompt"]}, *messages]
+    prompt = _prompt(folder, family, messages, config.get("jinja", {}).get("context", {}), len(image_files), tools)
     with tempfile.TemporaryDirectory(prefix="hf2mnn-ask-") as scratch:
         images = []
         for index, file in enumerate(image_files):
@@ -117,7 +124,8 @@ def continue_conversation(
             np.save(images[-1], np.array(image))
         result = Path(scratch, "answer.json")
         job = {"bundle": str(folder), "messages": messages, "prompt": prompt, "images": images, "as_called": as_called}
-        job |= {"max_new_tokens": max_new_tokens, "threads": threads, "result": str(result)}
+        limit = max_new_tokens or config.get("max_new_tokens", MAX_NEW_TOKENS)
+        job |= {"max_new_tokens": limit, "threads": threads, "result": str(result)}
         run_worker("hf2mnn.mnn.worker.ask", job, time_limit)
         return json.loads(result.read_text())["text"]
 
@@ -126,7 +134,7 @@ def ask_bundle(
     bundle: Path,
     prompt: str,
     image_files: list[Path],
-    max_new_tokens: int = 512,
+    max_new_tokens: int = 0,
     system: str | None = None,
     **options: Any,
 ) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +20,33 @@ from hf2mnn.checkpoint.tensors import StoredTensor
 from hf2mnn.core.manifest import tool_versions
 from hf2mnn.families import get_family
 from hf2mnn.mnn.adapt import adapt_decoder, adapt_vision, restore_linear_layers, strip_linear_layers
+from hf2mnn.mnn.bundle_config import (
+    CONFIG,
+    DECODER,
+    EMBEDDING,
+    MODEL_CONFIG,
+    TOKENIZER,
+    VISION,
+    EngineSettings,
+    written_config,
+)
 from hf2mnn.mnn.convert import CUSTOM_OPERATORS, FUSE, convert_onnx
 from hf2mnn.mnn.graph import Graph, check_fused, check_size, check_supported
 from hf2mnn.mnn.nc4hw4 import Layout, to_nc4hw4
 from hf2mnn.mnn.tokenizer import template_differences, write_tokenizer
 from hf2mnn.onnx.initializers import load_graph, small_constants, stored_initializers
 
-DECODER, VISION = "llm.mnn", "visual.mnn"
-EMBEDDING, TOKENIZER = "embeddings_bf16.bin", "tokenizer.mtok"
 PARTS = {"decoder": (DECODER, "decoder.onnx"), "vision": (VISION, "vision.onnx")}
 """Graphs of a bundle, and the ONNX graphs that they are converted from."""
 GRAPHS = {"decoder": ("llm.json", "llm.weight"), "vision": ("visual.json", "visual.weight")}
 """Graphs of the convert stage: JSON and weight file of each part."""
 ADAPT = {"decoder": adapt_decoder, "vision": adapt_vision}
-CONFIG, MODEL_CONFIG = "config.json", "llm_config.json"
 ROWS_AT_ONCE = 4096
 
 
 def parts_in(onnx_folder: Path) -> list[str]:
     """Return the parts of a model: "decoder", and "vision" if it has a vision tower."""
     return [part for part, (_, source) in PARTS.items() if (onnx_folder / source).exists()]
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Run-time settings of MNN's engine."""
-
-    precision: str = "high"  # "high", "normal": float32 on a CPU; "low": float16 if the CPU has it
-    memory: str = "high"  # "high": dequantize at load time; "low": keep weights quantized, and activations in 8 bits
-    threads: int = 4
 
 
 def _convert(part: str, onnx_folder: Path, folder: Path) -> tuple[Graph, dict[str, np.ndarray]]:
@@ -149,26 +146,10 @@ def write_configs(
 
     `tied` is the position of the embedding in the decoder's weight file (`quant.embedding.tied_settings`).
     """
-    engine = {"thread_num": settings.threads, "precision": settings.precision, "memory": settings.memory}
-    engine["backend_type"] = "cpu"
-    config = {
-        "llm_config": MODEL_CONFIG,
-        "llm_model": DECODER,
-        "llm_weight": f"{DECODER}.weight",
-        "tokenizer_file": TOKENIZER,
-        **engine,
-        "mllm": engine,
-        "sampler_type": "greedy",
-        "reuse_kv": False,
-        "max_new_tokens": 512,
-    }
-    if has_vision(model):
-        config["visual_model"] = VISION
+    config = written_config(settings, has_vision(model), not tied)
     # The engine ignores the key "hf2mnn"; 'hf2mnn ask' reads it.
     described = {**model_settings(model, folder), "hf2mnn": model}
     if tied:
         described["tie_embeddings"] = tied
-    else:
-        config["embedding_file"] = EMBEDDING
     for name, content in ((CONFIG, config), (MODEL_CONFIG, described)):
         (folder / name).write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")

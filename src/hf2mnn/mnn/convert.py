@@ -17,6 +17,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def run_converter(arguments: Sequence[str], folder: Path, time_limit: float = TI
     Raise ConversionError after a crash or `time_limit` seconds, MachineError if the disk is full, and OSError if a file
     exceeded the limit of file sizes.
     """
+    if find_spec("_tools") is None:
+        raise ModuleNotFoundError("MNN is not installed", name="MNN")
     command = [sys.executable, "-c", CALL, str(os.getpid()), *arguments]
     try:
         process = subprocess.run(

@@ -18,29 +18,36 @@ from hf2mnn.core.errors import BundleError, BundleFault, EngineError, EngineStop
 from hf2mnn.core.machine_errors import explain_kill
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.machine.child import child_environment
-from hf2mnn.mnn.bundle import CONFIG, MODEL_CONFIG
-from hf2mnn.mnn.bundle_config import check_paths
+from hf2mnn.mnn.bundle_config import CONFIG, MODEL_CONFIG, check_paths, edited_settings
 from hf2mnn.mnn.engine_facts import INFORMATION
 
 WORKER = "hf2mnn.mnn.worker"
 
 
-def check_bundle(bundle: Path) -> Path:
-    """Verify all files of a bundle against its manifest and return its absolute path.
+def check_bundle(bundle: Path) -> Manifest:
+    """Verify all files of a bundle against its manifest, and return it; its folder is absolute.
 
     The engine checks that three of the files exist. It loads weights that are truncated, of another model or no weights
-    at all, and then produces wrong output. Raise BundleError if a file is missing or changed, or a path in the
-    configuration is outside the bundle.
+    at all, and then produces wrong output. Raise BundleError if a file is missing or changed, apart from run-time
+    settings, or a path in the configuration is outside the bundle.
     """
     bundle = Path(bundle).resolve()
     if not (bundle / CONFIG).is_file():
         raise BundleError(f"there is no bundle {bundle}: give the folder that holds {CONFIG} and llm.mnn")
     try:
-        verified = Manifest.load(bundle).verify()
+        manifest = Manifest.load(bundle)
+        edited_settings(manifest)
+        manifest.accept_edits()
+        manifest.verify()
     except ManifestError as error:
         raise BundleError(str(error)) from None
-    check_paths(verified, (CONFIG, MODEL_CONFIG))
-    return verified
+    except ValueError as error:
+        raise BundleError(
+            f"{bundle / CONFIG} was changed: {error}; correct this key (docs/bundle.md lists the settings), or copy the"
+            " file again"
+        ) from None
+    check_paths(bundle, (CONFIG, MODEL_CONFIG))
+    return manifest
 
 
 def run_worker(task: str, arguments: dict[str, Any], time_limit: float, python: Path | None = None) -> None:

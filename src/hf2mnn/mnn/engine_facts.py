@@ -10,7 +10,9 @@ a fused attention `hf2mnn.onnx.attention` (FuseAttention.cpp), the decoder's ope
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from hf2mnn.families.engine_limits import *  # noqa: F403  sizes of images
 
@@ -43,11 +45,49 @@ VISION_SETTINGS = ("thread_num", "precision", "memory")
 Source: llmconfig.hpp, `Omni::load` in omni.cpp. Used by: mnn.bundle_config.
 """
 BACKENDS = ("cpu", "metal", "cuda", "opencl", "opengl", "vulkan", "hexagon", "npu", "auto")
-"""`backend_type`; others are "auto". Source: `backend_type_convert` in llm.cpp. Used by: doctor.artifacts."""
+"""`backend_type`; others are "auto". Source: `backend_type_convert` in llm.cpp. Used by: mnn.engine_facts."""
 PRECISIONS = ("low", "normal", "high")
-"""`precision`, `memory` and `power`; others are "normal". Source: llm.cpp. Used by: doctor.artifacts."""
+"""`precision`, `memory` and `power`; others are "normal". Source: llm.cpp. Used by: mnn.engine_facts."""
 SAMPLERS = ("greedy", "temperature", "topK", "topP", "minP", "min_p", "tfs", "typical", "penalty", "mixed")
-"""Values of `sampler_type`. Source: sampler.cpp. Used by: doctor.artifacts."""
+"""Values of `sampler_type`. Source: sampler.cpp. Used by: mnn.engine_facts."""
+DEVICE_SETTINGS = {
+    "backend_type": Literal[BACKENDS],
+    "thread_num": PositiveInt,
+    **dict.fromkeys(("precision", "memory", "power"), Literal[PRECISIONS]),
+}
+"""Settings that decoder and vision tower have of their own, with their types.
+Source: llmconfig.hpp. Used by: mnn.engine_facts.
+"""
+RUN_TIME_SETTINGS = DEVICE_SETTINGS | {
+    "mllm": DEVICE_SETTINGS,
+    "jinja": {"context": dict[str, Any]},
+    "attention_mode": Annotated[int, Field(ge=0, le=14)],
+    "dynamic_option": Literal[0, 1, 2, 8, 9, 10],
+    "sampler_type": Literal[SAMPLERS],
+    "mixed_samplers": list[Literal[SAMPLERS]],
+    "penalty_sampler": Literal["greedy", "temperature"],
+    "penalty_window": NonNegativeInt,
+    "temperature": PositiveFloat,
+    **dict.fromkeys(("topP", "top_p", "minP", "min_p", "tfsZ", "tfs_z", "typical"), NonNegativeFloat),
+    **dict.fromkeys(("penalty", "repetition_penalty", "ngram_factor"), NonNegativeFloat),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), float),
+    **dict.fromkeys(("topK", "top_k", "n_gram", "max_new_tokens", "max_all_tokens", "timeout_ms"), PositiveInt),
+    **dict.fromkeys(("mmap_size", "cpu_sme2_neon_division_ratio", "cpu_sme_core_num"), PositiveInt),
+    **dict.fromkeys(("draft_predict_length", "ngram_match_maxlen"), PositiveInt),
+    **dict.fromkeys(("use_template", "reuse_kv", "use_mmap", "use_cached_mmap", "kvcache_mmap", "ngram_update"), bool),
+    **dict.fromkeys(("system_prompt", "tmp_path", "prefix_cache_path", "lookup_file"), str),
+    "logit_bias": dict[str, float],
+    "banned_tokens": list[int],
+    "speculative_type": Literal["", "lookahead"],
+    "draft_match_strictness": Literal["low", "medium", "high"],
+    "draft_selection_rule": Literal["freqxlen", "fcfs"],
+}
+"""Settings of config.json that an application may choose, with their types; all other keys belong to the model.
+
+The engine takes a default for a value of another type. Left out: `all_logits`, `hidden_states` and `prompt_cache`, with
+which it answers nothing or wrongly, and files of other drafts than `lookahead`.
+Source: llmconfig.hpp, llm.cpp, docs/transformers/llm.md. Used by: mnn.bundle_config.
+"""
 MODEL_DEFAULTS = {"hidden_size": 4096, "layer_nums": 32, "attention_mask": "int", "is_mrope": False}
 """Sizes and inputs of the decoder without the keys. Source: llmconfig.hpp. Used by: doctor.checks.config."""
 IMAGE_DEFAULTS = {

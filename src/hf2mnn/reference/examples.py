@@ -20,7 +20,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hf2mnn.core.errors import EvaluationSetError
 from hf2mnn.core.untrusted import parse_json, path_inside, read_bytes
@@ -142,7 +142,7 @@ def read_examples(folder: Path) -> list[Example]:
     """Read an evaluation set, or raise EvaluationSetError if it is missing, empty or invalid, or has an id twice."""
     path = Path(folder) / NAME
     try:
-        lines = read_bytes(path, MAX_FILE_BYTES).decode().split("\n")
+        lines = read_bytes(path, MAX_FILE_BYTES).decode("utf-8-sig").split("\n")
     except OSError:
         raise _invalid(folder, f"is not an evaluation set: it has no {NAME}") from None
     except UnicodeDecodeError as error:
@@ -168,7 +168,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an image with `as_rgb`, or raise EvaluationSetError if the file is missing or is not an image."""
+    """Read an image with `as_rgb`, or raise EvaluationSetError if the file is missing, unreadable or not an image."""
     try:
         with warnings.catch_warnings():
             # PIL only warns up to twice its limit of pixels.
@@ -180,7 +180,11 @@ def read_image(path: Path) -> Image.Image:
         raise EvaluationSetError(f"there is no image {path}; add it or correct its name") from None
     except MemoryError:
         raise
+    except PermissionError as error:
+        raise EvaluationSetError(f"the image {path} cannot be read ({error.strerror}); grant access to it") from None
     except Exception as error:  # for invalid images PIL raises exceptions of any type
+        unknown = isinstance(error, UnidentifiedImageError)  # whose message has an address in memory
+        problem = f"it is none of {', '.join(IMAGE_FORMATS)}, or its first bytes are damaged" if unknown else error
         raise EvaluationSetError(
-            f"{path} is not an image that can be read ({error}); convert it to PNG or JPEG"
+            f"{path} is not an image that can be read ({problem}); convert it to PNG or JPEG"
         ) from None

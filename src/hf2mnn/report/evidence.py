@@ -76,6 +76,8 @@ def read_variant(folder: Path, name: str) -> VariantEvidence:
     """Read the evidence of one variant from results/<model>."""
     plan, bundle, evaluation, diagnosis = (folder / part / name for part in VARIANT_FOLDERS)
     manifests = {path.parent.name: Manifest.load(path) for path in (plan, bundle) if path.is_dir()}
+    if BUNDLES in manifests:
+        manifests[BUNDLES].accept_edits()
     manifests[EVALUATION] = _verified(evaluation)
     summary = json.loads((evaluation / files.SUMMARY).read_text())
     figures, answers, parity = (pd.read_parquet(evaluation / t) for t in (files.FIGURES, files.ANSWERS, files.PARITY))

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.report.cells import Cell, Table
-from hf2mnn.report.evidence import BUNDLES, Evidence
+from hf2mnn.report.evidence import BUNDLES, EVALUATION, Evidence
 
 LISTED = ("checkpoint", "reference", "onnx", "graphs", "bundles")
 """Folders whose files the report lists: inputs of later stages and of devices."""
@@ -66,7 +66,9 @@ def variant_settings(evidence: Evidence) -> Table | None:
         if "plan" in manifest.paths:
             weights = [{"plan": manifest.paths["plan"], "method": part.get("method", "")} for part in weights]
         bits, embedding = results.get("bits_per_weight"), results.get("embedding_bytes")
-        texts = [_as_text(part) for part in (*weights, settings.get("engine", {}))]
+        engine, used = settings.get("engine", {}), variant.manifests[EVALUATION].settings.get("engine", {})
+        engine |= {key: used[key] for key in engine.keys() & used.keys()}  # an edited bundle has others
+        texts = [_as_text(part) for part in (*weights, engine)]
         texts.append("32" if bits is None else f"{bits:.3f}")
         texts.append("in lm_head" if embedding == 0 else f"{embedding / 1e6:.1f} MB" if embedding else "")
         layout = Cell(results.get("decoder_layout", ""), results.get("layout_reason", ""))

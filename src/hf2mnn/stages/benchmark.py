@@ -40,13 +40,13 @@ def run(
     parsed = parse_bundles(bundles)
     if baseline not in parsed:
         raise ConfigError(f"--baseline: there is no bundle {baseline!r}; there are {', '.join(parsed)}")
-    folders = check_bundles(parsed)
+    checked = check_bundles(parsed)
     options = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "image_side": image_side}
     options["lengths"] = sorted(set(LENGTHS if lengths is None else lengths))
     chosen = {"baseline": baseline, "repeats": repeats, "threads": threads or cores(), **options}
-    with open_stage(STAGE, destination, folders, chosen) as stage:
-        manifests = stage.inputs.items()
-        sizes = {name: sum(entry["size"] for entry in manifest.outputs.values()) for name, manifest in manifests}
+    with open_stage(STAGE, destination, checked, chosen) as stage:
+        folders = {name: bundle.folder for name, bundle in checked.items()}
+        sizes = {name: sum(entry["size"] for entry in bundle.outputs.values()) for name, bundle in checked.items()}
         summary = write_benchmark(folders, sizes, chosen, stage.folder, time_limit)
         stage.results["machine"] = summary["machine"]
     print_speed(summary)

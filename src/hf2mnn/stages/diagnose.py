@@ -37,9 +37,10 @@ def run(
     Return the findings; a bundle that does not run is one of them, not a failure.
     """
     from hf2mnn.evaluation.diagnose import diagnose
+    from hf2mnn.mnn.engine import check_bundle
     from hf2mnn.reference.golden import Golden
 
-    folders = {"reference": reference, "onnx": onnx, "baseline": baseline, "bundle": bundle}
+    folders = {"reference": reference, "onnx": onnx, "baseline": baseline, "bundle": check_bundle(bundle)}
     with open_stage(STAGE, destination, folders, {"threads": threads}) as stage:
         findings = diagnose(Golden(reference), onnx, baseline, bundle, stage.folder, threads, time_limit)
         stage.results["findings"] = [finding.message for finding in findings]

@@ -40,11 +40,14 @@ def run(
         --bundle results/shapes-vl/bundles/int4 --out results/shapes-vl/evaluation/int4
     """
     from hf2mnn.evaluation.evaluate import evaluate
+    from hf2mnn.mnn.bundle_config import CONFIG, read_config, run_time_settings
+    from hf2mnn.mnn.engine import check_bundle
     from hf2mnn.reference.golden import Golden
 
-    folders = {"reference": reference, "onnx": onnx, "bundle": bundle}
+    folders = {"reference": reference, "onnx": onnx, "bundle": check_bundle(bundle) if bundle else None}
+    settings = {"threads": threads} | ({"engine": run_time_settings(read_config(bundle, CONFIG))} if bundle else {})
     tools = ("MNN" if bundle else "onnxruntime", "tokenizers", "numpy")
-    with open_stage(STAGE, destination, folders, {"threads": threads}, tools=tools) as stage:
+    with open_stage(STAGE, destination, folders, settings, tools=tools) as stage:
         size = sum(entry["size"] for entry in stage.inputs["bundle" if bundle else "onnx"].outputs.values())
         limit = stage.inputs["reference"].settings["max_new_tokens"]
         summary = evaluate(Golden(reference), onnx, bundle, stage.folder, size, limit, threads, time_limit, keep_logits)

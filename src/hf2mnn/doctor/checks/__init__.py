@@ -13,6 +13,7 @@ Check = Callable[[Any], Findings]
 CHECKS: dict[type, tuple[Check, ...]] = {
     Bundle: (
         files.file_changed,
+        files.settings_edited,
         precision.vision_bits,
         *config.CHECKS,
         *embedding.CHECKS,

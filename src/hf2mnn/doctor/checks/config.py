@@ -6,22 +6,27 @@ Settings of image processing are compared with the checkpoint, or with the bundl
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from typing import Any
 
+from pydantic import ValidationError
+
 from hf2mnn.checkpoint.model_info import model_info
 from hf2mnn.core.errors import BundleError
-from hf2mnn.doctor.artifacts import DEVICE_SETTINGS, SETTING_VALUES, Bundle
+from hf2mnn.doctor.artifacts import Bundle
 from hf2mnn.doctor.findings import Finding, Findings, Severity
 from hf2mnn.evaluation.causes import differing
 from hf2mnn.families import get_family
 from hf2mnn.mnn import engine_facts as facts
 from hf2mnn.mnn.bundle import CONFIG, TOKENIZER
-from hf2mnn.mnn.bundle_config import outside_paths
+from hf2mnn.mnn.bundle_config import Settings, outside_paths, run_time_settings
 from hf2mnn.quant.embedding import embedding_in_weights
 
-FALLBACKS = {"backend_type": "the engine uses any backend that it has", "sampler_type": "the engine uses its defaults"}
-FALLBACK = "the engine uses 'normal'"
+FALLBACKS = {
+    "backend_type": "the engine uses any backend that it has",
+    **dict.fromkeys(("precision", "memory", "power"), "the engine uses 'normal'"),
+}
 SIZE_KEYS = {
     "hidden_size": (
         Severity.ERROR,
@@ -146,16 +151,19 @@ def mrope(bundle: Bundle) -> Findings:
 
 def setting_unknown(bundle: Bundle) -> Findings:
     """Report run-time settings, of the vision tower too ("mllm"), with a value that the engine does not know."""
-    vision = bundle.model.get("mllm") if isinstance(bundle.model.get("mllm"), dict) else {}
-    settings = [(bundle.locate(key), key, bundle.model[key]) for key in SETTING_VALUES if key in bundle.model]
-    settings += [(f"{CONFIG}: mllm.{key}", key, vision[key]) for key in DEVICE_SETTINGS if key in vision]
-    for where, key, value in settings:
-        if value not in SETTING_VALUES[key]:
+    try:
+        Settings.model_validate(run_time_settings(bundle.model))
+    except ValidationError as errors:
+        for error in errors.errors():
+            if error["type"] == "extra_forbidden":  # the chat template of another exporter
+                continue
+            key, known = str(error["loc"][-1]), re.findall("'([^']*)'", error.get("ctx", {}).get("expected", ""))
+            where = bundle.locate(str(error["loc"][0])).partition(":")[0]
             message = f"the engine does not know this value of {key}"
-            evidence = f"{json.dumps(value)}; it knows {', '.join(SETTING_VALUES[key])}"
-            effect = f"{FALLBACKS.get(key, FALLBACK)} without an error"
-            cure = f"set one of these values in {where.partition(':')[0]}"
-            yield Finding(where, message, evidence, effect, cure, severity=Severity.WARNING)
+            evidence = f"{json.dumps(error['input'])}; it knows {', '.join(known) or error['msg'].partition(' be ')[2]}"
+            effect = f"{FALLBACKS.get(key, 'the engine uses a default')} without an error"
+            cure, path = f"set one of these values in {where}", ".".join(map(str, error["loc"]))
+            yield Finding(f"{where}: {path}", message, evidence, effect, cure, severity=Severity.WARNING)
 
 
 def _differences(bundle: Bundle, keys: tuple[str, ...]) -> list[tuple[str, str]]:

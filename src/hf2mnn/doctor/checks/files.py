@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
 from hf2mnn.checkpoint.folder import is_lfs_pointer
 from hf2mnn.core.errors import ConversionError, ExportError, Hf2mnnError
@@ -10,6 +11,7 @@ from hf2mnn.core.manifest import tool_versions
 from hf2mnn.core.verify import file_damage
 from hf2mnn.doctor.artifacts import Bundle, MnnModel, OnnxFile
 from hf2mnn.doctor.findings import Finding, Findings, Severity
+from hf2mnn.mnn.bundle_config import CONFIG, edited_settings
 from hf2mnn.mnn.engine_facts import UNSUPPORTED_OPERATORS
 from hf2mnn.mnn.graph import LINEAR
 
@@ -133,12 +135,31 @@ def file_changed(bundle: Bundle) -> Findings:
     for name, expected in sorted(bundle.manifest.outputs.items()):
         path = bundle.folder / name
         if path not in reported and (damage := file_damage(path, expected)):
+            if name == CONFIG and path.is_file():
+                try:
+                    edited_settings(bundle.manifest)
+                    continue  # `settings_edited` reports them
+                except ValueError as error:
+                    damage = f"was changed: {error}"
             evidence = f"it {damage} (manifest.json)"
             severity, effect = Severity.ERROR, "from one wrong weight to wrong output throughout"
             if path.suffix in (".json", ".csv"):
                 severity = Severity.WARNING
                 effect = "measurements of the bundle may not hold for these settings, and hf2mnn refuses the bundle"
             yield Finding(name, "the file differs from the manifest", evidence, effect, COPY_AGAIN, severity=severity)
+
+
+def settings_edited(bundle: Bundle) -> Findings:
+    """Report run-time settings that were changed since the bundle was made; `file_changed` reports invalid changes."""
+    edits = {}
+    with suppress(ValueError):
+        edits = edited_settings(bundle.manifest) if bundle.manifest else {}
+    if edits:
+        evidence = ", ".join(f"{key} {change}" for key, change in edits.items())
+        effect = "the bundle stays valid; its figures were measured with the former settings"
+        cure = "none if they are intended; 'hf2mnn evaluate' measures them"
+        message = "run-time settings were edited"
+        yield Finding(CONFIG, message, evidence, effect, cure, severity=Severity.ADVICE)
 
 
 GRAPH_CHECKS = (unreadable_graph, unknown_operators, engine_too_old)
