@@ -11,7 +11,7 @@ import numpy as np
 
 from hf2mnn.checkpoint.architecture import load_settings
 from hf2mnn.checkpoint.facts import SETTINGS, asking_transformers, chat_template, load_image_processor, read_object
-from hf2mnn.checkpoint.folder import Checkpoint, check_no_pointer, checkpoint_files, path_in
+from hf2mnn.checkpoint.folder import ADAPTER_FILES, Checkpoint, check_no_pointer, checkpoint_files, path_in
 from hf2mnn.checkpoint.model_info import model_info
 from hf2mnn.checkpoint.tensors import EXPONENTS, is_finite
 from hf2mnn.checkpoint.tokenizer import load_tokenizer
@@ -37,6 +37,11 @@ def check_files(checkpoint: Checkpoint) -> None:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is not a regular file; replace it by the checkpoint's file")
         check_no_pointer(path)
+    if (checkpoint.folder / ADAPTER_FILES[0]).exists():
+        raise CheckpointError(
+            f"{checkpoint.folder} has {ADAPTER_FILES[0]}, whose adapter transformers applies where PEFT is installed;"
+            " remove it if it is merged already, else give its folder as the adapter"
+        )
 
 
 def _json_objects(value: Any) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ WeightsKept = Annotated[
     ),
 ]
 Hub = Annotated[Literal["huggingface", "modelscope"], typer.Option(help="Hub of the repository.")]
+AdapterHub = Annotated[Literal["huggingface", "modelscope"], typer.Option(help="Hub of the adapter.")]
 Revision = Annotated[
     str | None, typer.Option(help="Commit, tag or branch of the repository; by default the hub's default branch.")
 ]

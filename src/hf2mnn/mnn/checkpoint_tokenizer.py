@@ -68,6 +68,8 @@ def read_checkpoint_tokenizer(checkpoint: Path) -> CheckpointTokenizer:
     spec = contents(loaded)
     with unsupported_parts(checkpoint):
         added = sorted(spec["added_tokens"], key=lambda token: token["id"])
+        for token in added:  # a token that was special in one file and is not in another is still not decoded
+            token["special"] = loaded.backend_tokenizer.decode([token["id"]], skip_special_tokens=True) == ""
         if loaded.split_special_tokens:
             raise UnsupportedError("option", "split_special_tokens")
         _check_options(spec, added)

@@ -70,7 +70,8 @@ def render(
 ) -> str | None:
     """Render a chat as transformers does, with `tokens` (eos_token and bos_token); None if the template rejects it.
 
-    The template is untrusted: transformers runs it in a sandbox, and here for at most TEMPLATE_SECONDS.
+    Jinja drops the newline at a template's end, which `chat_template` has dropped already. The template is untrusted:
+    transformers runs it in a sandbox, and here for at most TEMPLATE_SECONDS.
     """
     from transformers.utils.chat_template_utils import render_jinja_template  # takes most of a second
 
@@ -78,7 +79,7 @@ def render(
         with time_limited(TEMPLATE_SECONDS):
             chats = [without_nulls(chat)]
             (text,), _ = render_jinja_template(
-                chats, tools, chat_template=template, add_generation_prompt=True, **tokens
+                chats, tools, chat_template=template + "\n", add_generation_prompt=True, **tokens
             )
             return text
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError, TimeoutError):

@@ -93,7 +93,7 @@ class Preprocessor:
         try:
             with time_limited(TEMPLATE_SECONDS):
                 return self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+                    messages, chat_template=self.template + "\n", tokenize=False, add_generation_prompt=True
                 )
         except Exception as error:  # a template may raise any exception
             raise CheckpointError(

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from hf2mnn.core.errors import CheckpointError
-from hf2mnn.core.options import Hub, Out, Revision
+from hf2mnn.core.options import AdapterHub, Hub, Out, Revision
 from hf2mnn.core.stage import Footprint, Stage, open_stage
 from hf2mnn.stages import conversion_memory_mb
-
-if TYPE_CHECKING:
-    from hf2mnn.checkpoint.folder import Checkpoint
 
 STAGE = Stage("fetch", tools=("torch", "transformers", "numba"), footprint=Footprint(900, 0, 240, 30))
 
@@ -31,16 +28,14 @@ def run(
     adapter: Annotated[Path | None, typer.Option(help="Folder with a LoRA adapter (PEFT) to merge.")] = None,
     adapter_repository: Annotated[str | None, typer.Option(help="owner/name of an adapter on a hub.")] = None,
     adapter_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the adapter.")] = None,
-    adapter_hub: Annotated[Literal["huggingface", "modelscope"], typer.Option(help="Hub of the adapter.")] = (
-        "huggingface"
-    ),
+    adapter_hub: AdapterHub = "huggingface",
 ) -> Path:
     """Fetch and check a checkpoint, and merge an adapter into it if one is given.
 
     Example: hf2mnn fetch --path models/shapes-vl --out results/shapes-vl/checkpoint
     """
     from hf2mnn.checkpoint.fetch import AdapterSource, link_files, merge_adapter, rename_in_errors
-    from hf2mnn.checkpoint.folder import checkpoint_files
+    from hf2mnn.checkpoint.folder import Checkpoint, checkpoint_files
     from hf2mnn.checkpoint.hub.download import gather, get_hub, pin_repository
     from hf2mnn.checkpoint.hub.pin import load_pin
 
@@ -51,7 +46,7 @@ def run(
             raise CheckpointError("--files is only for a repository or a pin: leave it out for a local folder")
         if destination.resolve() == path.resolve():
             raise CheckpointError(f"{destination} is the checkpoint itself; give --out another folder")
-        checkpoint = _checked(path, destination)
+        _check(path, destination)
         name, links = str(path), {str(Path(file).relative_to(path)): Path(file) for file in checkpoint_files(path)}
         described = {"paths": {"path": path}, "tools": ()}
     else:
@@ -64,21 +59,19 @@ def run(
         link_files(links, stage.folder)
         with rename_in_errors(stage.folder, name):
             if path is None:
-                checkpoint = _checked(stage.folder, destination)
+                _check(stage.folder, destination)
             if adapter is not None or adapter_repository is not None:
                 origin = AdapterSource(adapter, adapter_repository, adapter_revision, adapter_hub)
-                merge_adapter(checkpoint, origin, stage.folder, stage.manifest)
+                merge_adapter(Checkpoint(path or stage.folder), origin, stage.folder, stage.manifest)
     return destination
 
 
-def _checked(folder: Path, destination: Path) -> Checkpoint:
+def _check(folder: Path, destination: Path) -> None:
     from hf2mnn.checkpoint.folder import Checkpoint
     from hf2mnn.checkpoint.preflight import check_checkpoint
     from hf2mnn.checkpoint.size import check_resources
     from hf2mnn.mnn.tokenizer import encode_tokenizer
 
-    checkpoint = Checkpoint(folder)
-    check_checkpoint(checkpoint)
+    check_checkpoint(Checkpoint(folder))
     encode_tokenizer(folder)  # refuses what the engine cannot read, before anything is computed
     check_resources(folder, destination, conversion_memory_mb)
-    return checkpoint

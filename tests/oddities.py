@@ -357,7 +357,7 @@ def one_shard_with_an_index(folder: Path) -> None:
     shard(folder, count=1)
 
 
-@oddity("qwen3-vl", "Blaizzy/mlx-vlm/pull/1464", "weights", REFUSED, names=["U32", "weight", "model.safetensors"])
+@oddity("qwen3-vl", "Blaizzy/mlx-vlm/pull/1464", "weights", REFUSED, names=["U32", "quantization_config"])
 def four_bit_file_beside_shards(folder: Path) -> None:
     content = tensors(folder)
     shard(folder)
@@ -522,7 +522,7 @@ def sliding_window_without_its_switch(folder: Path) -> None:
     "config",
     EITHER,
     "MNN's engine has no sliding window",
-    ["sliding window"],
+    ["sliding_attention"],
 )
 def sliding_window_longer_than_any_prompt(folder: Path) -> None:
     edit(folder, CONFIG, sliding_window=4096)
@@ -533,7 +533,7 @@ def head_dim_null(folder: Path) -> None:
     edit(folder, CONFIG, head_dim=None)
 
 
-@oddity("qwen3", "marin-community/marin/issues/2098", "config", REFUSED, names=["head_dim", "q_proj"])
+@oddity("qwen3", "marin-community/marin/issues/2098", "config", REFUSED, names=["head_dim", "q_proj", "k_norm"])
 def head_dim_missing(folder: Path) -> None:
     edit(folder, CONFIG, "head_dim")
 
@@ -555,7 +555,7 @@ def tie_word_embeddings_only_in_text_config(folder: Path) -> None:
     edit_text(folder, tie_word_embeddings=True)
 
 
-@oddity("qwen3", "ai-dynamo/dynamo/pull/3043", "config")
+@oddity("qwen3", "ai-dynamo/dynamo/pull/3043", "config", EITHER, "JSON has no such number (RFC 8259)", ["Infinity"])
 def infinity_in_config(folder: Path) -> None:
     edit(folder, CONFIG, time_step_limit=[0.0, float("inf")])
 
@@ -1003,7 +1003,7 @@ def size_with_the_names_of_pixel_limits(folder: Path) -> None:
     edit(folder, IMAGES, size={"min_pixels": 3136, "max_pixels": 25088}, min_pixels=3136, max_pixels=25088)
 
 
-@oddity("qwen2.5-vl", "unslothai/unsloth/issues/1747", "images", REFUSED, names=[IMAGES, "size"])
+@oddity("qwen2.5-vl", "unslothai/unsloth/issues/1747", "images", REFUSED, names=[IMAGES, "size", "min_pixels"])
 def size_with_one_limit(folder: Path) -> None:
     edit(folder, IMAGES, size={"longest_edge": 25088})
 

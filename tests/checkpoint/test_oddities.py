@@ -30,7 +30,7 @@ from hf2mnn.mnn.template import render
 from hf2mnn.reference.model import load_model
 from hf2mnn.reference.prompts import Preprocessor
 from hf2mnn.stages.fetch import run as fetch
-from published.oddities import EITHER, ODDITIES, REFUSED, SAME, Oddity
+from oddities import EITHER, ODDITIES, REFUSED, SAME, Oddity
 from tokenizing import Engine
 
 PROBES = (
