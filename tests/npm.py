@@ -48,8 +48,8 @@ def registry() -> str:
     files = [Path(environment.get("npm_config_userconfig", Path.home() / ".npmrc")), Path("/usr/etc/npmrc")]
     texts = [path.read_text() for path in files if path.is_file()]
     configured = re.search(r"^\s*registry\s*=\s*(\S+)", "\n".join(texts), re.MULTILINE)
-    if found := environment.get("npm_config_registry") or (configured and configured[1]):
-        return found
+    if address := environment.get("npm_config_registry") or (configured and configured[1]):
+        return address
     command = ["npm", "config", "get", "registry"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

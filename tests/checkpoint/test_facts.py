@@ -148,7 +148,7 @@ def test_newlines_are_those_of_jinja(tmp_path: Path) -> None:
     ("template", "message"),
     [
         ([{"name": "tool_use", "template": "a"}], "has the chat templates tool_use but none of the name default"),
-        ([{"name": "default"}], "cannot be loaded by transformers"),
+        ([{"name": "default"}], "transformers cannot load the tokenizer"),
         ("", "has no chat template; add one"),
         (5, "the chat template of .* cannot be loaded"),
         ("\ud800", "is not text"),
@@ -295,7 +295,7 @@ def test_images_are_those_of_the_processor(
     limits: dict[str, Any], pixels: dict[str, Any], nested: bool, shape: tuple[int, int], tmp_path: Path
 ) -> None:
     """Limits of pixels absent, in old and in new keys; and pixels rescaled, normalized or neither."""
-    folder = copy(tmp_path / "checkpoint")
+    folder = copy(tmp_path / "checkpoint", *FILES, "model.safetensors")
     write_settings(folder, limits | pixels, nested)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
     expected = AutoImageProcessor.from_pretrained(folder)(images=[image], return_tensors="np")

@@ -535,7 +535,7 @@ def test_number_with_a_unit_is_the_size_of_the_bundle(text: str, size: int) -> N
 
 def test_paths_of_a_home_directory_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever a path may be; one of an unknown user stays, and Snakemake says that it is missing."""
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/people/me")
     config = parse_config(
         {
             "models": {
@@ -547,12 +547,12 @@ def test_paths_of_a_home_directory_are_expanded(monkeypatch: pytest.MonkeyPatch)
         }
     )
     a, b, c = (config.models[name] for name in "abc")
-    assert (a.source.path, a.source.adapter) == ("/home/me/a", "/home/me/lora")
-    assert (a.evaluation, a.calibration) == ("/home/me/set", "/home/me/other")
-    assert (b.source.pin, b.source.files) == ("/home/me/pin.json", "/home/me/files")
-    assert (b.evaluation, c.evaluation.path) == ("~nobody-here/set", "/home/me/docvqa")
+    assert (a.source.path, a.source.adapter) == ("/people/me/a", "/people/me/lora")
+    assert (a.evaluation, a.calibration) == ("/people/me/set", "/people/me/other")
+    assert (b.source.pin, b.source.files) == ("/people/me/pin.json", "/people/me/files")
+    assert (b.evaluation, c.evaluation.path) == ("~nobody-here/set", "/people/me/docvqa")
     assert c.source.repository == "~/c", "no path"
-    assert config.variants["int4"].plan == "/home/me/plan.yaml"
+    assert config.variants["int4"].plan == "/people/me/plan.yaml"
 
 
 def test_duplicate_keys_in_an_option_are_refused() -> None:

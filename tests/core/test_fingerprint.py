@@ -216,10 +216,10 @@ NOT_DECLARED = {
     "baseline": dict.fromkeys(
         ("numba", "onnx-ir", "onnxruntime", "scipy", "tokenizers", "torch", "transformers"), SHARED
     ),
-    "evaluate": {**dict.fromkeys(("onnx", "onnx-ir", "torch"), SHARED), "transformers": RECORDED},
-    "diagnose": {**dict.fromkeys(("onnx-ir", "tokenizers", "torch", "transformers"), SHARED), "numba": EXACT},
-    "benchmark": dict.fromkeys(("onnx", "onnx-ir", "tokenizers", "torch", "transformers"), SHARED),
-    "compare": dict.fromkeys(("onnx", "onnx-ir", "tokenizers", "torch", "transformers"), SHARED),
+    "evaluate": {**dict.fromkeys(("onnx-ir", "torch"), SHARED), "transformers": RECORDED},
+    "diagnose": {**dict.fromkeys(("onnx-ir", "tokenizers", "torch"), SHARED), "numba": EXACT},
+    "benchmark": {"torch": SHARED},
+    "compare": {"torch": SHARED},
 }
 """Reachable tools that a stage does not declare, with the reason."""
 

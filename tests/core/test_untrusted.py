@@ -209,7 +209,7 @@ def test_duplicate_keys_are_refused_with_their_lines(text: str, key: str, lines:
 
 
 @given(st.dictionaries(st.text(), st.integers(), min_size=1), st.data())
-def test_any_duplicate_key_of_json_is_found(value: dict[str, int], data: st.DataObject) -> None:
+def test_any_duplicate_key_of_json_is_refused(value: dict[str, int], data: st.DataObject) -> None:
     """Whatever the keys are: brackets, quotes, escapes."""
     repeated = data.draw(st.sampled_from(sorted(value)))
     lines = [f"{json.dumps(key)}: {number}," for key, number in value.items()]

@@ -67,12 +67,12 @@ def test_one_byte_flipped(bundle: Path, name: str) -> None:
         ({"llm_model": "visual.mnn"}, "file_changed", Severity.WARNING, 'llm_model is "visual.mnn" in place of'),
     ],
 )
-def test_edited_settings_are_told_from_damage(
+def test_edited_settings_are_no_damage(
     edit: dict[str, Any], check: str, severity: Severity, evidence: str, bundle: Path
 ) -> None:
     path = unlink_copy(bundle / CONFIG)
     path.write_text(json.dumps(json.loads(path.read_text()) | edit))
-    (finding,) = [found for found in file_findings(bundle).values() if found.where == CONFIG]
+    (finding,) = [entry for entry in file_findings(bundle).values() if entry.where == CONFIG]
     assert (finding.check, finding.severity) == (check, severity) and evidence in finding.evidence
 
 

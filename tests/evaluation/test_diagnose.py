@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hf2mnn.core.errors import BundleFault, EngineError, ManifestError
+from hf2mnn.core.errors import BundleError, BundleFault, EngineError
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.evaluation import causes, error_budget, layers
 from hf2mnn.evaluation.findings import BUDGET, FINDINGS, LAYERS, Finding
@@ -84,5 +84,5 @@ def test_a_bundle_that_was_changed_is_not_diagnosed(shapes: Path, tmp_path: Path
     for path in (shapes / "bundles" / "fp32").iterdir():
         (bundle / path.name).write_bytes(path.read_bytes())
     (bundle / "llm_config.json").write_text("{}")
-    with pytest.raises(ManifestError, match=r"llm_config\.json differs from its entry"):
+    with pytest.raises(BundleError, match=r"llm_config\.json differs from its entry"):
         run(shapes, tmp_path / "out", bundle)

@@ -103,11 +103,11 @@ def edit(folder: Path, **settings: Any) -> Path:
 def test_run_time_settings_may_be_edited(settings: dict[str, Any], edits: dict[str, Any], made: Path) -> None:
     """The bundle stays valid, and its digest shows that its figures are those of other settings."""
     before = Manifest.load(made)
-    found = edited_settings(Manifest.load(edit(made, **settings)))
-    assert {key: found[key] if text else None for key, text in edits.items()} == edits
-    assert bool(found) == bool(edits)
+    edited = edited_settings(Manifest.load(edit(made, **settings)))
+    assert {key: edited[key] if text else None for key, text in edits.items()} == edits
+    assert bool(edited) == bool(edits)
     verdict = verify_bundle(made)
-    assert verdict.intact and verdict.edited == found
+    assert verdict.intact and verdict.edited == edited
     checked = check_bundle(made)
     assert (checked.digest() != before.digest()) == bool(edits)
     assert Manifest.load(made).outputs == before.outputs, "nothing is written"

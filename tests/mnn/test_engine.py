@@ -27,7 +27,6 @@ from hf2mnn.core.errors import (
     EngineStopped,
     EvaluationSetError,
     MachineError,
-    ManifestError,
 )
 from hf2mnn.core.manifest import Manifest
 from hf2mnn.mnn import ask
@@ -188,8 +187,8 @@ def test_edited_settings_hold_for_questions(copy: Path, monkeypatch: pytest.Monk
     ask_bundle(copy, "Which?", [], 5, system="Be long.")
     assert [job["max_new_tokens"] for job in jobs] == [512, 3, 5]
     assert jobs[0]["prompt"] == jobs[1]["prompt"] != jobs[2]["prompt"] and "Be brief." not in jobs[2]["prompt"]
-    monkeypatch.setattr(ask, "render", lambda template, messages, variables: str(variables["enable_thinking"]))
-    with pytest.raises(EvaluationSetError, match="wrote 0 images for 1"):
+    monkeypatch.setattr(ask, "render", lambda template, messages, variables, tools: str(variables["enable_thinking"]))
+    with pytest.raises(EvaluationSetError, match="0 times, for 1 images"):
         ask_bundle(copy, "Which?", [copy])
     ask_bundle(copy, "Which?", [])
     assert jobs[3]["prompt"] == "False"
@@ -382,7 +381,7 @@ def test_wrong_weights_are_garbage(copy: Path, name: str, damage: Callable[[Path
 def test_evaluation_verifies_every_byte(evaluated: Evaluated, onnx_folder: Path, copy: Path, tmp_path: Path) -> None:
     """A weight file of the right size with other contents."""
     zeros(copy / "visual.mnn.weight")
-    with pytest.raises(ManifestError, match=r"visual\.mnn\.weight differs from its entry"):
+    with pytest.raises(BundleError, match=r"visual\.mnn\.weight differs from its entry"):
         evaluate(evaluated.reference, onnx_folder, tmp_path / "out", copy, threads=1, time_limit=60)
     assert not (tmp_path / "out").exists()
 
@@ -501,7 +500,7 @@ def test_errors_of_the_task_and_the_machine_differ(task: Callable[[str], str], t
         run_worker(name, {"result": str(tmp_path / "result")}, 60)
     assert "bug" not in str(error.value)
     with pytest.raises(EngineError, match=r"sing.*this is a bug"):
-        run_worker("sing", {}, 60)
+        run_worker("hf2mnn.mnn.worker.sing", {}, 60)
 
 
 def test_file_that_is_no_image_is_rejected(bundle: Path, tmp_path: Path) -> None:

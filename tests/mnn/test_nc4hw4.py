@@ -73,7 +73,8 @@ def test_manifests_have_the_layout_and_the_reason(both: tuple[Path, Path]) -> No
         },
     ]
     for bundle, layout in zip(both, layouts, strict=True):
-        assert Manifest.load(bundle.with_name(f"{bundle.name}-graphs")).results == layout
+        results = Manifest.load(bundle.with_name(f"{bundle.name}-graphs")).results
+        assert {key: value for key, value in results.items() if key != "tokenizer_differences"} == layout
         assert Manifest.load(bundle).results.items() >= layout.items()
 
 

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from hf2mnn.checkpoint.architecture import load_settings
-from hf2mnn.checkpoint.facts import SETTINGS, asking_transformers, chat_template, load_image_processor, read_object
+from hf2mnn.checkpoint.facts import (
+    SETTINGS,
+    asking_transformers,
+    chat_template,
+    load_image_processor,
+    read_object,
+    stop_ids,
+)
 from hf2mnn.checkpoint.folder import ADAPTER_FILES, Checkpoint, check_no_pointer, checkpoint_files, path_in
 from hf2mnn.checkpoint.model_info import model_info
 from hf2mnn.checkpoint.tensors import EXPONENTS, is_finite
@@ -37,7 +44,7 @@ def check_files(checkpoint: Checkpoint) -> None:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is not a regular file; replace it by the checkpoint's file")
         check_no_pointer(path)
-    if (checkpoint.folder / ADAPTER_FILES[0]).exists():
+    if checkpoint.config and (checkpoint.folder / ADAPTER_FILES[0]).exists():
         raise CheckpointError(
             f"{checkpoint.folder} has {ADAPTER_FILES[0]}, whose adapter transformers applies where PEFT is installed;"
             " remove it if it is merged already, else give its folder as the adapter"
@@ -169,7 +176,7 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
                 f"config.json of {checkpoint.folder} has {key} {number}, which is {actual} of the tokenizer, not"
                 f" {token!r}; {MISMATCH}"
             )
-    for number in model_info(checkpoint)["stop_ids"]:
+    for number in stop_ids(checkpoint.folder):
         if number not in tokens:
             raise CheckpointError(
                 f"{checkpoint.folder} has eos_token_id {number}, which the tokenizer does not have; {MISMATCH}"

@@ -66,8 +66,9 @@ def variant_settings(evidence: Evidence) -> Table | None:
         if "plan" in manifest.paths:
             weights = [{"plan": manifest.paths["plan"], "method": part.get("method", "")} for part in weights]
         bits, embedding = results.get("bits_per_weight"), results.get("embedding_bytes")
-        engine, used = settings.get("engine", {}), variant.manifests[EVALUATION].settings.get("engine", {})
-        engine = {key: used.get(key, value) for key, value in engine.items()}  # an edited bundle has others
+        engine, evaluated = settings.get("engine", {}), variant.manifests.get(EVALUATION)
+        used = evaluated.settings.get("engine", {}) if evaluated else {}  # an edited bundle has others
+        engine = {key: used.get(key, value) for key, value in engine.items()}
         texts = [_as_text(part) for part in (*weights, engine)]
         texts.append("32" if bits is None else f"{bits:.3f}")
         texts.append("in lm_head" if embedding == 0 else f"{embedding / 1e6:.1f} MB" if embedding else "")
