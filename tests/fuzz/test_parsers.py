@@ -23,10 +23,18 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from hf2mnn.checkpoint.adapter import Adapter
-from hf2mnn.checkpoint.facts import chat_template, image_settings
+from hf2mnn.checkpoint.facts import chat_template
 from hf2mnn.checkpoint.folder import ADAPTER_FILES, Checkpoint, read_json
 from hf2mnn.checkpoint.hub.pin import load_pin
-from hf2mnn.checkpoint.preflight import check_code, check_depth, check_features, check_files, check_tokenizer
+from hf2mnn.checkpoint.preflight import (
+    check_code,
+    check_depth,
+    check_features,
+    check_files,
+    check_images,
+    check_pixels,
+    check_tokenizer,
+)
 from hf2mnn.checkpoint.tensors import layout
 from hf2mnn.checkpoint.weight_files import weight_files
 from hf2mnn.config.load import load_config
@@ -274,9 +282,9 @@ def test_index(content: bytes, folder: Path) -> None:
 
 def read_checkpoint(folder: Path) -> None:
     checkpoint = Checkpoint(folder)
-    for check in (check_files, check_code, Checkpoint.check, check_depth, check_features):
+    checks = (check_files, check_code, Checkpoint.check, check_depth, check_features, check_images, check_pixels)
+    for check in checks:
         check(checkpoint)
-    image_settings(folder)
     chat_template(folder)
 
 

@@ -6,6 +6,7 @@ reference, graphs, bundle and doctor use its answers.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,11 @@ import numpy as np
 
 from hf2mnn.checkpoint.folder import read_json
 from hf2mnn.checkpoint.tokenizer import load_tokenizer
-from hf2mnn.core.errors import CheckpointError
+from hf2mnn.core.errors import CheckpointError, first_line
 from hf2mnn.families import FAMILIES
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
     from transformers.image_processing_utils import BaseImageProcessor
 
 IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -27,6 +29,9 @@ SETTINGS = (*IMAGE_FILES, "config.json", "generation_config.json", "tokenizer_co
 """Files of settings that transformers reads without bounds."""
 SUPPORTED = {"image_processor_type": "Qwen2VLImageProcessor", "do_resize": True, "resample": 3}
 """Settings that an image processor must have; 3 is PIL's bicubic filter."""
+PATCH_SIZES = ("patch_size", "temporal_patch_size", "merge_size")
+INT32_MAX = (1 << 31) - 1
+"""MNN stores sizes and ids as 32-bit integers."""
 DEFAULT = "default"  # name of the chat template that is rendered without tools
 
 
@@ -45,9 +50,9 @@ def asking_transformers(folder: Path, what: str) -> Iterator[None]:
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # for invalid files transformers raises exceptions of any type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"the {what} of {folder} cannot be loaded by transformers: {reason}; correct the file, or download it again"
+            f"the {what} of {folder} cannot be loaded by transformers: {first_line(error)}; correct the file, or"
+            " download it again"
         ) from None
 
 
@@ -80,19 +85,42 @@ def image_settings(folder: Path) -> dict[str, Any]:
         scale = 255 * processor.rescale_factor if processor.do_rescale else 255
         channels = {"image_mean": 0.0, "image_std": 1.0}
         channels = {key: stored[key] for key in channels} if processor.do_normalize else channels
-        return {
-            **{key: stored[key] for key in ("patch_size", "temporal_patch_size", "merge_size")},
+        settings = {
+            **{key: stored[key] for key in PATCH_SIZES},
             **{key: [v / scale for v in np.broadcast_to(values, 3).tolist()] for key, values in channels.items()},
             "min_pixels": processor.size["shortest_edge"],
             "max_pixels": processor.size["longest_edge"],
         }
+    check_image_settings(settings, f"the configuration in {folder}")
+    return settings
 
 
-def chat_templates(folder: Path) -> dict[str, str]:
+def is_number(value: Any, minimum: float) -> bool:
+    """Return whether a value of a file is a finite number that MNN can store, and at least `minimum`."""
+    return type(value) in (int, float) and math.isfinite(value) and minimum <= value <= INT32_MAX
+
+
+def check_image_settings(settings: dict[str, Any], source: object) -> None:
+    """Check types and ranges of entries as `image_settings` returns them; `source` names their file in errors."""
+
+    def check(key: str, valid: bool) -> None:
+        if not valid:
+            raise CheckpointError(f"{source} has an invalid {key}: {settings.get(key)!r}; download it again")
+
+    for key in PATCH_SIZES:
+        check(key, type(settings.get(key)) is int and is_number(settings[key], 1))
+    for key in ("min_pixels", "max_pixels"):
+        check(key, is_number(settings.get(key), 1))
+    for key, minimum in (("image_mean", -INT32_MAX), ("image_std", 1e-6)):
+        values = settings.get(key)
+        check(key, isinstance(values, list) and len(values) == 3 and all(is_number(v, minimum) for v in values))
+
+
+def chat_templates(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> dict[str, str]:
     """Return the chat templates of a checkpoint by name; one of several may be for tools (`tool_use`).
 
     With image input they are those of the processor, or of the tokenizer where the processor has none. A folder without
-    config.json holds a tokenizer alone.
+    config.json holds a tokenizer alone. `tokenizer` is that of the folder, if it is loaded already.
     """
     from transformers.processing_utils import ProcessorMixin
     from transformers.utils import AUDIO_TOKENIZER_NAME
@@ -107,16 +135,20 @@ def chat_templates(folder: Path) -> dict[str, str]:
             # AutoProcessor needs torchvision; this is its reading of the files.
             templates = ProcessorMixin.get_processor_dict(folder)[0].get("chat_template")
     if templates is None:
-        templates = load_tokenizer(folder).chat_template
+        templates = (load_tokenizer(folder) if tokenizer is None else tokenizer).chat_template
     templates = templates if isinstance(templates, dict) else {DEFAULT: templates} if templates else {}
     with asking_transformers(folder, "chat template"):
         # As Jinja reads it, but not the engine: newlines normalized, the last one removed.
         return {name: re.sub(r"\r\n|\r", "\n", text).removesuffix("\n") for name, text in templates.items()}
 
 
-def chat_template(folder: Path) -> str:
-    """Return the chat template of a checkpoint, with newlines as Jinja normalizes them."""
-    templates = chat_templates(folder)
+def chat_template(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
+    """Return the chat template of a checkpoint, with newlines as Jinja normalizes them; see `chat_templates`."""
+    return default_template(chat_templates(folder, tokenizer), folder)
+
+
+def default_template(templates: dict[str, str], folder: Path) -> str:
+    """Return the chat template that is rendered without tools; CheckpointError if `templates` of `folder` lack it."""
     if not templates.get(DEFAULT):
         fault = f"has the chat templates {', '.join(sorted(templates))} but none of the name {DEFAULT}"
         raise CheckpointError(
@@ -130,8 +162,11 @@ def chat_template(folder: Path) -> str:
     return templates[DEFAULT]
 
 
-def stop_ids(folder: Path) -> list[int]:
-    """Return the ids at which transformers' `generate` stops; the tokenizer's end of text where it stops at none."""
+def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> list[int]:
+    """Return the ids at which transformers' `generate` stops; the tokenizer's end of text where it stops at none.
+
+    `tokenizer` is that of the folder, if it is loaded already.
+    """
     from transformers import GenerationConfig
 
     with asking_transformers(folder, "generation settings"):
@@ -143,13 +178,13 @@ def stop_ids(folder: Path) -> list[int]:
             settings = {"config_file_name": "config.json", "_from_model_config": True}
             eos = GenerationConfig.from_pretrained(folder, **settings).eos_token_id
     if eos is None or eos == []:
-        eos = load_tokenizer(folder).eos_token_id
+        eos = (load_tokenizer(folder) if tokenizer is None else tokenizer).eos_token_id
     if eos is None:
         raise CheckpointError(
             f"{folder} names no end-of-text token, so answers would never stop; set eos_token_id in"
             " generation_config.json or eos_token in tokenizer_config.json"
         )
     ids = eos if isinstance(eos, list) else [eos]
-    if any(type(number) is not int or not 0 <= number < 1 << 31 for number in ids):
+    if any(type(number) is not int or not 0 <= number <= INT32_MAX for number in ids):
         raise CheckpointError(f"{folder} has an invalid eos_token_id {eos!r}; download it again")
     return ids

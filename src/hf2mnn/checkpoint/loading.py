@@ -105,9 +105,9 @@ def _check_leftovers(checkpoint: Checkpoint, names: list[str]) -> None:
     A bias of zeros, which AutoGPTQ stores for every layer, has no effect.
     """
     for name in names:
-        if name.endswith(".bias") and not checkpoint.read(name).any():
-            continue
         if name.endswith(".bias"):
+            if not checkpoint.read(name).any():
+                continue
             raise CheckpointError(
                 f"{checkpoint.folder}: {name} is not zero, but the model of config.json has no bias there; {MISMATCH}"
             )

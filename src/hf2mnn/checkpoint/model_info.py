@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from hf2mnn.checkpoint.facts import image_settings, stop_ids
+from hf2mnn.checkpoint.facts import check_image_settings, image_settings, is_number, stop_ids
 from hf2mnn.checkpoint.folder import Checkpoint
 from hf2mnn.core.errors import CheckpointError
 from hf2mnn.families import VisionFamily
 
 COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-VISION_COUNTS = ("patch_size", "temporal_patch_size", "merge_size", "vision_depth")
-INT32_MAX = (1 << 31) - 1
-"""MNN stores sizes and ids as 32-bit integers."""
 
 
 def has_vision(info: dict[str, Any]) -> bool:
@@ -21,28 +17,15 @@ def has_vision(info: dict[str, Any]) -> bool:
     return "image_token_id" in info
 
 
-def _is_number(value: Any, minimum: float) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and minimum <= value <= INT32_MAX
-
-
 def check_model_info(info: dict[str, Any], source: object) -> None:
     """Check types and ranges of all values; `source` names the file in errors."""
-
-    def invalid(key: str) -> CheckpointError:
-        return CheckpointError(f"{source} has an invalid {key}: {info.get(key)!r}; download it again")
-
     vision = has_vision(info)
-    counts = (*COUNTS, *VISION_COUNTS) if vision else COUNTS
+    counts = (*COUNTS, "vision_depth") if vision else COUNTS
     for key in (*counts, *(VisionFamily.special_tokens if vision else ())):
-        if type(info.get(key)) is not int or not _is_number(info[key], 1 if key in counts else 0):
-            raise invalid(key)
-    for key in ("min_pixels", "max_pixels"):
-        if vision and not _is_number(info.get(key), 1):
-            raise invalid(key)
-    for key, minimum in (("image_mean", -INT32_MAX), ("image_std", 1e-6)) if vision else ():
-        values = info.get(key)
-        if not isinstance(values, list) or len(values) != 3 or not all(_is_number(value, minimum) for value in values):
-            raise invalid(key)
+        if type(info.get(key)) is not int or not is_number(info[key], 1 if key in counts else 0):
+            raise CheckpointError(f"{source} has an invalid {key}: {info.get(key)!r}; download it again")
+    if vision:
+        check_image_settings(info, source)
 
 
 def model_info(checkpoint: Checkpoint) -> dict[str, Any]:

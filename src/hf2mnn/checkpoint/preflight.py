@@ -14,12 +14,12 @@ from hf2mnn.checkpoint.facts import (
     SETTINGS,
     asking_transformers,
     chat_template,
+    image_settings,
     load_image_processor,
     read_object,
     stop_ids,
 )
 from hf2mnn.checkpoint.folder import ADAPTER_FILES, Checkpoint, check_no_pointer, checkpoint_files, path_in
-from hf2mnn.checkpoint.model_info import model_info
 from hf2mnn.checkpoint.tensors import EXPONENTS, is_finite
 from hf2mnn.checkpoint.tokenizer import load_tokenizer
 from hf2mnn.core.errors import CheckpointError
@@ -99,7 +99,7 @@ def check_images(checkpoint: Checkpoint) -> None:
     family = checkpoint.family
     if not isinstance(family, VisionFamily):
         return
-    info, vision = model_info(checkpoint), load_settings(checkpoint)[0]["vision_config"]
+    info, vision = image_settings(checkpoint.folder), load_settings(checkpoint)[0]["vision_config"]
     for key, value in {**BUILT_IN, "patch_size": family.patch_size}.items():
         if info[key] != value:
             raise CheckpointError(
@@ -114,13 +114,13 @@ def check_images(checkpoint: Checkpoint) -> None:
             )
 
 
-def check_image_settings(checkpoint: Checkpoint) -> None:
+def check_pixels(checkpoint: Checkpoint) -> None:
     """Check that an image of one colour gets the size and the pixels from transformers that model.json describes."""
     family = checkpoint.family
     if not isinstance(family, VisionFamily):
         return
-    info, folder, colour = model_info(checkpoint), checkpoint.folder, np.array([10, 100, 250], np.uint8)
-    width, height = 100, 61
+    folder, width, height, colour = checkpoint.folder, 100, 61, np.array([10, 100, 250], np.uint8)
+    info = image_settings(folder)
     if info["min_pixels"] > MAX_MIN_PIXELS:
         raise CheckpointError(f"{folder} enlarges images to {info['min_pixels']} pixels; choose another checkpoint")
     with asking_transformers(folder, "image processor"):
@@ -157,11 +157,12 @@ def check_values(checkpoint: Checkpoint) -> None:
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Check that token ids are rows of the embedding, and that config.json names the right special tokens.
+    """Check that token ids are rows of the embedding, that config.json names the right special tokens, and a template.
 
     A vocabulary larger than the tokenizer is common: rows of the embedding are padded.
     """
-    tokens = {number: text for text, number in load_tokenizer(checkpoint.folder).get_vocab().items()}
+    tokenizer = load_tokenizer(checkpoint.folder)
+    tokens = {number: text for text, number in tokenizer.get_vocab().items()}
     largest, (config, text) = max(tokens, default=0), load_settings(checkpoint)
     if largest >= text["vocab_size"]:
         raise CheckpointError(
@@ -176,16 +177,16 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
                 f"config.json of {checkpoint.folder} has {key} {number}, which is {actual} of the tokenizer, not"
                 f" {token!r}; {MISMATCH}"
             )
-    for number in stop_ids(checkpoint.folder):
+    for number in stop_ids(checkpoint.folder, tokenizer):
         if number not in tokens:
             raise CheckpointError(
                 f"{checkpoint.folder} has eos_token_id {number}, which the tokenizer does not have; {MISMATCH}"
             )
+    chat_template(checkpoint.folder, tokenizer)
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> None:
     """Check everything, cheap checks first; CheckpointError for the first fault."""
-    cheap = (check_files, check_code, Checkpoint.check, check_depth, check_features, check_images, check_image_settings)
+    cheap = (check_files, check_code, Checkpoint.check, check_depth, check_features, check_images, check_pixels)
     for check in (*cheap, check_tokenizer, check_weights, check_values):
         check(checkpoint)
-    chat_template(checkpoint.folder)

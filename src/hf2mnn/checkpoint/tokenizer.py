@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf2mnn.checkpoint.folder import read_json
-from hf2mnn.core.errors import CheckpointError
+from hf2mnn.core.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,10 +31,10 @@ def invalid_tokenizer(folder: Path) -> Iterator[None]:
     except (CheckpointError, *UNRELATED):
         raise
     except BaseException as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(
-            f"{folder}: transformers cannot load the tokenizer ({type(error).__name__}: {reason}); download it again,"
-            " or save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            f"{folder}: transformers cannot load the tokenizer ({reason}); download it again, or save it with"
+            " AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         ) from error
 
 

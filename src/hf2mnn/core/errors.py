@@ -20,6 +20,11 @@ def suggest(name: object, valid: Sequence[str], former: Mapping[str, str] | None
     return f"; valid are {', '.join(valid)}" if valid and not listed else ""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or the name of its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class Hf2mnnError(Exception):
     """Base class of failures caused by the input or the machine; the command line prints the message, exit code 1."""
 

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from hf2mnn.checkpoint.tokenizer import load_tokenizer
 from hf2mnn.core.errors import BundleFault
 from hf2mnn.evaluation.findings import SUMMARY
 from hf2mnn.evaluation.score import Answer, Outputs, score, score_fault
@@ -61,7 +62,7 @@ def evaluate(
     A bundle that the engine refuses or crashes on is a result: `fault` in the summary is the message, figures are None.
     Raises EngineError if the engine was stopped.
     """
-    decode, fault = AnswerDecoder(onnx_folder), None
+    decode, fault = AnswerDecoder(load_tokenizer(onnx_folder)), None
     image = json.loads((onnx_folder / "model.json").read_text()).get("image_token_id")
     try:
         if bundle is not None:

@@ -78,8 +78,8 @@ def read_checkpoint_tokenizer(checkpoint: Path) -> CheckpointTokenizer:
         if meta_spaces and whole_words.pieces:
             raise UnsupportedError("model", "BPE with ignore_merges and meta spaces")
         ids, eos, bos = loaded.get_vocab(), loaded.eos_token or "", loaded.bos_token or ""
-        stop = sorted({*stop_ids(checkpoint), *([ids[eos]] if eos else [])})  # applications stop at eos too
-        template = chat_template(checkpoint)
+        stop = sorted({*stop_ids(checkpoint, loaded), *([ids[eos]] if eos else [])})  # applications stop at eos too
+        template = chat_template(checkpoint, loaded)
         if meta_spaces and meta_spaces.prepend == "first":
             _check_first(template, {"bos_token": bos, "eos_token": eos}, added)
         return CheckpointTokenizer(checkpoint, spec, added, ids, meta_spaces, whole_words, stop, eos, bos, template)

@@ -18,7 +18,7 @@ from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 
-from hf2mnn.checkpoint.facts import DEFAULT, chat_template, chat_templates
+from hf2mnn.checkpoint.facts import DEFAULT, chat_templates, default_template
 from hf2mnn.core.errors import BundleError, CheckpointError
 from hf2mnn.core.files import atomic_file
 from hf2mnn.mnn import engine_facts, template
@@ -89,7 +89,8 @@ def template_differences(checkpoint: Path) -> list[str]:
 
     docs/bundle.md lists all known differences. Raise CheckpointError if the chat template is invalid.
     """
-    text, others = chat_template(checkpoint), sorted(chat_templates(checkpoint).keys() - {DEFAULT})
+    templates = chat_templates(checkpoint)
+    text, others = default_template(templates, checkpoint), sorted(templates.keys() - {DEFAULT})
     messages = [f"the bundle has the chat template {DEFAULT}, not {', '.join(others)}"] if others else []
     if "tojson" in text:
         messages.append("the engine writes the keys of tools and their arguments in another order")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from hf2mnn.core.errors import EvaluationSetError, suggest
+from hf2mnn.core.errors import EvaluationSetError, first_line, suggest
 from hf2mnn.reference.examples import NAME, as_rgb
 
 if TYPE_CHECKING:
@@ -158,10 +158,9 @@ def _load(dataset: LabelledSet, name: str, path: Path | None, revision: str) -> 
     except (DatasetsError, HfHubHTTPError, httpx2.TransportError, OSError, ValueError) as error:
         # The message of DatasetsError is generic ("An error occurred while ..."); its cause is specific.
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise EvaluationSetError(
-            f"the {dataset.split} rows of {where} cannot be read ({reason}); give --path a folder with the parquet"
-            " files"
+            f"the {dataset.split} rows of {where} cannot be read ({first_line(cause)}); give --path a folder with the"
+            " parquet files"
         ) from None
     if missing := [column for column in dataset.columns if column not in rows.column_names]:
         raise EvaluationSetError(

@@ -20,13 +20,14 @@ from hf2mnn.reference.golden import ImageInput
 
 if TYPE_CHECKING:
     from PIL import Image
+    from transformers import PreTrainedTokenizerFast
 
 
 class AnswerDecoder:
-    """Decode answers with the tokenizer of a folder, for PyTorch and every conversion."""
+    """Decode answers with the checkpoint's tokenizer, for PyTorch and every conversion."""
 
-    def __init__(self, folder: Path) -> None:
-        self._tokenizer = load_tokenizer(folder).backend_tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer.backend_tokenizer
 
     def __call__(self, ids: Sequence[int]) -> str:
         """Return the text without special tokens and surrounding white space."""
@@ -59,8 +60,8 @@ class Preprocessor:
     def __init__(self, folder: Path, info: dict[str, Any]) -> None:
         """Load them from a folder of the `fetch` or the `export` stage; `info` is the contents of model.json."""
         self.folder, self.info, self.family = folder, info, get_family(info["model_type"], folder)
-        self.tokenizer, self.template = load_tokenizer(folder), chat_template(folder)
-        self.decode = AnswerDecoder(folder)
+        self.tokenizer = load_tokenizer(folder)
+        self.template, self.decode = chat_template(folder, self.tokenizer), AnswerDecoder(self.tokenizer)
         if self.family.has_vision:
             self.processor = load_image_processor(folder)
 

@@ -20,7 +20,7 @@ from hf2mnn.checkpoint.folder import FILES, read_json
 from hf2mnn.checkpoint.hub.base import RESUME, USE_FILES, CorruptedError, Hub, Position, TransientError, status_error
 from hf2mnn.checkpoint.hub.pin import COMMIT, HASHES, Digest, Pin, matches
 from hf2mnn.checkpoint.weight_files import weight_files
-from hf2mnn.core.errors import CheckpointError
+from hf2mnn.core.errors import CheckpointError, first_line
 
 REQUIRED = ("config.json", "tokenizer.json")
 """Files without which an earlier download counts as incomplete."""
@@ -28,7 +28,7 @@ LOG_IN = "log in with 'hf auth login' (or set HF_TOKEN)"
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return first_line(error).rstrip(".")
 
 
 @contextmanager
