@@ -18,7 +18,8 @@ from support import SHAPES_VL, TEXT, VISION, Workspace, float_bundle, make_works
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 settings.register_profile("long")
 """Profile of `make fuzz`; see hostile.py."""
-settings.register_profile("quick", max_examples=25, deadline=None)
+settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True, database=None)
+"""Profile of `make test`: the same examples in each run, so that only a change of the code can fail it."""
 if settings.get_current_profile_name() == "default":
     settings.load_profile("quick")
 

@@ -24,7 +24,7 @@ MAX_CALLS = 2_000_000
 def cases(short: int = 10, long: int = 7500) -> settings:
     """Return settings for `short` fixed files per test in `make test`, and `long` random ones in `make fuzz`."""
     fuzz = settings.get_current_profile_name() == "long"  # known when pytest imports the tests
-    return settings(max_examples=long if fuzz else short, derandomize=not fuzz, deadline=None, database=None)
+    return settings(max_examples=long if fuzz else short, deadline=None, database=None)
 
 
 @dataclass

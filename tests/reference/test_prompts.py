@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -133,6 +133,7 @@ def test_tag_in_two_parts_is_refused(preprocessor: Preprocessor) -> None:
 @settings(max_examples=50, deadline=None)
 def test_an_answer_is_decoded_without_its_stop_token(preprocessor: Preprocessor, text: str) -> None:
     ids = preprocessor.tokenizer(text, add_special_tokens=False).input_ids
+    assume(not set(ids) & set(preprocessor.tokenizer.all_special_ids))  # decode drops them
     plain = preprocessor.tokenizer.backend_tokenizer.normalizer
     expected = (plain.normalize_str(text) if plain else text).strip()
     assert preprocessor.decode([*ids, *preprocessor.info["stop_ids"]]) == expected
