@@ -6,7 +6,9 @@ It reads the same files. The memory of a job is limited to its request, checked 
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -20,8 +22,9 @@ from pathlib import Path
 from hub_server import Served
 from support import BIN, REPOSITORY
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "sinfo", "ip", "nsenter")
-HOST, NODE = "10.213.77.1", "10.213.77.2"
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "sinfo", "ip", "nsenter", "setpriv")
+NETWORK = int(ipaddress.IPv4Address("10.213.0.0"))
+"""First address of 16,384 networks of four addresses: each run has its own, beside others and what killed ones left."""
 PATIENCE = 20.0
 """Seconds within which a daemon must respond."""
 PROFILE = [
@@ -90,30 +93,43 @@ def _run(*command: object) -> None:
     subprocess.run([*map(str, command)], check=True, capture_output=True, env={**os.environ, "PATH": _path()})
 
 
+def _delete_networks_of_killed_runs() -> None:
+    names = subprocess.run(["ip", "netns", "list"], env={**os.environ, "PATH": _path()}, capture_output=True, text=True)
+    for name, pid in re.findall(r"^(hf2mnn-(\d+))\b", names.stdout, re.MULTILINE):
+        if not Path(f"/proc/{pid}").exists():
+            _run("ip", "netns", "delete", name)
+
+
 @contextmanager
-def _network() -> Iterator[list[str]]:
-    """Yield the prefix of a command on the node, which is connected to this machine and has no other route."""
-    name = f"hf2mnn-{os.getpid()}"
-    host_device, node_device = f"hf{os.getpid()}a", f"hf{os.getpid()}b"
+def _network() -> Iterator[tuple[str, str, list[str]]]:
+    """Yield the host's address, the node's and the prefix of a command on the node, which has no other route."""
+    _delete_networks_of_killed_runs()
+    pid = os.getpid()
+    name, host_device, node_device = f"hf2mnn-{pid}", f"hf{pid}a", f"hf{pid}b"
+    host, node = (str(ipaddress.IPv4Address(NETWORK + pid % 2**14 * 4 + place)) for place in (1, 2))
     _run("ip", "netns", "add", name)
     try:
         _run("ip", "link", "add", host_device, "type", "veth", "peer", "name", node_device, "netns", name)
-        _run("ip", "address", "add", f"{HOST}/30", "dev", host_device)
+        _run("ip", "address", "add", f"{host}/30", "dev", host_device)
         _run("ip", "link", "set", host_device, "up")
         on_node = ["nsenter", f"--net=/run/netns/{name}"]  # not `ip netns exec`, which hides /sys/fs/cgroup
-        _run(*on_node, "ip", "address", "add", f"{NODE}/30", "dev", node_device)
+        _run(*on_node, "ip", "address", "add", f"{node}/30", "dev", node_device)
         for device in ("lo", node_device):
             _run(*on_node, "ip", "link", "set", device, "up")
-        yield on_node
+        yield host, node, on_node
     finally:
         _run("ip", "netns", "delete", name)
 
 
 @contextmanager
 def _daemon(command: list[object], log: Path, **environment: str) -> Iterator[None]:
+    """Run a daemon that ends with this process, even if it is killed."""
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [*map(str, command)], stdout=output, stderr=output, env={**os.environ, "PATH": _path(), **environment}
+            ["setpriv", "--pdeathsig", "KILL", *map(str, command)],
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "PATH": _path(), **environment},
         )
         try:
             yield
@@ -157,18 +173,15 @@ def one_node(folder: Path, cpus: int = 4) -> Iterator[dict[str, str]]:
     key = folder / "munge" / "key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o600)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
-    (folder / "etc" / "slurm.conf").write_text(
-        CONFIG.format(
-            host=host, address=HOST, node=NODE, ports=_free_ports(), folder=folder, cpus=cpus, memory=memory * 9 // 10
-        )
-    )
+    memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20) * 9 // 10
     environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "etc" / "slurm.conf")}
     munge = [
         f"--{name}={folder}/munge/{name.split('-')[0]}" for name in ("socket", "key-file", "pid-file", "seed-file")
     ]
     with ExitStack() as stack:
-        on_node = stack.enter_context(_network())
+        address, node, on_node = stack.enter_context(_network())
+        values = {"host": host, "address": address, "node": node, "folder": folder, "cpus": cpus, "memory": memory}
+        (folder / "etc" / "slurm.conf").write_text(CONFIG.format(ports=_free_ports(), **values))
         stack.enter_context(_daemon(["munged", "--foreground", "--force", *munge], folder / "munged.log"))
         conf = {"SLURM_CONF": environment["SLURM_CONF"]}
         _wait_for_output(["munge", "--socket", f"{folder}/munge/socket", "--no-input"], "MUNGE:", folder, environment)

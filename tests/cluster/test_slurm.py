@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from kills import same_outputs
 from slurm import Site
-from support import Workspace
+from support import REPOSITORY, Workspace
 
 LOCAL_RULES = {"fetch_checkpoint", "collect_examples", "summarize_models", "check_gates", "all"}
 STAGES = (
@@ -42,6 +44,17 @@ def test_same_outputs_as_on_a_workstation(
 ) -> None:
     folders = [workspace.folder / "results" / "shapes-vl" / stage for workspace in (on_cluster[0], on_workstation)]
     assert same_outputs(*folders)
+
+
+def test_a_killed_cluster_does_not_disturb_the_next(site: Site, tmp_path: Path) -> None:
+    start = "import sys; from pathlib import Path; import slurm"
+    program = f"{start}\nwith slurm.one_node(Path(sys.argv[1])) as environment:\n    print('up', flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": REPOSITORY / "tests"}
+    for name in ("killed", "next"):
+        with subprocess.Popen([sys.executable, "-c", program, tmp_path / name], **pipes) as process:
+            assert process.stdout.readline() == "up\n"
+            process.kill()
+    assert site.run("sinfo", "--noheader", "--format=%T").stdout.strip() in ("idle", "mixed", "allocated")
 
 
 def test_rules_that_need_the_network_run_on_the_submitting_host(site: Site, on_cluster: tuple[Workspace, str]) -> None:
