@@ -106,7 +106,7 @@ def _network() -> Iterator[tuple[str, str, list[str]]]:
     _delete_networks_of_killed_runs()
     pid = os.getpid()
     name, host_device, node_device = f"hf2mnn-{pid}", f"hf{pid}a", f"hf{pid}b"
-    host, node = (str(ipaddress.IPv4Address(NETWORK + pid % 2**14 * 4 + place)) for place in (1, 2))
+    host, node = (str(ipaddress.IPv4Address(NETWORK + pid % 2**14 * 4 + number)) for number in (1, 2))
     _run("ip", "netns", "add", name)
     try:
         _run("ip", "link", "add", host_device, "type", "veth", "peer", "name", node_device, "netns", name)
